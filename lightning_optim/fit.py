@@ -1,0 +1,207 @@
+"""What the callbacks of one running fit share: the true step, the evaluated weights, and the one writer at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.refusals import warn_unsharded
+from lightning_optim.slots import Slot
+
+if TYPE_CHECKING:
+    from lightning_optim.callback import OptimCallback
+
+_fits: WeakKeyDictionary[Trainer, Fit] = WeakKeyDictionary()
+
+
+class EvaluatedAverage(Protocol):
+    """Who holds the weights that a validation uses in place of the raw ones."""
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """Name in the model's ``state_dict`` to averaged tensor; empty as long as raw weights are evaluated."""
+
+
+class Fit:
+    """One run of ``trainer.fit``, from the first ``setup`` of a callback of ours to ``teardown`` or an exception.
+
+    Whatever is installed (optimizer hooks, replaced methods, changed settings) is installed here, so that it is undone
+    in one place, in the reverse order, also when something else failed.
+
+    Attributes:
+        trainer: The Trainer that runs.
+        members: Our callbacks in it, in the order in which their ``setup`` ran.
+        average: The average that validation uses, if any.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.members: list[OptimCallback] = []
+        self.average: EvaluatedAverage | None = None
+        self._undo = contextlib.ExitStack()
+        self._started = self._begun = self._ended = False
+        self._total: int | float | None = None
+
+    @staticmethod
+    def of(trainer: Trainer) -> Fit:
+        """The running fit of ``trainer``; begun here if there is none."""
+        if trainer not in _fits:
+            _fits[trainer] = Fit(trainer)
+        return _fits[trainer]
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """At ``on_fit_start``: hear of each optimizer step that happens. Once, whoever calls first."""
+        if self._started:
+            return
+        self._started = True
+        warn_unsharded(self.trainer)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        for optimizer in self.trainer.optimizers:
+            self._undo.callback(optimizer.register_step_post_hook(self._stepped).remove)
+            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+                # A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales
+                # before the hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
+                self.replace(optimizer, "_step_supports_amp_scaling", False)
+
+    def begin(self) -> None:
+        """At ``on_train_start``: all state is restored. A callback that is new on resume learns how far the run is."""
+        if self._begun:
+            return
+        self._begun = True
+        count = len(self.trainer.optimizers)
+        steps = [max((m.steps[i] for m in self.members if i < len(m.steps)), default=0) for i in range(count)]
+        for member in self.members:
+            member.steps = list(steps)
+
+    def end(self, pl_module: LightningModule) -> None:
+        """At ``on_fit_end``, when every file is written: one callback of ours decides what the module ends with."""
+        if self._ended:
+            return
+        self._ended = True
+        ranked = sorted((m for m in self.members if m.final_rank is not None), key=lambda m: m.final_rank or 0)
+        any(member.write_final_(pl_module) for member in ranked)
+
+    def close(self) -> None:
+        """Undo everything that was installed."""
+        _fits.pop(self.trainer, None)
+        self._undo.close()
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set ``owner.name`` for the length of the fit."""
+        had, before = name in vars(owner), vars(owner).get(name)
+
+        def put_back() -> None:
+            if had:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        setattr(owner, name, value)
+        self._undo.callback(put_back)
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        if not has_gradients(optimizer):
+            return  # cancelled or dropped: torch calls the hook although nothing moved
+        index = self.trainer.optimizers.index(optimizer)
+        # The list of the Trainer, not ours: the learning-rate finder takes the callbacks away for its trial steps.
+        members = [callback for callback in self.trainer.callbacks if callback in self.members]
+        for member in members:
+            member.steps[index] += 1
+        for member in members:
+            member.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
+
+    @property
+    def total(self) -> int | float:
+        """:func:`total_steps`, computed once: it cannot change while the run goes on."""
+        if self._total is None:
+            self._total = total_steps(self.trainer)
+        return self._total
+
+
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Whether any parameter of this optimizer has a gradient. If none has, somebody cancelled the step."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def drop_step(trainer: Trainer, optimizer: Optimizer, reason: str) -> None:
+    """Drop the step that ``optimizer`` is about to take.
+
+    To be called in ``on_before_optimizer_step``, on all ranks alike. The optimizer's gradients become ``None``:
+    weights, momentum and step counts of torch's optimizers stay as they are, later slots see that nothing is left to
+    act on, and ``on_after_optimizer_step`` is not called. ``trainer.global_step`` and a step-wise
+    learning-rate schedule still advance: Lightning counts calls.
+
+    Args:
+        trainer: The running Trainer.
+        optimizer: Whose step is dropped.
+        reason: A sentence for the log.
+    """
+    rank_zero_debug(f"Step {trainer.global_step} of {type(optimizer).__name__} is dropped: {reason}")
+    optimizer.zero_grad(set_to_none=True)
+
+
+def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:
+    """The weights and buffers that a validation would use now, by their names in the model's ``state_dict``.
+
+    These are an average's once it has started and is the evaluated one, else the module's. The tensors are live
+    storage, not
+    copies: whoever keeps them copies them. Under FSDP2 they are DTensors.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = Trainer(logger=False, enable_checkpointing=False, fast_dev_run=True, enable_model_summary=False)
+        >>> trainer.strategy.connect(BoringModel())
+        >>> list(evaluated_state(trainer))
+        ['layer.weight', 'layer.bias']
+    """
+    fit = _fits.get(trainer)
+    averaged = fit.average.averaged_state() if fit is not None and fit.average is not None else {}
+    return {**trainer.lightning_module.state_dict(), **averaged}
+
+
+def total_steps(trainer: Trainer) -> int | float:
+    r"""The optimizer steps of the whole run, for each optimizer; ``inf`` if there is no end to the run.
+
+    :math:`\min(\sum_e \lceil B / n_e \rceil,\; \lceil S / O \rceil)` with ``B`` batches an epoch, ``n_e`` micro-batches
+    a step in epoch ``e``, ``S = max_steps`` and ``O`` optimizers. Lightning's ``estimated_stepping_batches`` is wrong
+    where ``n`` changes from epoch to epoch, and counts no window of manual optimization. Each optimizer is taken to
+    step once in each window.
+
+    Args:
+        trainer: A Trainer with a connected model. Loads the training data if that has not happened yet.
+    """
+    optimizers = max(1, len(trainer.optimizers))
+    limit = math.inf if trainer.max_steps == -1 else math.ceil(trainer.max_steps / optimizers)
+    epochs = trainer.max_epochs
+    if epochs is None or epochs == -1:
+        return limit
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    if math.isinf(batches):
+        return limit
+    return min(sum(math.ceil(batches / micro_batches(trainer, epoch)) for epoch in range(epochs)), limit)
+
+
+def micro_batches(trainer: Trainer, epoch: int) -> int:
+    """The number of micro-batches in one optimizer step of ``epoch``."""
+    for callback in trainer.callbacks:
+        if getattr(callback, "slot", None) is Slot.ACCUMULATE:
+            return callback.batches_per_step(epoch)
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches

@@ -1,0 +1,201 @@
+"""Gradient accumulation: several micro-batches in one optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_optim import tensors
+from lightning_optim.callback import OptimCallback, gradients
+from lightning_optim.gradients.mixins import ManualOptimizationMixin
+from lightning_optim.slots import Slot
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step, as far as they have come.
+
+    Attributes:
+        size: N, fixed when the window opens.
+        count: The micro-batches whose gradients are in.
+        scale: The loss scale of these gradients.
+    """
+
+    size: int
+    count: int = 0
+    scale: float = 1.0
+
+
+class GradientAccumulation(OptimCallback):
+    r"""Step once in N micro-batches, with the mean of their gradients: :math:`g = \frac{1}{k} \sum_i \nabla L_i`.
+
+    :math:`k` is what the window holds: N, and less in the last window of an epoch that does not divide (Lightning
+    divides by N there too, so that this step is too small). A micro-batch whose ``training_step`` returned ``None`` is
+    not in it. N equal micro-batches give the step of one batch of their union, if the model has no batch statistics and
+    no dropout.
+
+    In automatic optimization this replaces ``Trainer(accumulate_grad_batches=N)`` (which it sets for the length of the
+    fit): ``outputs["loss"]`` is the loss over N in every micro-batch, as with Lightning's flag. In manual optimization
+    the module is a :class:`ManualOptimizationMixin` and steps through its ``optimize``.
+    ``trainer.estimated_stepping_batches`` is right for an int; for a dictionary :func:`~lightning_optim.total_steps`
+    is.
+
+    An open window is part of the state: its partial gradients, of every rank, and its count. Lightning loses them when
+    a run is resumed from a file that was written within a window.
+
+    Args:
+        n: Micro-batches in a step, >= 1; or a dictionary of the epoch from which on, to their number, such as ``{0: 8,
+            10: 4}`` (1 before the first). A change takes effect at an epoch's start, since windows do not span epochs.
+        weight_by: What a micro-batch counts for in the mean: ``"batch"``, each the same.
+        name: Tells two callbacks apart in checkpoints.
+
+    Raises:
+        ValueError: If an argument is none of these.
+        MisconfigurationException: Under manual optimization of a module that is no :class:`ManualOptimizationMixin`;
+            beside ``Trainer(accumulate_grad_batches=…)``.
+
+    Example::
+
+        >>> from lightning_optim import GradientAccumulation
+        >>> accumulation = GradientAccumulation({0: 8, 10: 4})
+        >>> [accumulation.batches_per_step(epoch) for epoch in (0, 9, 10)]
+        [8, 8, 4]
+    """
+
+    slot = Slot.ACCUMULATE
+    touches = frozenset({"gradients"})
+
+    def __init__(self, n: int | dict[int, int], weight_by: Literal["batch"] = "batch", name: str | None = None) -> None:
+        super().__init__(name)
+        sizes = n if isinstance(n, dict) else {0: n}
+        if not sizes or not all(_is_whole(epoch, 0) and _is_whole(size, 1) for epoch, size in sizes.items()):
+            raise ValueError(f"`n={n!r}` must be an integer >= 1, or a dictionary of epochs >= 0 to such integers")
+        if weight_by != "batch":
+            raise ValueError(f"`weight_by={weight_by!r}` must be 'batch'")
+        self.n, self.weight_by = n, weight_by
+        self._sizes = dict(sorted(sizes.items()))
+        self.reset()
+
+    def batches_per_step(self, epoch: int) -> int:
+        return next((size for start, size in reversed(self._sizes.items()) if start <= epoch), 1)
+
+    def reset(self) -> None:
+        self._windows: dict[int, Window] = {}
+        self._loaded: dict[str, Any] | None = None
+
+    # ---- the window --------------------------------------------------------------------------------------------------
+
+    def window(self, trainer: Trainer, index: int) -> Window:
+        """The open window of an optimizer; a new one if none is open."""
+        if index not in self._windows:
+            self._windows[index] = Window(self.batches_per_step(trainer.current_epoch))
+        return self._windows[index]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any optimizer's window holds gradients that were not stepped with."""
+        return any(window.count for window in self._windows.values())
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if pl_module.automatic_optimization:
+            self._running.replace(trainer, "accumulate_grad_batches", self.batches_per_step(trainer.current_epoch))
+        elif not isinstance(pl_module, ManualOptimizationMixin):
+            raise MisconfigurationException(
+                "GradientAccumulation under manual optimization needs a module that steps through"
+                f" `ManualOptimizationMixin.optimize(loss, optimizer)`; {type(pl_module).__name__} is none, so every"
+                " batch would step. Write `class YourModule(ManualOptimizationMixin, LightningModule)`."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # A resume in mid-epoch never calls `on_train_epoch_start`.
+        self._set_size(trainer, pl_module)
+        self._restore(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._set_size(trainer, pl_module)
+
+    def _set_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            trainer.accumulate_grad_batches = self.batches_per_step(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._windows.clear()  # Lightning zeroes the gradients here, whatever became of the window before
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if pl_module.automatic_optimization:
+            self.window(trainer, 0).count += 1
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        window = self._windows.pop(trainer.optimizers.index(optimizer), None)
+        if window is not None and 0 < window.count < window.size:
+            _, grads = gradients(optimizer)
+            for grad in tensors.local(grads):
+                grad.mul_(window.size / window.count)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded
+        open_windows = {index: window for index, window in self._windows.items() if window.count}
+        if self.fit is None or not open_windows:
+            return {}
+        trainer = self.fit.trainer
+        names = tensors.parameter_names(trainer.lightning_module)
+        whole: dict[str, Tensor] = {}
+        ours: dict[str, Tensor] = {}
+        for index in open_windows:
+            for parameter, grad in zip(*gradients(trainer.optimizers[index]), strict=True):
+                (whole if isinstance(grad, DTensor) else ours)[names[id(parameter)]] = grad
+        return {
+            "windows": {index: asdict(window) for index, window in open_windows.items()},
+            "sharded": whole,
+            "by_rank": _gather_ranks({name: grad.cpu() for name, grad in ours.items()}, trainer.world_size),
+        }
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._loaded = extra or None
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is None:
+            return
+        extra, self._loaded = self._loaded, None
+        self._windows = {int(index): Window(**window) for index, window in extra["windows"].items()}
+        by_rank = extra["by_rank"]
+        ours = by_rank[trainer.global_rank] if len(by_rank) == trainer.world_size else _mean(by_rank)
+        tensors.reshard_(pl_module)
+        live = pl_module.state_dict(keep_vars=True)
+        for name, saved in {**extra["sharded"], **ours}.items():
+            live[name].grad = torch.zeros_like(live[name])
+            tensors.copy_(live[name].grad, saved)
+
+
+def _is_whole(number: Any, low: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= low
+
+
+def _gather_ranks(ours: dict[str, Tensor], world_size: int) -> list[dict[str, Tensor]]:
+    """What each rank holds: under DDP the ranks' gradients differ until the window closes."""
+    everyone: list[Any] = [ours] * world_size
+    if world_size > 1:
+        dist.all_gather_object(everyone, ours)
+    return everyone
+
+
+def _mean(by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """For a resume with another number of ranks: the mean over ranks is all that the step will see of them."""
+    return {name: torch.stack([rank[name] for rank in by_rank]).mean(0) for name in by_rank[0]}

@@ -1,0 +1,101 @@
+"""Callback state that holds shards: gathered for a single file, an entry of the folder for a distributed checkpoint.
+
+Lightning stores callback state from rank 0 only. A shard that is returned from ``state_dict`` would come back on every
+rank, with shapes that agree and values that are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+
+from lightning_optim import tensors
+
+_ENTRY = "lightning_optim"
+_SHARD = "sharded_dtype"  # the key of a leaf that stands for a tensor in the folder
+
+
+def export(tree: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
+    """``tree`` as rank 0 may store it: DTensors gathered, or a note of their dtype where the folder holds them."""
+    folder = trainer is not None and is_distributed(trainer)
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        return {_SHARD: str(value.dtype).removeprefix("torch.")} if folder else tensors.whole(value)
+
+    return _mapped(tree, leaf)
+
+
+def save_shards(tree: Callable[[], dict[str, Any]], trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """Add the DTensors of ``tree()`` to a distributed checkpoint.
+
+    Lightning writes ``checkpoint["optimizer_states"]`` shard by shard into the folder, under ``optimizer_0``,
+    ``optimizer_1``, …: one more entry there is ours. A Trainer without our callbacks reads its own entries and resumes.
+    """
+    if not is_distributed(trainer) or "optimizer_states" not in checkpoint:
+        return
+    shards = {path: value for path, value in _leaves(tree()) if isinstance(value, DTensor)}
+    if shards:
+        states = checkpoint["optimizer_states"]
+        if not (states and _ENTRY in states[-1]):
+            states.append({_ENTRY: {}})
+        states[-1][_ENTRY][key] = shards
+
+
+def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], key: str) -> None:
+    """Put the DTensors of a distributed checkpoint into ``checkpoint["callbacks"][key]``, in place of the notes.
+
+    The last part of a tensor's path is its name in the model, which says how it is sharded now.
+    """
+    state = checkpoint.get("callbacks", {}).get(key)
+    noted = [path for path, _ in _leaves(state or {}) if path.endswith(f"/{_SHARD}")]
+    if not noted:
+        return
+    tensors.reshard_(pl_module)
+    live = pl_module.state_dict()
+    found = {}
+    for note in noted:
+        path = note.removesuffix(f"/{_SHARD}")
+        dtype = getattr(torch, _at(state, note))
+        found[path] = torch.empty_like(live[path.rsplit("/", 1)[1]], dtype=dtype)
+    entry = f"optimizer_{len(trainer.optimizers)}"
+    dcp.load({entry: {_ENTRY: {key: found}}}, checkpoint_id=str(trainer.ckpt_path))
+    for path, value in found.items():
+        parent, name = path.rsplit("/", 1)
+        _at(state, parent)[name] = value
+
+
+def is_distributed(trainer: Trainer) -> bool:
+    """Whether checkpoints of this run are folders, into which each rank writes its shards."""
+    strategy = trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
+def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(tree, dict):
+        return {name: _mapped(value, leaf) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_mapped(value, leaf) for value in tree]
+    return leaf(tree)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path, with slashes, and value of every leaf of nested dictionaries."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _leaves(value, f"{path}/{name}")
+    else:
+        yield path, tree
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("/")[1:]:
+        tree = tree[name]
+    return tree

@@ -1,0 +1,247 @@
+"""Pure tensor work: choose parameters, work on local shards, exact norms, copies between placements.
+
+A model under FSDP2 or tensor parallelism holds :class:`~torch.distributed.tensor.DTensor` parameters, perhaps beside
+plain ones. Element-wise formulas are applied to the local shards (:func:`local`), sums go over the ranks that hold
+different parts and count what is replicated once (:func:`total_norm`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
+
+_CHUNK = 1 << 20  # elements of the temporary in `exchange_`: 4 MB in fp32, large enough to be bound by memory
+
+
+def select(
+    module: nn.Module,
+    on: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+) -> dict[str, nn.Parameter]:
+    """Choose parameters by name, by the type of the module that owns them, or by a predicate.
+
+    Args:
+        module: The model.
+        on: A glob over parameter names (``"encoder.*"``; ``"*"`` is all), a module class (its own parameters), a
+            predicate ``(name, parameter) -> bool``, or a list of these. ``None`` takes the parameters with two
+            dimensions or more: weights of layers, and neither biases nor the scales of normalization layers.
+        exclude: What to leave out, in the same terms.
+
+    Returns:
+        Name to parameter in the model's order; a tied parameter once. Frozen parameters are in it: whoever acts on the
+        result asks ``requires_grad`` when acting, since a model may be unfrozen during training.
+
+    Raises:
+        ValueError: If a glob or a class matches nothing; the message names what comes near.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+        >>> list(select(model))
+        ['0.weight']
+        >>> list(select(model, on="*", exclude=nn.LayerNorm))
+        ['0.weight', '0.bias']
+    """
+    named = {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters(remove_duplicate=False)}
+    chosen = set(named) if on is None else _matches(module, named, on, "on")
+    if on is None:
+        chosen = {name for name in chosen if dimensions(named[name]) >= 2}
+    if exclude is not None:
+        chosen -= _matches(module, named, exclude, "exclude")
+    unique = {id(p): (name, p) for name, p in reversed(named.items()) if name in chosen}
+    return {name: p for name, p in named.items() if unique.get(id(p), (None,))[0] == name}
+
+
+def dimensions(parameter: Tensor) -> int:
+    """The number of dimensions without the one that stacks ensemble members (``parameter.member_dim``), if any."""
+    return parameter.ndim - (getattr(parameter, "member_dim", None) is not None)
+
+
+def _matches(
+    module: nn.Module, named: dict[str, nn.Parameter], selectors: Selector | Sequence[Selector], argument: str
+) -> set[str]:
+    found: set[str] = set()
+    for selector in selectors if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]:
+        if isinstance(selector, str):
+            hits = set(fnmatch.filter(named, selector))
+            known = list(named)
+        elif isinstance(selector, type):
+            owned = {id(p) for m in module.modules() if isinstance(m, selector) for p in m.parameters(recurse=False)}
+            hits = {name for name, p in named.items() if id(p) in owned}
+            known = sorted({type(m).__name__ for m in module.modules()})
+        else:
+            found |= {name for name, p in named.items() if selector(name, p)}
+            continue
+        if not hits:
+            text = selector if isinstance(selector, str) else selector.__name__
+            near = difflib.get_close_matches(text, known, n=3, cutoff=0.3) or known[:3]
+            raise ValueError(f"`{argument}={text!r}` matches no parameter of {type(module).__name__}; near: {near}")
+        found |= hits
+    return found
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The part of each tensor that this process holds, as live storage: a DTensor's shard, else the tensor itself."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def placed_as(shard: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which ``shard`` is this process's part, placed as ``like``; no communication."""
+    if not isinstance(like, DTensor):
+        return shard
+    # Without shape and stride, torch takes shards to be of equal size, which uneven ones are not.
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def align_grad_(parameter: Tensor) -> Tensor | None:
+    """Give ``parameter.grad`` the placement of its parameter, and return it.
+
+    Under sequence parallelism the gradient of a LayerNorm is ``Partial``: each rank holds a summand, and what is added
+    to the local part would count once per rank.
+    """
+    grad = parameter.grad
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad = grad.redistribute(placements=parameter.placements)
+    return grad
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    r"""The norm :math:`\lVert x \rVert_p` of all elements of all tensors, exact over shards.
+
+    Shards are summed over the ranks that hold different parts; replicated and plain tensors, which agree on all ranks,
+    count once. So models that mix both are right. Half precision is accumulated in fp32.
+
+    Args:
+        tensors: Plain tensors and DTensors of any placement, on any device.
+        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
+
+    Returns:
+        A scalar on the device of the first tensor, the same on all ranks.
+
+    Example::
+
+        >>> total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    if not tensors:
+        return torch.zeros(())
+    groups: dict[tuple[torch.device, tuple[dist.ProcessGroup, ...]], list[Tensor]] = {}
+    for tensor in tensors:
+        shard, over = _shard_and_groups(tensor)
+        groups.setdefault((shard.device, over), []).append(shard)
+    device = next(iter(groups))[0]
+    norms = []
+    for (_, over), shards in groups.items():
+        norm = _norm(shards, norm_type)
+        for group in over:
+            norm = _norm_over_ranks(norm, norm_type, group)
+        norms.append(norm.to(device))
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:
+    """The local part, and the process groups over which the parts add up to the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, ()
+    if any(placement.is_partial() for placement in tensor.placements):
+        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+        tensor = tensor.redistribute(placements=whole)
+    mesh: DeviceMesh = tensor.device_mesh
+    sharded = (dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return tensor.to_local(), tuple(mesh.get_group(dim) for dim in sharded)
+
+
+def _norm(shards: list[Tensor], norm_type: float) -> Tensor:
+    dtype = accumulation_dtype(shards[0])
+    if math.isinf(norm_type):
+        # An empty shard has no largest element, and torch refuses to name one.
+        shards = [shard for shard in shards if shard.numel()] or [shards[0].new_zeros(1)]
+    norms = torch._foreach_norm(shards, norm_type, dtype=dtype)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _norm_over_ranks(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:
+    if math.isinf(norm_type):
+        dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=group)
+        return norm
+    power = norm.pow(norm_type)
+    dist.all_reduce(power, group=group)
+    return power.pow(1.0 / norm_type)
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which sums and averages of ``tensor`` are kept: fp32 for half precision, else its own.
+
+    In bf16 an average with a decay of 0.999 never moves, since its increments are below the last bit.
+    """
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def parameter_names(module: nn.Module) -> dict[int, str]:
+    """The ``id`` of each parameter and buffer to its first name in ``state_dict()``. Call :func:`reshard_` before."""
+    tensors = module.state_dict(keep_vars=True)
+    return {id(tensor): name for name, tensor in reversed(tensors.items())}
+
+
+def reshard_(module: nn.Module) -> None:
+    """Put every FSDP2 module back to its shards.
+
+    After a forward without a backward (validation) the root group is still gathered: the next training step would run
+    on what was gathered, whatever is written into the shards. A module without FSDP2 is left alone.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
+
+
+@torch.no_grad()
+def copy_(target: Tensor, source: Tensor) -> None:
+    """Copy ``source`` into ``target`` in place, whole tensors into shards too.
+
+    Args:
+        target: A plain tensor or a DTensor.
+        source: A tensor of the same global shape, of any dtype and device: a DTensor of the target's placement, or the
+            whole tensor, of which each rank takes its part without communication.
+    """
+    if not isinstance(target, DTensor):
+        target.copy_(source)
+        return
+    ours = target.to_local()
+    if not isinstance(source, DTensor):
+        source = distribute_tensor(source.to(ours.device), target.device_mesh, target.placements, src_data_rank=None)
+    ours.copy_(source.to_local())
+
+
+@torch.no_grad()
+def exchange_(left: Tensor, right: Tensor) -> None:
+    """Swap the values of two local tensors of one dtype, device and shape, with a temporary of a few MB at most."""
+    if left.is_contiguous() and right.is_contiguous():
+        pairs = zip(torch.split(left.view(-1), _CHUNK), torch.split(right.view(-1), _CHUNK), strict=True)
+    else:
+        pairs = zip((left,), (right,), strict=True)
+    for a, b in pairs:
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Copy the whole tensor to the CPU. For a DTensor this is a collective: every rank of its mesh must call it."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()  # the live storage itself where it is replicated
+    return tensor.to("cpu", copy=True)
