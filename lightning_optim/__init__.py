@@ -10,6 +10,7 @@ from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.gradients.mixins import ManualOptimizationMixin
 from lightning_optim.policy import Policy
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
+from lightning_optim.regularization.proximal import Proximal, ProximalL1
 from lightning_optim.regularization.weights import WeightRegularization
 from lightning_optim.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
 from lightning_optim.slots import Slot
@@ -42,6 +43,8 @@ __all__ = [
     "Piecewise",
     "Plateau",
     "Policy",
+    "Proximal",
+    "ProximalL1",
     "Schedule",
     "Slot",
     "Threshold",

@@ -46,8 +46,7 @@ class OptimCallback(Callback):
         >>> class Steps(OptimCallback):
         ...     def on_after_optimizer_step(self, trainer, pl_module, optimizer):
         ...         self.largest = max(p.abs().max().item() for p in pl_module.parameters())
-        >>> trainer = Trainer(max_steps=3, callbacks=[Steps()], logger=False, enable_checkpointing=False,
-        barebones=True)
+        >>> trainer = Trainer(max_steps=3, callbacks=[Steps()], barebones=True)
         >>> trainer.fit(BoringModel())
         >>> trainer.callbacks[0].steps
         [3]

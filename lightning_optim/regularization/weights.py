@@ -1,4 +1,4 @@
-"""Penalties on weights, as a callback."""
+"""Penalties on weights and proximal steps, as a callback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
@@ -17,26 +17,31 @@ from lightning_optim.fit import has_gradients
 from lightning_optim.policy import PerOptimizer
 from lightning_optim.refusals import refuse_parts
 from lightning_optim.regularization.penalties import Penalty
+from lightning_optim.regularization.proximal import Proximal
 from lightning_optim.slots import Slot
+
+_TERMS = (Penalty, Proximal)
 
 
 class WeightRegularization(OptimCallback):
-    r"""Add penalties on the weights to the loss: :math:`g \leftarrow g + \nabla_w \sum_i P_i(w)`, before clipping.
+    r"""Add penalties on the weights to the loss, :math:`g \leftarrow g + \nabla_w \sum_i P_i(w)`, or project them.
 
-    The gradient is added in closed form once per optimizer step, when gradients are whole, averaged over ranks and
-    unscaled: no autograd graph, and no factor for accumulation or a loss scale. The logged training loss stays the
-    task's. Values are logged as ``regularization/l1``, ``regularization/l2``, …, each in the unit of the loss.
+    A :class:`Penalty` adds its gradient in closed form once per optimizer step, before clipping, when gradients are
+    whole, averaged over ranks and unscaled: no autograd graph, and no factor for accumulation or a loss scale. The
+    logged training loss stays the task's. Values are logged as ``regularization/l1``, ``regularization/l2``, …, each in
+    the unit of the loss. A :class:`Proximal` term acts on the weights after each step that happened, before they are
+    averaged.
 
-    A penalty acts on the parameters of the optimizer that steps, where they are trainable. One that has no gradient
-    gets one, unless none has: then somebody cancelled the step.
+    A term acts on the parameters of the optimizer that steps, where they are trainable. One that has no gradient gets
+    one from a penalty, unless none has: then somebody cancelled the step.
 
     Args:
-        terms: One penalty, or a list: their sum. Each chooses its own parameters; by default those with two dimensions
-            or more.
+        terms: One term, or a list: their sum, and projections in turn. Each chooses its own parameters; by default
+            those with two dimensions or more.
         name: Tells two callbacks with the same terms apart in checkpoints.
 
     Raises:
-        ValueError: If ``terms`` is not a penalty or a list of penalties, or if a term's ``on`` matches no parameter (in
+        ValueError: If ``terms`` is not a term or a list of terms, or if a term's ``on`` matches no parameter (in
             ``on_fit_start``).
 
     Example::
@@ -49,17 +54,15 @@ class WeightRegularization(OptimCallback):
     """
 
     slot = Slot.PENALIZE
-    touches = frozenset({"gradients"})
+    touches = frozenset({"gradients", "weights"})
 
-    def __init__(self, terms: Penalty | list[Penalty], name: str | None = None) -> None:
+    def __init__(self, terms: Penalty | Proximal | list[Penalty | Proximal], name: str | None = None) -> None:
         super().__init__(name)
-        self.terms = [terms] if isinstance(terms, Penalty) else terms
-        if (
-            not isinstance(self.terms, Sequence)
-            or not self.terms
-            or not all(isinstance(t, Penalty) for t in self.terms)
-        ):
-            raise ValueError(f"`terms={terms!r}` must be a penalty or a list of penalties, such as L2(1e-4)")
+        self.terms = [terms] if isinstance(terms, Penalty | Proximal) else terms
+        if not isinstance(self.terms, list) or not self.terms or not all(isinstance(t, _TERMS) for t in self.terms):
+            raise ValueError(
+                f"`terms={terms!r}` must be a penalty, a proximal term or a list of them, such as L2(1e-4)"
+            )
         self._labels = _labels(self.terms)
         self.reset()
 
@@ -73,17 +76,15 @@ class WeightRegularization(OptimCallback):
 
     def reset(self) -> None:
         self._copies = PerOptimizer(self.terms)
-        self._targets: list[list[list[nn.Parameter]]] = []
+        self._chosen: list[set[int]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         tensors.reshard_(pl_module)
-        chosen = [list(tensors.select(pl_module, term.on, term.exclude).values()) for term in self.terms]
-        for term, parameters in zip(self.terms, chosen, strict=True):
+        for term in self.terms:
+            parameters = tensors.select(pl_module, term.on, term.exclude).values()
             refuse_parts(term, parameters)
-        for optimizer in trainer.optimizers:
-            ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            self._targets.append([[p for p in parameters if id(p) in ours] for parameters in chosen])
+            self._chosen.append({id(parameter) for parameter in parameters})
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -92,20 +93,32 @@ class WeightRegularization(OptimCallback):
         index = trainer.optimizers.index(optimizer)
         step, total = self.steps[index], self._running.total
         logs = self.logs_now(trainer)
-        for label, term, parameters in zip(self._labels, self._copies[index], self._targets[index], strict=True):
-            weights: list[Tensor] = [p for p in parameters if p.requires_grad]
-            if not weights:
+        for label, term, chosen in zip(self._labels, self._copies[index], self._chosen, strict=True):
+            weights = [p for group in optimizer.param_groups for p in _trainable(group, chosen)]
+            if not weights or not isinstance(term, Penalty):
                 continue
             if logs:
                 value = term.value(weights, step=step, total=total)
                 self.log_value(pl_module, f"regularization/{label}", value, optimizer)
             term.add_grad_(weights, [_gradient_of(p) for p in weights], step=step, total=total)
 
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        index = trainer.optimizers.index(optimizer)
+        step, total = self.steps[index] - 1, self._running.total
+        for term, chosen in zip(self._copies[index], self._chosen, strict=True):
+            if isinstance(term, Proximal):
+                for group in optimizer.param_groups:
+                    term.project_(_trainable(group, chosen), lr=float(group["lr"]), step=step, total=total)
+
     def extra_state(self) -> dict[str, Any]:
         return {"terms": self._copies.state_dict()}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._copies.load_state_dict(extra["terms"])
+
+
+def _trainable(group: dict[str, Any], chosen: set[int]) -> list[Tensor]:
+    return [p for p in group["params"] if id(p) in chosen and p.requires_grad]
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:
@@ -116,7 +129,7 @@ def _gradient_of(parameter: Tensor) -> Tensor:
     return grad
 
 
-def _labels(terms: Sequence[Penalty]) -> list[str]:
+def _labels(terms: Sequence[Penalty | Proximal]) -> list[str]:
     """A name for each term: its class, and a number from the second of a class on."""
     seen: Counter[str] = Counter()
     labels = []
