@@ -177,16 +177,13 @@ class OptimCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put back all that was installed."""
-        self._leave()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put back all that was installed: after an exception Lightning calls nothing else."""
-        self._leave()
-
-    def _leave(self) -> None:
         if self.fit is not None:
             self.fit.close()
-            self.fit = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """See that all that was installed is put back: after an exception Lightning calls no ``teardown``."""
+        if self.fit is not None:
+            self.fit.fail()
 
     @property
     def _running(self) -> Fit:

@@ -47,12 +47,14 @@ class Fit:
         self.members: list[OptimCallback] = []
         self.average: EvaluatedAverage | None = None
         self._undo = contextlib.ExitStack()
-        self._started = self._begun = self._ended = False
+        self._started = self._begun = self._ended = self._failed = False
         self._total: int | float | None = None
 
     @staticmethod
     def of(trainer: Trainer) -> Fit:
         """The running fit of ``trainer``; begun here if there is none."""
+        if trainer in _fits and _fits[trainer]._failed:
+            _fits[trainer].close()  # whoever handled the exception never came to the Trainer's own teardown
         if trainer not in _fits:
             _fits[trainer] = Fit(trainer)
         return _fits[trainer]
@@ -79,7 +81,10 @@ class Fit:
             return
         self._begun = True
         count = len(self.trainer.optimizers)
-        steps = [max((m.steps[i] for m in self.members if i < len(m.steps)), default=0) for i in range(count)]
+        # Of a file that holds no state of ours, Lightning's count of calls is the best there is.
+        known = any(member.steps for member in self.members)
+        floor = 0 if known or not count else self.trainer.global_step // count
+        steps = [max((m.steps[i] for m in self.members if i < len(m.steps)), default=floor) for i in range(count)]
         for member in self.members:
             member.steps = list(steps)
 
@@ -91,10 +96,30 @@ class Fit:
         ranked = sorted((m for m in self.members if m.final_rank is not None), key=lambda m: m.final_rank or 0)
         any(member.write_final_(pl_module) for member in ranked)
 
+    def fail(self) -> None:
+        """At ``on_exception``: close as late as in a fit that ends well.
+
+        Checkpoint callbacks come after ours, and what they write now must still hold the evaluated weights. The
+        Trainer's own teardown is the last thing that happens.
+        """
+        if self._failed:
+            return
+        self._failed = True
+        strategy = self.trainer.strategy
+        teardown = strategy.teardown
+
+        def close_and_teardown() -> None:
+            self.close()
+            teardown()
+
+        self.replace(strategy, "teardown", close_and_teardown)
+
     def close(self) -> None:
         """Undo everything that was installed."""
         _fits.pop(self.trainer, None)
         self._undo.close()
+        for member in self.members:
+            member.fit = None
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set ``owner.name`` for the length of the fit."""
