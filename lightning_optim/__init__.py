@@ -9,8 +9,11 @@ from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping
 from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.gradients.mixins import ManualOptimizationMixin
 from lightning_optim.policy import Policy
+from lightning_optim.regularization.dropout import DropPath
+from lightning_optim.regularization.mixin import RegularizationMixin
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
 from lightning_optim.regularization.proximal import Proximal, ProximalL1
+from lightning_optim.regularization.scheduled_dropout import ScheduledDropout
 from lightning_optim.regularization.weights import WeightRegularization
 from lightning_optim.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
 from lightning_optim.slots import Slot
@@ -30,6 +33,7 @@ __all__ = [
     "Cosine",
     "Criterion",
     "Divergence",
+    "DropPath",
     "EarlyStopping",
     "ElasticNet",
     "Exponential",
@@ -45,7 +49,9 @@ __all__ = [
     "Policy",
     "Proximal",
     "ProximalL1",
+    "RegularizationMixin",
     "Schedule",
+    "ScheduledDropout",
     "Slot",
     "Threshold",
     "WeightAveraging",

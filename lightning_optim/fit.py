@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -133,6 +134,10 @@ class Fit:
 
         setattr(owner, name, value)
         self._undo.callback(put_back)
+
+    def undo(self, action: Callable[[], Any]) -> None:
+        """Call ``action`` when the fit is closed."""
+        self._undo.callback(action)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,8 @@ class L1(Penalty):
         strength: The factor :math:`s \ge 0`; typical are 1e-6 to 1e-4, since it multiplies a sum over all weights.
         on: The parameters that are penalized: a glob over names, a module class, a predicate, or a list of these.
             Default: those with two dimensions or more, since biases and the scales of normalization layers do not
-            overfit. ``"*"`` takes all, as the textbook does.
+            overfit. ``"*"`` takes all, as the textbook does. In YAML the key needs quotes, ``"on": "*"``, since a bare
+            ``on`` is read as true there.
         exclude: What is left out of them, in the same terms.
 
     Raises:
@@ -122,7 +123,8 @@ class L2(Penalty):
         strength: The factor :math:`s \ge 0`; typical are 1e-5 to 1e-3.
         on: The parameters that are penalized: a glob over names, a module class, a predicate, or a list of these.
             Default: those with two dimensions or more, since biases and the scales of normalization layers do not
-            overfit. ``"*"`` takes all, as the textbook does.
+            overfit. ``"*"`` takes all, as the textbook does. In YAML the key needs quotes, ``"on": "*"``, since a bare
+            ``on`` is read as true there.
         exclude: What is left out of them, in the same terms.
 
     Raises:

@@ -54,7 +54,7 @@ class Proximal(Policy, abc.ABC):
 
 
 class ProximalL1(Proximal):
-    r"""The soft threshold: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - \eta s, 0)` at the learning rate :math:`\eta`.
+    r"""The soft threshold: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - \eta s, 0)`, :math:`\eta` the learning rate.
 
     It minimizes the same sum as :class:`L1` under plain SGD, and makes weights exactly zero, which a gradient does not.
     Under Adam the two differ: this threshold is not divided by the second moment. A learning rate that decays to zero

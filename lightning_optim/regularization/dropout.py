@@ -1,0 +1,147 @@
+"""Dropout: where a model has it or could have it, and stochastic depth."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_optim.schedules import check_number
+
+
+class DropPath(nn.Module):
+    r"""Stochastic depth: drop a sample's residual branch, :math:`y = x \cdot m / (1 - p)`, :math:`m \sim B(1 - p)`.
+
+    One draw for each sample of the batch, in training only. It belongs on the residual branch,
+    ``x + DropPath(p)(f(x))``; the rate usually grows from 0 at the first block to p at the last (arXiv:1603.09382).
+
+    Args:
+        drop_prob: The probability p in [0, 1] that a sample's branch is dropped. Named as in timm, whose modules
+            :class:`ScheduledDropout` sets too.
+
+    Shape:
+        ``[B, ...]`` to the same.
+
+    Raises:
+        ValueError: If ``drop_prob`` is not a number in [0, 1].
+
+    Example::
+
+        >>> branch = DropPath(0.5)
+        >>> kept = branch(torch.ones(1000, 1))
+        >>> sorted(set(kept.flatten().tolist()))
+        [0.0, 2.0]
+        >>> branch.eval()(torch.ones(2, 1)).flatten()
+        tensor([1., 1.])
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        check_number("drop_prob", drop_prob, low=0.0, high=1.0)
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop samples."""
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        return x * mask(x.new_empty(x.shape[0], *[1] * (x.ndim - 1)), self.drop_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
+def mask(like: Tensor, rate: float) -> Tensor:
+    """A Bernoulli mask of 0 and :math:`1 / (1 - rate)`, in the shape, dtype and device of ``like``: its mean is 1.
+
+    Example::
+
+        >>> round(mask(torch.empty(100_000), 0.2).mean().item(), 1)
+        1.0
+    """
+    if rate >= 1.0:
+        return torch.zeros_like(like)
+    return torch.empty_like(like).bernoulli_(1.0 - rate).div_(1.0 - rate)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model where values are dropped.
+
+    Attributes:
+        name: The module's name.
+        module: The module.
+        attribute: The attribute that holds the rate; ``None`` if the module has no dropout and its output would get it.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str | None
+
+
+def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) -> dict[str, list[Site]]:
+    """For each pattern, the places that it governs: those that it matches and no pattern before it does.
+
+    Args:
+        model: The model.
+        patterns: Globs over module names, in the order in which they are tried.
+        insert: Whether a layer without dropout counts: every module with weights of its own that a glob matches, and
+            any module that a pattern names in full.
+
+    Raises:
+        ValueError: If a pattern matches nothing; the message names what comes near.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1), nn.Linear(2, 2))
+        >>> sites = find_sites(model, ["1", "*"], insert=True)
+        >>> {pattern: [site.name for site in places] for pattern, places in sites.items()}
+        {'1': ['1'], '*': ['0', '2']}
+    """
+    # Attention calls its projection as a function, so a hook on it would never run.
+    inner = {id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
+    modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in inner)
+    named = {name.replace("_orig_mod.", ""): module for name, module in modules}
+    found: dict[str, list[Site]] = {}
+    taken: set[int] = set()
+    for pattern in patterns:
+        matched = {name: named[name] for name in fnmatch.filter(named, pattern)}
+        sites = [site for name, module in matched.items() if (site := _site(name, module, pattern, insert))]
+        if not sites:
+            raise _nothing(pattern, list(matched), named, insert)
+        found[pattern] = [site for site in sites if id(site.module) not in taken]
+        taken |= {id(site.module) for site in sites}
+    return found
+
+
+def _site(name: str, module: nn.Module, pattern: str, insert: bool) -> Site | None:
+    attribute = rate_attribute(module)
+    if attribute is not None:
+        return Site(name, module, attribute)
+    layer = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+    return Site(name, module, None) if insert and (layer or name == pattern) else None
+
+
+def rate_attribute(module: nn.Module) -> str | None:
+    """The attribute of ``module`` that holds a dropout rate, if it has one.
+
+    torch's dropout layers have ``p``, attention and recurrent layers ``dropout``, stochastic depth here and in timm
+    ``drop_prob``. Functional dropout with a number in the code of ``forward`` cannot be seen.
+    """
+    if isinstance(module, _DropoutNd):
+        return "p"
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return "dropout"
+    return "drop_prob" if isinstance(getattr(module, "drop_prob", None), int | float) else None
+
+
+def _nothing(pattern: str, matched: list[str], named: dict[str, nn.Module], insert: bool) -> ValueError:
+    if matched and not insert:
+        return ValueError(f"`rates[{pattern!r}]` matches {matched[:3]}, which have no dropout: `insert=True` adds it")
+    known = list(named) if insert else [name for name, module in named.items() if rate_attribute(module)]
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+    return ValueError(f"`rates[{pattern!r}]` matches no module with dropout; near: {near}")

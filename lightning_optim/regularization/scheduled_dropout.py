@@ -1,0 +1,112 @@
+"""Dropout rates by layer and by schedule, as a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_optim.callback import OptimCallback
+from lightning_optim.regularization import dropout
+from lightning_optim.schedules import Schedule, check_number, value_at
+
+
+class ScheduledDropout(OptimCallback):
+    r"""Set the dropout rates of a model, by layer and by schedule, for the length of a fit.
+
+    Inverted dropout, :math:`y = x \cdot m / (1 - p)` with :math:`m \sim B(1 - p)` for each element, in training only.
+    The rates of what the model has are set: torch's dropout layers, attention, recurrent layers, :class:`DropPath`.
+    With ``insert=True`` layers that have none get it on their output, by a forward hook: no new keys in a checkpoint,
+    and the model is as before after the fit. Rates that are scheduled are logged as
+    ``regularization/dropout/<pattern>``.
+
+    Early dropout, which is turned off after the first part of training, helps models that underfit; late dropout those
+    that overfit (arXiv:2303.01500): ``{"*": Piecewise({0.0: 0.1, 0.2: 0.0})}`` and
+    ``{"*": Piecewise({0.0: 0.0, 0.2: 0.1})}``.
+
+    Under ``torch.compile`` each new rate compiles anew: give a schedule of a few values, such as :class:`Piecewise`.
+
+    Args:
+        rates: Glob over module names to rate in [0, 1], a number or a schedule. The first pattern that matches a module
+            wins.
+        insert: Add dropout to modules that have none: to every module with weights of its own that a glob matches, and
+            to any module that a pattern names in full.
+        name: Tells two callbacks apart in checkpoints.
+
+    Raises:
+        ValueError: If a rate is not in [0, 1], or if a pattern matches nothing (in ``on_fit_start``).
+
+    Example::
+
+        >>> from lightning_optim import Linear, ScheduledDropout
+        >>> ScheduledDropout({"encoder.*": 0.1, "head.*": Linear(0.5, 0.0)}).rates["head.*"]
+        Linear(start=0.5, end=0.0)
+    """
+
+    def __init__(self, rates: dict[str, float | Schedule], insert: bool = False, name: str | None = None) -> None:
+        super().__init__(name)
+        if not isinstance(rates, dict) or not rates:
+            raise ValueError(f"`rates={rates!r}` must be a dictionary of glob to rate, such as {{'encoder.*': 0.1}}")
+        for pattern, rate in rates.items():
+            check_number(f"rates[{pattern!r}]", rate, low=0.0, high=1.0, schedule=True)
+        self.rates, self.insert = rates, insert
+        self.reset()
+
+    @property
+    def needs_total(self) -> bool:
+        return any(not getattr(rate, "constant", True) for rate in self.rates.values())
+
+    def reset(self) -> None:
+        self._setters: dict[str, list[Callable[[float], None]]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        for pattern, sites in dropout.find_sites(pl_module, self.rates, self.insert).items():
+            self._setters[pattern] = [self._setter(site) for site in sites]
+
+    def _setter(self, site: dropout.Site) -> Callable[[float], None]:
+        """What sets the rate of one place; undone with the fit."""
+        if site.attribute is None:
+            inserted = _Inserted(site.name)
+            self._running.undo(site.module.register_forward_hook(inserted).remove)
+            return inserted.set_rate
+        attribute, module = site.attribute, site.module
+        self._running.replace(module, attribute, getattr(module, attribute))
+        return lambda rate: setattr(module, attribute, rate)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        step = self.steps[0] if self.steps else 0
+        logs = self.logs_now(trainer)
+        for pattern, rate in self.rates.items():
+            now = value_at(rate, step, self._running.total)
+            for set_rate in self._setters[pattern]:
+                set_rate(now)
+            if logs and isinstance(rate, Schedule):
+                pl_module.log(f"regularization/dropout/{pattern}", now, on_step=True, on_epoch=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_setters": {}}
+
+
+class _Inserted:
+    """A forward hook that drops elements of a module's output in training."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rate = 0.0
+
+    def set_rate(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not module.training or self.rate == 0.0:
+            return output
+        if not isinstance(output, Tensor):
+            raise MisconfigurationException(
+                f"ScheduledDropout(insert=True) drops elements of a tensor, and {self.name!r} returns"
+                f" {type(output).__name__}: name a module inside it whose output is a tensor."
+            )
+        return output * dropout.mask(output, self.rate)

@@ -1,0 +1,57 @@
+"""The soft threshold by hand, its properties, and a proximal term within a fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lightning_optim import Linear, ProximalL1, WeightRegularization
+
+
+def test_soft_threshold_by_hand() -> None:
+    weight = torch.tensor([[1.0, -1.0], [0.2, -0.2]])
+    ProximalL1(2.0).project_([weight], lr=0.25)
+    assert weight.tolist() == [[0.5, -0.5], [0.0, 0.0]]
+
+
+def test_is_the_minimizer_of_distance_and_penalty() -> None:
+    # prox(w) = argmin_x (x - w)^2 / 2 + lr * s * |x|, on a fine grid.
+    weights = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    grid = torch.linspace(-3, 3, 60001, dtype=torch.float64)
+    cost = 0.5 * (grid - weights[:, None]) ** 2 + 0.1 * 3.0 * grid.abs()
+    found = weights.clone()
+    ProximalL1(3.0).project_([found], lr=0.1)
+    assert torch.allclose(found, grid[cost.argmin(1)], atol=1e-4)
+
+
+def test_nothing_grows_and_small_weights_become_zero() -> None:
+    before = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    weight = before.clone()
+    ProximalL1(1.0).project_([weight], lr=0.3)
+    assert (weight.abs() <= before.abs()).all()
+    assert torch.equal(weight == 0, before.abs() <= 0.3)
+
+
+def test_strength_follows_its_schedule() -> None:
+    weight = torch.ones(1)
+    ProximalL1(Linear(0.5, 0.0)).project_([weight], lr=1.0, step=10, total=11)
+    assert weight.item() == 1.0
+    ProximalL1(Linear(0.5, 0.0)).project_([weight], lr=1.0, step=0, total=11)
+    assert weight.item() == 0.5
+
+
+def test_a_fit_ends_sparse_where_the_penalty_does_not() -> None:
+    torch.manual_seed(0)
+    model = BoringModel()
+    trainer = Trainer(max_steps=20, barebones=True, callbacks=[WeightRegularization(ProximalL1(1.0))])
+    trainer.fit(model)
+    assert (model.layer.weight == 0).any()
+    assert (model.layer.bias != 0).all()  # one dimension: not chosen by default
+
+
+@pytest.mark.parametrize("strength", [-1.0, "much", True])
+def test_wrong_strength(strength: object) -> None:
+    with pytest.raises(ValueError, match="strength"):
+        ProximalL1(strength)  # type: ignore[arg-type]

@@ -1,0 +1,135 @@
+"""Rates by layer, the mask, inserted dropout, and everything back after the fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_optim import DropPath, Linear, Piecewise, ScheduledDropout
+from lightning_optim.regularization.dropout import find_sites, mask
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.ReLU(), DropPath(0.2))
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.4), nn.Linear(8, 1))
+        self.rates: list[tuple[float, float, float]] = []
+        self.fail_at = -1
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.rates.append((self.encoder[1].p, self.encoder[3].drop_prob, self.head[1].p))
+        if len(self.rates) - 1 == self.fail_at:
+            raise RuntimeError("broken")
+        return self.head(self.encoder(batch)).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.ones(8, 4), batch_size=2)
+
+
+def fit(model: LightningModule, *callbacks: Any, epochs: int = 1) -> None:
+    Trainer(max_epochs=epochs, barebones=True, callbacks=list(callbacks)).fit(model)
+
+
+def test_first_matching_pattern_wins_and_originals_come_back() -> None:
+    model = Net()
+    fit(model, ScheduledDropout({"encoder.3": 0.1, "encoder.*": 0.5, "head.*": 0.6}))
+    assert model.rates == [(0.5, 0.1, 0.6)] * 4
+    assert (model.encoder[1].p, model.encoder[3].drop_prob, model.head[1].p) == (0.3, 0.2, 0.4)
+
+
+def test_rate_follows_its_schedule_by_optimizer_steps() -> None:
+    model = Net()
+    fit(model, ScheduledDropout({"encoder.*": Linear(0.7, 0.0), "head.*": Piecewise({0.0: 0.5, 0.5: 0.0})}), epochs=2)
+    assert [rates[0] for rates in model.rates] == pytest.approx([0.7 * (1 - step / 7) for step in range(8)])
+    assert [rates[2] for rates in model.rates] == [0.5] * 4 + [0.0] * 4
+
+
+def test_originals_come_back_after_an_exception() -> None:
+    model = Net()
+    model.fail_at = 2
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(model, ScheduledDropout({"*": 0.9}, insert=True))
+    assert (model.encoder[1].p, model.encoder[3].drop_prob, model.head[1].p) == (0.3, 0.2, 0.4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_inserted_dropout_acts_in_training_only_and_leaves_no_trace() -> None:
+    class Probed(Net):
+        outputs: list[Tensor]
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.outputs = [self.head[0](torch.ones(4000, 8)), self.eval().head[0](torch.ones(4000, 8))]
+            self.train()
+            return super().training_step(batch, batch_idx)
+
+    model = Probed()
+    keys = list(model.state_dict())
+    fit(model, ScheduledDropout({"head.0": 0.25}, insert=True))
+    dropped, plain = model.outputs
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    kept = dropped != 0
+    assert torch.allclose(dropped[kept], plain[kept] / 0.75)
+    assert list(model.state_dict()) == keys
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_mask_has_mean_one_and_its_scale() -> None:
+    drawn = mask(torch.empty(200_000), 0.3)
+    assert drawn.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert sorted(set(drawn.tolist())) == pytest.approx([0.0, 1 / 0.7])
+    assert not mask(torch.empty(10), 1.0).any()
+
+
+def test_drop_path_drops_whole_samples() -> None:
+    dropped = DropPath(0.5)(torch.ones(1000, 3, 2)).flatten(1)
+    assert set(dropped[:, 0].tolist()) == {0.0, 2.0}
+    assert (dropped == dropped[:, :1]).all()
+    assert dropped[:, 0].mean().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_sites_of_attention_and_recurrent_layers() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, dropout=0.1), "lstm": nn.LSTM(4, 4, 2, dropout=0.1)})
+    found = find_sites(model, ["*"], insert=True)["*"]
+    assert [(site.name, site.attribute) for site in found] == [("attention", "dropout"), ("lstm", "dropout")]
+
+
+def test_a_pattern_without_dropout_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match="insert=True"):
+        fit(Net(), ScheduledDropout({"head.0": 0.1}))
+    with pytest.raises(ValueError, match="encoder"):
+        fit(Net(), ScheduledDropout({"encodr.*": 0.1}))
+
+
+def test_an_output_that_is_no_tensor_is_refused_with_its_name() -> None:
+    class Recurrent(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(4, 4)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.cell(batch)[0].mean()
+
+    with pytest.raises(MisconfigurationException, match="'cell' returns tuple"):
+        fit(Recurrent(), ScheduledDropout({"cell": 0.1}, insert=True))
+
+
+@pytest.mark.parametrize("rates", [{}, 0.1, {"*": 1.5}, {"*": -0.1}, {"*": Linear(0.0, 2.0)}])
+def test_wrong_rates(rates: Any) -> None:
+    with pytest.raises(ValueError, match="rates"):
+        ScheduledDropout(rates)
+
+
+def test_a_schedule_needs_a_finite_run() -> None:
+    trainer = Trainer(max_epochs=-1, barebones=True, callbacks=[ScheduledDropout({"*": Linear(0.5, 0.0)})])
+    with pytest.raises(MisconfigurationException, match="max_steps"):
+        trainer.fit(Net())
