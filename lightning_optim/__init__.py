@@ -1,13 +1,28 @@
 """Lightning callbacks and mixins that make a trained network better: the public names."""
 
-from lightning_optim.averaging.averages import EMA, Average
+from lightning_optim.averaging.averages import EMA, LAWA, SWA, Average
+from lightning_optim.averaging.batchnorm import refresh_batchnorm_
+from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging
+from lightning_optim.averaging.checkpoints import average_checkpoints, average_weights
+from lightning_optim.averaging.drop_in import EMAWeightAveraging, StochasticWeightAveraging
+from lightning_optim.averaging.inspecting import averaged_state_dict
+from lightning_optim.averaging.soup import greedy_soup
 from lightning_optim.averaging.weight_averaging import WeightAveraging
 from lightning_optim.callback import OptimCallback, gradients
+from lightning_optim.ensembling.diversity import Disagreement
+from lightning_optim.ensembling.ensemble import Ensemble
+from lightning_optim.ensembling.members import fit_members
+from lightning_optim.ensembling.selection import cost_benefit
 from lightning_optim.fit import drop_step, evaluated_state, total_steps
 from lightning_optim.gradients.accumulation import GradientAccumulation
-from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping
+from lightning_optim.gradients.adaptive import AGC, AutoClip, ZClip
+from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping, NormClipping
 from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.gradients.mixins import ManualOptimizationMixin
+from lightning_optim.gradients.monitor import GradientMonitor
+from lightning_optim.gradients.shaping import Centralize, Noise
+from lightning_optim.gradients.sharpness import SharpnessAwareMixin
+from lightning_optim.gradients.windows import TargetBatchSize
 from lightning_optim.policy import Policy
 from lightning_optim.regularization.dropout import DropPath
 from lightning_optim.regularization.mixin import RegularizationMixin
@@ -17,31 +32,46 @@ from lightning_optim.regularization.scheduled_dropout import ScheduledDropout
 from lightning_optim.regularization.weights import WeightRegularization
 from lightning_optim.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
 from lightning_optim.slots import Slot
-from lightning_optim.stopping.criteria import AnyOf, Criterion, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.early_stopping import EarlyStopping
+from lightning_optim.stopping.several import AllOf, AnyOf, AtLeast
 
 __all__ = [
+    "AGC",
     "EMA",
     "L1",
     "L2",
+    "LAWA",
+    "SWA",
+    "AllOf",
     "AnyOf",
+    "AtLeast",
+    "AutoClip",
     "Average",
+    "Centralize",
+    "CheckpointAveraging",
     "ClipByNorm",
     "ClipByValue",
     "Clipping",
     "Constant",
     "Cosine",
     "Criterion",
+    "Disagreement",
     "Divergence",
     "DropPath",
+    "EMAWeightAveraging",
     "EarlyStopping",
     "ElasticNet",
+    "Ensemble",
     "Exponential",
     "GradientAccumulation",
     "GradientClipping",
+    "GradientMonitor",
     "Linear",
     "ManualOptimizationMixin",
+    "Noise",
     "NonFinite",
+    "NormClipping",
     "OptimCallback",
     "Penalty",
     "Piecewise",
@@ -52,12 +82,23 @@ __all__ = [
     "RegularizationMixin",
     "Schedule",
     "ScheduledDropout",
+    "SharpnessAwareMixin",
     "Slot",
+    "StochasticWeightAveraging",
+    "TargetBatchSize",
     "Threshold",
     "WeightAveraging",
     "WeightRegularization",
+    "ZClip",
+    "average_checkpoints",
+    "average_weights",
+    "averaged_state_dict",
+    "cost_benefit",
     "drop_step",
     "evaluated_state",
+    "fit_members",
     "gradients",
+    "greedy_soup",
+    "refresh_batchnorm_",
     "total_steps",
 ]

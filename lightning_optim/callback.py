@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_optim import state, tensors
@@ -140,8 +141,12 @@ class OptimCallback(Callback):
             state.load_shards(trainer, pl_module, checkpoint, self.state_key)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy that is pickled belongs to no running fit."""
-        return {**self.__dict__, "fit": None}
+        """A copy that is pickled belongs to no running fit, and takes no model with it.
+
+        Lightning binds the module's ``log`` and ``log_dict`` to every callback, and with them the module.
+        """
+        held = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**held, "fit": None}
 
     def __repr__(self) -> str:
         return self.state_key
@@ -200,7 +205,7 @@ class OptimCallback(Callback):
         """Whether this batch is one at which values are logged: what is only logged is computed only then."""
         return trainer._logger_connector.should_update_logs
 
-    def log_value(self, pl_module: LightningModule, name: str, value: Tensor, optimizer: Optimizer) -> None:
+    def log_value(self, pl_module: LightningModule, name: str, value: Tensor | float, optimizer: Optimizer) -> None:
         """Log a value of this step; with several optimizers one name each, since under one name the last would win."""
         optimizers = pl_module.trainer.optimizers
         suffix = f"/{optimizers.index(optimizer)}" if len(optimizers) > 1 else ""
@@ -214,10 +219,17 @@ def gradients(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     around
     stale: they are never in the result.
     """
-    pairs = [
-        (p, tensors.align_grad_(p)) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    return [p for p, _ in pairs], [g for _, g in pairs if g is not None]
+    weights: list[Tensor] = []
+    grads: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if isinstance(grad, DTensor):
+                grad = tensors.align_grad_(parameter)
+            if grad is not None:
+                weights.append(parameter)
+                grads.append(grad)
+    return weights, grads
 
 
 def _arrange(trainer: Trainer) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim import tensors
 from lightning_optim.refusals import warn_unsharded
 from lightning_optim.slots import Slot
 
 if TYPE_CHECKING:
     from lightning_optim.callback import OptimCallback
+
+Fingerprint: TypeAlias = list[tuple[int, int]]
 
 _fits: WeakKeyDictionary[Trainer, Fit] = WeakKeyDictionary()
 
@@ -50,6 +53,7 @@ class Fit:
         self._undo = contextlib.ExitStack()
         self._started = self._begun = self._ended = self._failed = False
         self._total: int | float | None = None
+        self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
 
     @staticmethod
     def of(trainer: Trainer) -> Fit:
@@ -135,6 +139,20 @@ class Fit:
         setattr(owner, name, value)
         self._undo.callback(put_back)
 
+    @property
+    def failed(self) -> bool:
+        """Whether an exception ended it: this process's own, perhaps, so that no other rank would answer."""
+        return self._failed
+
+    @contextlib.contextmanager
+    def as_it_is(self) -> Iterator[None]:
+        """Within this, validation and files take the module's weights as they are, and not an average's."""
+        average, self.average = self.average, None
+        try:
+            yield
+        finally:
+            self.average = average
+
     def undo(self, action: Callable[[], Any]) -> None:
         """Call ``action`` when the fit is closed."""
         self._undo.callback(action)
@@ -143,6 +161,8 @@ class Fit:
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        if not self._begun:
+            return  # torch steps, at a learning rate of zero, to make the state that it then restores (FSDP2)
         if not has_gradients(optimizer):
             return  # cancelled or dropped: torch calls the hook although nothing moved
         index = self.trainer.optimizers.index(optimizer)
@@ -153,12 +173,31 @@ class Fit:
         for member in members:
             member.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
 
+    def share_norm(self, optimizer: Optimizer, grads: Sequence[Tensor], norm_type: float, norm: Tensor) -> None:
+        """Keep the norm of the gradients of a step, which whoever clips needs too (:meth:`take_norm`)."""
+        self._norms[id(optimizer)] = (norm_type, _fingerprint(grads), norm)
+
+    def take_norm(self, optimizer: Optimizer, grads: Sequence[Tensor], norm_type: float) -> Tensor | None:
+        """The norm that was shared in this step, if nobody changed the gradients since.
+
+        It is forgotten then: the gradients of the next step may lie at the same places.
+        """
+        shared = self._norms.pop(id(optimizer), None)
+        if shared is None or shared[0] != norm_type or shared[1] != _fingerprint(grads):
+            return None
+        return shared[2]
+
     @property
     def total(self) -> int | float:
         """:func:`total_steps`, computed once: it cannot change while the run goes on."""
         if self._total is None:
             self._total = total_steps(self.trainer)
         return self._total
+
+
+def _fingerprint(grads: Sequence[Tensor]) -> Fingerprint:
+    """What changes when a gradient is written to, or replaced."""
+    return [(id(grad), grad._version) for grad in tensors.local(grads)]
 
 
 def has_gradients(optimizer: Optimizer) -> bool:
@@ -179,7 +218,7 @@ def drop_step(trainer: Trainer, optimizer: Optimizer, reason: str) -> None:
         optimizer: Whose step is dropped.
         reason: A sentence for the log.
     """
-    rank_zero_debug(f"Step {trainer.global_step} of {type(optimizer).__name__} is dropped: {reason}")
+    rank_zero_info(f"Step {trainer.global_step} of {type(optimizer).__name__} is dropped: {reason}")
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 
@@ -30,10 +31,12 @@ class Policy:
             out, so that a resumed run finds its state although they were changed.
         needs: The smallest part of a tensor that the formula can be computed on. Sharded tensors hold any elements, but
             not whole rows or matrices.
+        copy_index: For which of several optimizers this copy is, so that random draws of theirs differ.
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("on", "exclude")
     needs: ClassVar[Literal["elements", "rows", "matrices"]] = "elements"
+    copy_index: int = 0
 
     @property
     def identity(self) -> str:
@@ -59,7 +62,7 @@ class Policy:
         arguments = inspect.signature(type(self).__init__).parameters
         shown = {name: getattr(self, name) for name in arguments if hasattr(self, name)}
         defaults = {name: arguments[name].default for name in shown}
-        pairs = [f"{name}={value!r}" for name, value in shown.items() if value is not defaults[name]]
+        pairs = [f"{name}={value!r}" for name, value in shown.items() if not _same(value, defaults[name])]
         return f"{type(self).__name__}({', '.join(pairs)})"
 
 
@@ -79,6 +82,8 @@ class PerOptimizer(Generic[P]):
     def __getitem__(self, index: int) -> list[P]:
         while len(self._copies) <= index:
             self._copies.append(copy.deepcopy(self._template))
+            for policy in self._copies[-1]:
+                policy.copy_index = len(self._copies) - 1
         return self._copies[index]
 
     def state_dict(self) -> list[list[dict[str, Any]]]:
@@ -98,4 +103,11 @@ def _stable(value: Any) -> str:
         return f"[{', '.join(_stable(item) for item in value)}]"
     if isinstance(value, Policy):
         return value.identity
+    if isinstance(value, partial):
+        return f"{_stable(value.func)}{value.args}{value.keywords}"
     return getattr(value, "__qualname__", None) or repr(value)
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Equal and of one type, so that 1 is not taken for 1.0 or True."""
+    return type(value) is type(default) and value == default

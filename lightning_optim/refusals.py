@@ -93,7 +93,8 @@ def _refuse_same_job(callback: OptimCallback, trainer: Trainer) -> None:
 
 def refuse_start(callback: OptimCallback, trainer: Trainer) -> None:
     """Raise for what is known once the optimizers are there."""
-    if callback.touches and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+    acts_at_steps = callback.touches and callback.slot is not Slot.STOP
+    if acts_at_steps and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
             f"{type(callback).__name__} acts once per optimizer step, and LBFGS evaluates many gradients within one:"
             " use a first-order optimizer."

@@ -6,13 +6,16 @@ rank, with shapes that agree and values that are wrong.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_optim import tensors
@@ -76,6 +79,28 @@ def is_distributed(trainer: Trainer) -> bool:
     """Whether checkpoints of this run are folders, into which each rank writes its shards."""
     strategy = trainer.strategy
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
+@torch.no_grad()
+def load_weights_(module: LightningModule, path: str, weights_only: bool = True) -> None:
+    """Copy the ``state_dict`` of a checkpoint, a file or a folder, into the module, by name.
+
+    Args:
+        module: Under FSDP2 every rank gets its shards.
+        path: What Lightning wrote.
+        weights_only: Whether to read nothing but tensors and plain values.
+    """
+    tensors.reshard_(module)
+    live = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    if os.path.isdir(path):
+        dcp.load({"state_dict": live}, checkpoint_id=path)  # into the live storage, shard by shard
+        return
+    with get_filesystem(path).open(path, "rb") as file:
+        saved = torch.load(file, map_location="cpu", weights_only=weights_only)["state_dict"]
+    for name, tensor in live.items():
+        key = name if name in saved else name.replace("_orig_mod.", "")
+        if key in saved:
+            tensors.copy_(tensor, saved[key])
 
 
 def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
@@ -59,7 +59,8 @@ def select(
     if on is None:
         chosen = {name for name in chosen if dimensions(named[name]) >= 2}
     if exclude is not None:
-        chosen -= _matches(module, named, exclude, "exclude")
+        out = {id(named[name]) for name in _matches(module, named, exclude, "exclude")}  # under any name of a tied one
+        chosen = {name for name in chosen if id(named[name]) not in out}
     unique = {id(p): (name, p) for name, p in reversed(named.items()) if name in chosen}
     return {name: p for name, p in named.items() if unique.get(id(p), (None,))[0] == name}
 
@@ -139,18 +140,108 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    groups: dict[tuple[torch.device, tuple[dist.ProcessGroup, ...]], list[Tensor]] = {}
+    plain = not any(isinstance(tensor, DTensor) for tensor in tensors)
+    if plain and len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
+        return _norm(list(tensors), norm_type)  # of hundreds of small tensors, grouping them would cost as much
+    groups: dict[tuple[torch.device, torch.dtype, tuple[dist.ProcessGroup, ...]], list[Tensor]] = {}
     for tensor in tensors:
         shard, over = _shard_and_groups(tensor)
-        groups.setdefault((shard.device, over), []).append(shard)
+        groups.setdefault((shard.device, shard.dtype, over), []).append(shard)
     device = next(iter(groups))[0]
     norms = []
-    for (_, over), shards in groups.items():
+    for (_, _, over), shards in groups.items():
         norm = _norm(shards, norm_type)
         for group in over:
             norm = _norm_over_ranks(norm, norm_type, group)
         norms.append(norm.to(device))
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    if len(norms) == 1:
+        return norms[0]
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]), norm_type)
+
+
+def norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of each tensor by itself, exact over shards as in :func:`total_norm`, with one reduction for all.
+
+    Args:
+        tensors: Plain tensors and DTensors of any placement, on any device.
+        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
+
+    Returns:
+        A vector with one entry for each tensor, on the device of the first, the same on all ranks.
+
+    Example::
+
+        >>> norms([torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])])
+        tensor([5., 2.])
+    """
+    if not tensors:
+        return torch.zeros(0)
+    parts = [_shard_and_groups(tensor) for tensor in tensors]
+    groups: dict[tuple[torch.device, torch.dtype, tuple[dist.ProcessGroup, ...]], list[int]] = {}
+    for position, (shard, over) in enumerate(parts):
+        groups.setdefault((shard.device, shard.dtype, over), []).append(position)
+    results: dict[int, Tensor] = {}
+    for (_, _, over), positions in groups.items():
+        shards = [parts[position][0] for position in positions]
+        if math.isinf(norm_type):
+            shards = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
+        some = torch.stack(torch._foreach_norm(shards, norm_type, dtype=accumulation_dtype(shards[0])))
+        for group in over:
+            some = _norm_over_ranks(some, norm_type, group)
+        results.update(zip(positions, some.to(parts[0][0].device).unbind(), strict=True))
+    widest = max((norm.dtype for norm in results.values()), key=lambda dtype: dtype.itemsize)
+    return torch.stack([results[position].to(widest) for position in range(len(tensors))])
+
+
+def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares: bool = False) -> list[Tensor]:
+    """For each tensor the sum of each of its rows, or of their squares, exact over shards.
+
+    A row is what one output of a layer is computed from: all dimensions but the first. A vector or a scalar is one row.
+    Of stacked ensemble members each has its own rows.
+
+    Args:
+        tensors: Plain tensors and DTensors of any placement.
+        like: Their parameters, if ``tensors`` are gradients: these say which dimension stacks ensemble members.
+        squares: Whether to sum the squares.
+
+    Returns:
+        For each tensor its sums, in fp32 or better, in a shape that broadcasts against its local part.
+
+    Example::
+
+        >>> row_sums([torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
+        [tensor([[3.],
+                [7.]])]
+    """
+    sums: list[Tensor] = []
+    cut: dict[dist.ProcessGroup, list[int]] = {}
+    for position, (tensor, parameter) in enumerate(zip(tensors, like or tensors, strict=True)):
+        dims = row_dims(parameter)
+        shard, dtype = local([tensor])[0], accumulation_dtype(tensor)
+        if not dims:
+            sums.append(shard.to(dtype).square() if squares else shard.to(dtype, copy=True))
+        elif squares:
+            sums.append(torch.linalg.vector_norm(shard, 2.0, dim=dims, keepdim=True, dtype=dtype).square())
+        else:
+            sums.append(shard.sum(dim=dims, keepdim=True, dtype=dtype))
+        if isinstance(tensor, DTensor):
+            for mesh_dim, placement in enumerate(tensor.placements):
+                if isinstance(placement, Shard) and placement.dim in dims:
+                    cut.setdefault(tensor.device_mesh.get_group(mesh_dim), []).append(position)
+    for group, positions in cut.items():
+        flat = torch.cat([sums[position].flatten() for position in positions])
+        dist.all_reduce(flat, group=group)
+        pieces = torch.split(flat, [sums[position].numel() for position in positions])
+        for position, piece in zip(positions, pieces, strict=True):
+            sums[position] = piece.view_as(sums[position])
+    return sums
+
+
+def row_dims(parameter: Tensor) -> list[int]:
+    """The dimensions that make up a row, for :func:`row_sums`; none for a scalar."""
+    members = parameter.ndim - dimensions(parameter)
+    return list(range(members + (dimensions(parameter) >= 2), parameter.ndim))
 
 
 def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:
@@ -221,9 +312,39 @@ def copy_(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
         return
     ours = target.to_local()
-    if not isinstance(source, DTensor):
-        source = distribute_tensor(source.to(ours.device), target.device_mesh, target.placements, src_data_rank=None)
-    ours.copy_(source.to_local())
+    ours.copy_(source.to_local() if isinstance(source, DTensor) else part_of(source.to(ours.device), target))
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process holds if it is placed as ``like``; no communication."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Cut two lists into pieces of some MB, the size of a temporary: small tensors together, large ones in views.
+
+    On a CPU a piece stays in the cache; on a GPU it is large enough to hide the launch of a kernel.
+    """
+    size = 1 << 18 if left and left[0].device.type == "cpu" else 1 << 22
+    some_left: list[Tensor] = []
+    some_right: list[Tensor] = []
+    room = size
+    for one, other in zip(left, right, strict=True):
+        elements = one.numel()
+        if elements > size and one.is_contiguous() and other.is_contiguous():
+            views = (torch.split(tensor.view(-1), size) for tensor in (one, other))
+            yield from (([piece], [other_piece]) for piece, other_piece in zip(*views, strict=True))
+            continue
+        if elements > room and some_left:
+            yield some_left, some_right
+            some_left, some_right, room = [], [], size
+        some_left.append(one)
+        some_right.append(other)
+        room -= elements
+    if some_left:
+        yield some_left, some_right
 
 
 @torch.no_grad()

@@ -2,89 +2,14 @@
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_optim import tensors
-from lightning_optim.policy import Policy
+from lightning_optim.averaging.average import Average as Average
 from lightning_optim.schedules import check_number
-
-
-class Average(Policy, abc.ABC):
-    """An average of the weights over the optimizer steps, one copy of it for each optimizer.
-
-    The averaged tensors are live storage with the shapes, devices and placements of the weights, in fp32 where the
-    weights are in half precision: in bf16 the increments of a slow average are below the last bit. Their values may be
-    exchanged with those of the weights, and back, between two updates.
-
-    A new average is a subclass with :meth:`update_`, which keeps its tensors in ``self._averaged`` and whatever it
-    counts in ``self._counters``. Everything else is here::
-
-        >>> class Last(Average):
-        ...     def update_(self, weights, *, step):
-        ...         self._averaged, self._counters = [copy_of(weight) for weight in weights], {"last": step}
-        >>> average = Last()
-        >>> average.started
-        False
-        >>> average.update_([torch.ones(2)], step=1)
-        >>> average.averaged
-        [tensor([1., 1.])]
-    """
-
-    identity_args: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything: the next update is the first."""
-        self._averaged: list[Tensor] = []
-        self._counters: dict[str, int] = {}
-
-    @abc.abstractmethod
-    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
-        """Take in the weights.
-
-        Args:
-            weights: Plain tensors or DTensors, floating or complex; the same ones in the same order at every call.
-            step: The number of optimizer steps made so far. It never decreases.
-        """
-
-    @property
-    def averaged(self) -> list[Tensor]:
-        """The average of each tensor, as live storage; empty before the first update."""
-        return self._averaged
-
-    @property
-    def started(self) -> bool:
-        """Whether there was an update. What never started holds nothing that could be used."""
-        return bool(self._counters)
-
-    @property
-    def counters(self) -> dict[str, int]:
-        """What is remembered beside the tensors."""
-        return dict(self._counters)
-
-    def load(self, counters: dict[str, int], averaged: Sequence[Tensor]) -> None:
-        """Take over counters and tensors, which become this average's own storage.
-
-        Args:
-            counters: What :attr:`counters` was.
-            averaged: What :attr:`averaged` was, with the devices and placements of the weights.
-        """
-        self._counters, self._averaged = dict(counters), list(averaged)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counters and the averaged tensors, which are live storage, as in :meth:`torch.nn.Module.state_dict`."""
-        return {"counters": self.counters, "averaged": list(self._averaged)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy of what :meth:`state_dict` returned."""
-        self.load(state["counters"], [tensor.clone() for tensor in state["averaged"]])
 
 
 class EMA(Average):
@@ -103,9 +28,12 @@ class EMA(Average):
             default 2/3 suits runs up to a million steps: it reaches a decay of 0.999 after 31.6 thousand steps and
             0.9999 after a million. 3/4 reaches them after 10 and 215 thousand. ``None`` has the full decay from the
             second update on, and the weights of the first update stay in it for long.
+        half_life: In place of ``decay``: the optimizer steps after which a weight counts half,
+            :math:`decay = 2^{-1 / half\_life}`.
 
     Raises:
-        ValueError: If ``decay`` is not a number in [0, 1) or ``warmup`` not ``None`` or a number > 0.
+        ValueError: If ``decay`` is not a number in [0, 1), ``half_life`` not one > 0, or not exactly one of them is
+            given; or if ``warmup`` is not ``None`` or a number > 0.
 
     Example::
 
@@ -116,14 +44,25 @@ class EMA(Average):
         ...     weight += 1.0
         >>> ema.averaged
         [tensor([2.2886])]
+        >>> EMA(half_life=100, warmup=None).decay_at(1) ** 100
+        0.5...
     """
 
-    def __init__(self, decay: float, warmup: float | None = 2 / 3) -> None:
-        check_number("decay", decay, low=0.0, high=1.0, high_open=True)
+    smooths_statistics = True
+
+    def __init__(
+        self, decay: float | None = None, warmup: float | None = 2 / 3, *, half_life: float | None = None
+    ) -> None:
+        if (decay is None) == (half_life is None):
+            raise ValueError(f"give either `decay` or `half_life`, got decay={decay!r} and half_life={half_life!r}")
+        if half_life is not None:
+            check_number("half_life", half_life, low=0.0, low_open=True)
+        else:
+            check_number("decay", decay, low=0.0, high=1.0, high_open=True)
         if warmup is not None:
             check_number("warmup", warmup, low=0.0, low_open=True)
         super().__init__()
-        self.decay, self.warmup = decay, warmup
+        self.decay, self.warmup, self.half_life = decay, warmup, half_life
 
     def decay_at(self, t: int) -> float:
         """The decay per step, t optimizer steps after the first update.
@@ -133,62 +72,119 @@ class EMA(Average):
             >>> round(EMA(0.999).decay_at(1), 4), EMA(0.999).decay_at(100_000)
             (0.37, 0.999)
         """
-        return self.decay if self.warmup is None else min(self.decay, 1.0 - (1.0 + t) ** -self.warmup)
+        decay = self.decay if self.half_life is None else 2.0 ** (-1.0 / self.half_life)
+        assert decay is not None
+        return decay if self.warmup is None else min(decay, 1.0 - (1.0 + t) ** -self.warmup)
 
     @torch.no_grad()
     def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
         if not self.started:
-            self._averaged = [copy_of(weight) for weight in weights]
-            self._counters = {"first": step, "last": step}
-            return
-        since = step - self._counters["last"]
-        if since < 0:
-            raise ValueError(f"`step` must not decrease, got {step} after {self._counters['last']}")
-        share = 1.0 - self.decay_at(step - self._counters["first"]) ** since
-        _lerp_(tensors.local(self._averaged), tensors.local(weights), share)
-        self._counters["last"] = step
+            self._begin(weights, step)
+        elif since := self._since(step):
+            self._move_(weights, step, 1.0 - self.decay_at(step - self._counters["first"]) ** since)
 
 
-def copy_of(weight: Tensor) -> Tensor:
-    """A copy with the shape, device and placement of a weight, in the dtype in which averages are kept."""
-    weight = weight.detach()
-    (shard,) = tensors.local([weight])
-    return tensors.placed_as(shard.to(tensors.accumulation_dtype(weight), copy=True), weight)
+class SWA(Average):
+    r"""Stochastic weight averaging: the mean of all weights taken in, :math:`a \leftarrow a + (w - a) / (n + 1)`.
 
+    Take in the weights rarely and late, at the end of each epoch of the last quarter of the run, with a learning rate
+    that stays high (arXiv:1803.05407). Running statistics of BatchNorm belong to other weights then and are estimated
+    anew: without that, accuracy breaks down.
 
-def _lerp_(averaged: list[Tensor], weights: list[Tensor], share: float) -> None:
-    """Move every average by a share of the way to its weight."""
-    if all(mean.dtype == weight.dtype for mean, weight in zip(averaged, weights, strict=True)):
-        if averaged:
-            torch._foreach_lerp_(averaged, weights, share)
-        return
-    for some_averaged, some_weights in _chunks(averaged, weights):
-        # The weights in the dtype of the average are a temporary, so they are taken piece by piece.
-        cast = [torch.empty_like(mean) for mean in some_averaged]
-        torch._foreach_copy_(cast, some_weights)
-        torch._foreach_lerp_(some_averaged, cast, share)
+    Example::
 
-
-def _chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Cut two lists into pieces of some MB, the size of a temporary: small tensors together, large ones in views.
-
-    On a CPU a piece stays in the cache; on a GPU it is large enough to hide the launch of a kernel.
+        >>> swa = SWA()
+        >>> for step in (1, 2, 3):
+        ...     swa.update_([torch.tensor([float(step)])], step=step)
+        >>> swa.averaged
+        [tensor([2.])]
     """
-    size = 1 << 18 if left and left[0].device.type == "cpu" else 1 << 22
-    some_left: list[Tensor] = []
-    some_right: list[Tensor] = []
-    room = size
-    for one, other in zip(left, right, strict=True):
-        elements = one.numel()
-        if elements > size and one.is_contiguous() and other.is_contiguous():
-            views = (torch.split(tensor.view(-1), size) for tensor in (one, other))
-            yield from (([piece], [other_piece]) for piece, other_piece in zip(*views, strict=True))
-            continue
-        if elements > room and some_left:
-            yield some_left, some_right
-            some_left, some_right, room = [], [], size
-        some_left.append(one)
-        some_right.append(other)
-        room -= elements
-    if some_left:
-        yield some_left, some_right
+
+    @torch.no_grad()
+    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
+        if not self.started:
+            self._begin(weights, step)
+        elif self._since(step):
+            self._move_(weights, step, 1.0 / (self._counters["updates"] + 1))
+
+
+class LAWA(Average):
+    r"""Latest weight averaging: the mean of the last ``size`` weights taken in, :math:`\frac1k \sum_i w_{n-i}`.
+
+    With weights taken in at the end of each epoch it reaches the loss of a later epoch early in the run
+    (arXiv:2209.14981). The last weights are all kept: memory is ``size + 1`` models.
+
+    Args:
+        size: How many, an integer >= 1. Default 6.
+
+    Raises:
+        ValueError: If ``size`` is not such an integer.
+
+    Example::
+
+        >>> lawa = LAWA(2)
+        >>> for step in (1, 2, 3):
+        ...     lawa.update_([torch.tensor([float(step)])], step=step)
+        >>> lawa.averaged
+        [tensor([2.5000])]
+    """
+
+    def __init__(self, size: int = 6) -> None:
+        check_number("size", size, low=1, integer=True)
+        super().__init__()
+        self.size = size
+
+    def reset(self) -> None:
+        super().reset()
+        self._latest: list[list[Tensor]] = []
+        self._due = False  # whether the mean is older than the latest weights: it is computed when it is asked for
+
+    @property
+    def memory(self) -> list[list[Tensor]]:
+        return self._latest
+
+    @property
+    def averaged(self) -> list[Tensor]:
+        if self._due:
+            self._mean_()
+            self._due = False
+        return self._averaged
+
+    @torch.no_grad()
+    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
+        if not self.started:
+            self._counters = {"updates": 0, "first": step, "last": step}
+        elif not self._since(step):
+            return
+        while len(self._latest) > self.size:  # resumed with a smaller one
+            self._latest.pop(0)
+        if len(self._latest) < self.size:
+            self._latest.append([self.copy_of(weight) for weight in weights])
+        else:
+            oldest = self._latest.pop(0)
+            torch._foreach_copy_(tensors.local(oldest), tensors.local(weights))
+            self._latest.append(oldest)
+        self._due = True
+        self._counters = {**self._counters, "updates": self._counters["updates"] + 1, "last": step}
+
+    @torch.no_grad()
+    def _mean_(self) -> None:
+        first, *others = (tensors.local(weights) for weights in self._latest)
+        if not self._averaged:
+            self._averaged = [tensors.placed_as(a.clone(), b) for a, b in zip(first, self._latest[0], strict=True)]
+        mean = tensors.local(self._averaged)
+        torch._foreach_copy_(mean, first)
+        for count, weights in enumerate(others, start=2):
+            torch._foreach_lerp_(mean, weights, 1.0 / count)
+
+    def load(
+        self, counters: dict[str, int], averaged: Sequence[Tensor], memory: Sequence[Sequence[Tensor]] = ()
+    ) -> None:
+        super().load(counters, averaged)
+        self._latest, self._due = [list(weights) for weights in memory], False
+
+    def extend(self, weights: Sequence[Tensor]) -> None:
+        for latest in self._latest:
+            latest += [self.copy_of(weight) for weight in weights]
+        if self._averaged:
+            super().extend(weights)

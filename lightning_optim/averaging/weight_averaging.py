@@ -2,91 +2,98 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_optim import state, tensors
-from lightning_optim.averaging.averages import Average, copy_of
-from lightning_optim.callback import OptimCallback
+from lightning_optim.averaging import interop, refresh
+from lightning_optim.averaging.averages import Average
+from lightning_optim.averaging.comparison import Comparison
+from lightning_optim.averaging.in_use import AverageInUse, Buffers
+from lightning_optim.averaging.shadow import Shadow
+from lightning_optim.averaging.sources import trainable
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
 
 
-@dataclass
-class _Source:
-    """A tensor of the model that is averaged: a parameter, or the present content of a module's buffer.
-
-    Parameters are kept, since FSDP2 puts gathered ones in their place at times. Buffers are looked up, since modules
-    bind them anew.
-    """
-
-    name: str
-    parameter: nn.Parameter | None = None
-    owner: nn.Module | None = None
-    key: str = ""
-
-    @property
-    def tensor(self) -> Tensor:
-        tensor = self.parameter if self.owner is None else self.owner._buffers[self.key]
-        assert tensor is not None
-        return tensor
-
-
-class WeightAveraging(OptimCallback):
+class WeightAveraging(AverageInUse):
     r"""Keep an average of the weights over the steps, and evaluate with it; the raw weights go on training.
 
-    Each parameter is averaged when *its* optimizer really stepped; frozen parameters are not copied. Floating-point
-    buffers in the ``state_dict`` (running statistics) are averaged with the first optimizer's weights; integer and bool
-    ones are the latest. Averages of half-precision weights are kept in fp32.
+    Each parameter is averaged when *its* optimizer really stepped; frozen parameters are not copied. Integer and bool
+    buffers are the latest.
 
     With ``evaluate=True`` there is one truth, as soon as the average has started: the averaged weights are what
     validation sees, so what is monitored, what every checkpoint holds as ``state_dict`` (weights-only files too), what
     is restored as the best, and what ``test``, ``predict`` and ``load_from_checkpoint`` use. The raw weights are in
     this callback's state, and training resumes from them. An average that never started is never used.
 
+    A checkpoint of Lightning's ``WeightAveraging`` resumes here, and one of this callback there. Of several averages in
+    one run each keeps its own weights; read one out with ``with callback.averaged_weights(module)``, or from a file
+    with :func:`~lightning_optim.averaged_state_dict`.
+
     Args:
-        average: What kind, such as ``EMA(0.999)``.
+        average: What kind: ``EMA(0.999)``, ``SWA()``, ``LAWA(6)``.
         start: The optimizer steps that are left out before the first update; a float in [0, 1] is a fraction of the
-            run.
-        every: Optimizer steps between two updates, >= 1. The first is after step ``start + 1``. An EMA's horizon in
-            steps does not depend on it.
+            run. SWA is usually started at 0.75.
+        every: Optimizer steps between two updates, >= 1; the first is after step ``start + 1``. An EMA's horizon in
+            steps does not depend on it. ``"epoch"``: at the last batch of each epoch, before the validation there.
+        device: Where the average is kept; ``"cpu"`` saves memory of the accelerator, and costs a copy at each update.
+            Default: beside the weights, where a swap needs no more than a few MB.
+        dtype: In what the average is kept, whatever the weights are. Default fp32: in bf16 an average with a decay of
+            0.999 never moves. ``None``: fp32 for what is narrower, else the weights' own.
+        buffers: What becomes of floating-point buffers, such as running statistics: ``"average"`` averages them like
+            weights; ``"copy"`` uses the latest; ``"refresh"`` averages them, and estimates the statistics of BatchNorm
+            anew before every use of an average that changed. ``None`` is ``"average"`` for an EMA, whose weights are
+            close to one another, and ``"refresh"`` for SWA and LAWA, which break down without it.
+        refresh_batches: How many batches a refresh takes, at most one pass over the data. ``None``: all.
+        refresh_loader: Where they come from. Default: the training data, over an iterator of its own.
         evaluate: Whether validation and files use the average. Of several averages at most one may.
-        apply_at_end: Whether the module ends with the average when the fit ends normally.
-            ``EarlyStopping(restore_best=True)`` goes before.
+        apply_at_end: Whether the module ends with the average when the fit ends normally. Of several averages the
+            evaluated one goes before, and ``EarlyStopping(restore_best=True)`` before all.
+        compare: Validate the raw weights too, before each validation of the average: :meth:`plot` shows both, and
+            loggers get ``averaging/raw/…``. It costs a second validation, in which the module's hooks run but
+            callbacks do not.
         name: Tells two averages of one kind apart in checkpoints.
+
+    Attributes:
+        comparison: What ``compare`` has collected.
 
     Raises:
         ValueError: If an argument is none of these.
-        MisconfigurationException: For two evaluated averages, beside Lightning's own averaging, or for a fraction in a
-            run without a known end.
+        MisconfigurationException: For two evaluated averages, beside Lightning's own averaging, for a fraction in a run
+            without a known end, or for statistics to refresh in a module without ``forward``.
 
     Example::
 
-        >>> from lightning_optim import EMA, WeightAveraging
-        >>> WeightAveraging(EMA(0.999), start=0.5)
+        >>> from lightning_optim import EMA, SWA, WeightAveraging
+        >>> WeightAveraging(EMA(0.999))
         WeightAveraging{'average': 'EMA()'}
+        >>> WeightAveraging(SWA(), start=0.75, every="epoch").buffers
+        'refresh'
     """
 
     slot = Slot.AVERAGE
     touches = frozenset({"weights"})
-    final_rank = 2
 
     def __init__(
         self,
         average: Average,
         start: int | float = 0,
-        every: int = 1,
+        every: int | Literal["epoch"] = 1,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | str | None = torch.float32,
+        buffers: Buffers | None = None,
+        refresh_batches: int | None = 100,
+        refresh_loader: Iterable[Any] | None = None,
         evaluate: bool = True,
         apply_at_end: bool = True,
+        compare: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -96,9 +103,23 @@ class WeightAveraging(OptimCallback):
             check_number("start", start, low=0.0, high=1.0)
         else:
             check_number("start", start, low=0, integer=True)
-        check_number("every", every, low=1, integer=True)
+        if every != "epoch":
+            check_number("every", every, low=1, integer=True)
+        if buffers not in (None, "average", "refresh", "copy"):
+            raise ValueError(f'`buffers` must be "average", "refresh", "copy" or None, got {buffers!r}')
+        if refresh_batches is not None:
+            check_number("refresh_batches", refresh_batches, low=1, integer=True)
+        if refresh_loader is not None:
+            refresh.own_copy(refresh_loader)
+        if compare and not evaluate:
+            raise ValueError("`compare=True` compares with the average that is evaluated, got `evaluate=False`")
         self.average, self.start, self.every = average, start, every
-        self.evaluates, self.apply_at_end = evaluate, apply_at_end
+        self.device = None if device is None else torch.device(device)
+        self.dtype = _dtype(dtype)
+        self.buffers: Buffers = buffers or ("average" if average.smooths_statistics else "refresh")
+        self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
+        self.evaluates, self.apply_at_end, self.compare = evaluate, apply_at_end, compare
+        self.final_rank = 2 if evaluate else 3  # type: ignore[misc]
         self.reset()
 
     @property
@@ -110,168 +131,147 @@ class WeightAveraging(OptimCallback):
         return isinstance(self.start, float) or self.average.scheduled
 
     def reset(self) -> None:
-        self._averages: list[Average] = []
-        self._sources: list[list[_Source]] = []
+        self.comparison = Comparison()
+        self._shadow: Shadow | None = None
         self._loaded: dict[str, Any] | None = None
-        self._inside = False  # whether the module holds the average now
-        self._raw: dict[str, Tensor] = {}  # raw weights beside, where they cannot change places with the average
-
-    @property
-    def started(self) -> bool:
-        """Whether there is an average that could be used."""
-        return any(average.started for average in self._averages)
+        self._trainable: list[int] = []
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self.device is None or not isinstance(trainer.strategy, ModelParallelStrategy):
+            return
+        if self.device.type != trainer.strategy.root_device.type:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(device={str(self.device)!r}): the average of a sharded model lies with its"
+                " shards. Pass `device=None`."
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        if self.buffers == "refresh" and type(self).forward_batch is AverageInUse.forward_batch:
+            refresh.check_forward(pl_module, type(self).__name__)
         if self.evaluates:
-            fit, loop, strategy = self._running, trainer.fit_loop.epoch_loop.val_loop, trainer.strategy
-            fit.average = self
-            fit.replace(loop, "run", self._evaluating(loop.run, pl_module))
-            fit.replace(
-                strategy, "lightning_module_state_dict", self._saving(strategy.lightning_module_state_dict, trainer)
-            )
+            self._install(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start_step = int(self.start * self._running.total) if isinstance(self.start, float) else self.start
         tensors.reshard_(pl_module)
-        self._sources = _sources(pl_module, trainer.optimizers)
-        self._averages = [copy.deepcopy(self.average) for _ in trainer.optimizers]
+        self.average.keep_in(self.dtype, self.device)
+        self._shadow = Shadow(pl_module, trainer.optimizers, self.average, buffers=self.buffers != "copy")
+        self._trainable = [trainable(optimizer) for optimizer in trainer.optimizers]
         if self._loaded is not None:
-            extra, self._loaded = self._loaded, None
-            self._take_over(extra)
+            loaded, self._loaded = self._loaded, None
+            self._shadow.load(interop.with_counters(loaded, self.steps))
+            self.comparison.load(loaded.get("comparison", []))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        index = trainer.optimizers.index(optimizer)
+        if self._trainable[index] != (count := trainable(optimizer)):
+            self._trainable[index] = count
+            assert self._shadow is not None
+            self._shadow.extend(trainer.optimizers)
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
-        step = self.steps[index]
-        if step > self._start_step and (step - self._start_step - 1) % self.every == 0:
-            self._averages[index].update_([source.tensor for source in self._sources[index]], step=step)
+        if self._due(trainer, self.steps[index]):
+            self._update(index)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        loop = trainer.fit_loop.epoch_loop
+        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if loop.batch_progress.is_last_batch or loop._is_training_done or stops:
+            self._end_epoch(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # An epoch that `on_train_batch_start` cut short had no last batch's end; else this changes nothing.
+            self._end_epoch(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.apply_at_end or self.evaluates:
+            self._settle(trainer, pl_module)
 
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.apply_at_end or not self.started:
             return False
-        self._exchange(pl_module)
+        assert self._shadow is not None
+        if not self._shadow.inside:
+            self._shadow.exchange_()
         return True
 
-    # ---- in and out of the module ------------------------------------------------------------------------------------
+    # ---- when --------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def averaged_weights(self, pl_module: LightningModule) -> Iterator[None]:
-        """Within this, the module holds the averaged weights, if there are any; afterwards the raw ones again."""
-        if self._inside or not self.started:
-            yield
-            return
-        self._exchange(pl_module)
-        try:
-            yield
-        finally:
-            self._exchange(pl_module)
+    def _due(self, trainer: Trainer, step: int) -> bool:
+        """Whether to update after this step of an optimizer."""
+        since = step - self._start_step - 1
+        return self.every != "epoch" and since >= 0 and since % self.every == 0
 
-    @torch.no_grad()
-    def _exchange(self, pl_module: LightningModule) -> None:
-        """Let average and raw weights change places: the raw ones lie in the average's storage meanwhile."""
-        tensors.reshard_(pl_module)
-        for source, averaged in self._pairs():
-            (ours,), (theirs,) = tensors.local([averaged]), tensors.local([source.tensor])
-            if ours.dtype == theirs.dtype and ours.device == theirs.device:
-                tensors.exchange_(ours, theirs)
-            elif self._inside:
-                theirs.copy_(self._raw.pop(source.name))
-            else:
-                self._raw[source.name] = theirs.clone()
-                theirs.copy_(ours)
-        self._inside = not self._inside
+    def _due_epoch(self, trainer: Trainer, step: int) -> bool:
+        """Whether to update at the end of this epoch, with so many steps behind."""
+        return self.every == "epoch" and step > self._start_step
 
-    def _pairs(self) -> Iterator[tuple[_Source, Tensor]]:
-        for sources, average in zip(self._sources, self._averages, strict=True):
-            if average.started:
-                yield from zip(sources, average.averaged, strict=True)
+    def _end_epoch(self, trainer: Trainer) -> None:
+        for index, step in enumerate(self.steps):
+            if self._due_epoch(trainer, step):
+                self._update(index)
 
-    def averaged_state(self) -> dict[str, Tensor]:
-        """The averaged tensors by name; empty before the first update, and while the module itself holds them."""
-        return {} if self._inside else {source.name: averaged for source, averaged in self._pairs()}
-
-    def _evaluating(self, run: Callable[[], Any], pl_module: LightningModule) -> Callable[[], Any]:
-        """The validation loop, with the average in the module from its first hook to its last."""
-
-        def evaluate() -> Any:
-            with self.averaged_weights(pl_module):
-                return run()
-
-        return evaluate
-
-    def _saving(self, state_dict: Callable[[], dict[str, Any]], trainer: Trainer) -> Callable[[], dict[str, Any]]:
-        """The ``state_dict`` of every file, with the average in place of the raw weights."""
-
-        def save() -> dict[str, Any]:
-            saved = state_dict()
-            for source, averaged in self._pairs() if not self._inside else ():
-                value = averaged.to(source.tensor.dtype)
-                if isinstance(value, DTensor):  # of a sharded model: whole tensors on rank 0, or each rank's shard
-                    value = value.cpu() if state.is_distributed(trainer) else value.full_tensor().cpu()
-                name = source.name if source.name in saved else source.name.replace("_orig_mod.", "")
-                if name in saved:
-                    saved[name] = value
-            return saved
-
-        return save
+    def _update(self, index: int) -> None:
+        assert self._shadow is not None
+        self._shadow.update_(index, self.steps[index])
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
-        if self._loaded is not None:
-            return self._loaded
-        raw, averaged = {}, {}
-        for source, average in self._pairs():
-            live = source.tensor
-            if self.evaluates:
-                raw[source.name] = self._raw_of(source, average) if self._inside else live
-            if not self.evaluates or average.dtype != live.dtype:
-                averaged[source.name] = live if self._inside and source.name not in self._raw else average
-        return {"counters": [average.counters for average in self._averages], "raw": raw, "averaged": averaged}
-
-    def _raw_of(self, source: _Source, average: Tensor) -> Tensor:
-        """The raw tensor while the module holds the average: kept beside, else in the average's storage."""
-        kept = self._raw.get(source.name)
-        return average if kept is None else tensors.placed_as(kept, source.tensor)
+        if self._shadow is None:
+            return self._loaded or {}
+        comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
+        return {**self._shadow.state(self.evaluates), **comparison}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._loaded = extra or None
 
-    @torch.no_grad()
-    def _take_over(self, extra: dict[str, Any]) -> None:
-        """The average from the state, else from the module, which has the file's ``state_dict``; then raw weights."""
-        for counters, sources, average in zip(extra["counters"], self._sources, self._averages, strict=False):
-            if not counters:
-                continue
-            averaged = [copy_of(source.tensor) for source in sources]
-            for source, own in zip(sources, averaged, strict=True):
-                if source.name in extra["averaged"]:
-                    tensors.copy_(own, extra["averaged"][source.name])
-                if source.name in extra["raw"]:
-                    tensors.copy_(source.tensor, extra["raw"][source.name])
-            average.load(counters, averaged)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.evaluates and self._shadow is not None:
+            interop.add_for_lightning(checkpoint, self._shadow)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._stage == "fit" and self.evaluates and self.state_key not in checkpoint.get("callbacks", {}):
+            self._loaded = interop.from_lightning(checkpoint, self.average)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the average as loaded state: the model's own tensors do not travel with the callback."""
-        held = {**super().__getstate__(), "_sources": [], "_averages": [], "_raw": {}, "_inside": False}
+        held = {**super().__getstate__(), "_shadow": None, "refresh_loader": None}
         if self.started:
             held["_loaded"] = state.export(self.extra_state(), None)
         return held
 
+    # ---- pictures ----------------------------------------------------------------------------------------------------
 
-def _sources(module: nn.Module, optimizers: list[Optimizer]) -> list[list[_Source]]:
-    """What is averaged with each optimizer: its trainable parameters; with the first, floating-point buffers too."""
-    names = tensors.parameter_names(module)
-    sources = []
-    for optimizer in optimizers:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        sources.append([_Source(names[id(p)], parameter=p) for p in parameters if id(p) in names])
-    for owner in module.modules() if sources else ():
-        for key, buffer in owner._buffers.items():
-            name = names.pop(id(buffer), None)  # a shared buffer once
-            if name is not None and buffer is not None and (buffer.is_floating_point() or buffer.is_complex()):
-                sources[0].append(_Source(name, owner=owner, key=key))
-    return sources
+    def plot(self, metric: str | None = None) -> tuple[Any, Any]:
+        """The metric of the raw weights against that of the averaged ones, over the steps, where ``compare=True``.
+
+        Args:
+            metric: Its name, which may be left out if validation logs one only.
+
+        Returns:
+            The figure and its axes. It needs matplotlib.
+        """
+        return self.comparison.plot(metric)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise ValueError(f"`dtype` must be a floating dtype of 16 bits or more, such as torch.float32, got {dtype!r}")
+    return found

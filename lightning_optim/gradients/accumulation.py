@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,31 +15,22 @@ from torch.optim import Optimizer
 from lightning_optim import tensors
 from lightning_optim.callback import OptimCallback, gradients
 from lightning_optim.gradients.mixins import ManualOptimizationMixin
+from lightning_optim.gradients.windows import TargetBatchSize, WeightBy, Window, mean_over_ranks, weight_of
 from lightning_optim.slots import Slot
 
 
-@dataclass
-class Window:
-    """The micro-batches of one optimizer step, as far as they have come.
-
-    Attributes:
-        size: N, fixed when the window opens.
-        count: The micro-batches whose gradients are in.
-        scale: The loss scale of these gradients.
-    """
-
-    size: int
-    count: int = 0
-    scale: float = 1.0
-
-
 class GradientAccumulation(OptimCallback):
-    r"""Step once in N micro-batches, with the mean of their gradients: :math:`g = \frac{1}{k} \sum_i \nabla L_i`.
+    r"""Step once in N micro-batches, with the mean of their gradients: :math:`g = \sum_i w_i \nabla L_i / \sum_i w_i`.
 
-    :math:`k` is what the window holds: N, and less in the last window of an epoch that does not divide (Lightning
+    The sums go over what the window holds: N, and less in the last window of an epoch that does not divide (Lightning
     divides by N there too, so that this step is too small). A micro-batch whose ``training_step`` returned ``None`` is
-    not in it. N equal micro-batches give the step of one batch of their union, if the model has no batch statistics and
-    no dropout.
+    not in it. With :math:`w_i` the number of things that :math:`L_i` is the mean of, N micro-batches give the step of
+    one batch of their union, if the model has no batch statistics and no dropout. With all :math:`w_i = 1`, the
+    default, they do so if they are of equal size.
+
+    With ``weight_by`` other than ``"batch"`` the sums also go over all ranks, whose weights may differ: two small
+    reductions in a step. A micro-batch with the weight 0 adds nothing; its loss must be finite, so write
+    ``sum / count.clamp(min=1)`` where a batch may hold nothing.
 
     In automatic optimization this replaces ``Trainer(accumulate_grad_batches=N)`` (which it sets for the length of the
     fit): ``outputs["loss"]`` is the loss over N in every micro-batch, as with Lightning's flag. In manual optimization
@@ -53,14 +43,18 @@ class GradientAccumulation(OptimCallback):
 
     Args:
         n: Micro-batches in a step, >= 1; or a dictionary of the epoch from which on, to their number, such as ``{0: 8,
-            10: 4}`` (1 before the first). A change takes effect at an epoch's start, since windows do not span epochs.
-        weight_by: What a micro-batch counts for in the mean: ``"batch"``, each the same.
+            10: 4}`` (1 before the first), where a change takes effect at an epoch's start, since windows do not span
+            epochs; or :class:`TargetBatchSize`, which computes it.
+        weight_by: What a micro-batch counts for in the mean, :math:`w_i`: ``"batch"``, each the same; ``"sample"``, its
+            size; or a function of the batch that counts what its loss is the mean of, such as ``lambda batch:
+            batch["mask"].sum()`` for tokens. A tensor may stay on its device.
         name: Tells two callbacks apart in checkpoints.
 
     Raises:
         ValueError: If an argument is none of these.
         MisconfigurationException: Under manual optimization of a module that is no :class:`ManualOptimizationMixin`;
-            beside ``Trainer(accumulate_grad_batches=…)``.
+            beside ``Trainer(accumulate_grad_batches=…)``; or if :class:`TargetBatchSize` does not see the size of a
+            micro-batch.
 
     Example::
 
@@ -73,13 +67,17 @@ class GradientAccumulation(OptimCallback):
     slot = Slot.ACCUMULATE
     touches = frozenset({"gradients"})
 
-    def __init__(self, n: int | dict[int, int], weight_by: Literal["batch"] = "batch", name: str | None = None) -> None:
+    def __init__(
+        self, n: int | dict[int, int] | TargetBatchSize, weight_by: WeightBy = "batch", name: str | None = None
+    ) -> None:
         super().__init__(name)
-        sizes = n if isinstance(n, dict) else {0: n}
+        sizes = n if isinstance(n, dict) else {0: 1 if isinstance(n, TargetBatchSize) else n}
         if not sizes or not all(_is_whole(epoch, 0) and _is_whole(size, 1) for epoch, size in sizes.items()):
-            raise ValueError(f"`n={n!r}` must be an integer >= 1, or a dictionary of epochs >= 0 to such integers")
-        if weight_by != "batch":
-            raise ValueError(f"`weight_by={weight_by!r}` must be 'batch'")
+            raise ValueError(
+                f"`n={n!r}` must be an integer >= 1, a dictionary of epochs >= 0 to such integers, or a TargetBatchSize"
+            )
+        if not callable(weight_by) and weight_by not in ("batch", "sample"):
+            raise ValueError(f"`weight_by={weight_by!r}` must be 'batch', 'sample' or a function of the batch")
         self.n, self.weight_by = n, weight_by
         self._sizes = dict(sorted(sizes.items()))
         self.reset()
@@ -89,6 +87,8 @@ class GradientAccumulation(OptimCallback):
 
     def reset(self) -> None:
         self._windows: dict[int, Window] = {}
+        self._weight: Tensor | None = None
+        self._unit: Tensor | None = None
         self._loaded: dict[str, Any] | None = None
 
     # ---- the window --------------------------------------------------------------------------------------------------
@@ -108,6 +108,8 @@ class GradientAccumulation(OptimCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if isinstance(self.n, TargetBatchSize):
+            self._resolve_when_loaded(self.n, trainer, pl_module)
         if pl_module.automatic_optimization:
             self._running.replace(trainer, "accumulate_grad_batches", self.batches_per_step(trainer.current_epoch))
         elif not isinstance(pl_module, ManualOptimizationMixin):
@@ -116,6 +118,18 @@ class GradientAccumulation(OptimCallback):
                 f" `ManualOptimizationMixin.optimize(loss, optimizer)`; {type(pl_module).__name__} is none, so every"
                 " batch would step. Write `class YourModule(ManualOptimizationMixin, LightningModule)`."
             )
+
+    def _resolve_when_loaded(self, target: TargetBatchSize, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find N once the training data are there: `estimated_stepping_batches` loads them before it asks for N."""
+        setup_data = trainer.fit_loop.setup_data
+
+        def setup_data_and_size() -> None:
+            setup_data()
+            if trainer.train_dataloader is not None:
+                self._sizes = {0: target.of(trainer)}
+                self._set_size(trainer, pl_module)
+
+        self._running.replace(trainer.fit_loop, "setup_data", setup_data_and_size)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -133,18 +147,35 @@ class GradientAccumulation(OptimCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
             self._windows.clear()  # Lightning zeroes the gradients here, whatever became of the window before
+        if self.weight_by != "batch":
+            self._weight = weight_of(batch, self.weight_by, pl_module.device)
+            if self._unit is None or not self.is_open:
+                self._unit = mean_over_ranks(self._weight, trainer.world_size)
+
+    def weigh(self, window: Window) -> Tensor | None:
+        """Take a micro-batch into a window; the factor for its loss, ``None`` if all count the same."""
+        window.count += 1
+        if self._weight is None or self._unit is None:
+            return None
+        return window.weigh(self._weight, self._unit)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if pl_module.automatic_optimization:
-            self.window(trainer, 0).count += 1
+            share = self.weigh(self.window(trainer, 0))
+            if share is not None:
+                # The loss itself is what the user logs.
+                loss.register_hook(lambda grad: grad * share.to(grad.dtype))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         window = self._windows.pop(trainer.optimizers.index(optimizer), None)
-        if window is not None and 0 < window.count < window.size:
+        if window is None or window.count == 0:
+            return
+        factor = window.correction(trainer.world_size)
+        if isinstance(factor, Tensor) or factor != 1.0:
             _, grads = gradients(optimizer)
             for grad in tensors.local(grads):
-                grad.mul_(window.size / window.count)
+                grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -162,9 +193,10 @@ class GradientAccumulation(OptimCallback):
             for parameter, grad in zip(*gradients(trainer.optimizers[index]), strict=True):
                 (whole if isinstance(grad, DTensor) else ours)[names[id(parameter)]] = grad
         return {
-            "windows": {index: asdict(window) for index, window in open_windows.items()},
+            "windows": {index: _plain(window) for index, window in open_windows.items()},
             "sharded": whole,
             "by_rank": _gather_ranks({name: grad.cpu() for name, grad in ours.items()}, trainer.world_size),
+            "totals": _gather_ranks(_totals(open_windows), trainer.world_size),
         }
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
@@ -174,9 +206,15 @@ class GradientAccumulation(OptimCallback):
         if self._loaded is None:
             return
         extra, self._loaded = self._loaded, None
-        self._windows = {int(index): Window(**window) for index, window in extra["windows"].items()}
-        by_rank = extra["by_rank"]
-        ours = by_rank[trainer.global_rank] if len(by_rank) == trainer.world_size else _mean(by_rank)
+        ours, totals = (
+            by_rank[trainer.global_rank] if len(by_rank) == trainer.world_size else _mean(by_rank)
+            for by_rank in (extra["by_rank"], extra["totals"])
+        )
+        for index, saved in extra["windows"].items():
+            window = self._windows[int(index)] = Window(saved["size"], saved["count"], saved["scale"])
+            if saved["unit"] is not None:
+                self._unit = window.unit = torch.tensor(saved["unit"], device=pl_module.device, dtype=torch.float32)
+                window.total = totals[str(index)].to(pl_module.device)
         tensors.reshard_(pl_module)
         live = pl_module.state_dict(keep_vars=True)
         for name, saved in {**extra["sharded"], **ours}.items():
@@ -186,6 +224,16 @@ class GradientAccumulation(OptimCallback):
 
 def _is_whole(number: Any, low: int) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= low
+
+
+def _plain(window: Window) -> dict[str, Any]:
+    """What of a window is the same on all ranks, as plain values."""
+    unit = None if window.unit is None else float(window.unit)
+    return {"size": window.size, "count": window.count, "scale": window.scale, "unit": unit}
+
+
+def _totals(windows: dict[int, Window]) -> dict[str, Tensor]:
+    return {str(index): window.total.cpu() for index, window in windows.items() if window.total is not None}
 
 
 def _gather_ranks(ours: dict[str, Tensor], world_size: int) -> list[dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from lightning_optim import tensors
 from lightning_optim.policy import Policy
 from lightning_optim.schedules import Schedule, check_number, value_at
+from lightning_optim.tensors import Selector
+
+Scope: TypeAlias = Literal["global", "group", "tensor"]
 
 
 class Clipping(Policy, abc.ABC):
@@ -32,10 +35,20 @@ class Clipping(Policy, abc.ABC):
 
     Attributes:
         norm_type: Which norm :meth:`clip_` takes and returns: the exponent p, or ``inf``. Default 2.
+        on: The parameters on whose gradients it acts, for :func:`~lightning_optim.tensors.select`; ``None`` takes all.
+            In a loop of your own, pass the gradients that you mean.
+        exclude: What is left out of them, in the same terms.
+        scope: What has a norm of its own: all gradients, each of the optimizer's ``param_groups``, or each tensor. For
+            ``"group"`` the caller passes ``groups=``, the number of each gradient's group, to :meth:`clip_`.
+        limits: Whether it makes gradients smaller, so that a step is clipped or not.
     """
 
-    identity_args: ClassVar[tuple[str, ...]] = ()
+    identity_args: ClassVar[tuple[str, ...]] = ("on", "exclude")
     norm_type: float = 2.0
+    on: Selector | Sequence[Selector] | None = None
+    exclude: Selector | Sequence[Selector] | None = None
+    scope: Scope = "global"
+    limits: ClassVar[bool] = True
 
     @abc.abstractmethod
     def clip_(
@@ -63,38 +76,64 @@ class Clipping(Policy, abc.ABC):
             the formula computed. ``None`` if the formula needs no norm and none was given.
         """
 
+    @property
+    def clipped(self) -> Tensor | None:
+        """Whether the last :meth:`clip_` made anything smaller, a scalar on the device; ``None`` if it does not say."""
+        return None
 
-class ClipByNorm(Clipping):
-    r"""Scale all gradients by one factor: :math:`g \cdot \min(1, c / (n + 10^{-6}))`, so that their norm is at most c.
+    def is_idle(self, norm: float, *, step: int = 0, total: float = math.inf) -> bool:
+        """Whether :meth:`clip_` would neither change gradients of this norm nor remember it.
 
-    :math:`n` is the norm of all gradients together, so the direction of the step is kept (arXiv:1211.5063). The result
-    is that of :func:`torch.nn.utils.clip_grad_norm_`, except that the norm of half-precision gradients is computed in
-    fp32, and that it is exact for any mixture of DTensors and plain tensors whose values agree on all ranks. If the
-    norm is NaN or infinite, so are the gradients afterwards, as in torch.
+        Whoever has the norm of all gradients on the host saves a read and a write of them all.
+        """
+        return False
+
+
+class NormClipping(Clipping, abc.ABC):
+    r"""Scale gradients so that a norm is at most a bound :math:`c`: :math:`g \cdot \min(1, c / (n + 10^{-6}))`.
+
+    A subclass says what the bound is::
+
+        >>> class ToMean(NormClipping):
+        ...     '''Make no norm larger than the mean of all tensors' norms.'''
+        ...     def bound(self, norms, *, step=0, total=math.inf):
+        ...         return norms.mean()
+        >>> grads = [torch.tensor([3.0]), torch.tensor([5.0])]
+        >>> ToMean(scope="tensor").clip_(grads)
+        tensor(5.8310)
+        >>> grads
+        [tensor([3.]), tensor([4.0000])]
 
     Args:
-        max_norm: The bound :math:`c > 0`; 1.0 is common. ``inf`` never clips and still returns the norm.
-        norm_type: The exponent p > 0 of the norm; ``inf`` for the largest absolute value. Default 2.
-
-    Raises:
-        ValueError: If ``max_norm`` is not a number > 0 or a schedule of such numbers, or ``norm_type`` not a number >
-            0.
-
-    Example::
-
-        >>> grads = [torch.tensor([3.0]), torch.tensor([[4.0]])]
-        >>> ClipByNorm(1.0).clip_(grads)
-        tensor(5.)
-        >>> grads
-        [tensor([0.6000]), tensor([[0.8000]])]
+        norm_type: The exponent p > 0 of the norm; ``inf`` for the largest absolute value.
+        scope: What has a norm and a bound of its own: ``"global"``, all gradients of an optimizer, which keeps the
+            direction of the step; ``"group"``, each of its ``param_groups``; ``"tensor"``, each tensor.
+        on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
+            these. Default: all.
+        exclude: What is left out of them, in the same terms.
     """
 
-    identity_args = ("norm_type",)
+    identity_args = ("on", "exclude", "norm_type", "scope")
+    _factors: Tensor | None = None
 
-    def __init__(self, max_norm: float | Schedule, norm_type: float = 2.0) -> None:
-        check_number("max_norm", max_norm, low=0.0, low_open=True, high=math.inf, schedule=True)
+    def __init__(
+        self,
+        norm_type: float = 2.0,
+        scope: Scope = "global",
+        on: Selector | Sequence[Selector] | None = None,
+        exclude: Selector | Sequence[Selector] | None = None,
+    ) -> None:
         check_number("norm_type", norm_type, low=0.0, low_open=True, high=math.inf)
-        self.max_norm, self.norm_type = max_norm, norm_type
+        if scope not in get_args(Scope):
+            raise ValueError(f"`scope` must be one of {get_args(Scope)}, got {scope!r}")
+        self.norm_type, self.scope, self.on, self.exclude = norm_type, scope, on, exclude
+
+    @abc.abstractmethod
+    def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> Tensor | float:
+        """The bound on each of ``norms``, a vector with one entry for each unit of the scope; ``inf`` for none.
+
+        Called once in each step: what is remembered of the norms is remembered here.
+        """
 
     @torch.no_grad()
     def clip_(
@@ -105,12 +144,85 @@ class ClipByNorm(Clipping):
         norm: Tensor | None = None,
         step: int = 0,
         total: float = math.inf,
+        groups: Sequence[int] = (),
     ) -> Tensor:
-        norm = tensors.total_norm(grads, self.norm_type) if norm is None else norm
-        factor = torch.clamp(value_at(self.max_norm, step, total) / (norm + 1e-6), max=1.0)
-        for device, some_grads in _by_device(grads).items():
-            torch._foreach_mul_(some_grads, factor.to(device))
+        if not grads:
+            return torch.zeros(()) if norm is None else norm
+        if self.scope == "global":
+            norm = tensors.total_norm(grads, self.norm_type) if norm is None else norm
+            norms = norm.reshape(1)
+        else:
+            each = tensors.norms(grads, self.norm_type)
+            norm = torch.linalg.vector_norm(each, self.norm_type) if norm is None else norm
+            norms = each if self.scope == "tensor" else _by_group(each, groups, self.norm_type)
+        factors = torch.clamp(self.bound(norms, step=step, total=total) / (norms + 1e-6), max=1.0)
+        self._factors = factors
+        if self.scope == "global":
+            for device, some_grads in by_device(grads).items():
+                torch._foreach_mul_(some_grads, factors[0].to(device))
+        else:
+            unbound = factors.unbind()
+            mine = unbound if self.scope == "tensor" else [unbound[group] for group in groups]
+            shards = tensors.local(grads)
+            torch._foreach_mul_(shards, [f.to(s.device) for f, s in zip(mine, shards, strict=True)])
         return norm
+
+    @property
+    def clipped(self) -> Tensor | None:
+        return None if self._factors is None else (self._factors < 1.0).any()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_factors": None}
+
+
+class ClipByNorm(NormClipping):
+    r"""Scale all gradients by one factor: :math:`g \cdot \min(1, c / (n + 10^{-6}))`, so that their norm is at most c.
+
+    :math:`n` is the norm of all gradients together, so the direction of the step is kept (arXiv:1211.5063). The result
+    is that of :func:`torch.nn.utils.clip_grad_norm_`, except that the norm of half-precision gradients is computed in
+    fp32, and that it is exact for any mixture of DTensors and plain tensors whose values agree on all ranks. If the
+    norm is NaN or infinite, so are the gradients afterwards, as in torch.
+
+    Args:
+        max_norm: The bound :math:`c > 0`; 1.0 is common. ``inf`` never clips and still returns the norm.
+        norm_type: The exponent p > 0 of the norm; ``inf`` for the largest absolute value. Default 2.
+        scope: What has a norm of its own: ``"global"``, all gradients of an optimizer; ``"group"``, each of its
+            ``param_groups``; ``"tensor"``, each tensor. The last two change the direction of the step.
+        on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
+            these. Default: all.
+        exclude: What is left out of them, in the same terms.
+
+    Raises:
+        ValueError: If ``max_norm`` is not a number > 0 or a schedule of such numbers, ``norm_type`` not a number > 0,
+            or ``scope`` none of the three.
+
+    Example::
+
+        >>> grads = [torch.tensor([3.0]), torch.tensor([[4.0]])]
+        >>> ClipByNorm(1.0).clip_(grads)
+        tensor(5.)
+        >>> grads
+        [tensor([0.6000]), tensor([[0.8000]])]
+    """
+
+    def __init__(
+        self,
+        max_norm: float | Schedule,
+        norm_type: float = 2.0,
+        scope: Scope = "global",
+        on: Selector | Sequence[Selector] | None = None,
+        exclude: Selector | Sequence[Selector] | None = None,
+    ) -> None:
+        check_number("max_norm", max_norm, low=0.0, low_open=True, high=math.inf, schedule=True)
+        super().__init__(norm_type, scope, on, exclude)
+        self.max_norm = max_norm
+
+    def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> float:
+        return value_at(self.max_norm, step, total)
+
+    def is_idle(self, norm: float, *, step: int = 0, total: float = math.inf) -> bool:
+        # A part has no larger norm than the whole, so it holds for every scope.
+        return norm + 1e-6 <= value_at(self.max_norm, step, total)
 
 
 class ClipByValue(Clipping):
@@ -122,6 +234,9 @@ class ClipByValue(Clipping):
 
     Args:
         value: The bound :math:`v > 0`.
+        on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
+            these. Default: all.
+        exclude: What is left out of them, in the same terms.
 
     Raises:
         ValueError: If ``value`` is not a number > 0 or a schedule of such numbers.
@@ -134,9 +249,14 @@ class ClipByValue(Clipping):
         tensor([ 0.2000, -0.5000])
     """
 
-    def __init__(self, value: float | Schedule) -> None:
+    def __init__(
+        self,
+        value: float | Schedule,
+        on: Selector | Sequence[Selector] | None = None,
+        exclude: Selector | Sequence[Selector] | None = None,
+    ) -> None:
         check_number("value", value, low=0.0, low_open=True, high=math.inf, schedule=True)
-        self.value = value
+        self.value, self.on, self.exclude = value, on, exclude
 
     @torch.no_grad()
     def clip_(
@@ -149,15 +269,30 @@ class ClipByValue(Clipping):
         total: float = math.inf,
     ) -> Tensor | None:
         bound = value_at(self.value, step, total)
-        for some_grads in _by_device(grads).values():
+        for some_grads in by_device(grads).values():
             torch._foreach_clamp_min_(some_grads, -bound)
             torch._foreach_clamp_max_(some_grads, bound)
         return norm
 
 
-def _by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
+def by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     """The local parts of the gradients; a model that is split over devices has several lists."""
+    shards = tensors.local(grads)
+    if len({shard.device for shard in shards}) == 1:
+        return {shards[0].device: shards}
     groups: dict[torch.device, list[Tensor]] = {}
-    for grad in tensors.local(grads):
+    for grad in shards:
         groups.setdefault(grad.device, []).append(grad)
     return groups
+
+
+def _by_group(each: Tensor, groups: Sequence[int], norm_type: float) -> Tensor:
+    """The norm of each group of tensors, of the tensors' norms; zero for a group that has none here."""
+    if len(groups) != len(each):
+        raise ValueError(f"`groups` must name the group of each of {len(each)} gradients, got {groups!r}")
+    listed = each.unbind()
+    by_group: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
+    for group, norm in zip(groups, listed, strict=True):
+        by_group[group].append(norm)
+    zero = each.new_zeros(1)
+    return torch.stack([torch.linalg.vector_norm(torch.stack(own) if own else zero, norm_type) for own in by_group])

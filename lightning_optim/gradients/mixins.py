@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from lightning_optim.slots import Slot
 
 if TYPE_CHECKING:
-    from lightning_optim.gradients.accumulation import GradientAccumulation, Window
+    from lightning_optim.gradients.accumulation import GradientAccumulation
+    from lightning_optim.gradients.windows import Window
 
 
 class ManualOptimizationMixin(LightningModule):
@@ -61,13 +62,15 @@ class ManualOptimizationMixin(LightningModule):
         window = accumulation.window(trainer, trainer.optimizers.index(plain)) if accumulation else None
         if window is None or window.count == 0:
             plain.zero_grad()
-        if window is not None:
+        if accumulation is not None and window is not None:
             _rescale_(window, plain, trainer)
-            window.count += 1
-            loss = loss / window.size
+            share = accumulation.weigh(window)
+            loss = loss / window.size if share is None else loss * (share / window.size)
         closes = window is None or window.count >= window.size or trainer.is_last_batch
-        # A window that stays open needs no reduction over ranks.
-        with _block_parallel_sync_behavior(trainer.strategy, block=not closes), _only(plain, trainer):
+        # A window that stays open needs no reduction over ranks. With several optimizers it is reduced all the same:
+        # DDP would remember that the other windows' parameters were used, and look for gradients that are set aside.
+        block = not closes and len(trainer.optimizers) == 1
+        with _block_parallel_sync_behavior(trainer.strategy, block=block), _only(plain, trainer):
             self.manual_backward(loss)
         if closes:
             wrapped.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ class ElasticNet(Penalty):
 def _add_signs_(weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float) -> None:
     if factor and weights:
         # `_foreach_sign` on the whole list would allocate a second model, which costs more than the work itself.
-        for some_weights, some_grads in _chunks(tensors.local(weights), tensors.local(grads)):
+        for some_weights, some_grads in tensors.chunks(tensors.local(weights), tensors.local(grads)):
             torch._foreach_add_(some_grads, _signs(some_weights), alpha=factor)
 
 
@@ -218,28 +218,3 @@ def _signs(weights: list[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:
     if any(weight.is_complex() for weight in weights):
         return [torch.sgn(weight) for weight in weights]
     return torch._foreach_sign(weights)
-
-
-def _chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Cut two lists into pieces of some MB, the size of a temporary: small tensors together, large ones in views.
-
-    On a CPU a piece stays in the cache; on a GPU it is large enough to hide the launch of a kernel.
-    """
-    size = 1 << 18 if left and left[0].device.type == "cpu" else 1 << 22
-    some_left: list[Tensor] = []
-    some_right: list[Tensor] = []
-    room = size
-    for one, other in zip(left, right, strict=True):
-        elements = one.numel()
-        if elements > size and one.is_contiguous() and other.is_contiguous():
-            views = (torch.split(tensor.view(-1), size) for tensor in (one, other))
-            yield from (([piece], [other_piece]) for piece, other_piece in zip(*views, strict=True))
-            continue
-        if elements > room and some_left:
-            yield some_left, some_right
-            some_left, some_right, room = [], [], size
-        some_left.append(one)
-        some_right.append(other)
-        room -= elements
-    if some_left:
-        yield some_left, some_right

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -75,7 +75,7 @@ class _OneMetric(Criterion):
     def monitors(self) -> tuple[str, ...]:
         return (self.monitor,)
 
-    def _better(self, value: Tensor, than: float) -> bool:
+    def better(self, value: Tensor, than: float) -> bool:
         """Strictly better; compared in the dtype of ``value``, as Lightning does, and false for NaN."""
         return bool(value < than if self.mode == "min" else value > than)
 
@@ -118,13 +118,13 @@ class Plateau(_OneMetric):
     def __init__(self, monitor: str, patience: int = 3, mode: str = "min", min_delta: float = 0.0) -> None:
         check_number("patience", patience, low=0, integer=True)
         check_number("min_delta", min_delta, low=0.0)
-        self.monitor, self.patience, self.mode, self.min_delta = monitor, patience, _checked(mode), min_delta
+        self.monitor, self.patience, self.mode, self.min_delta = monitor, patience, checked(mode), min_delta
         self.reset()
 
     def update(self, metrics: Metrics) -> bool:
         value = read(metrics, self.monitor)
         delta = self.min_delta if self.mode == "min" else -self.min_delta
-        self.improved = self._better(value + delta, self.best)
+        self.improved = self.better(value + delta, self.best)
         self.best, self.wait = (value.item(), 0) if self.improved else (self.best, self.wait + 1)
         stop = not self.improved and self.wait >= self.patience
         told = f"{self.monitor!r} did not improve in the last {self.wait} checks. Best score: {self.best:.3f}."
@@ -133,7 +133,7 @@ class Plateau(_OneMetric):
 
     def reset(self) -> None:
         super().reset()
-        self.best, self.wait = _worst(self.mode), 0
+        self.best, self.wait = worst(self.mode), 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "wait": self.wait}
@@ -167,14 +167,14 @@ class Threshold(_OneMetric):
 
     def __init__(self, monitor: str, value: float, mode: str = "min") -> None:
         check_number("value", value)
-        self.monitor, self.value, self.mode = monitor, value, _checked(mode)
+        self.monitor, self.value, self.mode = monitor, value, checked(mode)
         self.reset()
 
     def update(self, metrics: Metrics) -> bool:
         value = read(metrics, self.monitor)
-        stop = self._better(value, self.value)
+        stop = self.better(value, self.value)
         # The first value beyond the threshold is better than all before; a run that must go on may see worse ones.
-        self.improved = stop and self._better(value, self.best)
+        self.improved = stop and self.better(value, self.best)
         self.best = value.item() if self.improved else self.best
         told = f"{self.monitor!r} = {value.item()} {'<' if self.mode == 'min' else '>'} {self.value}."
         self.reason = f"Stopping threshold reached: {told}" if stop else ""
@@ -182,7 +182,7 @@ class Threshold(_OneMetric):
 
     def reset(self) -> None:
         super().reset()
-        self.best = _worst(self.mode)
+        self.best = worst(self.mode)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -212,11 +212,11 @@ class Divergence(_OneMetric):
 
     def __init__(self, monitor: str, value: float, mode: str = "min") -> None:
         check_number("value", value)
-        self.monitor, self.value, self.mode = monitor, value, _checked(mode)
+        self.monitor, self.value, self.mode = monitor, value, checked(mode)
 
     def update(self, metrics: Metrics) -> bool:
         value = read(metrics, self.monitor)
-        stop = self._better(-value, -self.value)
+        stop = self.better(-value, -self.value)
         told = f"{self.monitor!r} = {value.item()} {'>' if self.mode == 'min' else '<'} {self.value}."
         self.reason = f"Divergence threshold reached: {told}" if stop else ""
         return stop
@@ -245,137 +245,6 @@ class NonFinite(_OneMetric):
         return stop
 
 
-class AnyOf(Criterion):
-    """Stop as soon as one of several criteria says so.
-
-    They are asked in the order of the list, and those behind the first that stops are not: their best value and their
-    patience stay as they were. Lightning's ``EarlyStopping`` is the order non-finite, threshold, divergence, plateau.
-
-    Args:
-        criteria: The criteria, at least one.
-
-    Raises:
-        ValueError: If ``criteria`` is not a list of criteria.
-
-    Example::
-
-        >>> both = AnyOf([NonFinite("loss"), Plateau("loss", patience=1)])
-        >>> [both.update({"loss": loss}) for loss in (2.0, float("inf"), 1.0, 1.5)]
-        [False, True, False, True]
-    """
-
-    identity_args = ("criteria",)
-
-    def __init__(self, criteria: list[Criterion]) -> None:
-        listed = isinstance(criteria, Sequence) and len(criteria) > 0
-        if not listed or not all(isinstance(criterion, Criterion) for criterion in criteria):
-            raise ValueError(f"`criteria` must be a list of at least one criterion, got {criteria!r}")
-        self.criteria = list(criteria)
-
-    @property
-    def monitors(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for criterion in self.criteria for name in criterion.monitors))
-
-    def update(self, metrics: Metrics) -> bool:
-        self.improved, self.reason = False, ""
-        for criterion in self.criteria:
-            stop = criterion.update(metrics)
-            self.improved = self.improved or criterion.improved
-            if stop:
-                self.reason = criterion.reason
-                return True
-        return False
-
-    def reset(self) -> None:
-        super().reset()
-        for criterion in self.criteria:
-            criterion.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"criteria": [criterion.state_dict() for criterion in self.criteria]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for criterion, its_state in zip(self.criteria, state["criteria"], strict=True):
-            criterion.load_state_dict(its_state)
-
-
-class Best(Policy):
-    r"""What "best" means for the weights that are kept: one metric, a weighted sum of several, or several by rank.
-
-    Args:
-        by: A metric's name; a dictionary of name to weight, for :math:`\sum_i a_i v_i`; or a list of names, of which a
-            later one decides only where all before are equal.
-        mode: ``"min"`` if less is better, ``"max"`` if more is; for a list of names also a list of modes. Default
-            ``"min"``.
-
-    Attributes:
-        best: The best values so far, one for each rank; infinitely bad before the first.
-
-    Raises:
-        ValueError: If ``by`` or ``mode`` is none of these.
-
-    Example::
-
-        >>> best = Best({"loss": 1.0, "accuracy": -0.5})
-        >>> best.better({"loss": 1.0, "accuracy": 0.5}), best.better({"loss": 1.0, "accuracy": 0.6})
-        (True, True)
-        >>> best = Best(["accuracy", "loss"], mode=["max", "min"])
-        >>> best.better({"accuracy": 0.5, "loss": 1.0}), best.better({"accuracy": 0.5, "loss": 0.9})
-        (True, True)
-    """
-
-    identity_args: ClassVar[tuple[str, ...]] = ("by", "mode")
-
-    best: list[float]
-
-    def __init__(self, by: str | dict[str, float] | list[str], mode: str | list[str] = "min") -> None:
-        if not by or not isinstance(by, str | dict | list):
-            raise ValueError(
-                f"`by` must be a metric's name, a dictionary of name to weight or a list of names, got {by!r}"
-            )
-        for name, weight in by.items() if isinstance(by, dict) else ():
-            check_number(f"by[{name!r}]", weight)
-        ranks = len(by) if isinstance(by, list) else 1
-        modes = mode if isinstance(mode, list) else [mode] * ranks
-        if len(modes) != ranks:
-            raise ValueError(f"`mode` must be one mode, or one for each name of `by`, got {mode!r} for {by!r}")
-        self.by, self.mode = by, mode
-        self._modes = [_checked(one) for one in modes]
-        self.reset()
-
-    @property
-    def monitors(self) -> tuple[str, ...]:
-        """The names of the metrics that are read."""
-        return (self.by,) if isinstance(self.by, str) else tuple(self.by)
-
-    def better(self, metrics: Metrics) -> bool:
-        """Whether these metrics are strictly better than the best so far, which they then become. NaN is never better.
-
-        Raises:
-            KeyError: If a metric is missing; the message names those that exist.
-        """
-        values = [float(read(metrics, name)) for name in self.monitors]
-        if isinstance(self.by, dict):
-            values = [sum(weight * value for weight, value in zip(self.by.values(), values, strict=True))]
-        better = not any(math.isnan(value) for value in values) and self._cost(values) < self._cost(self.best)
-        self.best = values if better else self.best
-        return better
-
-    def _cost(self, values: list[float]) -> list[float]:
-        """What is less where it is better; lists compare by rank."""
-        return [value if mode == "min" else -value for value, mode in zip(values, self._modes, strict=True)]
-
-    def reset(self) -> None:
-        """Forget everything, as before the first check."""
-        self.best = [_worst(mode) for mode in self._modes]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self.best)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = list(state["best"])
-
-
 def read(metrics: Metrics, name: str) -> Tensor:
     """The metric as a scalar tensor on the CPU, in its own dtype; fp64 for a plain number.
 
@@ -390,11 +259,13 @@ def read(metrics: Metrics, name: str) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _checked(mode: str) -> str:
+def checked(mode: str) -> str:
+    """``mode``, if it is one."""
     if mode not in ("min", "max"):
         raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}")
     return mode
 
 
-def _worst(mode: str) -> float:
+def worst(mode: str) -> float:
+    """What any value is better than."""
     return math.inf if mode == "min" else -math.inf

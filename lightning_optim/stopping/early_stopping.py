@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,10 +12,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_optim.callback import OptimCallback
+from lightning_optim.figures import canvas
 from lightning_optim.refusals import hides_weights
 from lightning_optim.slots import Slot
 from lightning_optim.stopping.best import InDirectory, InMemory, Keeper
-from lightning_optim.stopping.criteria import AnyOf, Best, Criterion, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.ranking import Best
+from lightning_optim.stopping.several import AnyOf
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _REASONS = {
     NonFinite: EarlyStoppingReason.NON_FINITE_METRIC,
@@ -63,6 +70,8 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
 
     Attributes:
         criterion: The criterion in use; for a plain ``monitor`` an :class:`AnyOf`, whose last is the :class:`Plateau`.
+        history: What was monitored, at each check.
+        best_check: The index in ``history`` of the best check; -1 before the first.
         stopped_epoch: The epoch at which the stop was decided; 0 if it was not.
         stopping_reason_message: Why, in a sentence.
 
@@ -110,6 +119,11 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         self.restore_best, self.dirpath, self.best_by = restore_best, dirpath, best_by
         self.criterion = self._criterion()
         self._best_by = None if best_by is None else Best(best_by, mode)
+        if restore_best and best_by is None and len(set(self.criterion.monitors)) > 1:
+            raise ValueError(
+                f"`best_by=None` leaves open which of {self.criterion.monitors} says what is best: name a metric,"
+                " weights {metric: weight} or a list in order of rank, or give `restore_best=False`"
+            )
         self.touches = frozenset({"weights"}) if restore_best and dirpath is None else frozenset()  # type: ignore[misc]
         self.reset()
 
@@ -149,6 +163,8 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
         self._asked_to_stop = False
+        self.history: list[dict[str, float]] = []
+        self.best_check = -1
         self._check_on_train_epoch_end = self.check_on_train_epoch_end
         self._keeper: Keeper = InMemory() if self.dirpath is None else InDirectory(self.dirpath, self.name or "best")
 
@@ -169,8 +185,11 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         improved = trainer.strategy.broadcast(improved)
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         self._decide(trainer, stop)
-        if improved and self.restore_best:
-            self._keeper.keep(trainer)
+        self.history.append({name: float(metrics[name]) for name in self.criterion.monitors})
+        if improved:
+            self.best_check = len(self.history) - 1
+            if self.restore_best:
+                self._keeper.keep(trainer)
 
     def _available(self, metrics: dict[str, Tensor]) -> bool:
         needed = [*self.criterion.monitors, *(self._best_by.monitors if self._best_by else ())]
@@ -235,6 +254,24 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         self._keeper.restore_(pl_module)
         return True
 
+    def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
+        """What was monitored over the checks, and which check was the best.
+
+        Args:
+            axes: Axes to draw on; a new figure by default.
+
+        Returns:
+            The figure and its axes. It needs matplotlib.
+        """
+        figure, axes = canvas(axes)
+        for name in self.criterion.monitors:
+            axes.plot(range(1, len(self.history) + 1), [values[name] for values in self.history], label=name)
+        if self.best_check >= 0:
+            axes.axvline(self.best_check + 1, linestyle="--", color="0.4", label="best")
+        axes.set(xlabel="check", title=self.stopping_reason_message)
+        axes.legend()
+        return figure, axes
+
     # ---- state -------------------------------------------------------------------------------------------------------
 
     @property
@@ -252,6 +289,8 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
             "criterion": self.criterion.state_dict(),
             "best_by": self._best_by.state_dict() if self._best_by else {},
             "asked_to_stop": self._asked_to_stop,
+            "history": [dict(values) for values in self.history],
+            "best_check": self.best_check,
         }
         module = self.fit.trainer.lightning_module if self.fit is not None else None
         # Lightning's keys too: our state key is its own, and its class fails on a state that lacks one.
@@ -265,6 +304,7 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         elif self._plateau is not None:  # a checkpoint of Lightning's class
             self._plateau.best, self._plateau.wait = float(extra["best_score"]), extra["wait_count"]
         self._asked_to_stop = extra.get("asked_to_stop", False)
+        self.history, self.best_check = list(extra.get("history", [])), extra.get("best_check", -1)
         self.stopped_epoch = extra["stopped_epoch"]
         self.stopping_reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
         self.stopping_reason_message = extra.get("stopping_reason_message")

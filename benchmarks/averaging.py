@@ -1,0 +1,273 @@
+"""What an average costs at a step and in a swap, and the mean of ten checkpoints, against peers and against the limit.
+
+    python benchmarks/averaging.py
+
+One EMA update is timed in turn, round by round, in one process: this package's callback in a running fit, Lightning's
+in another, torch-ema, ema-pytorch, and the bare `torch._foreach_lerp_` on prepared lists, which is the limit. What is shown
+are medians and medians of the ratios within a round. Three models: many small tensors, some middling, a few large.
+
+The mean of files is timed against reading their bytes, each in a process of its own, so that its anonymous memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ema_pytorch
+import torch
+import torch_ema
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_optim import EMA, WeightAveraging, average_checkpoints
+
+MODELS = {
+    "a: 328 tensors, 1.0 M": [(64, 48)] * 328,
+    "b: 64 tensors, 12 M": [(432, 432)] * 64,
+    "c: 6 tensors, 21 M": [(1880, 1880)] * 6,
+}
+DECAY = 0.999
+
+
+class Model(LightningModule):
+    """Parameters, and a training step that is given from outside."""
+
+    def __init__(self, weights: nn.ParameterList, act: Callable[[Model], None]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weights, self.act = weights, act
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.act(self)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def train_dataloader(self) -> list[int]:
+        return [0]
+
+
+def within_fit(weights: nn.ParameterList, callback: Callback, act: Callable[[Model], None]) -> None:
+    """Call `act` where a training step would be."""
+    trainer = Trainer(
+        accelerator="cpu", devices=1, callbacks=[callback], max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Model(weights, act))
+
+
+def our_update(model: Model, callback: WeightAveraging) -> Callable[[], None]:
+    """What the post-hook of the optimizer does."""
+    trainer, optimizer = model.trainer, model.trainer.optimizers[0]
+
+    @torch.no_grad()
+    def update() -> None:
+        callback.steps[0] += 1
+        callback.on_after_optimizer_step(trainer, model, optimizer)
+
+    return update
+
+
+def their_update(model: Model, callback: TheirEMA) -> Callable[[], None]:
+    """Lightning's update of its copy of the module."""
+    average = callback._average_model
+    assert average is not None
+    return lambda: average.update_parameters(model)
+
+
+def bare(parameters: list[Tensor]) -> Callable[[], None]:
+    averaged = [p.detach().clone() for p in parameters]
+    current = [p.detach() for p in parameters]
+
+    @torch.no_grad()
+    def update() -> None:
+        torch._foreach_lerp_(averaged, current, 1.0 - DECAY)
+
+    return update
+
+
+class Plain(nn.Module):
+    """What ema-pytorch takes a copy of."""
+
+    def __init__(self, weights: nn.ParameterList) -> None:
+        super().__init__()
+        self.weights = weights
+
+
+def updates(name: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of one update by each, in turn; and megabytes that a swap allocates."""
+    generator = torch.Generator().manual_seed(0)
+    weights = nn.ParameterList(nn.Parameter(torch.randn(shape, generator=generator)) for shape in MODELS[name])
+    parameters = list(weights)
+    theirs = ema_pytorch.EMA(Plain(weights), beta=DECAY, update_after_step=0, update_every=1)
+    old = torch_ema.ExponentialMovingAverage(parameters, decay=DECAY)
+    found: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    ours, lightnings = WeightAveraging(EMA(DECAY)), TheirEMA(decay=DECAY)
+
+    def inner(model: Model, outer: Model) -> None:
+        run = {
+            "limit": bare(parameters),
+            "lightning_optim": our_update(outer, ours),
+            "Lightning": their_update(model, lightnings),
+            "torch-ema": old.update,
+            "ema-pytorch": theirs.update,
+        }
+        for update in run.values():
+            for _ in range(3):
+                update()
+        for _ in range(rounds):
+            for who, update in run.items():
+                start = time.perf_counter()
+                update()
+                found.setdefault(who, []).append(time.perf_counter() - start)
+        with Largest() as made, ours.averaged_weights(outer):
+            pass
+        memory["swap, MB"] = made.total / 1e6
+        with Largest() as made:
+            run["lightning_optim"]()
+        memory["update, MB"] = made.total / 1e6
+
+    within_fit(weights, ours, lambda outer: within_fit(weights, lightnings, lambda model: inner(model, outer)))
+    return found, memory
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that one operation made."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known]
+        self.total = max(self.total, sum(t.numel() * t.element_size() for t in new))
+        return result
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_files(folder: str, count: int) -> dict[str, list[str]]:
+    """Files of 102 MB in 320 tensors, as Lightning and as safetensors writes them."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, list[str]] = {"ckpt": [], "safetensors": []}
+    for index in range(count):
+        state = {f"layer{i}.weight": torch.randn(320, 250, generator=generator) for i in range(320)}
+        files["ckpt"].append(f"{folder}/{index}.ckpt")
+        torch.save({"state_dict": state, "pytorch-lightning_version": "2.6"}, files["ckpt"][-1])
+        files["safetensors"].append(f"{folder}/{index}.safetensors")
+        save_file(state, files["safetensors"][-1])
+    return files
+
+
+def read_bytes(paths: list[str]) -> None:
+    buffer = bytearray(4 << 20)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def anonymous() -> float:
+    """The anonymous memory of this process in GB: mapped files are not in it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1e6
+    raise RuntimeError("no RssAnon in /proc/self/status")
+
+
+def measure(kind: str, paths: list[str], rounds: int, pipe: Any) -> None:
+    """In a process of its own: the ratio to reading the bytes, in turn, and the largest growth of anonymous memory."""
+    import threading
+
+    torch.set_num_threads(1)
+    before, peak, over = anonymous(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            peak[0] = max(peak[0], anonymous() - before)
+
+    threading.Thread(target=watch, daemon=True).start()
+    average_checkpoints(paths)  # once, so that files are cached and code is loaded
+    reads, means = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        read_bytes(paths)
+        middle = time.perf_counter()
+        average_checkpoints(paths)
+        reads.append(middle - start)
+        means.append(time.perf_counter() - middle)
+    over.set()
+    pipe.send((reads, means, peak[0]))
+
+
+def files_table(rounds: int, count: int) -> dict[str, dict[str, float]]:
+    context = multiprocessing.get_context("spawn")
+    table = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, paths in write_files(folder, count).items():
+            for some in (paths[:2], paths):
+                here, there = context.Pipe()
+                process = context.Process(target=measure, args=(kind, some, rounds, there))
+                process.start()
+                there.close()
+                reads, means, peak = here.recv()
+                process.join()
+                ratio = statistics.median(mean / read for read, mean in zip(reads, means, strict=True))
+                table[f"{len(some)} {kind}"] = {
+                    "reading, s": statistics.median(reads),
+                    "mean, s": statistics.median(means),
+                    "ratio": ratio,
+                    "anonymous, GB": peak,
+                }
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--files", type=int, default=10)
+    parser.add_argument("--json", help="also write the figures to this file")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {"updates": {}, "memory": {}}
+    print("One EMA update: median in ms, and median of the ratio to the limit within a round\n")
+    for name in MODELS:
+        found, memory = updates(name, given.rounds)
+        figures["memory"][name] = memory
+        row = {}
+        for who, seconds in found.items():
+            ratio = statistics.median(own / limit for own, limit in zip(seconds, found["limit"], strict=True))
+            row[who] = {"ms": 1e3 * statistics.median(seconds), "ratio": ratio}
+        figures["updates"][name] = row
+        print(f"{name}: " + ", ".join(f"{who} {v['ms']:.2f} ({v['ratio']:.2f})" for who, v in row.items()))
+        print("    largest allocation: " + ", ".join(f"{what} {mb:.2f}" for what, mb in memory.items()))
+    print(f"\nThe mean of files of 102 MB against reading their bytes, {os.cpu_count()} cores, one thread\n")
+    figures["files"] = files_table(max(3, given.rounds // 10), given.files)
+    for what, values in figures["files"].items():
+        print(f"{what}: " + ", ".join(f"{column} {value:.2f}" for column, value in values.items()))
+    if given.json:
+        Path(given.json).write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

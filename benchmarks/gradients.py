@@ -1,0 +1,183 @@
+"""What clipping, measuring and a penalty cost in a step, against torch's clipping alone and Lightning's `grad_norm`.
+
+    python benchmarks/gradients.py
+
+The hooks of real callbacks in running fits are timed, in turn, on the same gradients; what is shown are medians and
+the ratios of medians. Three models: many small tensors, some middling, a few large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import grad_norm
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_optim import L2, GradientClipping, GradientMonitor, WeightRegularization
+
+MODELS = {
+    "a: 328 tensors, 1.0 M": [(64, 48)] * 328,
+    "b: 64 tensors, 12 M": [(432, 432)] * 64,
+    "c: 6 tensors, 21 M": [(1880, 1880)] * 6,
+}
+NEVER = 10**9
+WARMUP = 5
+
+
+class Model(LightningModule):
+    """Parameters that several fits share, and a training step that is given from outside."""
+
+    def __init__(self, parameters: list[nn.Parameter], act: Callable[[Model], None]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weights = nn.ParameterList(parameters)
+        self.act = act
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.act(self)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def train_dataloader(self) -> list[int]:
+        return [0]
+
+
+class Hooks:
+    """A running fit, of which the hooks of one optimizer step are called."""
+
+    def __init__(self, module: Model) -> None:
+        self.trainer, self.module = module.trainer, module
+        self.optimizer = module.trainer.optimizers[0]
+        self.callbacks: Any = self.trainer.callbacks
+
+    def __call__(self) -> None:
+        call._call_callback_hooks(self.trainer, "on_before_optimizer_step", self.optimizer)
+        with torch.no_grad():
+            for callback in self.callbacks:
+                callback.on_after_optimizer_step(self.trainer, self.module, self.optimizer)
+        call._call_callback_hooks(self.trainer, "on_train_batch_end", None, 0, 0)
+
+
+def within_fits(
+    fits: list[tuple[list[Callback], int]],
+    parameters: list[nn.Parameter],
+    run: Callable[[list[Hooks]], None],
+    hooks: tuple[Hooks, ...] = (),
+) -> None:
+    """Start one fit within the training step of another, and call ``run`` with the hooks of all."""
+    if not fits:
+        run(list(hooks))
+        return
+    (callbacks, log_every), *others = fits
+    module = Model(parameters, lambda module: within_fits(others, parameters, run, (*hooks, Hooks(module))))
+    Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        max_epochs=1,
+        callbacks=callbacks,
+        log_every_n_steps=log_every,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module)
+
+
+def three(max_norm: float) -> list[Callback]:
+    return [WeightRegularization(L2(1e-4)), GradientMonitor(), GradientClipping(max_norm)]
+
+
+def contest(
+    shapes: list[tuple[int, ...]], max_norm: float, rounds: int, clock: Callable[[], float]
+) -> dict[str, tuple[float, int]]:
+    """Median milliseconds and number of torch operations of each contestant."""
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    fresh = [torch.randn(shape) for shape in shapes]
+    found: dict[str, tuple[float, int]] = {}
+
+    def race(hooks: list[Hooks]) -> None:
+        for parameter, grad in zip(parameters, fresh, strict=True):
+            parameter.grad = grad.clone()
+        grads = [parameter.grad for parameter in parameters]
+        clip, clip_and_log, together, together_and_log = hooks
+        contestants: dict[str, Callable[[], Any]] = {
+            "torch clip": lambda: clip_grad_norm_(parameters, max_norm),
+            "clip": clip,
+            "clip + log": clip_and_log,
+            "clip + monitor + penalty": together,
+            "clip + monitor + penalty + log": together_and_log,
+            "grad_norm + torch clip": lambda: (grad_norm(clip.module, 2), clip_grad_norm_(parameters, max_norm)),
+        }
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for round_ in range(rounds + WARMUP):
+            for name, contestant in contestants.items():
+                torch._foreach_copy_(grads, fresh)
+                start = clock()
+                contestant()
+                if round_ >= WARMUP:
+                    times[name].append(clock() - start)
+        for name, contestant in contestants.items():
+            found[name] = 1e3 * statistics.median(times[name]), operations(contestant)
+
+    def one() -> list[Callback]:
+        return [GradientClipping(max_norm)]
+
+    within_fits([(one(), NEVER), (one(), 1), (three(max_norm), NEVER), (three(max_norm), 1)], parameters, race)
+    return found
+
+
+class Counting(TorchDispatchMode):
+    """Counts torch operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(contestant: Callable[[], Any]) -> int:
+    with Counting() as counting:
+        contestant()
+    return counting.count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100, help="how often each contestant runs (default: 100)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--cpu-time", action="store_true", help="count time on the CPU only, on a machine that is busy")
+    arguments = parser.parse_args()
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s), medians of {arguments.rounds} rounds in turn\n")
+    print("| model | gradients | contestant | ms | operations | to torch clip | to grad_norm + torch clip |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
+    for model, shapes in MODELS.items():
+        for gradients, max_norm in (("clipped", 1.0), ("within the bound", 1e9)):
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = contest(shapes, max_norm, arguments.rounds, clock)
+            alone, rival = found["torch clip"][0], found["grad_norm + torch clip"][0]
+            for name, (median, count) in found.items():
+                ratios = f"{median / alone:.2f} | {median / rival:.2f}"
+                print(f"| {model} | {gradients} | {name} | {median:.2f} | {count} | {ratios} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Statistics of BatchNorm, estimated anew by a forward pass: pooled exactly, over batches of any size and ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_optim import tensors
+
+
+class _Moments:
+    r"""Count, mean and squared deviations of all values of each channel, merged batch by batch with Chan's rule.
+
+    With :math:`d = m_2 - m_1`: :math:`m = m_1 + d\, n_2 / n` and :math:`M = M_1 + M_2 + d^2 n_1 n_2 / n`. A mean of the
+    batches' variances would leave out how far the batches' means lie apart, and count a short batch like a long one.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None
+
+    def add(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        if count == 0:
+            return
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total = self.count + count
+        apart = mean - self.mean
+        self.mean = self.mean + apart * (count / total)
+        self.squares = self.squares + squares + apart.square() * (self.count * count / total)
+        self.count = total
+
+    def take_in(self, values: Tensor) -> int:
+        """Add the values of a batch, of shape (N, C, …); return how many each channel got."""
+        count = values.numel() // max(1, values.shape[1])
+        dims = [dim for dim in range(values.ndim) if dim != 1]
+        variance, mean = torch.var_mean(values.detach().to(tensors.accumulation_dtype(values)), dims, correction=0)
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        self.add(count, mean.to(wide), variance.to(wide) * count)
+        return count
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a variance: it takes two values."""
+        return self.count > 1
+
+    @torch.no_grad()
+    def write_(self, layer: _BatchNorm) -> None:
+        """Set the layer's running mean and, unbiased as torch keeps it, its running variance."""
+        assert self.mean is not None and self.squares is not None
+        assert layer.running_mean is not None and layer.running_var is not None
+        tensors.copy_(layer.running_mean, self.mean)
+        tensors.copy_(layer.running_var, self.squares / (self.count - 1))
+
+
+def statistics_layers(module: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers of a model (1d, 2d, 3d, synchronized) that keep running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@torch.no_grad()
+def refresh_batchnorm_(
+    module: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any] | None = None,
+    *,
+    layers: Sequence[_BatchNorm] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> int:
+    r"""Set the running statistics of BatchNorm to those of the present weights on these batches.
+
+    After weights were averaged, the statistics in the model are those of other weights. This runs the model forward,
+    with BatchNorm normalizing by each batch and everything else in eval mode, and pools mean and variance of all values
+    exactly, whatever the batches' sizes (arXiv:2105.07576, where a thousand to ten thousand samples suffice). No
+    layer's mode, momentum or number of batches changes. Use shuffled batches: a layer behind another sees what that one
+    normalized by its batch.
+
+    Args:
+        module: The model. Compiled parts run uncompiled.
+        batches: What the loader gives, as many as shall be seen.
+        forward: Runs the model on a batch. Default: ``module(batch)``, with the first item of a tuple or list.
+        layers: The layers to refresh. Default: all that keep running statistics.
+        group: Pool over the ranks of this process group, each of which calls this.
+
+    Returns:
+        The number of batches on this rank. A layer that saw less than two values is left as it was.
+
+    Example::
+
+        >>> layer = nn.BatchNorm1d(1)
+        >>> refresh_batchnorm_(layer, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0]])])
+        2
+        >>> layer.running_mean, layer.running_var
+        (tensor([2.]), tensor([4.]))
+    """
+    run = forward or (lambda batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
+    found = statistics_layers(module) if layers is None else list(layers)
+    moments = [_Moments() for _ in found]
+    count = 0
+    with _collecting(module, found, moments), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            run(batch)
+            count += 1
+    if group is not None:
+        moments = _over_ranks(found, moments, group)
+    for layer, seen in zip(found, moments, strict=True):
+        if seen.known:
+            seen.write_(layer)
+    return count
+
+
+@contextlib.contextmanager
+def _collecting(module: nn.Module, layers: list[_BatchNorm], moments: list[_Moments]) -> Iterator[None]:
+    """Let each layer normalize by its batch and tell its moments; put back every mode and buffer afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    buffers = [(layer, layer.running_mean, layer.running_var, layer.track_running_stats) for layer in layers]
+    module.eval()
+    with contextlib.ExitStack() as hooks:
+        try:
+            for layer, seen in zip(layers, moments, strict=True):
+                hooks.callback(layer.register_forward_pre_hook(_Listener(seen)).remove)
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+            for layer, mean, variance, tracks in buffers:
+                layer.running_mean, layer.running_var, layer.track_running_stats = mean, variance, tracks
+
+
+class _Listener:
+    """Before a layer's forward: take in the values, and choose by what the layer normalizes."""
+
+    def __init__(self, moments: _Moments) -> None:
+        self.moments = moments
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        single = self.moments.take_in(inputs[0]) == 1
+        # In training mode without tracking torch normalizes by the batch and touches no buffer. One value per channel
+        # has no variance, and torch refuses it: it is normalized by what is known so far, in buffers of its own.
+        layer.training, layer.track_running_stats = not single, single
+        if single and self.moments.known:
+            assert layer.running_mean is not None and layer.running_var is not None
+            layer.running_mean = torch.empty_like(layer.running_mean)
+            layer.running_var = torch.empty_like(layer.running_var)
+            self.moments.write_(layer)
+
+
+def _over_ranks(layers: list[_BatchNorm], moments: list[_Moments], group: dist.ProcessGroup) -> list[_Moments]:
+    """Merge the moments of all ranks, in the order of ranks, so that every rank has the same result."""
+    if not layers:
+        return moments
+    sizes = [layer.num_features for layer in layers]
+    wide = torch.float32 if layers[0].running_mean.device.type == "mps" else torch.float64  # type: ignore[union-attr]
+    parts = []
+    for layer, seen, size in zip(layers, moments, sizes, strict=True):
+        nothing = torch.zeros(size, dtype=wide, device=layer.running_mean.device)  # type: ignore[union-attr]
+        count = torch.full((1,), float(seen.count), dtype=wide, device=nothing.device)
+        parts += [count, nothing if seen.mean is None else seen.mean, nothing if seen.squares is None else seen.squares]
+    mine = torch.cat(parts)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    merged = [_Moments() for _ in layers]
+    for theirs in everyone:
+        pieces = iter(torch.split(theirs, [length for size in sizes for length in (1, size, size)]))
+        for seen in merged:
+            seen.add(int(next(pieces)), next(pieces), next(pieces))
+    return merged

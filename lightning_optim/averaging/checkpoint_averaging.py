@@ -1,0 +1,260 @@
+"""After the fit: the mean of the best checkpoints, if it is better than the best of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_optim import state, tensors
+from lightning_optim.averaging import reading, refresh
+from lightning_optim.averaging.checkpoints import RunningMean, StateDict
+from lightning_optim.averaging.soup import stir
+from lightning_optim.averaging.validating import validate
+from lightning_optim.callback import OptimCallback
+from lightning_optim.schedules import check_number
+from lightning_optim.slots import Slot
+
+
+class CheckpointAveraging(OptimCallback):
+    r"""When training ends, average the best checkpoints, and end with the mean if it is better than the best of them.
+
+    In ``on_train_end`` the weights of the best ``top`` checkpoints of a ``ModelCheckpoint`` are averaged in fp32, and
+    the mean is validated on its monitor: ``averaging/<monitor>`` is logged. It is written beside the best as a
+    weights-only checkpoint, for ``load_from_checkpoint`` and ``ckpt_path=``. When the fit ends, the better of the mean
+    and the best checkpoint goes into the module, before anything that other callbacks would restore. Until then the raw
+    weights are in place.
+
+    Args:
+        top: How many checkpoints, an integer >= 2. ``ModelCheckpoint`` must keep as many, with ``save_top_k``.
+        greedy: Leave out those that make the mean worse (arXiv:2203.05482). It validates once for each checkpoint but
+            the first, and ends with the best one if the best two share no basin.
+        monitor: Which ``ModelCheckpoint``, if several have one. Default: the first.
+        buffers: ``"refresh"``: estimate BatchNorm statistics of each mean anew, over training data; ``"average"``: the
+            mean of those in the files.
+        refresh_batches: How many batches a refresh takes. ``None``: all.
+        refresh_loader: Where they come from. Default: the training data.
+        name: Tells two of these apart in checkpoints.
+
+    Attributes:
+        path: The file with the mean; empty before.
+        score: The mean's value of the monitor; ``None`` before.
+        kept: The checkpoints in the mean, the best first.
+        best_path: The file that holds what the fit ended with; empty before.
+
+    Raises:
+        ValueError: If an argument is none of these.
+        MisconfigurationException: Without such a ``ModelCheckpoint``, or in a run that does not validate.
+
+    Example::
+
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> callbacks = [ModelCheckpoint(monitor="val_loss", save_top_k=3), CheckpointAveraging(top=3)]
+    """
+
+    slot = Slot.STOP
+    touches = frozenset({"weights"})
+    final_rank = 0
+
+    def __init__(
+        self,
+        top: int = 5,
+        greedy: bool = False,
+        monitor: str | None = None,
+        buffers: Literal["refresh", "average"] = "refresh",
+        refresh_batches: int | None = 100,
+        refresh_loader: Iterable[Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        check_number("top", top, low=2, integer=True)
+        if buffers not in ("refresh", "average"):
+            raise ValueError(f'`buffers` must be "refresh" or "average", got {buffers!r}')
+        if refresh_batches is not None:
+            check_number("refresh_batches", refresh_batches, low=1, integer=True)
+        if refresh_loader is not None:
+            refresh.own_copy(refresh_loader)
+        self.top, self.greedy, self.monitor, self.buffers = top, greedy, monitor, buffers
+        self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
+        self.reset()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {} if self.monitor is None else {"monitor": self.monitor}
+
+    def reset(self) -> None:
+        self.path = self.best_path = ""
+        self.score: float | None = None
+        self.kept: list[str] = []
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._checkpoint(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if not trainer.enable_validation:
+            raise MisconfigurationException("CheckpointAveraging validates the mean, and this run has no validation.")
+        if self.buffers == "refresh" and type(self).forward_batch is CheckpointAveraging.forward_batch:
+            refresh.check_forward(pl_module, type(self).__name__)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        checkpoint = self._checkpoint(trainer)
+        sign = 1.0 if checkpoint.mode == "max" else -1.0
+        scores = {path: float(score) for path, score in checkpoint.best_k_models.items()}
+        ranked = sorted(scores, key=lambda path: -sign * scores[path])[: self.top]
+        if not ranked:
+            return
+        self.best_path = ranked[0]
+        if len(ranked) < 2:
+            rank_zero_info("CheckpointAveraging: there is one checkpoint only, which is not averaged.")
+            return
+        with self._running.as_it_is(), _kept(pl_module):
+            mean, self.kept, score = self._mean(trainer, pl_module, checkpoint, {path: scores[path] for path in ranked})
+            if score is None or len(self.kept) < 2:
+                return
+            self.score = score
+            self._put_in(trainer, pl_module, mean)
+            self._write(trainer, checkpoint)
+        if sign * score > sign * scores[ranked[0]]:
+            self.best_path = self.path
+
+    def write_final_(self, pl_module: LightningModule) -> bool:
+        if not self.best_path:
+            return False
+        state.load_weights_(pl_module, self.best_path, weights_only=False)  # this run wrote it
+        return True
+
+    def _checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+                enough = callback.save_top_k == -1 or callback.save_top_k >= self.top
+                if enough and self.monitor in (None, callback.monitor):
+                    return callback
+        wanted = self.monitor or "…"
+        raise MisconfigurationException(
+            f'CheckpointAveraging(top={self.top}) averages what a `ModelCheckpoint(monitor="{wanted}",'
+            f" save_top_k={self.top})` keeps, and there is none with so many: add it to the callbacks."
+        )
+
+    # ---- the mean ----------------------------------------------------------------------------------------------------
+
+    def _mean(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint, scores: dict[str, float]
+    ) -> tuple[StateDict, list[str], float | None]:
+        """The mean, what is in it, and its score; ``None`` if the validation logs no monitor, or nothing is mixed."""
+
+        def score(weights: StateDict) -> float:
+            self._put_in(trainer, pl_module, weights)
+            if self.buffers == "refresh":
+                self._refresh(trainer, pl_module)
+                weights.update({n: b.clone() for n, b in pl_module.named_buffers() if n in weights})
+            return float(validate(trainer)[str(checkpoint.monitor)])
+
+        read = _reader(trainer, pl_module)
+        try:
+            if self.greedy:
+                soup = stir(list(scores.values()), list(scores), read, score, checkpoint.mode, barrier=0.1)
+                return soup, soup.kept, self._log(trainer, checkpoint, soup.score)
+            mean = RunningMean()
+            for path in scores:
+                mean.add(read(path), label=path)
+            result = mean.result()
+            return result, list(scores), self._log(trainer, checkpoint, score(result))
+        except KeyError as error:
+            rank_zero_warn(f"CheckpointAveraging: the validation logs no {error}, so that the mean cannot be compared.")
+        except ValueError as error:
+            rank_zero_warn(f"CheckpointAveraging ends with the best checkpoint: {error}")
+        return {}, [], None
+
+    def _put_in(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
+        tensors.reshard_(pl_module)
+        live = _shards(pl_module)
+        whole = pl_module.state_dict()
+        for name, value in weights.items():
+            if isinstance(value, Tensor):
+                target = live[name] if live[name].shape == value.shape else whole[name]
+                tensors.copy_(target, value)
+
+    def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refresh.refresh_(
+            trainer,
+            pl_module,
+            lambda batch: self.forward_batch(pl_module, batch),
+            self.refresh_loader,
+            self.refresh_batches,
+            seed=0,
+        )
+
+    def forward_batch(self, pl_module: LightningModule, batch: Any) -> Any:
+        """Run the model forward on a training batch: see :meth:`WeightAveraging.forward_batch`."""
+        return refresh.run_forward(pl_module, batch)
+
+    def _log(self, trainer: Trainer, checkpoint: ModelCheckpoint, score: float) -> float:
+        name = f"averaging/{checkpoint.monitor}"
+        trainer._logger_connector._callback_metrics[name] = torch.tensor(score)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: score}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return score
+
+    def _write(self, trainer: Trainer, checkpoint: ModelCheckpoint) -> None:
+        self.path = trainer.strategy.broadcast(_free_path(os.path.dirname(self.best_path), len(self.kept)))
+        trainer.save_checkpoint(self.path, weights_only=True)
+
+
+def _reader(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """How a checkpoint's weights are read: whole from a file, this rank's shards from a folder."""
+    if not state.is_distributed(trainer):
+        return lambda path: reading.weights_in(path, weights_only=False)  # this run wrote it
+
+    def read(path: str) -> StateDict:
+        tensors.reshard_(pl_module)
+        live = {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
+        found = {name: torch.empty_like(value) for name, value in live.items()}
+        dcp.load({"state_dict": found}, checkpoint_id=path)
+        return dict(zip(found, tensors.local(found.values()), strict=True))
+
+    return read
+
+
+def _shards(module: LightningModule) -> dict[str, Tensor]:
+    """The module's live tensors by name, of sharded ones this rank's part."""
+    live = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    return dict(zip(live, tensors.local(live.values()), strict=True))
+
+
+@contextlib.contextmanager
+def _kept(module: LightningModule) -> Iterator[None]:
+    """Put the module's weights and buffers back afterwards."""
+    tensors.reshard_(module)
+    kept = {name: tensor.clone() for name, tensor in _shards(module).items()}
+    try:
+        yield
+    finally:
+        tensors.reshard_(module)
+        for name, tensor in _shards(module).items():
+            with torch.no_grad():
+                tensor.copy_(kept[name])
+
+
+def _free_path(directory: str, count: int) -> str:
+    """A name that no earlier run has used."""
+    path, version = os.path.join(directory, f"average-of-best-{count}.ckpt"), 0
+    while get_filesystem(path).exists(path):
+        version += 1
+        path = os.path.join(directory, f"average-of-best-{count}-v{version}.ckpt")
+    return path

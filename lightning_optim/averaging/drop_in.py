@@ -1,0 +1,246 @@
+"""Lightning's averaging callbacks by their names and with their arguments, defects mended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_optim import tensors
+from lightning_optim.averaging.averages import EMA, SWA, Average
+from lightning_optim.averaging.weight_averaging import WeightAveraging
+from lightning_optim.schedules import check_number
+
+
+class EMAWeightAveraging(WeightAveraging):
+    r"""Lightning's ``EMAWeightAveraging``, on top of :class:`WeightAveraging` with ``EMA(decay, warmup=None)``.
+
+    Different from Lightning's: ``update_every_n_steps=k`` forgets as fast as an update at each step, with
+    ``decay ** k``; ``update_starting_at_epoch=E`` leaves out the epochs before E (Lightning's averages from the first
+    step on, and once more at the end of each epoch from E on); an average that never started is never used; steps that
+    a GradScaler skipped do not count; the average is in fp32 for bf16 weights; integer buffers are the latest. All that
+    :class:`WeightAveraging` promises for files, exceptions and sharded models holds.
+
+    Args:
+        device: Where the average is kept. Default: where the model is.
+        use_buffers: Whether floating-point buffers are averaged; if not, the latest are used.
+        decay: As of :class:`EMA`. Default 0.999, as in Lightning.
+        update_every_n_steps: The steps between two updates, >= 1, counted from the first step of the run.
+        update_starting_at_step: The steps before the first update. If an epoch is given too, both must be reached.
+        update_starting_at_epoch: The epochs before the first update, >= 0.
+        evaluate: As of :class:`WeightAveraging`.
+        apply_at_end: As of :class:`WeightAveraging`.
+        name: As of :class:`WeightAveraging`.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example::
+
+        >>> EMAWeightAveraging(decay=0.99).average
+        EMA(decay=0.99, warmup=None)
+    """
+
+    def __init__(
+        self,
+        device: str | int | torch.device | None = None,
+        use_buffers: bool = True,
+        decay: float = 0.999,
+        update_every_n_steps: int = 1,
+        update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
+        *,
+        evaluate: bool = True,
+        apply_at_end: bool = True,
+        name: str | None = None,
+    ) -> None:
+        check_number("update_every_n_steps", update_every_n_steps, low=1, integer=True)
+        for argument in ("update_starting_at_step", "update_starting_at_epoch"):
+            if locals()[argument] is not None:
+                check_number(argument, locals()[argument], low=0, integer=True)
+        super().__init__(
+            EMA(decay, warmup=None),
+            start=update_starting_at_step or 0,
+            every=update_every_n_steps,
+            device=device,
+            buffers="average" if use_buffers else "copy",
+            evaluate=evaluate,
+            apply_at_end=apply_at_end,
+            name=name,
+        )
+        self.update_starting_at_epoch = update_starting_at_epoch
+
+    def _due(self, trainer: Trainer, step: int) -> bool:
+        assert isinstance(self.every, int)
+        late = self.update_starting_at_epoch is None or trainer.current_epoch >= self.update_starting_at_epoch
+        return late and step > self._start_step and (step - 1) % self.every == 0
+
+
+class ByFunction(Average):
+    """An average by a function of Lightning's kind.
+
+    Args:
+        function: ``(averaged, weight, number of updates before) -> averaged``, tensor by tensor.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    @torch.no_grad()
+    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
+        if not self.started:
+            self._begin(weights, step)
+        elif self._since(step):
+            count = torch.tensor(self._counters["updates"])
+            for mean, weight in zip(tensors.local(self._averaged), tensors.local(weights), strict=True):
+                mean.copy_(self.function(mean, weight.to(mean), count))
+            self._counters["updates"] += 1
+            self._counters["last"] = step
+
+
+class StochasticWeightAveraging(WeightAveraging):
+    r"""Lightning's ``StochasticWeightAveraging``: the mean of the weights at the ends of the last epochs.
+
+    Different from Lightning's: the last epoch's end is in the mean, and weights from before ``swa_epoch_start`` are
+    not; validation and every file use the average; it goes into the model also after an early stop and at
+    ``max_steps``; the learning-rate schedule stays the user's unless ``swa_lrs`` is given, and then runs on
+    underneath; BatchNorm statistics are estimated by forward passes, without an epoch more and without a training step;
+    several optimizers and sharded models work.
+
+    Args:
+        swa_lrs: The rate, or one for each parameter group, to which the rates of the first averaged epoch are annealed.
+            ``None``: leave the rates alone. SWA wants one that stays high.
+        swa_epoch_start: An integer E >= 1: from the E-th epoch on; a float: from ``int(f * max_epochs)``. Default 0.8.
+        annealing_epochs: How many epochs the annealing takes, >= 0.
+        annealing_strategy: ``"cos"`` or ``"linear"``.
+        avg_fn: ``(averaged, weight, number of updates before) -> averaged``, in place of the mean.
+        device: Where the average is kept. Default the CPU, as in Lightning; ``None``: beside the weights, and so under
+            FSDP2.
+        refresh_batches: As of :class:`WeightAveraging`.
+        refresh_loader: As of :class:`WeightAveraging`.
+        evaluate: As of :class:`WeightAveraging`.
+        apply_at_end: As of :class:`WeightAveraging`.
+        name: As of :class:`WeightAveraging`.
+
+    Raises:
+        ValueError: If an argument is none of these.
+        MisconfigurationException: For a start given as a fraction in a run without ``max_epochs``.
+
+    Example::
+
+        >>> StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=0.75).average
+        SWA()
+    """
+
+    _anneal: ClassVar[dict[str, Callable[[float], float]]] = {
+        "cos": lambda part: (1.0 - math.cos(math.pi * part)) / 2.0,
+        "linear": lambda part: part,
+    }
+
+    def __init__(
+        self,
+        swa_lrs: float | list[float] | None = None,
+        swa_epoch_start: int | float = 0.8,
+        annealing_epochs: int = 10,
+        annealing_strategy: Literal["cos", "linear"] = "cos",
+        avg_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        device: str | torch.device | None = "cpu",
+        *,
+        refresh_batches: int | None = 100,
+        refresh_loader: Any = None,
+        evaluate: bool = True,
+        apply_at_end: bool = True,
+        name: str | None = None,
+    ) -> None:
+        for lr in swa_lrs if isinstance(swa_lrs, list) else [swa_lrs]:
+            if lr is not None:
+                check_number("swa_lrs", lr, low=0.0, low_open=True)
+        if isinstance(swa_epoch_start, float):
+            check_number("swa_epoch_start", swa_epoch_start, low=0.0, high=1.0)
+        else:
+            check_number("swa_epoch_start", swa_epoch_start, low=1, integer=True)
+        check_number("annealing_epochs", annealing_epochs, low=0, integer=True)
+        if annealing_strategy not in self._anneal:
+            raise ValueError(f'`annealing_strategy` must be "cos" or "linear", got {annealing_strategy!r}')
+        if avg_fn is not None and not callable(avg_fn):
+            raise ValueError(f"`avg_fn` must be a function, got {avg_fn!r}")
+        super().__init__(
+            SWA() if avg_fn is None else ByFunction(avg_fn),
+            every="epoch",
+            device=device,
+            buffers="refresh",
+            refresh_batches=refresh_batches,
+            refresh_loader=refresh_loader,
+            evaluate=evaluate,
+            apply_at_end=apply_at_end,
+            name=name,
+        )
+        self.swa_lrs, self.swa_epoch_start = swa_lrs, swa_epoch_start
+        self.annealing_epochs, self.annealing_strategy = annealing_epochs, annealing_strategy
+
+    def reset(self) -> None:
+        super().reset()
+        self._first_lrs: list[list[float]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and isinstance(self.swa_epoch_start, float) and trainer.max_epochs in (None, -1):
+            raise MisconfigurationException(
+                f"StochasticWeightAveraging(swa_epoch_start={self.swa_epoch_start}) is a fraction of `max_epochs`,"
+                " which this run does not have: set `Trainer(max_epochs=…)`, or give the epoch as an integer."
+            )
+
+    def first_epoch(self, trainer: Trainer) -> int:
+        """The first epoch, counted from 0, at whose end the weights are averaged."""
+        if isinstance(self.swa_epoch_start, float):
+            assert trainer.max_epochs is not None
+            return max(int(trainer.max_epochs * self.swa_epoch_start) - 1, 0)
+        return self.swa_epoch_start - 1
+
+    def _due_epoch(self, trainer: Trainer, step: int) -> bool:
+        return trainer.current_epoch >= self.first_epoch(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        since = trainer.current_epoch - self.first_epoch(trainer)
+        if self.swa_lrs is None or since < 0:
+            return
+        groups = [optimizer.param_groups for optimizer in trainer.optimizers]
+        if not self._first_lrs:
+            self._first_lrs = [[float(group["lr"]) for group in of_one] for of_one in groups]
+        part = min(1.0, since / self.annealing_epochs) if self.annealing_epochs else 1.0
+        share = self._anneal[self.annealing_strategy](part)
+        for of_one, first in zip(groups, self._first_lrs, strict=True):
+            wanted = self.swa_lrs if isinstance(self.swa_lrs, list) else [self.swa_lrs] * len(of_one)
+            for group, lr, begun in zip(of_one, wanted, first, strict=True):
+                # At each batch, since the user's schedule may have set it meanwhile: that one runs on underneath.
+                now = lr * share + begun * (1.0 - share)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(now)
+                else:
+                    group["lr"] = now
+
+    def extra_state(self) -> dict[str, Any]:
+        extra = super().extra_state()
+        return {**extra, "first_lrs": self._first_lrs} if self._first_lrs else extra
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._first_lrs = extra.get("first_lrs", [])
+        super().load_extra_state(extra)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        theirs = checkpoint.get("callbacks", {}).get("StochasticWeightAveraging")
+        if self._stage == "fit" and theirs and theirs.get("n_averaged"):
+            self._loaded = {
+                "counters": [],
+                "raw": {},
+                "averaged": theirs["average_model_state"],
+                "updates_of_lightning": theirs["n_averaged"],
+            }

@@ -1,0 +1,159 @@
+"""An average in use: in validation, in files, in the user's hands."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightning_optim import state
+from lightning_optim.averaging import refresh
+from lightning_optim.averaging.comparison import Comparison
+from lightning_optim.averaging.shadow import Shadow
+from lightning_optim.averaging.sources import plain_name
+from lightning_optim.averaging.validating import validate
+from lightning_optim.callback import OptimCallback
+
+Buffers = Literal["average", "refresh", "copy"]
+
+
+class AverageInUse(OptimCallback):
+    """How :class:`WeightAveraging` puts its average to use; when it is updated is said there.
+
+    Attributes:
+        buffers: What becomes of floating-point buffers.
+        comparison: The metrics of raw and averaged weights, where both are validated.
+    """
+
+    buffers: Buffers
+    refresh_batches: int | None
+    refresh_loader: Iterable[Any] | None
+    compare: bool
+    comparison: Comparison
+    _shadow: Shadow | None
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an average that could be used."""
+        return self._shadow is not None and self._shadow.started
+
+    @contextlib.contextmanager
+    def averaged_weights(self, module: nn.Module) -> Iterator[None]:
+        """Within this, ``module`` holds the averaged weights, if there are any; afterwards the raw ones again.
+
+        Args:
+            module: The module that is or was trained, or another one with the same names, such as a copy.
+        """
+        shadow = self._shadow
+        if shadow is None or not shadow.started:
+            yield
+        elif module is not shadow.module:
+            with shadow.copied_into(module):
+                yield
+        elif shadow.inside:
+            yield
+        else:
+            self._agree()
+            with shadow.in_model():
+                self._refresh()
+                yield
+
+    def forward_batch(self, pl_module: LightningModule, batch: Any) -> Any:
+        """Run the model forward on a training batch, to refresh statistics; override it for batches of another kind.
+
+        By default ``pl_module(…)`` gets the first item of a tuple or list, or the entries of a dictionary that
+        ``forward`` names.
+        """
+        return refresh.run_forward(pl_module, batch)
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that the average is ready for use: buffers agree over ranks, statistics are of these weights."""
+        if self.started and not self._running.failed:  # the other ranks may not have failed
+            self._agree()
+            if self._stale:
+                with self.averaged_weights(pl_module):
+                    pass
+
+    @property
+    def _stale(self) -> bool:
+        return self.buffers == "refresh" and self._shadow is not None and not self._shadow.fresh
+
+    def _agree(self) -> None:
+        if self.fit is not None and not self.fit.failed and self._shadow is not None:
+            group = refresh.data_group(self.fit.trainer)
+            if group is not None:
+                self._shadow.reduce_(group)
+
+    def _refresh(self) -> None:
+        shadow = self._shadow
+        if self.fit is None or self.fit.failed or shadow is None or not self._stale:
+            return
+        trainer = self.fit.trainer
+        pl_module = trainer.lightning_module
+        refresh.refresh_(
+            trainer,
+            pl_module,
+            lambda batch: self.forward_batch(pl_module, batch),
+            self.refresh_loader,
+            self.refresh_batches,
+            seed=shadow.updates,
+        )
+        shadow.keep_buffers()
+
+    def averaged_state(self) -> dict[str, torch.Tensor]:
+        """The averaged tensors by name; empty before the first update, and while the module itself holds them."""
+        return {} if self._shadow is None else self._shadow.named()
+
+    def _evaluating(self, run: Callable[[], Any], trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any]:
+        """The validation loop, with the average in the module from its first hook to its last."""
+
+        def evaluate() -> Any:
+            if self._running.average is not self:
+                return run()
+            raw = validate(trainer, run) if self.compare and self.started else {}
+            with self.averaged_weights(pl_module):
+                result = run()
+            if raw:
+                self.comparison.add(trainer, self.steps, raw)
+            return result
+
+        return evaluate
+
+    def _saving(
+        self, state_dict: Callable[[], dict[str, Any]], trainer: Trainer, pl_module: LightningModule
+    ) -> Callable[[], dict[str, Any]]:
+        """The ``state_dict`` of every file, with the average in place of the raw weights."""
+
+        def save() -> dict[str, Any]:
+            if self._running.average is not self or self._shadow is None or self._shadow.inside:
+                return state_dict()
+            self._settle(trainer, pl_module)
+            saved = state_dict()
+            for source, averaged in self._shadow.pairs():
+                value = averaged.to(source.tensor.dtype)
+                if isinstance(value, DTensor):  # of a sharded model: whole tensors on rank 0, or each rank's shard
+                    value = value.cpu() if state.is_distributed(trainer) else value.full_tensor().cpu()
+                for name in source.names:
+                    name = name if name in saved else plain_name(name)
+                    if name in saved:
+                        saved[name] = value
+            return saved
+
+        return save
+
+    def _install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let validation and files use the average from its start on."""
+        fit, loop, strategy = self._running, trainer.fit_loop.epoch_loop.val_loop, trainer.strategy
+        fit.average = self
+        fit.replace(loop, "run", self._evaluating(loop.run, trainer, pl_module))
+        saving = self._saving(strategy.lightning_module_state_dict, trainer, pl_module)
+        fit.replace(strategy, "lightning_module_state_dict", saving)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._agree()
+        return super().state_dict()

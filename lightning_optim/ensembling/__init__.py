@@ -1,0 +1,1 @@
+"""One prediction out of many models."""

@@ -1,0 +1,146 @@
+"""What a folder of members holds: which are finished, which seed each has, and where an unfinished one may go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+_KEY = "fit_members"
+
+
+def member_seed(seed: int, index: int) -> int:
+    r"""The seed of member ``index`` of the ensemble with this ``seed``: 32 bits, as ``seed_everything`` takes.
+
+    :math:`f((\mathrm{sha256}(\mathrm{seed})_{32} + \mathrm{index}) \bmod 2^{32})` with the finalizer of MurmurHash3 as
+    ``f``. It is one to one, so no two members of an ensemble share a seed; near seeds and indices give far results, and
+    member 0 does not have the seed itself. It depends on no library's version.
+
+    Example::
+
+        >>> [member_seed(0, index) for index in range(3)]
+        [3202332595, 171021625, 3110237010]
+    """
+    x = (int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") + index) % 2**32
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+class Manifest:
+    """``members.json``: the seed, and for each finished member its seed, file, epochs, steps and seconds.
+
+    Args:
+        folder: Where the members are.
+        seed: The seed of the ensemble.
+
+    Raises:
+        ValueError: If the folder holds members of another seed.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.file = folder / "members.json"
+        self._finished: dict[int, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.file.exists():
+            written = json.loads(self.file.read_text())
+            if written["seed"] != seed:
+                raise ValueError(
+                    f"`seed={seed}`, but {folder} holds members of seed {written['seed']}: give that seed to go on with"
+                    " them, or another `dirpath`"
+                )
+            self._finished = {entry["index"]: entry for entry in written["members"]}
+
+    def path(self, index: int) -> Path:
+        """The file of a member."""
+        return self.folder / f"member-{index}.ckpt"
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._finished and self.path(index).exists()
+
+    def add(self, index: int, **about: Any) -> None:
+        """A member is finished, and its file written. The manifest appears whole, or stays as it was."""
+        name = self.path(index).name
+        self._finished[index] = {"index": index, "seed": member_seed(self.seed, index), "file": name, **about}
+        members = [self._finished[known] for known in sorted(self._finished)]
+        part = self.file.with_suffix(".part")
+        with part.open("w") as file:
+            json.dump({"seed": self.seed, "members": members}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.file)
+
+
+class MemberMark(Callback):
+    """Marks a Trainer's checkpoints with the member that they are of, and with whether a resume from them is exact.
+
+    Args:
+        seed: The seed of the ensemble.
+        index: The member.
+
+    Attributes:
+        resumes: The file from which this fit goes on.
+    """
+
+    def __init__(self, seed: int, index: int) -> None:
+        self.seed, self.index = seed, index
+        self.resumes: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        mine = [self.index, self.resumes and str(self.resumes)]
+        if not trainer.strategy.reduce_boolean_decision(mine == trainer.strategy.broadcast(mine), all=True):
+            raise MisconfigurationException(
+                "The processes of `fit_members` see different files: `dirpath`, and the folder of a ModelCheckpoint,"
+                " must be on a file system that all of them share."
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_KEY] = {"seed": self.seed, "index": self.index, "exact": _resumes_exactly(trainer)}
+
+    def marks(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether a file is this member's, and a run that goes on from it ends as one that was never killed."""
+        return checkpoint.get(_KEY) == {"seed": self.seed, "index": self.index, "exact": True}
+
+
+def _resumes_exactly(trainer: Trainer) -> bool:
+    """Whether :class:`~lightning_optim.ExactResume` would have no doubt about a file that is written now."""
+    fit_loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
+    loaders = [] if fit_loop._combined_loader is None else fit_loop._combined_loader.flattened
+    if any(getattr(loader, "persistent_workers", False) for loader in loaders):
+        return False
+    if progress.is_last_batch or progress.current.ready >= trainer.num_training_batches:
+        return True
+    # In the middle of an epoch loaders must save their position, and no window may be open.
+    automatic = trainer.lightning_module.automatic_optimization
+    closed = automatic and progress.current.ready % trainer.accumulate_grad_batches == 0
+    return closed and all(map(_saves_position, loaders))
+
+
+def _saves_position(loader: Any) -> bool:
+    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") and hasattr(loader, "__len__")
+    return stateful and not getattr(loader, "num_workers", 0)
+
+
+def last_checkpoint(trainer: Trainer, mark: MemberMark) -> Path | None:
+    """The newest file of the Trainer's ModelCheckpoints that is this member's and from which a resume is exact."""
+    folders = {cb.dirpath for cb in trainer.callbacks if isinstance(cb, ModelCheckpoint) and cb.dirpath is not None}
+    found: list[tuple[int, str, Path]] = []
+    for path in sorted(path for folder in folders for path in Path(folder).glob("*.ckpt")):
+        head = path / "meta.pt" if path.is_dir() else path  # a distributed checkpoint is a folder
+        try:
+            checkpoint = torch.load(head, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            rank_zero_warn(f"{path} cannot be read, and is passed over: {type(error).__name__}: {error}")
+            continue
+        if mark.marks(checkpoint):
+            found.append((checkpoint["global_step"], path.name, path))
+    return max(found)[2] if found else None

@@ -1,0 +1,125 @@
+"""Small modules for the tests of averaging, and the trajectory of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def data(count: int = 8, size: int = 4, features: int = 6, seed: int = 0) -> DataLoader:
+    """Batches whose features have means and scales of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 3.0 * torch.randn(count * size, features, generator=generator) + torch.arange(features)
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).tanh()), batch_size=size)
+
+
+class Model(LightningModule):
+    """A regression with what ``net`` is; remembers its weights after each step and at each validation."""
+
+    def __init__(
+        self, net: nn.Module | None = None, lr: float = 0.05, make: Callable[[], nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = net or (make() if make else plain_net())
+        self.lr = lr
+        self.trajectory: list[dict[str, Tensor]] = []
+        self.validated: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+        self.batches: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        self.batches.append(float(batch[0].sum()))
+        return mse_loss(self(batch[0]).float(), batch[1].float())
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", mse_loss(self(batch[0]).float(), batch[1].float()))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.trajectory.append(snapshot(self))
+
+    def on_validation_end(self) -> None:
+        self.validated.append(snapshot(self))
+        self.losses.append(float(self.trainer.callback_metrics["val_loss"]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+def plain_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def norm_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 1))
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def trainer(callbacks: Iterable[Callback] = (), **changes: Any) -> Trainer:
+    arguments: dict[str, Any] = dict(
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return Trainer(**(arguments | changes))
+
+
+def fit(
+    model: Model, callbacks: Iterable[Callback] = (), train: Any = None, ckpt: Any = None, **changes: Any
+) -> Trainer:
+    fitted = trainer(callbacks, **changes)
+    fitted.fit(model, data() if train is None else train, data(2, seed=1), ckpt_path=ckpt)
+    return fitted
+
+
+def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum over the whole trajectory in fp64, divided."""
+    return {name: sum(state[name].double() for state in states) / len(states) for name in states[0]}
+
+
+def ema(states: Sequence[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """The sum over the whole trajectory in fp64, each state times what later updates kept of its share."""
+    shares = [1.0] + [1.0 - decay] * (len(states) - 1)
+    factors = [share * decay ** (len(states) - 1 - index) for index, share in enumerate(shares)]
+    return {
+        name: sum(factor * state[name].double() for factor, state in zip(factors, states, strict=True))
+        for name in states[0]
+    }
+
+
+def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], names: Iterable[str] | None = None) -> None:
+    for name in wanted if names is None else names:
+        one, other = found[name].double(), wanted[name].double()
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), f"{name}: {(one - other).abs().max()} apart"
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return any(not torch.allclose(one[name].double(), other[name].double(), atol=1e-4) for name in one)

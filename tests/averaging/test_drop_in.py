@@ -1,0 +1,240 @@
+"""Lightning's names and arguments: what is the same, what was mended, and whose checkpoints resume where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
+from lightning.pytorch.callbacks import StochasticWeightAveraging as TheirSWA
+from lightning.pytorch.callbacks import WeightAveraging as TheirAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim.swa_utils import SWALR
+
+from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from tests.averaging.models import Model, assert_close, assert_equal, differ, ema, fit, mean, norm_net, snapshot
+
+DECAY = 0.8
+PARAMETERS = [name for name, _ in Model().named_parameters()]
+
+
+# ---- EMAWeightAveraging ----
+
+
+@pytest.mark.parametrize("arguments", [{}, {"update_starting_at_step": 5}, {"use_buffers": True}], ids=str)
+def test_ema_agrees_with_lightning(arguments) -> None:
+    ours, theirs = Model(), Model()
+    fit(ours, [EMAWeightAveraging(decay=DECAY, **arguments)])
+    fit(theirs, [TheirEMA(decay=DECAY, **arguments)])
+    assert_close(snapshot(ours), snapshot(theirs))
+    assert differ(snapshot(ours), ours.trajectory[-1])
+
+
+@pytest.mark.parametrize(("start", "updates"), [(None, [0, 3, 6, 9, 12, 15]), (4, [6, 9, 12, 15])])
+def test_every_k_steps_forgets_as_fast(start, updates) -> None:
+    model = Model()
+    fit(model, [EMAWeightAveraging(decay=DECAY, update_every_n_steps=3, update_starting_at_step=start)])
+    assert_close(snapshot(model), ema([model.trajectory[step] for step in updates], DECAY**3))
+
+
+def test_starting_at_an_epoch_starts_there() -> None:
+    model = Model()
+    fit(model, [EMAWeightAveraging(decay=DECAY, update_starting_at_epoch=1)])
+    assert_close(snapshot(model), ema(model.trajectory[8:], DECAY))
+    assert_close(model.validated[0], model.trajectory[7])
+
+
+def test_buffers_that_are_not_averaged_are_the_latest() -> None:
+    model = Model(make=norm_net)
+    fit(model, [EMAWeightAveraging(decay=DECAY, use_buffers=False)])
+    for name in ("net.1.running_mean", "net.1.running_var"):
+        assert torch.equal(snapshot(model)[name], model.trajectory[-1][name])
+
+
+# ---- StochasticWeightAveraging ----
+
+
+@pytest.mark.parametrize(("start", "first"), [(1, 0), (3, 2), (0.5, 1), (0.0, 0)])
+def test_swa_is_the_mean_of_the_epochs_ends_the_last_included(start, first) -> None:
+    model = Model()
+    fit(model, [StochasticWeightAveraging(swa_epoch_start=start)], max_epochs=4)
+    assert_close(snapshot(model), mean(model.trajectory[7::8][first:]))
+    assert model.losses[-1] != model.losses[0]
+
+
+def test_swa_after_an_early_stop_and_at_max_steps() -> None:
+    stopped = Model()
+    stop = EarlyStopping("val_loss", stopping_threshold=100.0)
+    fit(stopped, [StochasticWeightAveraging(swa_epoch_start=1), stop], max_epochs=9)
+    assert len(stopped.trajectory) == 8
+    assert_close(snapshot(stopped), mean(stopped.trajectory[7:]))
+    limited = Model()
+    fit(limited, [StochasticWeightAveraging(swa_epoch_start=1)], max_epochs=-1, max_steps=19)
+    assert_close(snapshot(limited), mean([limited.trajectory[index] for index in (7, 15, 18)]))
+
+
+def test_swa_runs_no_training_step_for_statistics_and_no_epoch_more() -> None:
+    model, alone = Model(make=norm_net), Model(make=norm_net)
+    torch.manual_seed(1)
+    run = fit(model, [StochasticWeightAveraging(swa_epoch_start=1)], max_epochs=3)
+    torch.manual_seed(1)
+    fit(alone, max_epochs=3)
+    assert model.batches == alone.batches
+    assert (run.current_epoch, run.max_epochs, len(model.losses)) == (3, 3, 3)
+    assert_equal(model.trajectory[-1], alone.trajectory[-1])
+
+
+class Scheduled(Model):
+    """A rate that falls at each step, or epoch."""
+
+    interval = "step"
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        self.rates = [*getattr(self, "rates", []), optimizer.param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_the_users_schedule_stays_unless_a_rate_is_given(interval: str) -> None:
+    model, alone = Scheduled(), Scheduled()
+    model.interval = alone.interval = interval
+    fit(model, [StochasticWeightAveraging(swa_epoch_start=1)])
+    fit(alone)
+    assert model.rates == alone.rates
+    assert len(set(model.rates)) == (16 if interval == "step" else 2)
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_the_annealing_is_that_of_torch(strategy: str, epochs: int, interval: str) -> None:
+    model = Scheduled()
+    model.interval = interval
+    callback = StochasticWeightAveraging(0.02, swa_epoch_start=2, annealing_epochs=epochs, annealing_strategy=strategy)
+    fit(model, [callback], max_epochs=6)
+    first = model.rates[8] if epochs else 0.1 * 0.9 ** (8 if interval == "step" else 1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=first)
+    theirs = SWALR(optimizer, 0.02, anneal_epochs=epochs, anneal_strategy=strategy)
+    for epoch in range(1, 6):
+        assert model.rates[8 * epoch : 8 * epoch + 8] == pytest.approx([optimizer.param_groups[0]["lr"]] * 8)
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_rates_go_on_after_a_resume(tmp_path) -> None:
+    whole, first, second = Scheduled(), Scheduled(), Scheduled()
+    for model, epochs, ckpt in ((whole, 5, None), (first, 3, None), (second, 5, tmp_path / "epoch=2.ckpt")):
+        callbacks = [StochasticWeightAveraging(0.02, swa_epoch_start=2, annealing_epochs=3)]
+        if model is first:
+            callbacks.append(ModelCheckpoint(tmp_path, filename="{epoch}"))
+        fit(model, callbacks, max_epochs=epochs, ckpt=ckpt, enable_checkpointing=model is first)
+    assert second.rates == whole.rates[24:]
+    assert_equal(snapshot(second), snapshot(whole))
+
+
+def test_a_function_in_place_of_the_mean() -> None:
+    model = Model()
+    callback = StochasticWeightAveraging(
+        swa_epoch_start=1, avg_fn=lambda mean, weight, count: mean + 0.25 * (weight - mean)
+    )
+    fit(model, [callback], max_epochs=3)
+    assert_close(snapshot(model), ema(model.trajectory[7::8], 0.75))
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: EMAWeightAveraging(update_every_n_steps=0), "`update_every_n_steps` must be an integer >= 1, got 0"),
+        (lambda: EMAWeightAveraging(update_starting_at_epoch=-1), "`update_starting_at_epoch` must be an integer >= 0"),
+        (lambda: StochasticWeightAveraging(-0.1), "`swa_lrs` must be a number > 0.0, got -0.1"),
+        (lambda: StochasticWeightAveraging([0.1, 0]), "`swa_lrs` must be a number > 0.0, got 0"),
+        (lambda: StochasticWeightAveraging(0.1, 0), "`swa_epoch_start` must be an integer >= 1, got 0"),
+        (lambda: StochasticWeightAveraging(0.1, 1.5), r"`swa_epoch_start` must be a number in \[0.0, 1.0\], got 1.5"),
+        (lambda: StochasticWeightAveraging(0.1, 1, -1), "`annealing_epochs` must be an integer >= 0, got -1"),
+        (lambda: StochasticWeightAveraging(0.1, annealing_strategy="step"), '`annealing_strategy` must be "cos" or'),
+        (lambda: StochasticWeightAveraging(0.1, avg_fn=3), "`avg_fn` must be a function, got 3"),
+    ],
+)
+def test_arguments_are_refused(build, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build()
+
+
+def test_a_fraction_without_max_epochs_is_refused() -> None:
+    with pytest.raises(
+        MisconfigurationException, match="set `Trainer\\(max_epochs=…\\)`, or give the epoch as an integer"
+    ):
+        fit(Model(), [StochasticWeightAveraging()], max_epochs=-1, max_steps=3)
+
+
+# ---- checkpoints of Lightning's ----
+
+
+def _saved(tmp_path, callback, name: str, **changes) -> str:
+    model = Model(make=lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)))
+    files = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
+    fit(model, [callback, files], enable_checkpointing=True, **changes)
+    return tmp_path / name / "epoch=1.ckpt"
+
+
+def _resumed(callback, ckpt, epochs: int = 4) -> Model:
+    model = Model(make=lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)))
+    fit(model, [callback], ckpt=ckpt, max_epochs=epochs)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["ema", "mean"])
+@pytest.mark.parametrize("direction", ["theirs to ours", "ours to theirs"])
+def test_a_run_goes_on_with_the_other(tmp_path, kind: str, direction: str) -> None:
+    def ours():
+        return EMAWeightAveraging(decay=DECAY) if kind == "ema" else WeightAveraging(SWA(), buffers="average")
+
+    def theirs():
+        return TheirEMA(decay=DECAY) if kind == "ema" else TheirAveraging()
+
+    first, second = (theirs, ours) if direction == "theirs to ours" else (ours, theirs)
+    mixed = _resumed(second(), _saved(tmp_path, first(), "mixed"))
+    whole = _resumed(ours(), _saved(tmp_path, ours(), "whole"))
+    for one, other in zip(mixed.trajectory, whole.trajectory, strict=True):
+        assert_close(one, other, [name for name in one if not name.endswith("num_batches_tracked")])
+    floats = [name for name, value in snapshot(whole).items() if value.is_floating_point()]
+    assert_close(snapshot(mixed), snapshot(whole), floats)
+    assert differ(snapshot(whole), whole.trajectory[-1])
+
+
+def test_an_average_of_lightnings_that_never_started_is_not_taken_for_one(tmp_path) -> None:
+    path = _saved(tmp_path, TheirEMA(decay=DECAY, update_starting_at_step=1000), "never")
+    saved = torch.load(path, weights_only=True)
+    assert differ(saved["state_dict"], saved["current_model_state"])  # its initial weights
+    model = _resumed(EMAWeightAveraging(decay=DECAY), path, epochs=3)
+    alone = _resumed(WeightAveraging(EMA(DECAY), start=1000), path, epochs=3)
+    assert_equal(model.trajectory[-1], alone.trajectory[-1])
+    assert_close(snapshot(model), ema(model.trajectory, DECAY), PARAMETERS[:1])
+
+
+@pytest.mark.parametrize("other", [SWA(), LAWA(2)], ids=repr)
+def test_another_kind_of_average_starts_anew_from_the_raw_weights(tmp_path, other) -> None:
+    path = _saved(tmp_path, WeightAveraging(EMA(DECAY)), "ema")
+    model = _resumed(WeightAveraging(other, every="epoch", buffers="average"), path)
+    whole = _resumed(WeightAveraging(EMA(DECAY)), path)
+    assert_equal(model.trajectory[-1], whole.trajectory[-1])
+    wanted = mean(model.trajectory[7::8])
+    assert_close(
+        snapshot(model), wanted, [name for name, value in snapshot(model).items() if value.is_floating_point()]
+    )
+
+
+def test_swa_of_lightnings_goes_on(tmp_path) -> None:
+    path = _saved(tmp_path, TheirSWA(0.05, swa_epoch_start=1, annealing_epochs=1), "theirs", max_epochs=5)
+    theirs = torch.load(path, weights_only=False)["callbacks"]["StochasticWeightAveraging"]
+    assert theirs["n_averaged"] == 2
+    model = _resumed(StochasticWeightAveraging(swa_epoch_start=1), path)
+    ends, average = model.trajectory[7::8], theirs["average_model_state"]
+    for name in ("net.0.weight", "net.2.weight"):
+        wanted = (2 * average[name] + ends[0][name] + ends[1][name]) / 4
+        assert torch.allclose(snapshot(model)[name], wanted, atol=1e-6)

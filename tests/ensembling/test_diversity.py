@@ -1,0 +1,113 @@
+"""Disagreement: against brute force over pairs, and over processes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+
+from lightning_optim import Disagreement
+from tests.machine.groups import Group
+
+
+def brute_force(labels: torch.Tensor) -> float:
+    pairs = list(itertools.combinations(labels.flatten(1).tolist(), 2))
+    differing = [a != b for one, other in pairs for a, b in zip(one, other, strict=True)]
+    return sum(differing) / len(differing)
+
+
+def labels(members: int, classes: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, classes, (members, 50), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("members", [2, 3, 7])
+@pytest.mark.parametrize("classes", [1, 2, 30])
+def test_the_share_of_pairs_that_differ(members: int, classes: int) -> None:
+    metric = Disagreement()
+    parts = [labels(members, classes, seed) for seed in range(3)]
+    for part in parts:
+        metric.update(part)
+    assert float(metric.compute()) == pytest.approx(brute_force(torch.cat(parts, 1)))
+
+
+def test_any_integers_and_any_shape() -> None:
+    maps = torch.randint(-5, 5, (4, 3, 6, 2), generator=torch.Generator().manual_seed(0)) * 10**9
+    assert float(Disagreement()(maps)) == pytest.approx(brute_force(maps))
+
+
+def test_the_labels_of_scores() -> None:
+    scores = torch.randn(4, 20, 3, 2, generator=torch.Generator().manual_seed(0))
+    assert float(Disagreement()(scores)) == pytest.approx(brute_force(scores.argmax(2)))
+
+
+def test_copies_agree_and_no_two_of_these_do() -> None:
+    assert float(Disagreement()(labels(1, 5).repeat(4, 1))) == 0.0
+    assert float(Disagreement()(torch.arange(4).view(4, 1).repeat(1, 9))) == 1.0
+
+
+def test_mutual_information_by_entropies() -> None:
+    p = torch.randn(5, 40, 3, 2, generator=torch.Generator().manual_seed(0)).mul(2).softmax(2)
+    total = torch.special.entr(p.double().mean(0)).sum(1)
+    expected = (total - torch.special.entr(p.double()).sum(2).mean(0)).mean()
+    assert float(Disagreement("mutual_information")(p)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(Disagreement("mutual_information", outputs="logits")(p.log())) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+
+
+def test_mutual_information_of_opposite_members_is_log_m() -> None:
+    assert float(Disagreement("mutual_information")(torch.eye(4).view(4, 1, 4))) == pytest.approx(math.log(4))
+
+
+def test_logits_in_half_precision_do_not_overflow() -> None:
+    z = (40 * torch.randn(3, 100, 5, generator=torch.Generator().manual_seed(0))).half()
+    expected = Disagreement("mutual_information", outputs="logits")(z.double())
+    assert float(Disagreement("mutual_information", outputs="logits")(z)) == pytest.approx(float(expected))
+
+
+def compute_on_a_rank(measure: str) -> float:
+    rank = torch.distributed.get_rank()
+    metric = Disagreement(measure)
+    z = torch.randn(3, 10 + 20 * rank, 4, generator=torch.Generator().manual_seed(rank))
+    metric.update(z.softmax(2))
+    return float(metric.compute())
+
+
+@pytest.mark.parametrize("measure", ["pairwise", "mutual_information"])
+def test_processes_add_up(measure: str, group: Group) -> None:
+    whole = Disagreement(measure)
+    for rank in range(2):
+        z = torch.randn(3, 10 + 20 * rank, 4, generator=torch.Generator().manual_seed(rank))
+        whole.update(z.softmax(2))
+    assert group.run(compute_on_a_rank, measure) == pytest.approx([float(whole.compute())] * 2)
+
+
+def test_reset_pickle_and_plot() -> None:
+    metric = Disagreement()
+    metric.update(labels(3, 4))
+    again = pickle.loads(pickle.dumps(metric))
+    assert again.compute() == metric.compute()
+    figure, axes = metric.plot()
+    assert axes in figure.axes
+    metric.reset()
+    metric.update(labels(2, 1))
+    assert metric.compute() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "predictions", "sentence"),
+    [
+        ({"measure": "kappa"}, None, "`measure` is one of"),
+        ({"outputs": "labels"}, None, "`outputs` is"),
+        ({}, torch.zeros(1, 5, dtype=torch.long), "at least two members"),
+        ({}, torch.zeros(3, dtype=torch.long), r"got torch.int64 of shape \[3\]"),
+        ({}, torch.zeros(3, 5), "scores"),
+        ({"measure": "mutual_information"}, torch.zeros(3, 5, dtype=torch.long), "needs probabilities"),
+    ],
+)
+def test_what_is_refused(arguments: dict[str, str], predictions: torch.Tensor | None, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Disagreement(**arguments).update(predictions)

@@ -1,0 +1,124 @@
+"""An ensemble in every precision, with one process, DDP and FSDP2, against plain torch at the same precision."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, get_args
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_optim import Ensemble
+from tests.machine import models, problem
+from tests.machine.by_hand import autocast
+from tests.machine.cells import Cell, Precision, Strategy
+from tests.machine.groups import Group, JobFailed
+from tests.machine.run import make_trainer
+
+CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]
+SEEDS = (1, 5, 6)
+SHARPNESS = 30.0  # The members then differ in what they are sure of, and the mean's loss is far from any of theirs.
+
+
+class Member(models.Model):
+    """The machine's network as a classifier: the loss, and a metric that is no mean of means over ranks."""
+
+    def __init__(self, cell: Cell, seed: int) -> None:
+        super().__init__(cell)
+        self.net = problem.Net(problem.FEATURES, seed)
+        with torch.no_grad():
+            self.net.scale.mul_(SHARPNESS)
+        self.recall = MulticlassAccuracy(problem.TARGETS, average="macro")
+        self.ended = 0
+
+    def validation_step(self, batch: models.Batch, batch_idx: int) -> None:
+        logits = self.net(batch[0]).float()
+        labels = batch[1].argmax(1)
+        self.recall(logits, labels)
+        self.log("recall", self.recall)
+        self.log("val_loss", cross_entropy(logits, labels), sync_dist=self.cell.processes > 1)
+
+    def on_validation_epoch_end(self) -> None:
+        self.ended += 1
+
+
+class ShardedMember(Member):
+    """The same under FSDP2."""
+
+    def configure_model(self) -> None:
+        models.shard_(self.nets)
+
+
+def build(cell: Cell) -> list[LightningModule]:
+    return [(ShardedMember if cell.strategy == "fsdp2" else Member)(cell, seed) for seed in SEEDS]
+
+
+def validate(cell: Cell) -> dict[str, Any]:
+    """A job: what the validation of the ensemble says, twice, and what it left of the members."""
+    members = build(cell)
+    before = [{name: value.clone() for name, value in member.state_dict().items()} for member in members]
+    ensemble = Ensemble(members, outputs="logits", on="net")
+    trainer = make_trainer(cell, [])
+    results = [trainer.validate(ensemble, verbose=False)[0] for _ in range(2)]
+    changed = [
+        name
+        for m, state in zip(members, before, strict=True)
+        for name, v in m.state_dict().items()
+        if (v != state[name]).any()
+    ]
+    sharded = any(type(p).__name__ == "DTensor" for p in ensemble.parameters())
+    return {"results": results, "ended": ensemble.ended, "changed": changed, "sharded": sharded}
+
+
+@torch.no_grad()
+def by_hand(cell: Cell, seeds: tuple[int, ...]) -> dict[str, float]:
+    """The mean of softmax over the members, in float64 after a forward at the cell's precision."""
+    x, y = problem.validation_batch()
+    total: Tensor = torch.zeros(())
+    for member in [Member(cell, seed) for seed in seeds]:
+        with autocast(cell.precision):
+            logits = member.net(x)
+        total = total + logits.double().softmax(1) / len(seeds)
+    labels = y.argmax(1)
+    right = total.argmax(1) == labels
+    recall = torch.stack([right[labels == c].double().mean() for c in range(problem.TARGETS)]).mean()
+    return {"val_loss": float(-total.log()[torch.arange(len(labels)), labels].mean()), "recall": float(recall)}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_cell(cell: Cell, group: Group) -> None:
+    expected = by_hand(cell.whole, SEEDS)
+    outcomes = [validate(cell)] if cell.processes == 1 else group.run(validate, cell)
+    for outcome in outcomes:
+        for result in outcome["results"]:
+            assert result == pytest.approx(expected, rel=cell.value_tolerance, abs=cell.value_tolerance)
+        assert outcome["ended"] == 2 and outcome["changed"] == []
+        assert outcome["sharded"] == (cell.strategy == "fsdp2")
+    for seeds in ((SEEDS[0],), SEEDS[:2], SEEDS[1:]):
+        effect = abs(by_hand(cell.whole, seeds)["val_loss"] - expected["val_loss"])
+        assert effect >= 20 * cell.value_tolerance, "one member, or a missing one, must show"
+
+
+def validate_unsharded(cell: Cell) -> None:
+    make_trainer(cell, []).validate(Ensemble([Member(cell, 1)], on="net"), verbose=False)
+
+
+def test_fsdp2_of_members_that_shard_nothing_is_refused(group: Group) -> None:
+    with pytest.raises(JobFailed, match="sharded in `configure_model`, which Member does not override"):
+        group.run(validate_unsharded, Cell("automatic", "32-true", "fsdp2", "1"))
+
+
+def ensemble_of_sharded(cell: Cell) -> str:
+    member = ShardedMember(cell, 1)
+    make_trainer(cell, []).validate(member, verbose=False)
+    with pytest.raises(ValueError, match="given whole, and this ShardedMember is sharded") as error:
+        Ensemble([member], on="net")
+    return str(error.value)
+
+
+def test_members_that_are_sharded_already_are_refused(group: Group) -> None:
+    assert len(group.run(ensemble_of_sharded, Cell("automatic", "32-true", "fsdp2", "1"))) == 2

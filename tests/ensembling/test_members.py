@@ -1,0 +1,356 @@
+"""fit_members: each member from its own seed, and the same members after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_optim import EMA, Ensemble, WeightAveraging, fit_members
+from lightning_optim.ensembling.manifest import Manifest, member_seed
+from tests.ensembling.models import QUIET
+
+SIZE, BATCHES, EPOCHS = 3, 4, 3
+
+
+class Net(LightningModule):
+    """Draws from torch (weights, dropout), Python and NumPy; may be killed at a batch."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Dropout(0.3), nn.Linear(width, 1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        noise = random.random() + float(np.random.rand())
+        return mse_loss(self.net(batch[0]), batch[1]) * (1 + 0.1 * noise)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Kill(Callback):
+    """Notes each batch, of which a killed run leaves no other trace, in a file; and kills the process at the n-th.
+
+    Args:
+        notes: The file.
+        after: The n, counted in this process over all members.
+    """
+
+    def __init__(self, notes: Path, after: float = float("inf")) -> None:
+        self.notes, self.after, self.batches = notes, after, 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+        with self.notes.open("a") as file:
+            file.write("batch\n")
+        if self.batches >= self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dataset() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCHES * 4, 2, generator=generator)
+    return TensorDataset(x, x.sum(1, keepdim=True))
+
+
+def shuffling(seed: int | None = None) -> DataLoader[Any]:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return DataLoader(dataset(), batch_size=4, shuffle=True, generator=generator)
+
+
+class Positioned:
+    """Shuffles by its own epoch, and saves its position."""
+
+    def __init__(self) -> None:
+        self.epoch, self.position, self.loaded = 0, 0, False
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        if not self.loaded:
+            self.epoch, self.position = self.epoch + 1, 0
+        self.loaded = False
+        return self._batches()
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        parts = torch.randperm(4 * BATCHES, generator=torch.Generator().manual_seed(self.epoch)).split(4)
+        for part in parts[self.position :]:
+            self.position += 1
+            yield list(dataset()[part])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position, self.loaded = state["epoch"], state["position"], True
+
+
+def make_member(index: int) -> Net:
+    return Net(4 + index % 2)
+
+
+class Makes:
+    """``make_trainer``: quiet Trainers with fresh callbacks, which it remembers."""
+
+    def __init__(self, *callbacks: Callable[[], Callback], **arguments: Any) -> None:
+        self.callbacks, self.arguments = callbacks, {"enable_checkpointing": True, **arguments}
+        self.trainers: list[Trainer] = []
+
+    def __call__(self, index: int) -> Trainer:
+        made = [make() for make in self.callbacks]
+        self.trainers.append(Trainer(**{**QUIET, "max_epochs": EPOCHS, **self.arguments}, callbacks=made))
+        return self.trainers[-1]
+
+
+def weights(paths: list[str]) -> list[dict[str, Tensor]]:
+    return [torch.load(path, weights_only=True)["state_dict"] for path in paths]
+
+
+def same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def killed(run: Callable[[], Any]) -> None:
+    """Run it in a forked process, which must die by SIGKILL."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads
+        pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+def test_each_member_is_the_fit_of_its_own_seed(tmp_path: Path) -> None:
+    paths = fit_members(make_member, SIZE, Makes(), shuffling(), dirpath=tmp_path, seed=7)
+    for index, found in enumerate(weights(paths)):
+        seed_everything(member_seed(7, index), workers=True, verbose=False)
+        model, trainer = make_member(index), Makes(enable_checkpointing=False)(index)
+        trainer.fit(model, shuffling())
+        assert same([found], [model.state_dict()])
+    a, _, c = weights(paths)
+    assert not torch.equal(a["net.0.weight"], c["net.0.weight"])
+    assert Ensemble.from_checkpoints(Net, paths, on="net").members[1].hparams["width"] == 5
+
+
+def test_the_seeds() -> None:
+    seeds = [member_seed(seed, index) for seed in range(20) for index in range(200)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+    assert not set(seeds) & set(range(1000))
+    assert abs(np.mean(seeds) / 2**32 - 0.5) < 0.02
+
+
+def test_the_rest_of_the_program_draws_as_before(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    environment = dict(os.environ)
+    fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert dict(os.environ) == environment
+
+
+def test_the_manifest_and_nothing_to_do(tmp_path: Path) -> None:
+    paths = fit_members(make_member, 2, Makes(), shuffling(), dirpath=tmp_path)
+    written = json.loads((tmp_path / "members.json").read_text())
+    assert written["seed"] == 0
+    assert [(m["index"], m["seed"], m["file"], m["epochs"], m["steps"]) for m in written["members"]] == [
+        (index, member_seed(0, index), f"member-{index}.ckpt", EPOCHS, EPOCHS * BATCHES) for index in range(2)
+    ]
+    again = Makes()
+    assert fit_members(make_member, 2, again, shuffling(), dirpath=tmp_path) == paths
+    assert again.trainers == [] and not list(tmp_path.glob("*.part"))
+
+
+def test_size_may_change_and_the_seed_may_not(tmp_path: Path) -> None:
+    whole = weights(fit_members(make_member, SIZE, Makes(), shuffling(), dirpath=tmp_path / "whole"))
+    for size in (1, SIZE, 2):
+        paths = fit_members(make_member, size, Makes(), shuffling(), dirpath=tmp_path / "grown")
+        assert same(weights(paths), whole[:size])
+    with pytest.raises(ValueError, match=r"`seed=1`, but .*grown holds members of seed 0"):
+        fit_members(make_member, SIZE, Makes(), shuffling(), dirpath=tmp_path / "grown", seed=1)
+
+
+def test_a_member_whose_file_is_gone_is_trained_again(tmp_path: Path) -> None:
+    paths = fit_members(make_member, SIZE, Makes(), shuffling(), dirpath=tmp_path)
+    before = weights(paths)
+    Path(paths[1]).unlink()
+    again = Makes()
+    assert same(weights(fit_members(make_member, SIZE, again, shuffling(), dirpath=tmp_path)), before)
+    assert len(again.trainers) == 1
+
+
+FIT = EPOCHS * BATCHES
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "trained"),
+    [
+        # Killed at the 6th batch of the second member, at the next batch, and after 12 more. What was trained in all
+        # says where it went on: from the epoch's end before, where that is all that is exact,
+        pytest.param(shuffling, "each epoch", 18 + 1 + 12 + 12, id="epochs"),
+        pytest.param(shuffling, "each batch", 18 + 1 + 12 + 12, id="batches-without-position"),
+        pytest.param(partial(shuffling, 3), "one folder", 18 + 1 + 12 + 12, id="one-folder"),
+        # from the batch before, that of the kill not being written yet,
+        pytest.param(Positioned, "each batch", 18 + 1 + 12 + 8, id="batches-with-position"),
+        # or from the seed.
+        pytest.param(partial(shuffling, 3), "last batch", 18 + 1 + 12 + 12 + 12, id="no-exact-file"),
+        pytest.param(shuffling, "none", 18 + 1 + 12 + 12 + 12, id="no-file"),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_members(data: Any, files: str, trained: int, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+
+    def run(folder: str, *callbacks: Callable[[], Callback]) -> list[dict[str, Tensor]]:
+        makes = Makes(*saving(files, tmp_path / folder), *callbacks, enable_checkpointing=files != "none")
+        return weights(fit_members(make_member, SIZE, makes, data(), dirpath=tmp_path / folder))
+
+    expected = run("whole")
+    for after in (FIT + 6, 1, FIT):
+        kill = Kill(notes, after)
+        killed(partial(run, "killed", lambda kill=kill: kill))
+    assert same(run("killed", lambda: Kill(notes)), expected)
+    assert len(notes.read_text().split()) == trained
+
+
+def saving(files: str, folder: Path) -> list[Callable[[], Callback]]:
+    return {
+        "each epoch": [],
+        "each batch": [partial(ModelCheckpoint, every_n_train_steps=1, save_top_k=-1)],
+        "last batch": [partial(ModelCheckpoint, every_n_train_steps=1)],
+        "one folder": [partial(ModelCheckpoint, dirpath=folder / "all", save_top_k=-1)],
+        "none": [],
+    }[files]
+
+
+@pytest.mark.parametrize("moment", ["add", "path"])
+def test_a_kill_between_the_fit_and_the_manifest(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = weights(fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "whole"))
+
+    def run_and_die() -> None:
+        monkeypatch.setattr(Manifest, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "killed")
+
+    killed(run_and_die)
+    assert not (tmp_path / "killed" / "members.json").exists()
+    again = Makes()
+    assert same(weights(fit_members(make_member, 1, again, shuffling(), dirpath=tmp_path / "killed")), expected)
+    assert again.trainers[0].ckpt_path is not None, "the epochs were done"
+
+
+def test_a_file_that_a_kill_left_half_written_is_passed_over(tmp_path: Path) -> None:
+    expected = weights(fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "whole"))
+    kill = Kill(tmp_path / "notes", BATCHES + 1)
+    killed(lambda: fit_members(make_member, 1, Makes(lambda: kill), shuffling(), dirpath=tmp_path / "killed"))
+    (half,) = (tmp_path / "killed" / "member-0").glob("*.ckpt")
+    half.write_bytes(half.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="cannot be read, and is passed over"):
+        found = fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "killed")
+    assert same(weights(found), expected)
+
+
+def test_a_members_file_holds_what_its_fit_ended_with(tmp_path: Path) -> None:
+    made: list[Net] = []
+
+    def remembered(index: int) -> Net:
+        made.append(make_member(index))
+        return made[-1]
+
+    makes = Makes(lambda: WeightAveraging(EMA(0.9)))
+    paths = fit_members(remembered, 2, makes, shuffling(), dirpath=tmp_path / "average")
+    raw = fit_members(make_member, 2, Makes(), shuffling(), dirpath=tmp_path / "raw")
+    assert same(weights(paths), [member.state_dict() for member in made])
+    assert not same(weights(paths), weights(raw))
+
+
+class Module(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return shuffling(5)
+
+
+def test_what_data_may_be(tmp_path: Path) -> None:
+    expected = weights(fit_members(make_member, 2, Makes(), shuffling(5), dirpath=tmp_path / "loader"))
+    for name, data in (
+        ("module", Module()),
+        ("function", lambda index: shuffling(5)),
+        ("several", {"a": shuffling(5)}),
+    ):
+        net = Net if name != "several" else Several
+        paths = fit_members(lambda index, net=net: net(4 + index % 2), 2, Makes(), data, dirpath=tmp_path / name)
+        assert same(weights(paths), expected), name
+    bags = fit_members(make_member, 2, Makes(), lambda index: shuffling(index), dirpath=tmp_path / "bags")
+    assert not same(weights(bags), expected)
+
+
+class Several(Net):
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return super().training_step(batch["a"], batch_idx)
+
+
+def test_a_data_set_is_not_copied(tmp_path: Path) -> None:
+    loader = shuffling()
+    makes = Makes()
+    fit_members(make_member, 2, makes, loader, dirpath=tmp_path)
+    used = [trainer.train_dataloader for trainer in makes.trainers]
+    assert used[0] is not used[1] and loader not in used
+    assert all(copy.dataset is loader.dataset for copy in used)
+
+
+USED = Makes()(0)
+
+
+class Interrupted(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+
+def test_a_fit_that_fails_is_no_member(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit_members(make_member, 1, Makes(Interrupted), shuffling(), dirpath=tmp_path)
+    assert not (tmp_path / "members.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"size": 0}, "`size` is the number of members"),
+        ({"size": 2.0}, "`size` is the number of members"),
+        ({"seed": -1}, "`seed` is an integer of at least 0"),
+        ({"make_member": lambda index: nn.Linear(1, 1)}, "`make_member` returns a LightningModule, got a Linear"),
+        ({"make_trainer": lambda index: None}, "`make_trainer` returns a new .* got a NoneType"),
+        ({"make_trainer": lambda index: USED, "size": 2}, "used already"),
+        ({"data": [(x for x in ())]}, "`data` is copied for each member, and that failed"),
+    ],
+)
+def test_what_is_refused(arguments: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    call = {"make_member": make_member, "size": 1, "make_trainer": Makes(), "data": shuffling()} | arguments
+    with pytest.raises(ValueError, match=sentence):
+        fit_members(dirpath=tmp_path, **call)

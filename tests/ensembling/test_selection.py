@@ -1,0 +1,86 @@
+"""cost_benefit: the metric over the number of members, against the mean of probabilities by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.functional import nll_loss
+
+from lightning_optim import cost_benefit
+from tests.ensembling.models import Classifier, data, loader, mean_probabilities, members, trainer
+
+X, Y = data().tensors
+
+
+def by_hand(models: list[Classifier], groups: list[list[int]]) -> list[float]:
+    return [float(nll_loss(mean_probabilities([models[i] for i in group], X).log(), Y)) for group in groups]
+
+
+def test_the_metric_over_the_number_of_members() -> None:
+    models = members()
+    of = trainer()
+    callbacks = list(of.callbacks)
+    found = cost_benefit(models, of, loader(), monitor="nll", outputs="logits", on="net")
+    assert of.callbacks == callbacks
+    windows = ([[0], [1], [2]], [[0, 1], [1, 2], [2, 0]], [[0, 1, 2]])
+    for size, (row, groups) in enumerate(zip(found.rows, windows, strict=True), 1):
+        values = by_hand(models, groups)
+        assert row.members == size
+        expected = [sum(values) / len(values), min(values), max(values)]
+        assert [row.value, row.lowest, row.highest] == pytest.approx(expected, rel=1e-5)
+        assert row.seconds > 0
+    assert found.rows[0].value > found.rows[1].value > found.rows[2].value
+
+
+def test_one_group_of_each_number_is_the_given_order() -> None:
+    models = members()
+    found = cost_benefit(models, trainer(), loader(), monitor="nll", outputs="logits", on="net", groups=1)
+    expected = by_hand(models, [[0], [0, 1], [0, 1, 2]])
+    assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_is_that_of_the_weights_and_what_is_shared_counts_once() -> None:
+    models = [Classifier(seed=seed) for seed in range(2)]
+    size = sum(t.numel() * t.element_size() for t in (*models[0].parameters(), *models[0].buffers())) / 1e6
+    found = cost_benefit(models, trainer(), loader(), monitor="nll", outputs="logits", on="net")
+    assert [row.megabytes for row in found.rows] == pytest.approx([size, 2 * size])
+    models[1].net[0] = models[0].net[0]
+    shared = sum(p.numel() * p.element_size() for p in models[0].net[0].parameters()) / 1e6
+    found = cost_benefit(models, trainer(), loader(), monitor="nll", outputs="logits", on="net")
+    assert [row.megabytes for row in found.rows] == pytest.approx([size, 2 * size - shared])
+
+
+def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cost_benefit(members(), trainer(), loader(), monitor="nll", outputs="logits", on="net")
+    header, *lines = str(found).splitlines()
+    assert header.split() == ["members", "nll", "lowest", "highest", "seconds", "megabytes"]
+    assert [line.split()[0] for line in lines] == ["1", "2", "3"] and len({len(line) for line in lines}) == 1
+    figure, axes = found.plot()
+    assert axes.get_ylabel() == "nll" and axes.lines[0].get_ydata().tolist() == [row.value for row in found.rows]
+    figure.savefig(tmp_path / "cost.png")
+    assert found.plot(axes)[1] is axes
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        found.plot()
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="`groups` is the number of groups"):
+        cost_benefit(members(), trainer(), loader(), monitor="nll", groups=0)
+    of = trainer()
+    with pytest.raises(MisconfigurationException, match=r"`monitor='loss'` is not logged in validation.*'nll'"):
+        cost_benefit(members(), of, loader(), monitor="loss", outputs="logits", on="net")
+    assert len(of.callbacks) == len(trainer().callbacks)
+
+
+def test_the_members_are_left_alone() -> None:
+    models = members()
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
+    cost_benefit(models, trainer(), loader(), monitor="nll", outputs="logits", on="net")
+    assert [model.training for model in models] == [True, False, True]
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,309 @@
+"""Weighted windows: N micro-batches are one batch, whatever N, the last window, the mask and the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_optim import GradientAccumulation, ManualOptimizationMixin, TargetBatchSize
+from lightning_optim.gradients.windows import weight_of
+from tests.machine import models, problem, run
+from tests.machine.cells import Cell
+from tests.machine.formulas import deviation
+from tests.machine.groups import Group
+
+BATCHES = 7
+COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
+"""How many samples count, in each micro-batch, on each of two ranks."""
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def _data() -> list[list[Batch]]:
+    """For each micro-batch what each of two ranks gets: inputs, targets, and which samples count."""
+    generator = torch.Generator().manual_seed(3)
+    data = []
+    for counts in COUNTS:
+        parts = []
+        for count in counts:
+            x = torch.randn(10, problem.FEATURES, generator=generator)
+            y = torch.randn(10, problem.TARGETS, generator=generator)
+            parts.append((x, y, torch.arange(10) < count))
+        data.append(parts)
+    return data
+
+
+def _masked_loss(index: int, nets: Any, batch: Batch) -> Tensor:
+    x, y, mask = batch
+    # The second net sees no output of the first, whose weights move before the window's last batch.
+    out = nets[0](x) if index == 0 else nets[1](torch.cat([x, y], dim=1))
+    losses = (out.float() - (y if index == 0 else y.flip(1))).square().mean(1)
+    return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+
+class Masked(models.Model):
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        loss = _masked_loss(0, self.nets, batch)
+        self.log("loss", loss)
+        return loss
+
+    def train_dataloader(self) -> Any:
+        data = _data()
+        if self.cell.processes == 1:
+            return models.Batches([_joined(parts) for parts in data])
+        return models.Batches([parts[self.global_rank] for parts in data])
+
+
+class MaskedManual(ManualOptimizationMixin, Masked):
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for index, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
+            self.optimize(_masked_loss(index, self.nets, batch), optimizer)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    x, y, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return x, y, mask
+
+
+def _count(batch: Batch) -> Tensor:
+    return batch[2].sum()
+
+
+def _module(cell: Cell) -> Masked:
+    base = Masked if cell.kind == "automatic" else MaskedManual
+    if cell.strategy == "fsdp2":
+        base = type("Sharded", (base,), {"configure_model": models.ShardedModel.configure_model})
+    return base(cell)
+
+
+def job(cell: Cell, n: int, **changes: Any) -> dict[str, Tensor]:
+    accumulation = GradientAccumulation(n, weight_by=_count)
+    module = _module(cell)
+    run.make_trainer(cell, [accumulation], **({"limit_val_batches": 0} | changes)).fit(module)
+    return models.full_weights(module)
+
+
+def _by_hand(cell: Cell, n: int) -> dict[str, Tensor]:
+    """One batch for each window: all samples that count, of all its micro-batches and ranks, in one mean."""
+    net = problem.build_nets(cell.optimizers)
+    nets = problem.nets_of(net)
+    optimizers = [torch.optim.SGD(own.parameters(), lr=cell.lr, momentum=0.9) for own in nets]
+    data = [_joined(parts) for parts in _data()]
+    for _ in range(2):
+        for start in range(0, len(data), n):
+            whole = _joined(data[start : start + n])
+            for index, (own, optimizer) in enumerate(zip(nets, optimizers, strict=True)):
+                grads = torch.autograd.grad(_masked_loss(index, nets, whole), list(own.parameters()))
+                for parameter, grad in zip(own.parameters(), grads, strict=True):
+                    parameter.grad = grad
+                optimizer.step()
+    return {f"net.{name}": parameter.detach() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 7])
+@pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+def test_n_micro_batches_are_one_batch(strategy: Any, kind: Any, n: int, group: Group) -> None:
+    cell = Cell(kind, "32-true", strategy, "1")
+    wanted = _by_hand(cell, n)
+    for weights in [job(cell, n)] if strategy == "single" else group.run(job, cell, n):
+        assert max(deviation(weights, wanted).values()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["automatic", "two"])
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_under_a_loss_scale(strategy: Any, kind: Any, group: Group) -> None:
+    cell = Cell(kind, "16-mixed", strategy, "1")
+    wanted = _by_hand(cell, 3)
+    for weights in [job(cell, 3)] if strategy == "single" else group.run(job, cell, 3):
+        assert max(deviation(weights, wanted).values()) < 5e-4
+
+
+def test_the_mean_of_means_is_another() -> None:
+    cell = Cell("automatic", "32-true", "single", "1")
+    module = Masked(cell)
+    run.make_trainer(cell, [GradientAccumulation(3)], limit_val_batches=0).fit(module)
+    assert max(deviation(models.full_weights(module), _by_hand(cell, 3)).values()) > 1e-3
+
+
+@pytest.mark.parametrize("weight", [1e-6, 1.0, 1e6])
+def test_the_unit_does_not_matter_and_scaled_gradients_stay_in_range(weight: float) -> None:
+    """With a factor of a million, gradients times the loss scale would be infinite in half precision."""
+    cell = Cell("automatic", "16-mixed", "single", "4short")
+    seen = []
+
+    class Watching(models.Model):
+        def on_after_backward(self) -> None:
+            seen.append(max(float(p.grad.abs().max()) for p in self.parameters()))
+
+    module = Watching(cell)
+    run.make_trainer(cell, [GradientAccumulation(4, weight_by=lambda batch: weight)]).fit(module)
+    plain = models.build(cell)
+    run.make_trainer(cell, [GradientAccumulation(4)]).fit(plain)
+    assert max(deviation(module.raw, plain.raw).values()) < 1e-6
+    assert max(seen) < 65504
+
+
+def test_by_sample_with_a_short_last_batch() -> None:
+    """Ten samples in batches of four: the last holds two, and counts for two."""
+
+    class Short(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return (batch[0] @ self.weight).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
+    cell = Cell("automatic", "32-true", "single", "1")
+    module = Short()
+    accumulation = GradientAccumulation(3, weight_by="sample")
+    loader = DataLoader(TensorDataset(data), batch_size=4)
+    run.make_trainer(cell, [accumulation], max_epochs=1, val_check_interval=1.0).fit(module, loader)
+    start = torch.tensor([1.0, -1.0], requires_grad=True)
+    (grad,) = torch.autograd.grad((data @ start).square().mean(), start)
+    torch.testing.assert_close(module.weight.detach(), start.detach() - 0.1 * grad, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_logged_is_the_loss_itself() -> None:
+    cell = Cell("automatic", "32-true", "single", "1")
+    logs = []
+    for callbacks in ([GradientAccumulation(7, weight_by=_count)], [GradientAccumulation(7)]):
+        recorder = run.Recorder()
+        run.make_trainer(cell, callbacks, limit_val_batches=0, logger=recorder, max_epochs=1).fit(Masked(cell))
+        logs.append(recorder.logged["loss"])
+    assert logs[0] == logs[1]
+
+
+def _resumed(cell: Cell, folder: str) -> dict[str, Tensor]:
+    """Stop within a window, and go on from the file."""
+    path = f"{folder}/{cell}.ckpt"
+
+    def trainer(**changes: Any) -> Any:
+        callbacks = [GradientAccumulation(4, weight_by=_count), Saving(path)]
+        return run.make_trainer(cell, callbacks, limit_val_batches=0, **changes)
+
+    trainer(max_epochs=1).fit(_module(cell))
+    module = _module(cell)
+    trainer().fit(module, ckpt_path=path, weights_only=True)
+    return models.full_weights(module)
+
+
+class Saving(Callback):
+    """Write a file within the second window, once. (Before any step Lightning cannot resume FSDP2.)"""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 6:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+def test_an_open_window_is_in_the_file_with_its_weights(strategy: Any, group: Group, tmp_path: Any) -> None:
+    cell = Cell("automatic", "32-true", strategy, "1")
+    wanted = _by_hand(cell, 4)
+    arguments = (cell, str(tmp_path))
+    for weights in [_resumed(*arguments)] if strategy == "single" else group.run(_resumed, *arguments):
+        assert max(deviation(weights, wanted).values()) < 1e-6
+
+
+# ---- TargetBatchSize -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "ranks", "n"), [(256, 32, 1, 8), (256, 32, 3, 3), (10, 32, 1, 1), (33, 32, 1, 2)]
+)
+def test_micro_batches_of_a_target(size: int, batch: int, ranks: int, n: int) -> None:
+    assert TargetBatchSize(size).micro_batches(batch, ranks) == n
+
+
+class Loading(models.Model):
+    def train_dataloader(self) -> Any:
+        x, y = (torch.cat(tensors) for tensors in zip(*problem.make_batches(self.cell.batches, seed=10), strict=True))
+        return DataLoader(TensorDataset(x, y), batch_size=problem.BATCH)
+
+    def configure_optimizers(self) -> Any:
+        self.estimated = self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_the_loaders_batch_size_is_found_before_the_optimizers_are_made() -> None:
+    cell = Cell("automatic", "32-true", "single", "4short")
+    module = Loading(cell)
+    accumulation = GradientAccumulation(TargetBatchSize(4 * problem.BATCH - 5))
+    trainer = run.make_trainer(cell, [accumulation])
+    trainer.fit(module)
+    plain = models.build(cell)
+    run.make_trainer(cell, [GradientAccumulation(4)]).fit(plain)
+    assert module.estimated == 4 == accumulation.steps[0]
+    assert max(deviation(module.raw, plain.raw).values()) < 1e-6
+    assert trainer.accumulate_grad_batches == 1
+
+
+def test_a_loader_without_a_batch_size_is_refused() -> None:
+    cell = Cell("automatic", "32-true", "single", "1")
+    with pytest.raises(MisconfigurationException, match=r"sees no `batch_size` on the training data .Batches."):
+        run.make_trainer(cell, [GradientAccumulation(TargetBatchSize(64))]).fit(models.build(cell))
+
+
+def _target(cell: Cell) -> tuple[list[int], dict[str, Tensor]]:
+    accumulation = GradientAccumulation(
+        TargetBatchSize(4 * problem.BATCH, micro_batch_size=problem.BATCH // cell.processes)
+    )
+    module = models.build(cell)
+    run.make_trainer(cell, [accumulation]).fit(module)
+    return accumulation.steps, module.raw
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["automatic", "two"])
+def test_ranks_make_the_target_together(kind: Any, strategy: Any, group: Group) -> None:
+    steps, wanted = _target(Cell(kind, "32-true", "single", "4short"))
+    for its_steps, weights in group.run(_target, Cell(kind, "32-true", strategy, "4short")):
+        assert its_steps == steps
+        assert max(deviation(weights, wanted).values()) < 1e-6
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), "many", True, None])
+def test_a_weight_that_is_none_is_refused(weight: Any) -> None:
+    with pytest.raises(ValueError, match=r"`weight_by` must return a number >= 0 or a tensor with one element"):
+        weight_of(None, lambda batch: weight, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"n": 0}, "`n=0` must be an integer >= 1, a dictionary"),
+        ({"n": {0: True}}, "`n=.*` must be an integer >= 1"),
+        ({"n": 2, "weight_by": "token"}, "`weight_by='token'` must be 'batch', 'sample' or a function"),
+    ],
+)
+def test_refused(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GradientAccumulation(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": 1.5}, {"size": 8, "micro_batch_size": 0}])
+def test_a_target_that_is_none_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be an integer >= 1"):
+        TargetBatchSize(**arguments)

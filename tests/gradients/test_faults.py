@@ -1,0 +1,82 @@
+"""A thousand faults on one rank of two: training goes on, weights stay finite, ranks stay equal."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_optim import AGC, AutoClip, ClipByNorm, GradientClipping, GradientMonitor, ZClip
+from tests.machine import models, run
+from tests.machine.cells import Cell
+from tests.machine.groups import Group
+
+FAULTS = 250  # in each of four runs
+VALUES = (float("nan"), float("inf"), float("-inf"))
+
+
+class Faults(Callback):
+    """NaN or an infinity in random gradients of random steps on one rank, and never in more than ten steps in a row."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.row = self.count = self.longest = 0
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # All ranks draw the same, so that they know of each other's faults.
+        faulty = self.row < 10 and self.random.random() < 0.7
+        self.row = self.row + 1 if faulty else 0
+        self.longest = max(self.longest, self.row)
+        self.count += faulty
+        rank = self.random.randrange(trainer.world_size)
+        places = [(self.random.random(), self.random.choice(VALUES)) for _ in list(pl_module.parameters())]
+        if not faulty or rank != trainer.global_rank:
+            return
+        hit = False
+        for parameter, (chance, value) in zip(pl_module.parameters(), places, strict=True):
+            grad = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+            if grad.numel() and (chance < 0.3 or not hit):
+                grad.view(-1)[int(chance * grad.numel())] = value
+                hit = True
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = self.count >= FAULTS and self.row == 0
+
+
+def job(cell: Cell, seed: int) -> dict[str, Any]:
+    policies = [AutoClip(50.0), ZClip(warmup=5), AGC(0.1), ClipByNorm(0.5)]
+    clipping, monitor, faults = GradientClipping(policies), GradientMonitor(), Faults(seed)
+    trainer = run.make_trainer(cell, [clipping, monitor, faults], max_epochs=-1, limit_val_batches=0)
+    module = models.build(cell)
+    before = models.full_weights(module)
+    trainer.fit(module)
+    after = models.full_weights(module)
+    statistics = clipping._copies.state_dict()[0]
+    return {
+        "faults": faults.count,
+        "longest": faults.longest,
+        "skipped": clipping.skipped,
+        "weights": after,
+        "moved": max(float((after[name] - before[name]).abs().max()) for name in before),
+        "statistics": [statistics[0]["recent"]["rows"], statistics[1]["statistics"]],
+        "monitored": monitor.skipped,
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_training_goes_on(strategy: Any, seed: int, group: Group) -> None:
+    first, second = group.run(job, Cell("automatic", "32-true", strategy, "1"), seed)
+    assert first["faults"] == second["faults"] >= FAULTS
+    assert first["longest"] == 10
+    for name, weight in first["weights"].items():
+        assert weight.isfinite().all(), name
+        assert torch.equal(weight, second["weights"][name]), f"the ranks differ in {name}"
+    for mine, theirs in zip(first["statistics"], second["statistics"], strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, theirs)
+    assert first["moved"] > 0.01
+    assert first["skipped"] == second["skipped"] == first["monitored"]

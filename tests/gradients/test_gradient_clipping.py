@@ -1,0 +1,377 @@
+"""GradientClipping: which gradients a policy sees, steps that are skipped, and what waits for the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_optim import (
+    AGC,
+    AutoClip,
+    Centralize,
+    ClipByNorm,
+    ClipByValue,
+    GradientAccumulation,
+    GradientClipping,
+    GradientMonitor,
+    Noise,
+    ZClip,
+)
+from tests.machine import models, run
+from tests.machine.cells import Cell
+
+CELL = Cell("automatic", "32-true", "single", "1")
+
+
+class Bad(Callback):
+    """Put a value into a gradient before the steps of some batches, and remember weights and momentum around them."""
+
+    def __init__(self, batches: set[int], value: float = math.nan) -> None:
+        self.batches, self.value, self.seen = batches, value, -1
+        self.before: list[Tensor] = []
+        self.unchanged: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.seen += 1
+        self.before = self._everything(trainer)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.seen in self.batches:
+            parameter = next(p for p in pl_module.parameters() if p.grad is not None)
+            parameter.grad.view(-1)[0] = self.value
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.seen in self.batches:
+            now = self._everything(trainer)
+            self.unchanged.append(all(torch.equal(a, b) for a, b in zip(self.before, now, strict=True)))
+
+    def _everything(self, trainer: Trainer) -> list[Tensor]:
+        momenta = [s["momentum_buffer"] for opt in trainer.optimizers for s in opt.state.values()]
+        return [t.detach().clone() for t in [*trainer.lightning_module.parameters(), *momenta]]
+
+
+def _fit(clipping: GradientClipping, bad: Callback | None = None, cell: Cell = CELL, **changes: Any) -> Any:
+    recorder = run.Recorder()
+    callbacks = [clipping] if bad is None else [clipping, bad]
+    if cell.accumulation > 1:
+        callbacks.append(GradientAccumulation(cell.accumulation))
+    trainer = run.make_trainer(cell, callbacks, **({"logger": recorder, "max_epochs": 3} | changes))
+    module = models.build(cell)
+    trainer.fit(module)
+    return module, recorder.logged, trainer
+
+
+# ---- which gradients -------------------------------------------------------------------------------------------------
+
+
+class Spy(ClipByValue):
+    """Remembers the shapes that it was given, and with which norm."""
+
+    def __deepcopy__(self, memo: Any) -> Spy:
+        return self
+
+    def clip_(self, grads: Any, weights: Any = (), *, norm: Any = None, **others: Any) -> Any:
+        self.saw = [tuple(grad.shape) for grad in grads]
+        self.matched = all(grad.shape == weight.shape for grad, weight in zip(grads, weights, strict=True))
+        self.norm = norm
+        return norm
+
+
+@pytest.mark.parametrize(
+    ("selection", "shapes"),
+    [
+        ({}, [(1,), (5, 8), (5,), (3, 5), (3,)]),
+        ({"on": "*.inner.*"}, [(5, 8), (5,)]),
+        ({"exclude": "*bias"}, [(1,), (5, 8), (3, 5)]),
+        ({"on": ["*weight"], "exclude": "*outer*"}, [(5, 8)]),
+    ],
+)
+def test_a_policy_sees_what_it_chose(selection: dict[str, Any], shapes: list[tuple[int, ...]]) -> None:
+    spy = Spy(1.0, **selection)
+    _fit(GradientClipping(spy))
+    assert spy.saw == shapes
+    assert spy.matched
+    assert (spy.norm is None) == bool(selection), "a norm of all gradients is not that of some"
+
+
+def test_a_policy_after_one_that_acted_gets_no_norm() -> None:
+    spy = Spy(1.0)
+    _fit(GradientClipping([ClipByNorm(0.5), spy]))
+    assert spy.norm is None
+
+
+def test_a_pattern_without_a_match_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`on='encoder.*'` matches no parameter"):
+        _fit(GradientClipping(AGC(on="encoder.*")))
+
+
+class Groups(models.Model):
+    def configure_optimizers(self) -> Any:
+        inner, outer = self.nets[0].get_submodule("inner"), self.nets[0].get_submodule("outer")
+        rest = [self.nets[0].get_parameter("scale")]
+        groups = [{"params": inner.parameters()}, {"params": [*outer.parameters(), *rest]}]
+        return torch.optim.SGD(groups, lr=0.01)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        sizes = [[float(p.grad.square().sum()) for p in g["params"]] for g in optimizer.param_groups]
+        self.norms = [math.sqrt(sum(group)) for group in sizes]
+
+
+def test_each_param_group_has_its_own_norm() -> None:
+    module = Groups(CELL)
+    # The module's hook runs after the callbacks', so it sees clipped gradients.
+    run.make_trainer(CELL, [GradientClipping(ClipByNorm(0.2, scope="group"))]).fit(module)
+    assert module.norms == pytest.approx([0.2, 0.2], rel=1e-4)
+
+
+# ---- skipped steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("policy", [ClipByNorm(0.5), ClipByValue(0.1), [Centralize(), AGC()]], ids=repr)
+@pytest.mark.parametrize("kind", ["automatic", "manual"])
+def test_a_skipped_step_leaves_everything_as_it_was(policy: Any, value: float, kind: Any) -> None:
+    clipping, bad = GradientClipping(policy), Bad({1, 2, 7}, value)
+    module, logged, _ = _fit(clipping, bad, Cell(kind, "32-true", "single", "1"))
+    assert bad.unchanged == [True, True, True]
+    assert clipping.skipped == [3]
+    assert clipping.skipped_at == [[0, 0, 1], [0, 0, 2], [0, 1, 3]]
+    assert clipping.steps == [9]
+    assert all(p.isfinite().all() for p in module.parameters())
+    counts = list(logged["gradients/skipped"].values())
+    assert counts == [1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+
+
+def test_without_skipping_one_nan_is_in_every_weight() -> None:
+    clipping, bad = GradientClipping(ClipByNorm(0.5), nonfinite="ignore"), Bad({1})
+    module, *_ = _fit(clipping, bad)
+    assert bad.unchanged == [False]
+    assert not any(p.isfinite().any() for p in module.parameters())
+    assert clipping.skipped == [0]
+
+
+def test_a_skip_is_told_with_its_batch(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        _fit(GradientClipping(0.5), Bad({6}))
+    told = [record.message for record in caplog.records if "dropped" in record.message]
+    assert len(told) == 1
+    assert "epoch 1, batch 2" in told[0]
+    assert "nan" in told[0]
+
+
+def test_ten_in_a_row_are_skipped_and_eleven_raise() -> None:
+    module, *_ = _fit(GradientClipping(0.5), Bad(set(range(1, 11))))
+    assert all(p.isfinite().all() for p in module.parameters())
+    with pytest.raises(RuntimeError, match=r"11 steps in a row .*epoch 2, batch 3 .* is nan.*'net.scale'"):
+        _fit(GradientClipping(0.5), Bad(set(range(1, 12))))
+
+
+def test_a_good_step_ends_the_row() -> None:
+    clipping = GradientClipping(0.5, max_consecutive_skips=2)
+    _fit(clipping, Bad({0, 1, 3, 4, 6, 7}))
+    assert clipping.skipped == [6]
+
+
+def test_none_in_a_row_may_be_forbidden() -> None:
+    with pytest.raises(RuntimeError, match="1 steps in a row"):
+        _fit(GradientClipping(0.5, max_consecutive_skips=0), Bad({1}))
+
+
+def test_raises_with_the_parameters_name() -> None:
+    with pytest.raises(RuntimeError, match=r"in epoch 0, batch 3 the norm of its gradients is inf.*\['net.scale'\]"):
+        _fit(GradientClipping(0.5, nonfinite="raise"), Bad({3}, math.inf))
+
+
+class Spikes(Bad):
+    """Gradients that are finite and far too large."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.seen in self.batches:
+            for parameter in pl_module.parameters():
+                parameter.grad.mul_(self.value)
+
+
+@pytest.mark.parametrize(("spike", "skipped"), [(5.0, 2), (200.0, 0)])
+def test_spikes_are_skipped_by_their_factor(spike: float, skipped: int) -> None:
+    clipping, bad = GradientClipping(0.5, spike=spike), Spikes({14, 17}, 50.0)
+    _fit(clipping, bad, max_epochs=5)
+    assert clipping.skipped == [skipped]
+    assert bad.unchanged == [skipped > 0] * 2
+
+
+def test_the_first_steps_are_no_spikes() -> None:
+    clipping = GradientClipping(0.5, spike=1.5)
+    _fit(clipping, Spikes({5}, 50.0), max_epochs=2)
+    assert clipping.skipped == [0]
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "ignore"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_scalers_own_skip_is_counted_once_and_is_no_error(nonfinite: Any, value: float) -> None:
+    cell = Cell("automatic", "16-mixed", "single", "1")
+    clipping, bad = GradientClipping(0.5, nonfinite=nonfinite, max_consecutive_skips=2), Bad({1, 5, 6, 7, 8}, value)
+    module, _, trainer = _fit(clipping, bad, cell)
+    assert clipping.skipped == [5]
+    assert clipping.steps == [7]
+    assert bad.unchanged == [True] * 5
+    assert trainer.precision_plugin.scaler.get_scale() == 2.0**10 / 2**5
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_what_no_scale_can_cure_raises(nonfinite: Any) -> None:
+    cell = Cell("automatic", "16-mixed", "single", "1")
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    clipping = GradientClipping(0.5, nonfinite=nonfinite, max_consecutive_skips=2)
+    with pytest.raises(RuntimeError, match="epoch 0, batch 2" if nonfinite == "raise" else "3 steps in a row"):
+        _fit(clipping, Bad(set(range(12))), cell, plugins=[plugin])
+
+
+def test_a_skipped_window_is_one_step() -> None:
+    clipping = GradientClipping(0.5)
+    module, *_ = _fit(clipping, Bad({1}), Cell("automatic", "32-true", "single", "4short"))
+    assert clipping.skipped == [1]
+    assert clipping.skipped_at == [[0, 0, 3]]
+    assert clipping.steps == [5]
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_counts_and_medians_are_in_the_state() -> None:
+    clipping = GradientClipping(AutoClip(50.0), spike=5.0)
+    _fit(clipping, Bad({10, 11}))
+    other = GradientClipping(AutoClip(50.0), spike=5.0)
+    other.load_state_dict(clipping.state_dict())
+    assert other.skipped == [2]
+    assert other.skipped_at == clipping.skipped_at
+    assert other._in_a_row == [2]
+    assert torch.equal(other._guards[0]._recent.rows, clipping._guards[0]._recent.rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"policy": 0.0}, "`policy=0.0` must be a number > 0, a clipping policy or a list of them"),
+        ({"policy": []}, "`policy=.*` must be a number > 0, a clipping policy or a list of them"),
+        ({"policy": 1.0, "nonfinite": "drop"}, "`nonfinite='drop'` must be one of .'skip', 'raise', 'ignore'."),
+        ({"policy": 1.0, "max_consecutive_skips": -1}, "`max_consecutive_skips` must be an integer >= 0, got -1"),
+        ({"policy": 1.0, "spike": 1.0}, "`spike` must be a number > 1.0, got 1.0"),
+    ],
+)
+def test_refused(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GradientClipping(**arguments)
+
+
+# ---- what waits for the device ---------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts reads of a number from a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class Counting(Callback):
+    """Counts within our hooks, by wrapping the calls of all callbacks of ours."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+        self.now = 0
+
+    def wrap(self, callback: Any, name: str) -> None:
+        inner = getattr(callback, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with Reads() as reads:
+                result = inner(*args, **kwargs)
+            self.now += reads.count
+            return result
+
+        setattr(callback, name, counted)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.now = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.reads.append(self.now)
+
+
+POLICIES = [
+    ClipByNorm(0.5),
+    ClipByNorm(0.5, scope="tensor"),
+    ClipByNorm(0.5, scope="group"),
+    ClipByValue(0.1),
+    AutoClip(),
+    ZClip(warmup=2),
+    AGC(),
+    Centralize(),
+    Noise(),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [({"nonfinite": "ignore"}, 0), ({"nonfinite": "skip"}, 1), ({"nonfinite": "skip", "spike": 1e6}, 1)],
+)
+def test_reads_from_the_device_in_a_step_that_is_not_logged(arguments: Any, expected: int) -> None:
+    counting = Counting()
+    ours = [GradientClipping(list(POLICIES), **arguments), GradientMonitor("parameter")]
+    for callback in ours:
+        for hook in (
+            "on_before_optimizer_step",
+            "on_after_optimizer_step",
+            "on_train_batch_start",
+            "on_train_batch_end",
+        ):
+            counting.wrap(callback, hook)
+    run.make_trainer(CELL, [*ours, counting], max_epochs=4, log_every_n_steps=1000).fit(models.build(CELL))
+    assert counting.reads == [expected] * 16
+
+
+def test_the_counter_sees_a_read() -> None:
+    with Reads() as reads:
+        torch.ones(()).item()
+    assert reads.count == 1
+
+
+class Writes(Callback):
+    """Which steps wrote to the gradients, between two hooks of a user's."""
+
+    def __init__(self) -> None:
+        self.written: list[bool] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.versions = [p.grad._version for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.written.append(self.versions != [p.grad._version for p in pl_module.parameters()])
+
+
+@pytest.mark.parametrize("scope", ["global", "group", "tensor"])
+@pytest.mark.parametrize(("max_norm", "written"), [(1e-3, True), (1e3, False)])
+def test_gradients_with_a_norm_below_the_bound_are_not_touched(max_norm: float, written: bool, scope: Any) -> None:
+    writes, monitor = Writes(), GradientMonitor()
+    clipping = GradientClipping(ClipByNorm(max_norm, scope=scope))
+    recorder = run.Recorder()
+    run.make_trainer(CELL, [writes, monitor, clipping], logger=recorder).fit(models.build(CELL))
+    assert writes.written == [written] * 8
+    assert set(recorder.logged["gradients/share_clipped"].values()) == {float(written)}
+
+
+def test_what_remembers_norms_is_never_passed_over() -> None:
+    clipping = GradientClipping([ClipByNorm(1e3), AutoClip(100.0)])
+    _fit(clipping)
+    assert len(clipping._copies[0][1].state_dict()["recent"]["rows"]) == 12

@@ -1,0 +1,242 @@
+"""GradientMonitor: what it measures beyond the matrix, the norm it shares, and what it remembers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_optim import (
+    AGC,
+    Centralize,
+    ClipByNorm,
+    ClipByValue,
+    GradientClipping,
+    GradientMonitor,
+    drop_step,
+    tensors,
+)
+from tests.gradients.test_gradient_clipping import CELL, Bad
+from tests.machine import models, run
+from tests.machine.cells import Cell
+from tests.machine.groups import Group
+
+matplotlib.use("Agg")
+
+
+def _fit(monitor: GradientMonitor, *others: Callback, cell: Cell = CELL, **changes: Any) -> dict[str, dict[int, float]]:
+    recorder = run.Recorder()
+    arguments = {"logger": recorder, "max_epochs": 3} | changes
+    run.make_trainer(cell, [*others, monitor], **arguments).fit(models.build(cell))
+    return recorder.logged
+
+
+class Norms(Callback):
+    """The norms of all gradients, as a user's callback in front of ours sees them."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        squares = [p.grad.double().square().sum() for p in pl_module.parameters()]
+        self.norms.append(float(torch.stack(squares).sum().sqrt()))
+
+
+def test_every_step_is_remembered_though_few_are_logged() -> None:
+    monitor, norms = GradientMonitor(), Norms()
+    logged = _fit(monitor, norms, log_every_n_steps=5)
+    assert list(logged["gradients/norm"]) == [4, 9]
+    for percentile in (0.0, 50.0, 90.0, 100.0):
+        wanted = torch.quantile(torch.tensor(norms.norms), percentile / 100.0).item()
+        assert monitor.suggest_clip(percentile) == pytest.approx(wanted, rel=1e-5)
+    assert len(norms.norms) == 12
+
+
+def test_the_threshold_clips_the_share_that_was_asked_for() -> None:
+    first = GradientMonitor()
+    _fit(first)
+    second = GradientMonitor()
+    logged = _fit(second, GradientClipping(first.suggest_clip(75.0)))
+    assert 0.0 < list(logged["gradients/share_clipped"].values())[-1] < 0.6
+
+
+@pytest.mark.parametrize("level", ["module", "parameter"])
+def test_parts_add_up_to_the_total(level: Any) -> None:
+    logged = _fit(GradientMonitor(level), GradientClipping(0.5))
+    for what in ("norm", "norm_clipped"):
+        parts = [name for name in logged if name.startswith(f"gradients/{what}/")]
+        assert len(parts) == {"module": 3, "parameter": 5}[level]
+        for position, total in logged[f"gradients/{what}"].items():
+            together = math.sqrt(sum(logged[name][position] ** 2 for name in parts))
+            assert together == pytest.approx(total, rel=1e-5)
+    assert f"gradients/update_ratio/{'net.inner' if level == 'module' else 'net.inner.bias'}" in logged
+
+
+def test_the_update_is_that_of_the_formula_for_sgd_without_momentum() -> None:
+    class Plain(models.Model):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.02)
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.size = float(tensors.total_norm([p.detach() for p in self.parameters()]))
+
+    recorder, module = run.Recorder(), Plain(CELL)
+    run.make_trainer(CELL, [GradientMonitor()], logger=recorder, max_epochs=1).fit(module)
+    last = max(recorder.logged["gradients/norm"])
+    wanted = 0.02 * recorder.logged["gradients/norm"][last] / module.size
+    assert recorder.logged["gradients/update_ratio"][last] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_norm_is_that_of_the_clipping() -> None:
+    logged = _fit(GradientMonitor(), GradientClipping(ClipByNorm(0.2, norm_type=math.inf)))
+    assert list(logged["gradients/norm_clipped"].values()) == pytest.approx([0.2] * 12, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "share"),
+    [
+        (ClipByNorm(1e-3), 1.0),
+        (ClipByNorm(1e3), 0.0),
+        (AGC(1e-3), 1.0),
+        (ClipByValue(1e-3), 1.0),
+        (ClipByValue(1e3), 0.0),
+        ([Centralize(), ClipByNorm(1e3)], 0.0),
+    ],
+    ids=repr,
+)
+def test_share_of_steps_clipped(policy: Any, share: float) -> None:
+    logged = _fit(GradientMonitor(), GradientClipping(policy))
+    assert set(logged["gradients/share_clipped"].values()) == {share}
+
+
+@pytest.mark.parametrize("policy", [Centralize(), [Centralize(), ClipByValue(1.0)]], ids=repr)
+def test_a_share_that_nobody_knows_is_not_logged(policy: Any) -> None:
+    logged = _fit(GradientMonitor(), GradientClipping(policy))
+    assert "gradients/share_clipped" not in logged
+    assert "gradients/norm_clipped" in logged
+
+
+class Dropping(Callback):
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx == 2:
+            drop_step(trainer, optimizer, "a test")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_skipped_steps_are_counted_and_not_remembered(precision: Any) -> None:
+    monitor = GradientMonitor()
+    logged = _fit(monitor, GradientClipping(0.5), Bad({2, 5}), cell=Cell("automatic", precision, "single", "1"))
+    assert monitor.skipped == [2]
+    assert len(monitor._remembered(0)) == 10
+    assert list(logged["gradients/skipped"].values())[-1] == 2.0
+    assert math.isfinite(monitor.suggest_clip(100.0))
+
+
+def test_what_another_callback_drops_is_counted() -> None:
+    # It stands behind the monitor in the list, and ours keep their places among themselves only.
+    monitor = GradientMonitor()
+    run.make_trainer(CELL, [monitor, Dropping()], max_epochs=2).fit(models.build(CELL))
+    assert monitor.skipped == [2]
+    assert monitor.steps == [6]
+
+
+class Doubling(Callback):
+    """A user's callback between measuring and clipping."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.grad.mul_(2.0)
+
+
+def _norms_computed(monkeypatch: pytest.MonkeyPatch, *callbacks: Callback) -> tuple[int, dict[str, Any]]:
+    calls: list[int] = []
+    total_norm = tensors.total_norm
+    monkeypatch.setattr(tensors, "total_norm", lambda *args: calls.append(1) or total_norm(*args))
+    recorder = run.Recorder()
+    run.make_trainer(CELL, callbacks, logger=recorder, max_epochs=2, log_every_n_steps=1000).fit(models.build(CELL))
+    return len(calls), recorder.logged
+
+
+def test_one_norm_is_computed_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _norms_computed(monkeypatch, GradientClipping(0.5), GradientMonitor())[0] == 8
+
+
+def test_a_norm_that_is_stale_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipping = GradientClipping(ClipByNorm(0.5))
+    assert _norms_computed(monkeypatch, GradientMonitor(), Doubling(), clipping)[0] == 16
+
+
+class Clipped(Callback):
+    """The norm with which the optimizer steps."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.norm = float(tensors.total_norm([p.grad for p in pl_module.parameters()]))
+
+
+def test_clipping_is_right_when_a_callback_between_changes_the_gradients() -> None:
+    last = Clipped()
+    run.make_trainer(CELL, [GradientMonitor(), Doubling(), GradientClipping(0.5), last]).fit(models.build(CELL))
+    assert last.norm == pytest.approx(0.5, rel=1e-4)
+
+
+def _ranks(strategy: str) -> Any:
+    recorder = run.Recorder()
+    cell = Cell("automatic", "32-true", strategy, "1")  # type: ignore[arg-type]
+    monitor = GradientMonitor("parameter")
+    run.make_trainer(cell, [monitor], logger=recorder, max_epochs=3).fit(models.build(cell))
+    return recorder.logged, monitor.suggest_clip(60.0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_by_parameter_on_two_ranks_as_on_one(strategy: str, group: Group) -> None:
+    monitor = GradientMonitor("parameter")
+    wanted = _fit(monitor)
+    for logged, suggestion in group.run(_ranks, strategy):
+        assert suggestion == pytest.approx(monitor.suggest_clip(60.0), rel=1e-5)
+        for name in wanted:
+            if name.startswith("gradients/"):
+                assert logged[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
+def test_its_memory_is_in_the_state() -> None:
+    monitor, other = GradientMonitor(history=5), GradientMonitor(history=5)
+    _fit(monitor, Bad({3}), GradientClipping(0.5))
+    other.load_state_dict(monitor.state_dict())
+    assert other.suggest_clip(30.0) == monitor.suggest_clip(30.0)
+    assert other.skipped == [1]
+    assert len(other._remembered(0)) == 5
+
+
+def test_nothing_to_suggest_before_a_step() -> None:
+    with pytest.raises(RuntimeError, match="train some steps first"):
+        GradientMonitor().suggest_clip()
+    with pytest.raises(ValueError, match=r"`percentile` must be a number in .0.0, 100.0., got 101"):
+        GradientMonitor().suggest_clip(101)
+
+
+@pytest.mark.parametrize("arguments", [{"level": "layer"}, {"history": 0}])
+def test_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`?"):
+        GradientMonitor(**arguments)
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_plot_shows_the_norms(clips: bool) -> None:
+    import matplotlib.pyplot as plt
+
+    monitor = GradientMonitor()
+    _fit(monitor, *([GradientClipping(0.5)] if clips else []), log_every_n_steps=4)
+    figure, axes = monitor.plot()
+    before = axes.lines[0].get_ydata()
+    assert list(axes.lines[0].get_xdata()) == list(range(1, 13))
+    assert max(before) == pytest.approx(monitor.suggest_clip(100.0))
+    dots = [line for line in axes.lines if line.get_marker() == "."]
+    assert len(dots) == clips
+    if clips:
+        assert list(dots[0].get_xdata()) == [4, 8, 12]
+    assert monitor.plot(ax=axes) == (figure, axes)
+    plt.close(figure)

@@ -1,0 +1,117 @@
+"""A run that is killed, a run that is resumed, and one that was let be: jobs for this process, or for forks of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_optim import GradientAccumulation
+from lightning_optim.resume import ExactResume
+from tests.life.forks import die_together
+from tests.life.tools import Fitted, Remembering, differences, fit
+from tests.machine.cells import Cell
+from tests.registry import BY_NAME
+
+KILLED = 10  # The micro-batch in which the process dies, in the middle of the second epoch.
+INSIDE = 6  # The first micro-batch of a window, whatever the window's size.
+VALIDATING = 8  # Within a window; a validation is due when the file has been written.
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which entry, in which cell, with which kind of file."""
+
+    name: str
+    cell: Cell
+    distributed: bool = False
+
+    def options(self) -> dict[str, Any]:
+        if self.cell.strategy != "fsdp2":
+            return {}
+        size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        return {"strategy": ModelParallelStrategy(**size, save_distributed_checkpoint=self.distributed)}
+
+
+class Within(Checkpoint):
+    """Writes files within windows, and is killed when a later batch begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        name = {INSIDE + 1: "inside", VALIDATING + 1: "validating"}.get(pl_module.seen)
+        if name is not None:
+            (accumulation,) = (cb for cb in trainer.callbacks if isinstance(cb, GradientAccumulation))
+            assert accumulation.is_open
+            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if pl_module.seen == KILLED - 1:
+            die_together(self.folder, trainer.global_rank, trainer.world_size)
+
+
+def savers(folder: Path) -> tuple[Callback, ...]:
+    """After each step, and within windows. The last file before the kill is ``validating.ckpt``."""
+    steps = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
+    return steps, Within(folder)
+
+
+@dataclass
+class Run:
+    """What two runs must have in common, bit for bit."""
+
+    outcome: dict[str, Any]
+    momentum: list[Any]
+    states: dict[str, Any]
+    logged: dict[str, dict[int, float]]
+    began: int
+
+    @staticmethod
+    def of(fitted: Fitted) -> Run:
+        outcome = {name: value for name, value in vars(fitted.outcome).items() if name != "logged"}
+        module = fitted.module
+        exact = [key for key in module.states if key.startswith("ExactResume")]
+        states = {key: state for key, state in module.states.items() if key not in exact}
+        return Run(outcome, module.momentum, states, fitted.logged, module.began)
+
+
+class Beginning(Remembering):
+    """Also tells at which step for loggers it began."""
+
+    def on_train_start(self: Any) -> None:
+        self.began = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def uninterrupted(case: Case) -> Run:
+    return Run.of(fit(BY_NAME[case.name], case.cell, Beginning, extra=(ExactResume(),), **case.options()))
+
+
+def killed(case: Case, folder: Path) -> None:
+    extra = (ExactResume(), *savers(folder))
+    fit(BY_NAME[case.name], case.cell, Beginning, extra=extra, enable_checkpointing=True, **case.options())
+
+
+def resumed(case: Case, path: Path, exact: bool = True, **options: Any) -> Run:
+    extra = (ExactResume(),) if exact else ()
+    options |= {"ckpt_path": path, "weights_only": True, **case.options()}
+    return Run.of(fit(BY_NAME[case.name], case.cell, Beginning, extra=extra, **options))
+
+
+def resumed_from(case: Case, paths: list[Path]) -> list[Run]:
+    """First the run that was let be, then one from each file: in processes that were not there when the files were written."""
+    return [uninterrupted(case), *(resumed(case, path) for path in paths)]
+
+
+def assert_same_run(run: Run, whole: Run, exact: bool = True) -> None:
+    for what in ("outcome", "momentum", "states"):
+        assert not differences(getattr(run, what), getattr(whole, what)), what
+    for name, values in whole.logged.items():
+        ours = run.logged.get(name, {})
+        assert {position: values[position] for position in ours} == ours, name
+        # What the batch logged at whose end the file was written, Lightning by itself forgets.
+        assert not exact or ours.keys() >= {position for position in values if position > run.began}, name

@@ -1,0 +1,86 @@
+"""Compiled models: the whole module, and a part of it. Same weights, and the keys that Lightning writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.life.tools import CELL, differences, each_entry, fit, prepare, turn, whole
+from tests.machine import problem
+from tests.machine.cells import Cell
+from tests.registry import Entry
+
+BACKEND = "eager"  # traces and guards as any other, and writes no kernels
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    """Counts outside of the step, which a count within would have compiled anew at each batch."""
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        return problem.loss_of(0, self.nets, batch)
+
+    def on_train_batch_start(self: Any, *_: Any) -> None:
+        self.seen += 1
+
+
+class PartCompiled:
+    def __init__(self: Any, *args: Any) -> None:
+        super().__init__(*args)  # type: ignore[call-arg]
+        self.net = torch.compile(self.net, backend=BACKEND)
+
+
+def saver(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "last", save_weights_only=True)
+
+
+@each_entry
+def test_whole_module(entry: Entry, tmp_path: Path) -> None:
+    fitted = prepare(entry, CELL, Counting, extra=(saver(tmp_path),), enable_checkpointing=True)
+    fitted.trainer.fit(torch.compile(fitted.module, backend=BACKEND))
+    assert fitted.trainer.lightning_module is fitted.module
+    assert "training_step" in torch._dynamo.utils.counters["frames"] or torch._dynamo.utils.counters["frames"]["ok"]
+    assert_as_uncompiled(fitted.outcome, whole(entry).outcome)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert list(saved) == list(whole(entry).module.state_dict())
+
+
+@each_entry
+def test_part(entry: Entry, tmp_path: Path) -> None:
+    cell = Cell(turn(entry, "automatic", "manual"), "32-true", "single", "4short")
+    fitted = fit(entry, cell, PartCompiled, extra=(saver(tmp_path),), enable_checkpointing=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"]
+    assert_as_uncompiled(fitted.outcome, whole(entry, cell).outcome)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert list(saved) == list(fitted.module.state_dict())
+    assert all(name.startswith("net._orig_mod.") for name in saved)
+
+
+def assert_as_uncompiled(outcome: Any, other: Any) -> None:
+    assert (outcome.seen, outcome.validations) == (other.seen, other.validations)
+    for what in ("raw", "final"):
+        plain = {name.replace("_orig_mod.", ""): weight for name, weight in getattr(outcome, what).items()}
+        assert not differences(plain, getattr(other, what)), what
+    for name, values in other.logged.items():
+        assert outcome.logged[name] == values, name
+
+
+@each_entry
+def test_part_resumes(entry: Entry, tmp_path: Path) -> None:
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
+    fit(entry, CELL, PartCompiled, extra=(every,), enable_checkpointing=True, max_epochs=1)
+    # Written at the first window's end, within the epoch and with no validation due.
+    resumed = fit(entry, CELL, PartCompiled, ckpt_path=tmp_path / "step=1.ckpt")
+    plain = {name.replace("_orig_mod.", ""): weight for name, weight in resumed.outcome.raw.items()}
+    assert not differences(plain, whole(entry).outcome.raw) or entry.scores

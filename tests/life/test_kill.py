@@ -1,0 +1,51 @@
+"""SIGKILL, and resume from a file: bit for bit the run that was not killed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.life.forks import in_forks, results
+from tests.life.killing import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
+from tests.life.tools import each_entry, turn
+from tests.machine.cells import Cell
+from tests.registry import Entry
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
+
+
+@each_entry
+@pytest.mark.parametrize("manual", [False, True])
+def test_one_process(entry: Entry, manual: bool, tmp_path: Path) -> None:
+    """From each file with `ExactResume`; without it too, where the file swallows no validation. Without the callbacks, not."""
+    kind = turn(entry, "manual", "two") if manual else "automatic"
+    case = Case(entry.name, Cell(kind, "32-true", "single", "4short"))
+    whole = uninterrupted(case)
+    assert [end.signal for end in in_forks(1, killed, case, tmp_path)] == [signal.SIGKILL]
+    for name in ("validating", _last_step(tmp_path)):
+        assert_same_run(resumed(case, tmp_path / f"{name}.ckpt"), whole)
+    assert_same_run(resumed(case, tmp_path / "inside.ckpt", exact=False), whole, exact=False)
+    with pytest.raises(AssertionError):
+        assert_same_run(resumed(case, tmp_path / "inside.ckpt", callbacks=[]), whole)
+
+
+def _last_step(folder: Path) -> str:
+    return max(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns).stem
+
+
+@each_entry
+@pytest.mark.parametrize("which", ["ddp", "fsdp2, one file", "fsdp2, a folder"])
+def test_two_processes(entry: Entry, which: Any, tmp_path: Path) -> None:
+    """Two ranks are killed, two new ones resume: at a step's end, and within a window with a validation due."""
+    kinds = ("automatic", "two") if which != "fsdp2, one file" else ("two", "automatic")
+    kind, strategy = turn(entry, *kinds), which.split(",")[0]
+    case = Case(entry.name, Cell(kind, "32-true", strategy, "4short"), distributed=which.endswith("folder"))
+    assert [end.signal for end in in_forks(2, killed, case, tmp_path)] == [signal.SIGKILL] * 2
+    paths = [tmp_path / f"{name}.ckpt" for name in ("validating", _last_step(tmp_path))]
+    assert all(path.is_dir() == case.distributed for path in paths)
+    for whole, *runs in results(2, resumed_from, case, paths):
+        for run in runs:
+            assert_same_run(run, whole)

@@ -1,0 +1,81 @@
+"""Runs that are not the run: the learning-rate finder, and `fast_dev_run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+
+from tests.life.leftovers import left
+from tests.life.tools import CELL, Fitted, differences, each_entry, fit, prepare, states, whole
+from tests.machine import models
+from tests.registry import BY_NAME, Entry
+
+TRIAL: dict[str, Any] = {"min_lr": 1e-3, "max_lr": 1.0, "num_training": 5, "early_stop_threshold": None}
+
+
+class Findable:
+    """Has a learning rate to find, and data that begin anew when they are asked for again."""
+
+    def __init__(self: Any, *args: Any) -> None:
+        super().__init__(*args)  # type: ignore[call-arg]
+        self.lr = self.cell.lr
+
+    def train_dataloader(self: Any) -> Any:
+        return list(super().train_dataloader())  # type: ignore[misc]
+
+
+def assert_as_without(fitted: Fitted, entry: Entry) -> None:
+    one, other = fitted.outcome, whole(entry).outcome
+    for what in ("raw", "final", "validations"):
+        assert not differences(getattr(one, what), getattr(other, what)), what
+
+
+@each_entry
+def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
+    fitted = prepare(entry, CELL, Findable, default_root_dir=tmp_path)
+    weights, before = models.full_weights(fitted.module), states(fitted.callbacks)
+    finder = Tuner(fitted.trainer).lr_find(fitted.module, **TRIAL, update_attr=False)
+    assert finder is not None
+    assert len(finder.results["lr"]) == TRIAL["num_training"]
+    assert finder.results["lr"][-1] > 10 * finder.results["lr"][0], "nothing was tried"
+    assert not differences(models.full_weights(fitted.module), weights)
+    assert not differences(states(fitted.callbacks), before)
+    assert not differences(left(fitted), left_by_a_search(tmp_path))
+    fitted.trainer.fit(fitted.module)
+    assert_as_without(fitted, entry)
+    assert not differences(states(fitted.callbacks), whole(entry).states)
+
+
+def left_by_a_search(folder: Any) -> dict[str, Any]:
+    plain = prepare(BY_NAME["plain"], CELL, Findable, callbacks=[], default_root_dir=folder)
+    Tuner(plain.trainer).lr_find(plain.module, **TRIAL, update_attr=False)
+    return left(plain)
+
+
+@each_entry
+@pytest.mark.parametrize("first", [True, False])
+def test_finder_among_the_callbacks(entry: Entry, first: bool, tmp_path: Any) -> None:
+    """Its trial steps come before the fit's first, with ours installed already or not yet, and count for none of ours."""
+    finder = LearningRateFinder(**TRIAL, update_attr=False)
+    callbacks = entry.all_callbacks(CELL)
+    chosen = [finder, *callbacks] if first else [*callbacks, finder]
+    fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path)
+    assert finder.optimal_lr is not None
+    assert_as_without(fitted, entry)
+    assert not differences(states(callbacks), whole(entry).states)
+
+
+@each_entry
+def test_fast_dev_run(entry: Entry, tmp_path: Any) -> None:
+    """One batch of each kind, as in a fit of one batch; and nothing is kept, so nothing is restored."""
+    quick = fit(entry, CELL, fast_dev_run=True, default_root_dir=tmp_path)
+    one: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "val_check_interval": 1}
+    short = fit(entry, CELL, **one)
+    assert quick.module.seen == short.module.seen == 1
+    assert not differences(models.full_weights(quick.module), short.outcome.final)
+    assert all(callback.steps == [1] for callback in quick.ours)
+    initial = models.full_weights(prepare(entry).module)
+    assert differences(models.full_weights(quick.module), initial)

@@ -1,0 +1,274 @@
+"""One entry for each technique. The matrix, and the tests that run once for each entry, take everything from here."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import Optimizer
+
+from lightning_optim import (
+    AGC,
+    EMA,
+    L1,
+    L2,
+    LAWA,
+    SWA,
+    AutoClip,
+    Centralize,
+    CheckpointAveraging,
+    ClipByNorm,
+    ClipByValue,
+    EarlyStopping,
+    ElasticNet,
+    EMAWeightAveraging,
+    GradientAccumulation,
+    GradientClipping,
+    GradientMonitor,
+    Noise,
+    OptimCallback,
+    Piecewise,
+    StochasticWeightAveraging,
+    WeightAveraging,
+    WeightRegularization,
+    ZClip,
+)
+from tests.machine import averaging_formulas, formulas, gradient_formulas, run
+from tests.machine.by_hand import Chain, Formula, Outcome
+from tests.machine.cells import EPOCHS, Cell
+
+Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
+
+
+def _never(cell: Cell) -> str | None:
+    return None
+
+
+def _plain(cell: Cell) -> Formula:
+    return Formula()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A technique as the tests see it.
+
+    Attributes:
+        name: How the tests' ids call it.
+        acts: What it changes, which says where a cell must see its effect.
+        callbacks: Makes fresh callbacks, without the cell's accumulation, which the machine adds.
+        formula: Makes the same by hand.
+        without: What the effect is measured against; by default the plain model.
+        accumulates: Whether the callbacks hold the accumulation, so that the machine adds none.
+        scores: The values of ``val_score``, one for each validation; there are two in an epoch.
+        epochs: The length of the run.
+        refusal: The sentence with which a cell is refused, or ``None``.
+    """
+
+    name: str
+    acts: Acts
+    callbacks: Callable[[Cell], list[Callback]]
+    formula: Callable[[Cell], Formula]
+    without: Callable[[Cell], Formula] = _plain
+    accumulates: bool = False
+    scores: tuple[float, ...] = ()
+    epochs: int = EPOCHS
+    refusal: Callable[[Cell], str | None] = _never
+
+    def all_callbacks(self, cell: Cell) -> list[Callback]:
+        """The list for the Trainer."""
+        callbacks = self.callbacks(cell)
+        if cell.accumulation > 1 and not self.accumulates:
+            callbacks.append(GradientAccumulation(cell.accumulation))
+        return callbacks
+
+
+class Shrinking(OptimCallback):
+    """What a user may write: the public hook after each step of an optimizer."""
+
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.mul_(0.98)
+
+
+def _window(cell: Cell) -> int:
+    """Accumulation in an entry that is about it: without it in a cell, there would be nothing to see."""
+    return 2 if cell.windows == "1" else cell.accumulation
+
+
+def _several(cell: Cell) -> list[Callback]:
+    return [
+        EarlyStopping("val_score", patience=2),
+        GradientClipping([ClipByNorm(0.5), ClipByValue(0.1)]),
+        WeightAveraging(EMA(0.9)),
+        GradientAccumulation(_window(cell)),
+        WeightRegularization(ElasticNet(0.2, 0.2)),
+    ]
+
+
+def _several_by_hand(cell: Cell) -> Formula:
+    return Chain(
+        formulas.Accumulate({0: _window(cell)}),
+        formulas.Penalize("elasticnet", l1=0.2, l2=0.2),
+        formulas.ClipNorm(0.5),
+        formulas.ClipValue(0.1, logs=False),
+        formulas.Average(0.9),
+        formulas.Stop(patience=2),
+    )
+
+
+def _spike() -> list[Callback]:
+    """Gradients that leap, so that what watches their norms has something to clip."""
+    return [WeightRegularization(L2(Piecewise({0.0: 0.0, 0.6: 8.0})))]
+
+
+def _spike_by_hand() -> Formula:
+    return gradient_formulas.Spike(8.0, start=0.6)
+
+
+# The best lies in the middle; the last, which is better still, comes after the stop.
+_SCORES = (5.0, 4.0, 2.0, 3.0, 4.0, 1.0)
+
+ENTRIES = (
+    Entry("plain", "nothing", lambda _: [], _plain),
+    Entry("after_step", "weights", lambda _: [Shrinking()], lambda _: formulas.Shrink(0.98)),
+    Entry(
+        "accumulation",
+        "windows",
+        lambda cell: [GradientAccumulation(_window(cell))],
+        lambda cell: formulas.Accumulate({0: _window(cell)}),
+        without=lambda _: formulas.Accumulate({0: 1}),
+        accumulates=True,
+    ),
+    Entry(
+        "accumulation_by_epoch",
+        "windows",
+        lambda cell: [GradientAccumulation({0: cell.accumulation, 1: 2})],
+        lambda cell: formulas.Accumulate({0: cell.accumulation, 1: 2}),
+        accumulates=True,
+    ),
+    Entry(
+        "l1_l2",
+        "gradients",
+        lambda _: [WeightRegularization([L1(0.2), L2(0.2)])],
+        lambda _: Chain(formulas.Penalize("l1", l1=0.2), formulas.Penalize("l2", l2=0.2)),
+    ),
+    Entry(
+        "elastic_net_on_all",
+        "gradients",
+        lambda _: [WeightRegularization([ElasticNet(0.2, 0.2, on="*")])],
+        lambda _: formulas.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
+    ),
+    Entry("clip_norm", "gradients", lambda _: [GradientClipping(ClipByNorm(0.5))], lambda _: formulas.ClipNorm(0.5)),
+    Entry(
+        "clip_norm_inf",
+        "gradients",
+        lambda _: [GradientClipping(ClipByNorm(0.3, norm_type=math.inf))],
+        lambda _: formulas.ClipNorm(0.3, norm_type=math.inf),
+    ),
+    Entry("clip_value", "gradients", lambda _: [GradientClipping(ClipByValue(0.1))], lambda _: formulas.ClipValue(0.1)),
+    Entry(
+        "monitor",
+        "gradients",
+        lambda _: [GradientMonitor(), GradientClipping(0.5)],
+        lambda _: gradient_formulas.Measure(formulas.ClipNorm(0.5)),
+    ),
+    Entry(
+        "rows",
+        "gradients",
+        lambda _: [GradientClipping([Centralize(), AGC(0.6)])],
+        lambda _: Chain(gradient_formulas.RowMean(), gradient_formulas.RowClip(0.6)),
+        # So that each of the two must show.
+        without=lambda _: gradient_formulas.RowClip(0.6),
+    ),
+    Entry(
+        "noise",
+        "gradients",
+        lambda _: [GradientClipping(Noise(eta=10.0))],
+        lambda _: gradient_formulas.Draw(eta=10.0, gamma=0.55),
+    ),
+    Entry(
+        "auto_clip",
+        "gradients",
+        lambda _: [*_spike(), GradientClipping(AutoClip(percentile=50.0, scope="tensor"))],
+        lambda _: Chain(_spike_by_hand(), gradient_formulas.PercentileClip(50.0)),
+        without=lambda _: _spike_by_hand(),
+    ),
+    Entry(
+        "zclip",
+        "gradients",
+        lambda _: [*_spike(), GradientClipping(ZClip(z=2.0, decay=0.9, warmup=2))],
+        lambda _: Chain(_spike_by_hand(), gradient_formulas.ScoreClip(z=2.0, decay=0.9, warmup=2)),
+        without=lambda _: _spike_by_hand(),
+    ),
+    Entry("ema", "evaluation", lambda _: [WeightAveraging(EMA(0.9))], lambda _: formulas.Average(0.9)),
+    Entry(
+        "ema_every_2",
+        "evaluation",
+        # A decay that the warm-up reaches within the few steps of a cell.
+        lambda _: [WeightAveraging(EMA(0.5), every=2)],
+        lambda _: formulas.Average(0.5, every=2),
+    ),
+    Entry(
+        "ema_drop_in",
+        "evaluation",
+        lambda _: [EMAWeightAveraging(decay=0.8, update_every_n_steps=2)],
+        lambda _: averaging_formulas.Constant(0.8, every=2),
+    ),
+    Entry("swa", "evaluation", lambda _: [WeightAveraging(SWA())], lambda _: averaging_formulas.Mean()),
+    Entry(
+        "swa_drop_in",
+        "evaluation",
+        lambda _: [StochasticWeightAveraging(swa_epoch_start=1)],
+        lambda _: averaging_formulas.Mean(by_epoch=True),
+    ),
+    Entry("lawa", "evaluation", lambda _: [WeightAveraging(LAWA(3))], lambda _: averaging_formulas.Mean(size=3)),
+    Entry(
+        "stop",
+        "run",
+        lambda _: [EarlyStopping("val_score", patience=2)],
+        lambda _: formulas.Stop(patience=2),
+        scores=_SCORES,
+        epochs=3,
+    ),
+    Entry("several", "run", _several, _several_by_hand, accumulates=True, scores=_SCORES, epochs=3),
+)
+
+
+class Kept(ModelCheckpoint):
+    """In a folder of its own, which is gone when the fit is over."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = trainer.strategy.broadcast(tempfile.mkdtemp(prefix="kept-"))
+        super().setup(trainer, pl_module, stage)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.barrier()
+        shutil.rmtree(str(self.dirpath), ignore_errors=True)
+
+
+# What acts when the fit is over: it has no state, and nothing that an interruption could change.
+ENTRIES_AT_END = tuple(
+    Entry(
+        f"checkpoint_averaging_{outcome}",
+        "end",
+        lambda _: [CheckpointAveraging(top=2), Kept(monitor="val_score", save_top_k=2)],
+        lambda _: averaging_formulas.BestMean(top=2),
+        scores=(5.0, 2.0, 4.0, 3.0, score),  # the last is the mean's; within a window nothing is saved
+    )
+    for outcome, score in (("wins", 1.0), ("loses", 2.5))
+)
+
+BY_NAME = {entry.name: entry for entry in (*ENTRIES, *ENTRIES_AT_END)}
+
+
+def fit(name: str, cell: Cell, **changes: Any) -> Outcome:
+    """Train a cell with the callbacks of an entry; a job for a group."""
+    entry = BY_NAME[name]
+    return run.fit(cell, entry.all_callbacks(cell), entry.scores, **({"max_epochs": entry.epochs} | changes))

@@ -1,0 +1,83 @@
+"""Criteria together, on scripted scores."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_optim import AllOf, AnyOf, AtLeast, EarlyStopping, Plateau, Threshold
+from lightning_optim.stopping.criteria import Criterion
+
+A = (5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0)
+B = (1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, 5.0)
+
+
+def stops_at(criterion: Criterion) -> int | None:
+    checks = ({"a": a, "b": b} for a, b in zip(A, B, strict=True))
+    return next((index for index, metrics in enumerate(checks) if criterion.update(metrics)), None)
+
+
+def criteria() -> list[Criterion]:
+    return [Plateau("a", patience=2), Plateau("b", patience=2, mode="max"), Threshold("a", 3.5)]
+
+
+# By hand: `a` has stood still for two checks at 3, and from 6 on; `b` from 6 on; the threshold is passed from 4 on.
+@pytest.mark.parametrize(
+    ("criterion", "index"),
+    [
+        (AnyOf(criteria()), 3),
+        (AtLeast(1, criteria()), 3),
+        (AtLeast(2, criteria()), 6),
+        (AllOf(criteria()), 6),
+        (AllOf([Plateau("a", patience=2), Plateau("b", patience=9, mode="max")]), None),
+    ],
+)
+def test_index_of_the_stop(criterion: Criterion, index: int | None) -> None:
+    assert stops_at(criterion) == index
+
+
+def test_all_are_asked_at_every_check_and_all_reasons_are_given() -> None:
+    both = AllOf([Threshold("a", 3.5), Plateau("b", patience=2, mode="max")])
+    assert stops_at(both) == 6
+    assert "'a' = 3.0 < 3.5" in both.reason and "'b' did not improve" in both.reason
+
+
+def test_improved_if_any_is() -> None:
+    both = AllOf([Plateau("a"), Plateau("b", mode="max")])
+    improved = []
+    for a, b in zip(A, B, strict=True):
+        both.update({"a": a, "b": b})
+        improved.append(both.improved)
+    assert improved == [True] * 5 + [False] * 3
+
+
+def test_state_goes_on_where_it_was() -> None:
+    whole, first = AtLeast(2, criteria()), AtLeast(2, criteria())
+    metrics = [{"a": a, "b": b} for a, b in zip(A, B, strict=True)]
+    expected = [whole.update(values) for values in metrics]
+    got = [first.update(values) for values in metrics[:5]]
+    second = AtLeast(2, criteria())
+    second.load_state_dict(first.state_dict())
+    assert got + [second.update(values) for values in metrics[5:]] == expected
+    second.reset()
+    assert [second.update(values) for values in metrics] == expected
+
+
+@pytest.mark.parametrize("k", [0, 4, 1.5, True])
+def test_wrong_k(k: int) -> None:
+    with pytest.raises(ValueError, match="`k"):
+        AtLeast(k, criteria())
+
+
+@pytest.mark.parametrize("wrong", [[], None, ["val_loss"], Plateau("a")])
+def test_wrong_criteria(wrong: list[Criterion]) -> None:
+    for make in (AnyOf, AllOf):
+        with pytest.raises(ValueError, match="criteria"):
+            make(wrong)
+
+
+def test_several_monitors_need_to_know_what_is_best() -> None:
+    two = [Plateau("a"), Plateau("b", mode="max")]
+    with pytest.raises(ValueError, match="best_by"):
+        EarlyStopping(AllOf(two))
+    assert EarlyStopping(AllOf(two), restore_best=False).criterion.monitors == ("a", "b")
+    assert EarlyStopping(AllOf(two), best_by=["a", "b"]).best_by == ["a", "b"]

@@ -1,0 +1,138 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+
+from lightning_optim import EMA, LAWA, WeightAveraging, average_checkpoints, cli
+from tests.averaging.models import Model, assert_equal, fit, snapshot
+
+
+class Given(Model):
+    """A module with hyper-parameters, which `load_from_checkpoint` needs."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(lr=rate)
+        self.save_hyperparameters()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    callbacks = [
+        ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1),
+        WeightAveraging(EMA(0.9)),
+        WeightAveraging(LAWA(2), start=4, evaluate=False, name="late"),
+    ]
+    fit(Given(0.05), callbacks, enable_checkpointing=True)
+    return [str(tmp_path / f"epoch={epoch}.ckpt") for epoch in range(2)]
+
+
+def test_average_writes_a_checkpoint_that_loads(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = str(tmp_path / "out.ckpt")
+    assert cli.main(["average", *files, "-o", out, "--weights", "1", "3"]) == 0
+    assert capsys.readouterr().out == f"{out}: the mean of 2 files\n"
+    model = Given.load_from_checkpoint(out, weights_only=True)
+    assert model.lr == 0.05
+    assert_equal(snapshot(model), average_checkpoints(files, [1, 3]))
+    assert not {"optimizer_states", "callbacks", "loops"} & torch.load(out, weights_only=True).keys()
+    assert not Path(f"{out}.new").exists()
+
+
+def test_average_does_not_overwrite_unless_told(files: list[str], capsys: pytest.CaptureFixture) -> None:
+    mean = average_checkpoints(files)
+    assert cli.main(["average", *files, "-o", files[0]]) == 1
+    assert capsys.readouterr().err == f"lightning-optim: {files[0]} exists: choose another name, or pass --force\n"
+    assert cli.main(["average", *files, "-o", files[0], "--force"]) == 0
+    assert_equal(torch.load(files[0], weights_only=True)["state_dict"], mean)
+
+
+def test_average_of_other_kinds_of_files(files: list[str], tmp_path: Path) -> None:
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in files]
+    save_file(dict(states[0]), tmp_path / "a.safetensors")
+    torch.save(states[1], tmp_path / "b.pt")
+    given = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.pt")]
+    for out in ("out.safetensors", "out.pt"):
+        assert cli.main(["average", *given, "-o", str(tmp_path / out)]) == 0
+    assert_equal(load_file(tmp_path / "out.safetensors"), average_checkpoints(files))
+    assert_equal(torch.load(tmp_path / "out.pt"), average_checkpoints(files))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["none.ckpt"], "No such file or directory"),
+        (["--weights", "1"], "`weights` must be 2 numbers >= 0"),
+        (["strange.ckpt"], "pass `weights_only=False` if you trust it"),
+    ],
+)
+def test_errors_are_a_sentence(
+    files: list[str], tmp_path: Path, arguments, sentence: str, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "path": Path("x")}, "strange.ckpt")
+    assert cli.main(["average", "-o", "out.ckpt", *files, *arguments]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not Path("out.ckpt").exists()
+
+
+def test_inspect_says_what_is_in_a_file(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["inspect", files[0]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{files[0]}: a checkpoint of Lightning 2.")
+    assert lines[1:] == [
+        "epoch 0, global step 8",
+        "state_dict: averaged weights, 41 numbers in 4 tensors (4 float32)",
+        "EMA(): 8 updates, the first at step 1, the last at 8; in state_dict, raw weights beside",
+        "LAWA() name='late': 4 updates, the first at step 5, the last at 8; in the callback's state",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "weights_only", "lines"),
+    [
+        ([], False, ["state_dict: raw weights"]),
+        ([WeightAveraging(EMA(0.9), start=100)], False, ["state_dict: raw weights"]),
+        ([WeightAveraging(EMA(0.9))], True, ["state_dict: unknown whether raw or averaged weights"]),
+        (
+            [TheirEMA()],
+            False,
+            ["state_dict: averaged weights", "an average of Lightning's WeightAveraging: 8 updates; raw"],
+        ),
+    ],
+    ids=["raw", "not started", "weights only", "Lightning's"],
+)
+def test_inspect_of_other_files(callbacks, weights_only: bool, lines, tmp_path: Path, capsys) -> None:
+    files = ModelCheckpoint(tmp_path, filename="one", save_weights_only=weights_only)
+    fit(Model(), [*callbacks, files], enable_checkpointing=True, max_epochs=1)
+    assert cli.main(["inspect", str(tmp_path / "one.ckpt")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert ("with weights only" in printed[0]) == weights_only
+    assert len(printed) == 2 + len(lines)
+    for found, line in zip(printed[2:], lines, strict=True):
+        assert found.startswith(line)
+
+
+def test_inspect_of_plain_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.ones(3, dtype=torch.int64)}, tmp_path / "a.pt")
+    save_file({"a": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/a.pt: weights, 5 numbers in 2 tensors (1 float32, 1 int64)",
+        f"{tmp_path}/a.safetensors: weights, 2 numbers in 1 tensors (1 bfloat16)",
+    ]
+
+
+def test_the_entry_point_and_its_help(capsys: pytest.CaptureFixture) -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '[project.scripts]\nlightning-optim = "lightning_optim.cli:main"\n' in project
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["average", "--help"])
+    assert capsys.readouterr().out.startswith("usage: lightning-optim average")

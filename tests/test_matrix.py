@@ -1,0 +1,100 @@
+"""Every entry of the registry in every crossed cell, against the loop by hand at the same precision."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+
+import pytest
+
+import lightning_optim
+from tests import registry
+from tests.machine.by_hand import Loop, Outcome
+from tests.machine.cells import CELLS, Cell
+from tests.machine.formulas import deviation
+from tests.machine.groups import Group
+from tests.registry import ENTRIES, ENTRIES_AT_END, Entry
+
+EFFECT = 20  # A technique shows in a cell by at least so many tolerances: a wrong factor cannot hide.
+
+# Where the effect of what acts on this must show.
+SHOWS = {
+    "gradients": ("raw", "final"),
+    "weights": ("raw", "final"),
+    "windows": ("raw", "final"),
+    "evaluation": ("final", "validations"),
+    "run": ("final", "seen"),
+    "end": ("final",),
+    "nothing": (),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.parametrize("entry", (*ENTRIES, *ENTRIES_AT_END), ids=lambda entry: entry.name)
+def test_cell(entry: Entry, cell: Cell, group: Group) -> None:
+    sentence = entry.refusal(cell)
+    if sentence is not None:
+        with pytest.raises(Exception, match=re.escape(sentence)):
+            fit(entry, cell, group)
+        return
+    hand = by_hand(entry, cell.whole)
+    for outcome in fit(entry, cell, group):
+        assert_equal(outcome, hand, cell)
+    assert_effect(entry, hand, without(entry, cell.whole), cell)
+
+
+def fit(entry: Entry, cell: Cell, group: Group) -> list[Outcome]:
+    """What each rank got."""
+    if cell.processes == 1:
+        return [registry.fit(entry.name, cell)]
+    return group.run(registry.fit, entry.name, cell)
+
+
+@functools.cache
+def by_hand(entry: Entry, cell: Cell) -> Outcome:
+    return Loop(cell, entry.formula(cell), entry.scores, entry.epochs).run()
+
+
+@functools.cache
+def without(entry: Entry, cell: Cell) -> Outcome:
+    return Loop(cell, entry.without(cell), epochs=entry.epochs).run()
+
+
+def assert_equal(outcome: Outcome, hand: Outcome, cell: Cell) -> None:
+    assert outcome.seen == hand.seen, "the run ended elsewhere"
+    for name, error in deviation(outcome.raw, hand.raw).items():
+        assert error <= cell.tolerance, f"the weights that trained differ in {name}"
+    for name, error in deviation(outcome.final, hand.final).items():
+        assert error <= cell.tolerance, f"the weights at the end differ in {name}"
+    assert outcome.validations == pytest.approx(hand.validations, rel=cell.value_tolerance, abs=cell.value_tolerance)
+    for name, values in hand.logged.items():
+        logged = {position: outcome.logged.get(name, {}).get(position, math.nan) for position in values}
+        assert logged == pytest.approx(values, rel=cell.value_tolerance, abs=cell.value_tolerance), name
+
+
+def assert_effect(entry: Entry, hand: Outcome, plain: Outcome, cell: Cell) -> None:
+    """The technique changed what it acts on by ``EFFECT`` tolerances, in the weights of each optimizer."""
+    for what in SHOWS[entry.acts]:
+        one, other = getattr(hand, what), getattr(plain, what)
+        if what == "seen":
+            assert one != other
+        elif what == "validations":
+            effect = max(abs(a - b) / (1 + abs(b)) for a, b in zip(one, other, strict=True))
+            assert effect >= EFFECT * cell.value_tolerance, f"the validations change by {effect:.1e} only"
+        else:
+            effects = deviation(one, other)
+            for index in range(cell.optimizers):
+                prefix = f"net.{index}." if cell.optimizers > 1 else "net."
+                effect = max(effect for name, effect in effects.items() if name.startswith(prefix))
+                assert effect >= EFFECT * cell.tolerance, f"optimizer {index}: {what} changes by {effect:.1e} only"
+
+
+def test_each_public_callback_has_an_entry() -> None:
+    base = lightning_optim.OptimCallback
+    public = {getattr(lightning_optim, name) for name in lightning_optim.__all__}
+    callbacks = {cls for cls in public if inspect.isclass(cls) and issubclass(cls, base)} - {base}
+    used = {type(callback) for entry in (*ENTRIES, *ENTRIES_AT_END) for callback in entry.all_callbacks(CELLS[0])}
+    assert callbacks <= used, f"no entry has {sorted(cls.__name__ for cls in callbacks - used)}"
+    assert callbacks

@@ -1,0 +1,274 @@
+"""Tensor work: which parameters are chosen, and what is computed on shards equals what is computed on whole tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from lightning_optim import tensors
+from tests.machine.groups import Group
+
+NORMS = [0.5, 1.0, 2.0, 3.0, math.inf]
+
+
+class Model(nn.Module):
+    """An embedding that is tied to the head, normalization, and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 3)
+        self.encoder = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+        self.head = nn.Linear(3, 4)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Linear(3, 2, bias=False).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("on", "exclude", "names"),
+    [
+        (None, None, ["embed.weight", "encoder.0.weight", "frozen.weight"]),
+        ("encoder.*", None, ["encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias"]),
+        ("*.bias", None, ["encoder.0.bias", "encoder.1.bias", "head.bias"]),
+        (["*.bias", "frozen.*"], "encoder.1.*", ["encoder.0.bias", "head.bias", "frozen.weight"]),
+        (nn.LayerNorm, None, ["encoder.1.weight", "encoder.1.bias"]),
+        (nn.Linear, "*.bias", ["embed.weight", "encoder.0.weight", "frozen.weight"]),
+        (None, nn.Embedding, ["encoder.0.weight", "frozen.weight"]),
+        (None, ["embed.*", nn.Linear], []),
+        (lambda name, p: p.ndim == 1, lambda name, p: name.startswith("encoder"), ["head.bias"]),
+        ("head.weight", None, ["head.weight"]),
+        (lambda name, p: False, None, []),
+    ],
+)
+def test_select(on: object, exclude: object, names: list[str]) -> None:
+    model = Model()
+    chosen = tensors.select(model, on, exclude)
+    assert list(chosen) == names
+    assert all(parameter is model.get_parameter(name) for name, parameter in chosen.items())
+
+
+def test_select_takes_everything_once() -> None:
+    model = Model()
+    chosen = tensors.select(model, "*")
+    assert [id(p) for p in chosen.values()] == [id(p) for p in model.parameters()]
+
+
+def test_select_names_a_compiled_module_as_it_was_written() -> None:
+    compiled = nn.Module()  # what `torch.compile` returns holds the module under this name
+    compiled.add_module("_orig_mod", nn.Linear(2, 2))
+    assert list(tensors.select(compiled, "*")) == ["weight", "bias"]
+    assert list(tensors.select(nn.Sequential(compiled), "0.weight")) == ["0.weight"]
+
+
+def test_stacked_members_do_not_count_as_a_dimension() -> None:
+    model = nn.Module()
+    model.weight, model.bias = nn.Parameter(torch.zeros(5, 3, 2)), nn.Parameter(torch.zeros(5, 3))
+    model.weight.member_dim = model.bias.member_dim = 0
+    assert list(tensors.select(model)) == ["weight"]
+
+
+@pytest.mark.parametrize(
+    ("on", "exclude", "sentence"),
+    [
+        ("encodr.0.weight", None, r"`on='encodr.0.weight'` matches no parameter of Model; near: \['encoder.0.weight'"),
+        (None, "heads.bias", r"`exclude='heads.bias'` matches no parameter of Model; near: \['head.bias'"),
+        (nn.Conv2d, None, "`on='Conv2d'` matches no parameter of Model; near: "),
+        (["*.bias", "nothing"], None, "`on='nothing'` matches no parameter"),
+    ],
+)
+def test_select_refuses_what_matches_nothing(on: object, exclude: object, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tensors.select(Model(), on, exclude)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_total_norm_is_that_of_all_elements(p: float) -> None:
+    parts = [torch.randn(3, 4), torch.randn(()), torch.randn(0), torch.randn(7)]
+    everything = torch.cat([part.flatten() for part in parts])
+    torch.testing.assert_close(tensors.total_norm(parts, p), torch.linalg.vector_norm(everything, p))
+
+
+def test_total_norm_of_nothing_is_zero() -> None:
+    assert tensors.total_norm([]).item() == 0.0
+    assert [tensors.total_norm([torch.ones(0)], p).item() for p in (1.0, 2.0, math.inf)] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_total_norm_of_half_precision_is_summed_in_fp32(dtype: torch.dtype, p: float) -> None:
+    parts = [torch.randn(3000).to(dtype), torch.randn(40, 50).to(dtype)]
+    exact = torch.linalg.vector_norm(torch.cat([part.double().flatten() for part in parts]), p)
+    norm = tensors.total_norm(parts, p)
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_total_norm_shows_what_is_not_finite(bad: float) -> None:
+    assert not tensors.total_norm([torch.ones(3), torch.tensor([1.0, bad])]).isfinite()
+
+
+def test_local_is_live_storage() -> None:
+    tensor = torch.zeros(2)
+    (part,) = tensors.local([tensor])
+    part.fill_(1.0)
+    assert tensor.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (1100, 1000)])
+def test_exchange_swaps_values_and_keeps_storage(shape: tuple[int, ...]) -> None:
+    left, right = torch.randn(shape), torch.randn(shape)
+    wanted, pointers = (right.clone(), left.clone()), (left.data_ptr(), right.data_ptr())
+    tensors.exchange_(left, right)
+    assert torch.equal(left, wanted[0])
+    assert torch.equal(right, wanted[1])
+    assert (left.data_ptr(), right.data_ptr()) == pointers
+
+
+def test_exchange_of_views_leaves_their_neighbours() -> None:
+    left, right = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(3, 2)
+    tensors.exchange_(left[:, 0], right[1:, 1])
+    assert left.tolist() == [[9.0, 1.0, 2.0], [11.0, 4.0, 5.0]]
+    assert right.tolist() == [[6.0, 7.0], [8.0, 0.0], [10.0, 3.0]]
+
+
+def test_copy_goes_into_a_parameter_and_converts() -> None:
+    target, source = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), torch.tensor([1.0, 2.0, 3.0])
+    pointer = target.data_ptr()
+    tensors.copy_(target, source)
+    assert target.tolist() == [1.0, 2.0, 3.0]
+    assert target.data_ptr() == pointer
+
+
+def test_whole_is_a_copy() -> None:
+    tensor = nn.Parameter(torch.ones(2))
+    copied = tensors.whole(tensor)
+    copied.zero_()
+    assert tensor.tolist() == [1.0, 1.0]
+    assert not copied.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.complex64, torch.complex64),
+    ],
+)
+def test_accumulation_dtype(dtype: torch.dtype, kept: torch.dtype) -> None:
+    assert tensors.accumulation_dtype(torch.zeros(1, dtype=dtype)) == kept
+
+
+def test_reshard_leaves_a_plain_module_alone() -> None:
+    model = nn.Linear(2, 2)
+    before = [p.clone() for p in model.parameters()]
+    tensors.reshard_(model)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+# ---- on two processes: five rows are shards of three and two, one row leaves the second rank an empty shard ----
+
+
+def _mixed() -> tuple[list[Tensor], list[Tensor]]:
+    """Whole tensors, and the same as shards, replicas, summands and a plain tensor."""
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(shape, generator=generator) for shape in [(5, 3), (1,), (4, 3), (6,), (3, 2), (7,)]]
+    uneven, single, columns, replicated, summands, plain = whole
+    share = 0.25 if mesh.get_rank() == 0 else 0.75
+    placed = [
+        distribute_tensor(uneven, mesh, [Shard(0)]),
+        distribute_tensor(single, mesh, [Shard(0)]),
+        distribute_tensor(columns, mesh, [Shard(1)]),
+        distribute_tensor(replicated, mesh, [Replicate()]),
+        DTensor.from_local(share * summands, mesh, [Partial()]),
+        plain,
+    ]
+    return whole, placed
+
+
+def _norms_of_mixed() -> list[tuple[float, float]]:
+    whole, placed = _mixed()
+    return [(tensors.total_norm(placed, p).item(), tensors.total_norm(whole, p).item()) for p in NORMS]
+
+
+def _norms_of_hybrid() -> list[tuple[float, float]]:
+    """Sharded in one dimension of the mesh and replicated in the other, as hybrid FSDP does it."""
+    whole = torch.arange(15.0).view(5, 3)
+    pairs = []
+    for shape in ((1, 2), (2, 1)):
+        placed = distribute_tensor(whole, init_device_mesh("cpu", shape), [Replicate(), Shard(0)])
+        pairs += [(tensors.total_norm([placed], p).item(), tensors.total_norm([whole], p).item()) for p in NORMS]
+    return pairs
+
+
+@pytest.mark.parametrize("job", [_norms_of_mixed, _norms_of_hybrid])
+def test_total_norm_is_exact_over_shards_on_every_rank(group: Group, job) -> None:
+    first, second = group.run(job)
+    assert first == second
+    for got, wanted in first:
+        assert got == pytest.approx(wanted, rel=1e-6)
+
+
+def _placements_after_alignment() -> tuple[list[str], list[float], bool]:
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    aligned = tensors.align_grad_(parameter)
+    return [str(p) for p in aligned.placements], aligned.to_local().tolist(), aligned is parameter.grad
+
+
+def test_align_grad_sums_what_is_partial(group: Group) -> None:
+    assert group.run(_placements_after_alignment) == [(["R"], [2.0] * 4, True)] * 2
+
+
+def test_align_grad_leaves_what_is_aligned() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    assert tensors.align_grad_(parameter) is None
+    parameter.grad = torch.ones(2)
+    assert tensors.align_grad_(parameter) is parameter.grad
+
+
+def _copied_and_gathered() -> list[bool]:
+    mesh = init_device_mesh("cpu", (2,))
+    right = []
+    for whole in (torch.arange(15.0).view(5, 3), torch.tensor([4.0])):
+        for placement in (Shard(0), Replicate()):
+            target = distribute_tensor(torch.zeros_like(whole), mesh, [placement])
+            pointer = target.to_local().data_ptr()
+            tensors.copy_(target, whole)
+            right.append(torch.equal(tensors.whole(target), whole) and target.to_local().data_ptr() == pointer)
+            tensors.copy_(target, distribute_tensor(whole + 1.0, mesh, [placement]))
+            right.append(torch.equal(tensors.whole(target), whole + 1.0))
+            again = tensors.placed_as(target.to_local().clone(), target)
+            right.append(torch.equal(tensors.whole(again), whole + 1.0) and again.placements == target.placements)
+            tensors.whole(target).zero_()
+            right.append(torch.equal(tensors.whole(target), whole + 1.0))
+    return right
+
+
+def test_copies_into_shards_and_out_of_them(group: Group) -> None:
+    assert group.run(_copied_and_gathered) == [[True] * 16] * 2
+
+
+def test_exclude_takes_a_tied_parameter_out_under_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    assert list(tensors.select(model, exclude="0.*")) == []
+    assert list(tensors.select(model, exclude="1.*")) == []
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float64), (torch.float32, torch.complex64)]
+)
+def test_norm_of_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    parts = [torch.tensor([3.0], dtype=dtypes[0]), torch.tensor([4.0], dtype=dtypes[1])]
+    assert tensors.total_norm(parts).item() == pytest.approx(5.0)
+    assert tensors.norms(parts).tolist() == pytest.approx([3.0, 4.0])
