@@ -1,8 +1,8 @@
 """A GAN on handwritten digits: two optimizers with clipping, accumulation, a gradient penalty and an EMA.
 
-Manual optimization needs one mixin and one call, ``self.optimize(loss, optimizer)``; the callbacks do the rest, for each
-optimizer by itself. The discriminator's penalty on its gradients at the real data (R1, arXiv:1801.04406) needs the batch,
-so it is a term of ``RegularizationMixin``. Real data from scikit-learn, nothing is downloaded::
+Manual optimization needs one mixin and one call, ``self.optimize(loss, optimizer)``; the callbacks do the rest, for
+each optimizer by itself. The discriminator's penalty on its gradients at the real data (R1, arXiv:1801.04406) needs the
+batch, so it is a term of ``RegularizationMixin``. Real data from scikit-learn, nothing is downloaded::
 
     python examples/mixins.py
 """

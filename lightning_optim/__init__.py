@@ -30,6 +30,7 @@ from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
 from lightning_optim.regularization.proximal import Proximal, ProximalL1
 from lightning_optim.regularization.scheduled_dropout import ScheduledDropout
 from lightning_optim.regularization.weights import WeightRegularization
+from lightning_optim.resume import ExactResume
 from lightning_optim.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
 from lightning_optim.slots import Slot
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
@@ -63,6 +64,7 @@ __all__ = [
     "EarlyStopping",
     "ElasticNet",
     "Ensemble",
+    "ExactResume",
     "Exponential",
     "GradientAccumulation",
     "GradientClipping",

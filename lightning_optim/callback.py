@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_optim import state, tensors
@@ -219,16 +218,10 @@ def gradients(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     around
     stale: they are never in the result.
     """
-    weights: list[Tensor] = []
-    grads: list[Tensor] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            grad = parameter.grad
-            if isinstance(grad, DTensor):
-                grad = tensors.align_grad_(parameter)
-            if grad is not None:
-                weights.append(parameter)
-                grads.append(grad)
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [weight.grad for weight in weights]
+    if tensors.any_sharded(grads):
+        grads = [tensors.align_grad_(weight) for weight in weights]
     return weights, grads
 
 

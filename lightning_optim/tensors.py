@@ -95,7 +95,13 @@ def _matches(
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The part of each tensor that this process holds, as live storage: a DTensor's shard, else the tensor itself."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    listed = list(tensors)
+    return [t.to_local() if isinstance(t, DTensor) else t for t in listed] if any_sharded(listed) else listed
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any is a DTensor. Of hundreds of small tensors, asking each would cost as much as the work on them."""
+    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def placed_as(shard: Tensor, like: Tensor) -> Tensor:
@@ -140,9 +146,9 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    plain = not any(isinstance(tensor, DTensor) for tensor in tensors)
-    if plain and len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
-        return _norm(list(tensors), norm_type)  # of hundreds of small tensors, grouping them would cost as much
+    alike = len({tensor.dtype for tensor in tensors}) == 1 and len({tensor.device for tensor in tensors}) == 1
+    if alike and not any_sharded(tensors):
+        return _norm(list(tensors), norm_type)
     groups: dict[tuple[torch.device, torch.dtype, tuple[dist.ProcessGroup, ...]], list[Tensor]] = {}
     for tensor in tensors:
         shard, over = _shard_and_groups(tensor)

@@ -28,12 +28,16 @@ from lightning_optim import (
     EarlyStopping,
     ElasticNet,
     EMAWeightAveraging,
+    ExactResume,
     GradientAccumulation,
     GradientClipping,
     GradientMonitor,
+    Linear,
     Noise,
     OptimCallback,
     Piecewise,
+    ProximalL1,
+    ScheduledDropout,
     StochasticWeightAveraging,
     WeightAveraging,
     WeightRegularization,
@@ -42,6 +46,7 @@ from lightning_optim import (
 from tests.machine import averaging_formulas, formulas, gradient_formulas, run
 from tests.machine.by_hand import Chain, Formula, Outcome
 from tests.machine.cells import EPOCHS, Cell
+from tests.machine.dropout_formulas import Dropout, fixed
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
 
@@ -165,6 +170,19 @@ ENTRIES = (
         lambda _: [WeightRegularization([ElasticNet(0.2, 0.2, on="*")])],
         lambda _: formulas.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
     ),
+    Entry(
+        "dropout",
+        "gradients",
+        lambda _: [fixed(ScheduledDropout({"*inner": Linear(0.5, 0.0)}, insert=True))],
+        lambda _: Dropout(0.5, "regularization/dropout/*inner"),
+    ),
+    Entry(
+        "proximal_l1",
+        "weights",
+        lambda _: [WeightRegularization(ProximalL1(2.0))],
+        lambda _: formulas.SoftThreshold(2.0),
+    ),
+    Entry("exact_resume", "nothing", lambda _: [ExactResume()], _plain),
     Entry("clip_norm", "gradients", lambda _: [GradientClipping(ClipByNorm(0.5))], lambda _: formulas.ClipNorm(0.5)),
     Entry(
         "clip_norm_inf",

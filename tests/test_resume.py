@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
-import pickle
-import random
 import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_optim.gradients.accumulation import GradientAccumulation
 from lightning_optim.resume import ExactResume
-from lightning_optim.resume_state import random_state, set_random_state_
 from tests.machine.groups import Group, JobFailed
-from tests.resume_helpers import (
+from tests.resume_helpers import WriteAndDie, difference, fit, fit_of_two, killed
+from tests.resume_models import (
     LazyLoader,
     ManualNet,
     Net,
     NetOfTwo,
+    NetWithOneValidationBatch,
     OneCycleNet,
     PlateauNet,
     PositionLoader,
-    WriteAndDie,
-    difference,
-    fit,
-    fit_of_two,
-    killed,
     shuffling,
     shuffling_by_itself,
 )
@@ -206,13 +197,19 @@ def test_model_checkpoint(arguments: dict[str, Any], tmp_path: Path) -> None:
     assert difference(run([], path=tmp_path / "last.ckpt", seed=2), whole()) == ""
 
 
-def test_killed_three_times(tmp_path: Path) -> None:
-    a, b, c = (tmp_path / name for name in "abc")
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 3, a)]))
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 5, b)], path=a, seed=2))
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_validation_end", 2, c)], path=b, seed=3))
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    path = None
+    places = [
+        ("on_train_batch_end", 9),
+        ("on_validation_end", 1),
+        ("on_train_epoch_start", 1),
+        ("on_train_batch_end", 2),
+    ]
+    for seed, place in enumerate(places, start=1):
+        before, path = path, tmp_path / str(seed)
+        killed(functools.partial(fit, [ExactResume(), WriteAndDie(*place, path)], path=before, seed=seed))
     callback = ExactResume()
-    assert difference(fit([callback], path=c, seed=4), whole()) == ""
+    assert difference(fit([callback], path=path, seed=9), whole()) == ""
     assert difference(fit([callback]), whole()) == "", "a second fit of the same object remembers the first"
 
 
@@ -241,11 +238,13 @@ class Terminate(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_checkpoint_of_sigterm(tmp_path: Path) -> None:
-    # A validation was due at that batch, and it was run before Lightning stopped.
+@pytest.mark.parametrize("net", [Net, NetWithOneValidationBatch])
+def test_checkpoint_of_sigterm(net: type[Net], tmp_path: Path) -> None:
+    # A validation is due at that batch. Lightning stops within it; or after it, if it has but one batch.
     with pytest.raises(SIGTERMException):
-        fit([ExactResume(), Terminate(), OnExceptionCheckpoint(tmp_path)])
-    assert difference(fit([ExactResume()], path=tmp_path / "on_exception.ckpt", seed=2), whole()) == ""
+        fit([ExactResume(), Terminate(), OnExceptionCheckpoint(tmp_path)], net=net)
+    resumed = fit([ExactResume()], path=tmp_path / "on_exception.ckpt", seed=2, net=net)
+    assert difference(resumed, whole(net=net)) == ""
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
@@ -271,115 +270,3 @@ def test_distributed_sampler_keeps_its_seed(group: Group, tmp_path: Path) -> Non
         group.run(fit_of_two, "ddp", *PLACES["an epoch's end"], file, False, True, shuffling)
     resumed = group.run(fit_of_two, "ddp", None, 0, file, True, True, shuffling)
     assert [difference(a, b) for a, b in zip(resumed, expected, strict=True)] == ["", ""]
-
-
-# ---- what is not exact is said ---------------------------------------------------------------------------------------
-
-
-class LoaderWithWorkers(PositionLoader):
-    num_workers = 2
-    persistent_workers = True
-
-
-def test_warns_of_a_loader_without_position(path: Path) -> None:
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 8, path)], shuffling))
-    with pytest.warns(UserWarning, match="not exact: .*does not save its position: give it"):
-        fit([ExactResume()], shuffling, path)
-
-
-def test_warns_of_workers(path: Path) -> None:
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 8, path)], LoaderWithWorkers))
-    with pytest.warns(UserWarning, match="set `num_workers=0`.*set `persistent_workers=False`"):
-        fit([ExactResume()], LoaderWithWorkers, path)
-
-
-def test_warns_of_a_lost_window(path: Path) -> None:
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 9, path)], accumulate_grad_batches=2))
-    with pytest.warns(UserWarning, match="use `GradientAccumulation`"):
-        fit([ExactResume()], path=path, accumulate_grad_batches=2)
-
-
-def test_warns_of_a_file_from_inside_a_batch(path: Path) -> None:
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_before_optimizer_step", 8, path)]))
-    with pytest.warns(UserWarning, match="inside a training batch: write it in `on_train_batch_end`"):
-        fit([ExactResume()], path=path)
-
-
-def test_warns_of_a_file_without_state_and_still_validates(path: Path) -> None:
-    killed(lambda: fit([WriteAndDie("on_train_batch_end", 9, path)]))
-    with pytest.warns(UserWarning, match="written without `ExactResume`"):
-        resumed = fit([ExactResume()], path=path)
-    assert validations(resumed) == 6
-
-
-def test_warns_of_another_number_of_processes(path: Path) -> None:
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 9, path)]))
-    file = torch.load(path, weights_only=True)
-    file["callbacks"]["ExactResume"]["ranks"] *= 2
-    torch.save(file, path)
-    with pytest.warns(UserWarning, match="2 processes wrote the file and 1 read it"):
-        fit([ExactResume()], path=path)
-
-
-# ---- life ------------------------------------------------------------------------------------------------------------
-
-
-def test_changes_nothing_in_a_run_that_is_not_killed() -> None:
-    assert difference(fit([ExactResume()]), whole()) == ""
-
-
-class Sanity(Callback):
-    checks = 0
-
-    def on_sanity_check_start(self, *_: Any) -> None:
-        self.checks += 1
-
-
-def test_no_sanity_check_on_resume(path: Path) -> None:
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_epoch_end", 1, path)]))
-    sanity = Sanity()
-    fit([ExactResume(), sanity], path=path)
-    assert sanity.checks == 0
-    fit([ExactResume(), sanity])
-    assert sanity.checks == 1
-
-
-def test_learning_rate_finder_goes_by() -> None:
-    def finder() -> LearningRateFinder:
-        return LearningRateFinder(num_training_steps=8, early_stop_threshold=None, attr_name="rate", update_attr=False)
-
-    assert difference(fit([ExactResume(), finder()], net=RateNet), fit([finder()], net=RateNet)) == ""
-
-
-class RateNet(Net):
-    rate = 0.01
-
-
-def test_leaves_nothing_installed_and_no_state_for_validate(path: Path) -> None:
-    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 9, path)]))
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    callback = ExactResume()
-    trainer = Trainer(
-        callbacks=[callback], max_epochs=3, accelerator="cpu", devices=1, enable_checkpointing=False, **quiet
-    )
-    loops = (trainer, trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop)
-    before = [{name for name, value in vars(loop).items() if callable(value)} for loop in loops]
-    trainer.validate(Net(), ckpt_path=path, verbose=False)
-    assert callback.extra_state() == {}
-    trainer.fit(Net(), PositionLoader(), ckpt_path=path)
-    assert trainer.num_sanity_val_steps == 2
-    assert [{name for name, value in vars(loop).items() if callable(value)} for loop in loops] == before
-    for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
-        assert copied.state_key == "ExactResume"
-        assert copied.extra_state() == {}
-
-
-@pytest.mark.parametrize(
-    "draw", [lambda: torch.rand(3).tolist(), random.random, lambda: np.random.standard_normal(3).tolist()]
-)
-def test_random_state_is_plain_and_whole(draw: Callable[[], Any], tmp_path: Path) -> None:
-    draw()  # an odd number of normal draws leaves one in store
-    torch.save(random_state(), tmp_path / "state")
-    expected = draw()
-    set_random_state_(torch.load(tmp_path / "state", weights_only=True))
-    assert draw() == expected

@@ -138,7 +138,7 @@ class GradientMonitor(OptimCallback):
             self._running.share_norm(optimizer, grads, self._norm_type, norm)
         self._steps[index] = step = _Step(norm, self.logs_now(trainer))
         if step.logs:
-            step.weights, step.copies = weights, [weight.detach().clone() for weight in weights]
+            step.weights, step.copies = weights, _copies(weights)
             step.values |= {"gradients/norm": norm, **self._detailed("gradients/norm", weights, grads)}
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -275,6 +275,13 @@ class GradientMonitor(OptimCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_clipping": None, "_steps": {}}
+
+
+def _copies(weights: list[Tensor]) -> list[Tensor]:
+    ours = tensors.local(weight.detach() for weight in weights)
+    copies = [torch.empty_like(shard) for shard in ours]
+    torch._foreach_copy_(copies, ours)
+    return [tensors.placed_as(copy, weight) for copy, weight in zip(copies, weights, strict=True)]
 
 
 def _by_name(labels: list[str], each: Tensor, norm_type: float) -> dict[str, Tensor]:

@@ -70,12 +70,25 @@ class ScheduledDropout(OptimCallback):
     def _setter(self, site: dropout.Site) -> Callable[[float], None]:
         """What sets the rate of one place; undone with the fit."""
         if site.attribute is None:
-            inserted = _Inserted(site.name)
+            inserted = _Inserted(site.name, self.draw)
             self._running.undo(site.module.register_forward_hook(inserted).remove)
             return inserted.set_rate
         attribute, module = site.attribute, site.module
         self._running.replace(module, attribute, getattr(module, attribute))
         return lambda rate: setattr(module, attribute, rate)
+
+    def draw(self, name: str, like: Tensor, rate: float) -> Tensor:
+        """The mask for the output of a module that has no dropout of its own; to be overridden for another one.
+
+        Args:
+            name: The module's name.
+            like: Its output.
+            rate: The rate now, in (0, 1].
+
+        Returns:
+            What ``like`` is multiplied by: zeros and :math:`1 / (1 - rate)`.
+        """
+        return dropout.mask(like, rate)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = self.steps[0] if self.steps else 0
@@ -94,8 +107,8 @@ class ScheduledDropout(OptimCallback):
 class _Inserted:
     """A forward hook that drops elements of a module's output in training."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, draw: Callable[[str, Tensor, float], Tensor]) -> None:
+        self.name, self.draw = name, draw
         self.rate = 0.0
 
     def set_rate(self, rate: float) -> None:
@@ -109,4 +122,4 @@ class _Inserted:
                 f"ScheduledDropout(insert=True) drops elements of a tensor, and {self.name!r} returns"
                 f" {type(output).__name__}: name a module inside it whose output is a tensor."
             )
-        return output * dropout.mask(output, self.rate)
+        return output * self.draw(self.name, output, self.rate)

@@ -29,7 +29,9 @@ def left(fitted: Fitted) -> dict[str, Any]:
     for index, optimizer in enumerate(trainer.optimizers):
         found[f"optimizer {index}: hooks"] = {name: len(getattr(optimizer, name)) for name in _HOOKS}
         found[f"optimizer {index}: flag"] = getattr(optimizer, "_step_supports_amp_scaling", None)
-        found[f"optimizer {index}: replaced"] = sorted(k for k, v in vars(optimizer).items() if _replaced(optimizer, k, v))
+        found[f"optimizer {index}: replaced"] = sorted(
+            k for k, v in vars(optimizer).items() if _replaced(optimizer, k, v)
+        )
     for name, part in module.named_modules():
         found[f"module {name}: hooks"] = {k: len(v) for k, v in vars(part).items() if k.endswith("_hooks") and v}
         found[f"module {name}: attributes"] = sorted(vars(part))

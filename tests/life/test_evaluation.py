@@ -46,7 +46,9 @@ def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
     final, before = models.full_weights(fitted.module), states(fitted.callbacks)
     for verb in VERBS:
         assert evaluated(fitted, verb, ckpt_path="best") == pytest.approx(float(best.best_model_score), rel=1e-6)
-    fitted.module.load_state_dict(final)  # which is a part of an average's state while it is not the average that is in it
+    fitted.module.load_state_dict(
+        final
+    )  # which is a part of an average's state while it is not the average that is in it
     assert not differences(states(fitted.callbacks), before), "evaluating changed what the callbacks remember"
     fresh = prepare(entry, CELL, Evaluating)
     for verb in VERBS:

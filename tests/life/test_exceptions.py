@@ -100,7 +100,9 @@ def assert_resumed(resumed: Fitted, other: Fitted) -> None:
 def test_file_of_an_exception_holds_the_evaluated_weights(entry: Entry, tmp_path: Path) -> None:
     """The file is as consistent as any other: `state_dict` is what a validation would see."""
     hand = evaluated_by_hand(entry)
-    fitted = failed(entry, CELL, FailingToEnd, extra=(OnExceptionCheckpoint(tmp_path, "it"),), enable_checkpointing=True)
+    fitted = failed(
+        entry, CELL, FailingToEnd, extra=(OnExceptionCheckpoint(tmp_path, "it"),), enable_checkpointing=True
+    )
     saved = torch.load(tmp_path / "it.ckpt", weights_only=True)["state_dict"]
     assert not differences(saved, hand)
     assert entry.name != "ema" or differences(saved, fitted.module.kept), "nothing to tell apart"

@@ -56,7 +56,9 @@ class Remembering(LightningModule):
 
     def on_train_end(self: Any) -> None:
         super().on_train_end()
-        self.momentum = [_copy(state["momentum_buffer"]) for opt in self.trainer.optimizers for state in opt.state.values()]
+        self.momentum = [
+            _copy(state["momentum_buffer"]) for opt in self.trainer.optimizers for state in opt.state.values()
+        ]
         self.states = states(self.trainer.callbacks)
 
 
@@ -88,7 +90,12 @@ class Fitted:
 
 
 def prepare(
-    entry: Entry, cell: Cell = CELL, *traits: type, extra: tuple[Callback, ...] = (), callbacks: Any = None, **changes: Any
+    entry: Entry,
+    cell: Cell = CELL,
+    *traits: type,
+    extra: tuple[Callback, ...] = (),
+    callbacks: Any = None,
+    **changes: Any,
 ) -> Fitted:
     """A Trainer, a module and the callbacks of an entry, ready for ``fit``; ``extra`` are more callbacks, at the end."""
     chosen = [*(entry.all_callbacks(cell) if callbacks is None else callbacks), *extra]
@@ -98,7 +105,12 @@ def prepare(
 
 
 def fit(
-    entry: Entry, cell: Cell = CELL, *traits: type, ckpt_path: Any = None, weights_only: bool | None = None, **options: Any
+    entry: Entry,
+    cell: Cell = CELL,
+    *traits: type,
+    ckpt_path: Any = None,
+    weights_only: bool | None = None,
+    **options: Any,
 ) -> Fitted:
     """Train the cell's module with the callbacks of an entry."""
     fitted = prepare(entry, cell, *traits, **options)
@@ -139,7 +151,9 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     """Where two trees are not the same, bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         missing = [f"{path}/{key}" for key in one.keys() ^ other.keys()]
-        return missing + _joined(differences(one[key], other[key], f"{path}/{key}") for key in one.keys() & other.keys())
+        return missing + _joined(
+            differences(one[key], other[key], f"{path}/{key}") for key in one.keys() & other.keys()
+        )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         return _joined(differences(a, b, f"{path}/{i}") for i, (a, b) in enumerate(zip(one, other, strict=True)))
     if isinstance(one, Tensor) and isinstance(other, Tensor):

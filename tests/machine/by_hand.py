@@ -38,6 +38,9 @@ class Step:
 class Formula:
     """What a technique does to the loop, by hand. This one does nothing: the plain model."""
 
+    def attach(self, loop: Loop) -> None:
+        """Change what the networks that train compute; those that are validated are others."""
+
     def window(self, accumulation: int, epoch: int) -> int:
         """The micro-batches of a full window in this epoch."""
         return accumulation
@@ -76,6 +79,10 @@ class Chain(Formula):
 
     def __init__(self, *formulas: Formula) -> None:
         self.formulas = formulas
+
+    def attach(self, loop: Loop) -> None:
+        for formula in self.formulas:
+            formula.attach(loop)
 
     def window(self, accumulation: int, epoch: int) -> int:
         for formula in self.formulas:
@@ -143,6 +150,7 @@ class Loop:
         self.steps = [0] * cell.optimizers
         self.total = sum(-(-cell.batches // formula.window(cell.accumulation, epoch)) for epoch in range(epochs))
         self.outcome = Outcome({}, {}, [], 0, {})
+        formula.attach(self)
 
     @property
     def weights(self) -> Weights:

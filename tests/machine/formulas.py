@@ -133,6 +133,18 @@ class Shrink(Formula):
             weight *= self.factor
 
 
+class SoftThreshold(Formula):
+    """Matrices drawn towards zero by ``lr * strength`` after each step, and never beyond."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def after_step(self, step: Step) -> None:
+        for weight in step.weights:
+            if weight.ndim >= 2:
+                weight.copy_(torch.sign(weight) * torch.clamp(weight.abs() - step.lr * self.strength, min=0.0))
+
+
 def deviation(one: Weights, other: Weights) -> dict[str, float]:
     """For each name the largest ``|a - b| / (1 + |b|)``; infinite where something is not a number."""
     assert one.keys() == other.keys(), f"names differ: {sorted(one.keys() ^ other.keys())}"

@@ -98,7 +98,9 @@ def test_drop_path_drops_whole_samples() -> None:
 
 
 def test_sites_of_attention_and_recurrent_layers() -> None:
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2, dropout=0.1), "lstm": nn.LSTM(4, 4, 2, dropout=0.1)})
+    model = nn.ModuleDict(
+        {"attention": nn.MultiheadAttention(4, 2, dropout=0.1), "lstm": nn.LSTM(4, 4, 2, dropout=0.1)}
+    )
     found = find_sites(model, ["*"], insert=True)["*"]
     assert [(site.name, site.attribute) for site in found] == [("attention", "dropout"), ("lstm", "dropout")]
 
