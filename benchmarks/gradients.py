@@ -131,6 +131,7 @@ def contest(
                 if round_ >= WARMUP:
                     times[name].append(clock() - start)
         for name, contestant in contestants.items():
+            torch._foreach_copy_(grads, fresh)
             found[name] = 1e3 * statistics.median(times[name]), operations(contestant)
 
     def one() -> list[Callback]:

@@ -1,4 +1,4 @@
-"""Handwritten digits, few of them and many with a wrong label: what each callback does about overfitting.
+"""Handwritten digits, few of them and many with a wrong label: what each technique does about overfitting.
 
 scikit-learn's digits are 1797 images of 8 x 8 pixels. A run trains on 300 of them, of whose labels one in five is
 wrong, and validates on 300 others; the remaining 1197 are the test part. Validation and test labels are right.
@@ -6,8 +6,9 @@ A seed decides the split, the wrong labels, the first weights and the order of t
 same seeds and compared with the plain model on each (a paired difference), so that the luck of the split cancels.
 
 The plain model is a small network under Adam at its default learning rate, trained for a fixed number of epochs. A
-method adds one callback to the Trainer and nothing else. The number in it was chosen by the validation part of five
-seeds that are not among those reported (``--choose`` shows how); the test part chose nothing.
+method adds its callback to the Trainer and nothing else; the ensemble is the mean prediction of five plain models that
+differ in their first weights. The number in a method was chosen by the validation part of five seeds that are not among
+those reported (``--choose`` shows how); the test part chose nothing.
 
     python examples/digits.py                # the table, and the picture digits.png
     python examples/digits.py --seeds 20     # more seeds, smaller errors
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -36,10 +39,15 @@ from tqdm import tqdm
 from lightning_optim import (
     EMA,
     L2,
+    SWA,
+    CheckpointAveraging,
     ClipByNorm,
     EarlyStopping,
+    ElasticNet,
+    Ensemble,
     GradientAccumulation,
     GradientClipping,
+    ScheduledDropout,
     WeightAveraging,
     WeightRegularization,
 )
@@ -54,19 +62,36 @@ class Method(NamedTuple):
     build: Callable[[Any], L.Callback]
     number: float
     tried: tuple[float, ...]
+    together: bool = True  # whether it is part of "all together"
 
     def __str__(self) -> str:
         return self.code.format(f"{self.number:g}")
 
 
+def on_all(strength: float) -> L.Callback:
+    """The textbook's penalty on all parameters."""
+    return WeightRegularization(ElasticNet(strength, strength, on="*"))
+
+
+def on_hidden(rate: float) -> L.Callback:
+    """Dropout behind both hidden layers of a model that has none."""
+    return ScheduledDropout({"layers.1": rate, "layers.3": rate}, insert=True)
+
+
 METHODS = [
     Method("WeightRegularization(L2({}))", lambda s: WeightRegularization(L2(s)), 3e-3, (1e-3, 3e-3, 1e-2)),
+    Method('WeightRegularization(ElasticNet({0}, {0}, on="*"))', on_all, 1e-3, (3e-4, 1e-3, 3e-3), together=False),
+    Method('ScheduledDropout({{"layers.*": {}}}, insert=True)', on_hidden, 0.5, (0.25, 0.5, 0.75)),
     Method("GradientClipping(ClipByNorm({}))", lambda c: GradientClipping(ClipByNorm(c)), 0.03, (0.01, 0.03, 0.1)),
     Method("GradientAccumulation({})", lambda n: GradientAccumulation(n), 4, (2, 4, 8)),
     Method('EarlyStopping("val_nll", patience={})', lambda p: EarlyStopping("val_nll", patience=p), 9, (3, 9, 27)),
     Method("WeightAveraging(EMA({}))", lambda d: WeightAveraging(EMA(d)), 0.99, (0.9, 0.97, 0.99)),
+    Method(
+        "WeightAveraging(SWA(), start={})", lambda s: WeightAveraging(SWA(), start=s), 0.25, (0.25, 0.5, 0.75), False
+    ),
+    Method("CheckpointAveraging(top={})", lambda k: CheckpointAveraging(top=k), 5, (3, 5, 9), together=False),
 ]
-PLAIN, ALL = "plain", "all five"
+PLAIN, ALL, ENSEMBLE = "plain", "all together", "ensemble of five"
 CHOOSING = range(1000, 1005)  # the seeds that chose the numbers; those reported are 0, 1, 2, ...
 
 
@@ -148,36 +173,61 @@ class Run(NamedTuple):
 
 QUIET = {
     "num_sanity_val_steps": 0,
+    "accelerator": "cpu",
+    "devices": 1,
     "logger": False,
-    "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
 
 
-def run(seed: int, epochs: int, callbacks: list[L.Callback]) -> Run:
-    """Train with these callbacks, then validate and test what the module holds."""
-    train, validation, test = digits(seed)
-    torch.manual_seed(seed)
+def train(seed: int, epochs: int, callbacks: list[L.Callback], first_weights: int = 0) -> tuple[Network, L.Trainer]:
+    """Fit a network with these callbacks; the module then holds what they decided on."""
+    training, validation, _ = digits(seed)
+    torch.manual_seed(seed + 10_000 * first_weights)
     network = Network()
-    trainer = L.Trainer(max_epochs=epochs, callbacks=callbacks, accelerator="cpu", devices=1, **QUIET)
-    trainer.fit(network, train, validation)
-    trained = trainer.current_epoch
-    trainer.validate(network, validation, verbose=False)
-    (scores,) = trainer.test(network, test, verbose=False)
-    return Run(scores["nll"], scores["accuracy"], trained, network.curve)
+    with tempfile.TemporaryDirectory() as directory:
+        if averages_files := any(isinstance(callback, CheckpointAveraging) for callback in callbacks):
+            callbacks = [*callbacks, ModelCheckpoint(directory, monitor="val_nll", save_top_k=10)]
+        trainer = L.Trainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=averages_files, **QUIET)
+        trainer.fit(network, training, validation)
+    return network, trainer
+
+
+def score(seed: int, model: L.LightningModule, curve: list[float], epochs: int) -> Run:
+    """Validate and test what a module holds."""
+    _, validation, test = digits(seed)
+    trainer = L.Trainer(enable_checkpointing=False, **QUIET)
+    (held,) = trainer.validate(model, validation, verbose=False)
+    (scores,) = trainer.test(model, test, verbose=False)
+    return Run(scores["nll"], scores["accuracy"], epochs, [*curve, held["val_nll"]])
+
+
+def run(seed: int, epochs: int, methods: list[Method]) -> tuple[Run, Network]:
+    """Train and score with these methods."""
+    network, trainer = train(seed, epochs, [method.build(method.number) for method in methods])
+    return score(seed, network, list(network.curve), trainer.current_epoch), network
 
 
 def compare(seeds: range, epochs: int) -> dict[str, list[Run]]:
-    """The plain model, each method and all methods together, on every seed."""
-    lists = {PLAIN: [], **{str(method): [method] for method in METHODS}, ALL: METHODS}
-    results: dict[str, list[Run]] = {name: [] for name in lists}
-    with tqdm(total=len(seeds) * len(lists), unit="fit") as progress:
+    """The plain model, each method, all together and an ensemble of plain models, on every seed."""
+    together = [method for method in METHODS if method.together]
+    lists = {PLAIN: [], **{str(method): [method] for method in METHODS}, ALL: together}
+    results: dict[str, list[Run]] = {name: [] for name in [*lists, ENSEMBLE]}
+    with tqdm(total=len(seeds) * len(results), unit="method") as progress:
         for seed in seeds:
+            members = []
             for name, methods in lists.items():
                 progress.set_description(f"seed {seed}, {name.split('(')[0]}")
-                results[name].append(run(seed, epochs, [method.build(method.number) for method in methods]))
+                outcome, network = run(seed, epochs, methods)
+                results[name].append(outcome)
+                members += [network] if name == PLAIN else []
                 progress.update()
+            progress.set_description(f"seed {seed}, {ENSEMBLE}")
+            members += [train(seed, epochs, [], first_weights=index)[0] for index in range(1, 5)]
+            ensemble = Ensemble(members, outputs="logits", on="layers")
+            results[ENSEMBLE].append(score(seed, ensemble, [], 5 * epochs))
+            progress.update()
     return results
 
 
@@ -185,8 +235,8 @@ def choose(epochs: int) -> None:
     """Print the validation NLL after the fit for each number that was tried; the least one was taken."""
     for method in METHODS:
         for number in method.tried:
-            held = [run(seed, epochs, [method.build(number)]).curve[-1] for seed in CHOOSING]
-            print(f"{method._replace(number=number)!s:<40} validation NLL {np.mean(held):.4f}", flush=True)
+            held = [run(seed, epochs, [method._replace(number=number)])[0].curve[-1] for seed in CHOOSING]
+            print(f"{method._replace(number=number)!s:<55} validation NLL {np.mean(held):.4f}", flush=True)
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
@@ -205,7 +255,7 @@ def table(results: dict[str, list[Run]]) -> str:
     """One row for each method, in Markdown."""
     rows = [["method", "test NLL", "minus plain", "accuracy, %", "minus plain", "epochs"]]
     for name, runs in results.items():
-        row = [name if name in (PLAIN, ALL) else f"`{name}`"]
+        row = [name if name in (PLAIN, ALL, ENSEMBLE) else f"`{name}`"]
         for quantity, places in (("nll", 3), ("accuracy", 1)):
             own = values(runs, quantity)
             gain = own - values(results[PLAIN], quantity)
@@ -222,22 +272,25 @@ TITLES = {
     "nll": "test NLL minus plain (less is better)",
     "accuracy": "test accuracy minus plain, points (more is better)",
 }
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]  # Okabe and Ito: for all eyes
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"] * 2  # Okabe and Ito: for all eyes
 
 
 def picture(results: dict[str, list[Run]], epochs: int, out: Path) -> None:
     """Left, validation NLL over epochs, each method against the plain model; right, paired differences on the test."""
-    figure = plt.figure(figsize=(15, 6.4), layout="constrained")
+    figure = plt.figure(figsize=(17, 9), layout="constrained")
     grid = figure.add_gridspec(2, 5)
-    methods = dict(zip([name for name in results if name != PLAIN], COLOURS, strict=True))
-    panels = grid[:, :3].subgridspec(2, 3).subplots(sharex=True, sharey=True)
-    for axes, (name, colour) in zip(panels.flat, methods.items(), strict=True):
+    methods = dict(zip([name for name in results if name != PLAIN], COLOURS, strict=False))
+    panels = grid[:, :3].subgridspec(4, 3).subplots(sharex=True, sharey=True)
+    curves = [(name, colour) for name, colour in methods.items() if name != ENSEMBLE]
+    for axes in panels.flat[len(curves) :]:
+        axes.remove()
+    for axes, (name, colour) in zip(panels.flat, curves, strict=False):
         draw_curve(axes, results[PLAIN], epochs, "0.45")
         draw_curve(axes, results[name], epochs, colour)
-        axes.set_title(name.replace("(", "\n(", 1), fontsize=9, color=colour)
-    panels[0, 0].set(ylim=(0.4, 1.0), ylabel="validation NLL")
+        axes.set_title(name.replace("(", "\n(", 1), fontsize=8, color=colour)
+    panels[0, 0].set(ylim=(0.4, 1.0))
     panels[1, 0].set(ylabel="validation NLL")
-    panels[1, 1].set(xlabel="epoch (grey: plain; band: standard deviation over seeds)")
+    panels[3, 0].set(xlabel="epoch (grey: plain; band: standard deviation over seeds)")
     for row, (quantity, title) in enumerate(TITLES.items()):
         axes = figure.add_subplot(grid[row, 3:])
         draw_differences(axes, results, methods, quantity)
@@ -263,15 +316,22 @@ def draw_differences(axes: plt.Axes, results: dict[str, list[Run]], methods: dic
         axes.plot(gain, np.full(len(gain), row), "o", color=colour, alpha=0.35, markersize=5)
         axes.errorbar(gain.mean(), row, xerr=error(gain), fmt="D", color=colour, markersize=7, capsize=4, linewidth=2)
     axes.axvline(0, color="0.45", linewidth=2)
-    axes.set_yticks(range(len(methods)), [name.split("(")[0] for name in methods], fontsize=9)
+    axes.set_yticks(range(len(methods)), [short(name) for name in methods], fontsize=9)
     axes.invert_yaxis()
     axes.grid(alpha=0.25, axis="x")
 
 
+def short(name: str) -> str:
+    """A method without its numbers, and with its policy where a callback has several."""
+    callback, _, rest = name.partition("(")
+    policy = rest.partition("(")[0]
+    return f"{callback}({policy})" if policy in ("L2", "ElasticNet", "EMA", "SWA") else callback
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6, help="how many seeds, at least 2")
-    parser.add_argument("--epochs", type=int, default=80, help="epochs of a run that does not stop early")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds, at least 2")
+    parser.add_argument("--epochs", type=int, default=60, help="epochs of a run that does not stop early")
     parser.add_argument("--out", type=Path, default=Path("digits.png"), help="where the picture goes")
     parser.add_argument("--choose", action="store_true", help="show how the methods' numbers were chosen, and end")
     arguments = parser.parse_args()
