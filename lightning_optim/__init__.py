@@ -22,7 +22,7 @@ from lightning_optim.gradients.mixins import ManualOptimizationMixin
 from lightning_optim.gradients.monitor import GradientMonitor
 from lightning_optim.gradients.shaping import Centralize, Noise
 from lightning_optim.gradients.sharpness import SharpnessAwareMixin
-from lightning_optim.gradients.windows import TargetBatchSize
+from lightning_optim.gradients.target import TargetBatchSize
 from lightning_optim.policy import Policy
 from lightning_optim.regularization.dropout import DropPath
 from lightning_optim.regularization.mixin import RegularizationMixin

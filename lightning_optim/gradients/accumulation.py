@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from lightning_optim import tensors
 from lightning_optim.callback import OptimCallback, gradients
 from lightning_optim.gradients.mixins import ManualOptimizationMixin
-from lightning_optim.gradients.windows import TargetBatchSize, WeightBy, Window, mean_over_ranks, weight_of
+from lightning_optim.gradients.target import TargetBatchSize
+from lightning_optim.gradients.windows import WeightBy, Window, mean_over_ranks, micro_batches_for, weight_of
 from lightning_optim.slots import Slot
 
 
@@ -126,7 +127,7 @@ class GradientAccumulation(OptimCallback):
         def setup_data_and_size() -> None:
             setup_data()
             if trainer.train_dataloader is not None:
-                self._sizes = {0: target.of(trainer)}
+                self._sizes = {0: micro_batches_for(target, trainer)}
                 self._set_size(trainer, pl_module)
 
         self._running.replace(trainer.fit_loop, "setup_data", setup_data_and_size)
