@@ -3,10 +3,11 @@
     python benchmarks/averaging.py
 
 One EMA update is timed in turn, round by round, in one process: this package's callback in a running fit, Lightning's
-in another, torch-ema, ema-pytorch, and the bare `torch._foreach_lerp_` on prepared lists, which is the limit. What is shown
-are medians and medians of the ratios within a round. Three models: many small tensors, some middling, a few large.
+in another, torch-ema, ema-pytorch, and the bare `torch._foreach_lerp_` on prepared lists, which is the limit. What is
+shown are medians and medians of the ratios within a round. Three models: many small tensors, some middling, a few
+large.
 
-The mean of files is timed against reading their bytes, each in a process of its own, so that its anonymous memory is its own.
+The mean of files is timed against reading their bytes, in processes of their own, so that anonymous memory is theirs.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Model(LightningModule):
 def within_fit(weights: nn.ParameterList, callback: Callback, act: Callable[[Model], None]) -> None:
     """Call `act` where a training step would be."""
     trainer = Trainer(
-        accelerator="cpu", devices=1, callbacks=[callback], max_steps=1, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=1, callbacks=[callback], max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Model(weights, act))

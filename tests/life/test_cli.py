@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
@@ -34,27 +35,27 @@ from lightning_optim import (
     WeightAveraging,
     WeightRegularization,
 )
-from tests.life.tools import CELL, assert_same, each_entry, fit, whole
+from tests.life.tools import CELL, assert_same, each_entry, fit
 from tests.registry import Entry
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, dict[str, Any]]]:
-    """With which arguments each callback was made."""
-    made: dict[int, dict[str, Any]] = {}
+def made(entry: Entry) -> tuple[list[Callback], dict[int, dict[str, Any]]]:
+    """The callbacks of an entry, and the arguments with which each was made."""
+    calls: dict[int, dict[str, Any]] = {}
 
     def recording(original: Any) -> Any:
         def __init__(self: Any, *args: Any, **options: Any) -> None:
             bound = inspect.signature(original).bind(self, *args, **options).arguments
-            made.setdefault(id(self), {name: value for name, value in bound.items() if name != "self"})
+            calls.setdefault(id(self), {name: value for name, value in bound.items() if name != "self"})
             original(self, *args, **options)
 
         return __init__
 
-    for cls in _all_subclasses(OptimCallback):
-        if "__init__" in vars(cls):
-            monkeypatch.setattr(cls, "__init__", recording(cls.__init__))
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in _all_subclasses(OptimCallback):
+            if "__init__" in vars(cls):
+                patch.setattr(cls, "__init__", recording(cls.__init__))
+        return entry.all_callbacks(CELL), calls
 
 
 def _all_subclasses(cls: type) -> set[type]:
@@ -79,20 +80,24 @@ def as_yaml(value: Any, calls: dict[int, dict[str, Any]]) -> Any:
 
 def from_yaml(text: str, folder: Path) -> list[Callback]:
     """The callbacks of ours in a Trainer that `LightningCLI` has made."""
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    config = {"seed_everything": False, "trainer": {**settings, "callbacks": yaml.safe_load(text)}}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    indented = textwrap.indent(textwrap.dedent(text), "    ")
+    path.write_text(f"seed_everything: false\ntrainer:\n  accelerator: cpu\n  logger: false\n  callbacks:\n{indented}")
     cli = LightningCLI(BoringModel, run=False, args=["--config", str(path)], save_config_callback=None)
     return [callback for callback in cli.trainer.callbacks if isinstance(callback, OptimCallback)]
 
 
 @each_entry
-def test_entry(entry: Entry, calls: Any, tmp_path: Path) -> None:
-    callbacks = entry.all_callbacks(CELL)
+def test_entry(entry: Entry, tmp_path: Path) -> None:
+    callbacks, calls = made(entry)
     built = from_yaml(yaml.safe_dump(as_yaml(callbacks, calls)), tmp_path)
     assert [described(callback) for callback in built] == [described(callback) for callback in callbacks]
-    assert_same(fit(entry, callbacks=built), whole(entry))
+    twins = [type(callback)(**calls.get(id(callback), {})) for callback in callbacks]
+    fits = []
+    for some in (built, twins):
+        torch.manual_seed(0)
+        fits.append(fit(entry, callbacks=some))
+    assert_same(*fits)
 
 
 def described(callback: Callback) -> dict[str, str]:
@@ -112,7 +117,7 @@ OTHER_WAYS = {
         - class_path: WeightRegularization
           init_args:
             terms:
-              - {class_path: L1, init_args: {strength: {class_path: Linear, init_args: {start: 0.1, end: 0.0}}, on: [net.*, head.*]}}
+              - {class_path: L1, init_args: {strength: {class_path: Linear, init_args: {start: 0.1, end: 0.0}}, "on": [net.*, head.*]}}
               - {class_path: lightning_optim.L2, init_args: {strength: 0.5, exclude: net.0.*}}
         """,
         WeightRegularization([L1(Linear(0.1, 0.0), on=["net.*", "head.*"]), L2(0.5, exclude="net.0.*")]),
@@ -123,12 +128,12 @@ OTHER_WAYS = {
           init_args:
             policy:
               - class_path: ClipByNorm
-                init_args: {max_norm: {class_path: Cosine, init_args: {start: 5, end: 1.0, until: 0.5}}, norm_type: .inf}
+                init_args: {max_norm: {class_path: Cosine, init_args: {start: 5.0, end: 1.0, until: 0.5}}, norm_type: .inf}
               - class_path: ClipByValue
                 init_args: {value: {class_path: Piecewise, init_args: {values: {0: 0.1, 0.5: 0.01}}}}
         """,
         GradientClipping(
-            [ClipByNorm(Cosine(5, 1.0, until=0.5), norm_type=float("inf")), ClipByValue(Piecewise({0: 0.1, 0.5: 0.01}))]
+            [ClipByNorm(Cosine(5.0, 1.0, until=0.5), norm_type=float("inf")), ClipByValue(Piecewise({0: 0.1, 0.5: 0.01}))]
         ),
     ),
     "epochs": ("[{class_path: GradientAccumulation, init_args: {n: {0: 8, 10: 4}}}]", GradientAccumulation({0: 8, 10: 4})),
@@ -174,6 +179,15 @@ def test_a_wrong_argument_is_said_on_the_command_line(tmp_path: Path, capsys: py
     with pytest.raises(SystemExit):
         from_yaml("[{class_path: GradientAccumulation, init_args: {k: 4}}]", tmp_path)
     assert "k" in capsys.readouterr().err
+
+
+def test_on_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML 1.1 reads a bare `on` as true: the one argument that needs its quotes, and a message that leads there."""
+    text = "[{class_path: WeightRegularization, init_args: {terms: {class_path: L1, init_args: {strength: 0.1, %s: net.*}}}}]"
+    assert from_yaml(text % "'on'", tmp_path)[0].terms[0].on == "net.*"  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit):
+        from_yaml(text % "on", tmp_path)
+    assert "Key must be a string, got: True" in capsys.readouterr().err
 
 
 def test_the_texts_differ_from_the_defaults() -> None:
