@@ -14,7 +14,9 @@ from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue
 from lightning_optim.policy import PerOptimizer, Policy
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet
 from lightning_optim.schedules import Constant, Cosine, Exponential, Linear, Piecewise
-from lightning_optim.stopping.criteria import AnyOf, Best, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.criteria import Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.ranking import Best
+from lightning_optim.stopping.several import AnyOf
 
 ALL = [
     L1(1e-5, on="encoder.*"),

@@ -211,10 +211,19 @@ def _mean_of_safetensors(paths: list[str], weights: list[float], progress: bool)
     result: StateDict = {}
     ordered = list(files[0].keys())
     for name in shown(ordered, len(ordered), progress):
-        mean = RunningMean()
-        for path, file, weight in zip(paths, files, weights, strict=True):
-            mean.add({name: file.get_tensor(name)}, weight, path)
-        result.update(mean.result())
+        value, *others = (file.get_tensor(name) for file in files)
+        for path, other in zip(paths[1:], others, strict=True):
+            if other.shape != value.shape:
+                _check_like({name: other}, {name: value}, path, paths[0])
+        last = others[-1] if others else value
+        if not _has_mean(last):
+            result[name] = last.clone()
+            continue
+        mean, total = _wide(value), weights[0]
+        for other, weight in zip(others, weights[1:], strict=True):
+            total += weight
+            _move_(mean, other, weight / total if total else 0.0)
+        result[name] = mean.to(last.dtype)
     return result
 
 
