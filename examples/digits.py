@@ -79,9 +79,9 @@ def on_hidden(rate: float) -> L.Callback:
 
 
 METHODS = [
-    Method("WeightRegularization(L2({}))", lambda s: WeightRegularization(L2(s)), 3e-3, (1e-3, 3e-3, 1e-2)),
-    Method('WeightRegularization(ElasticNet({0}, {0}, on="*"))', on_all, 1e-3, (3e-4, 1e-3, 3e-3), together=False),
-    Method('ScheduledDropout({{"layers.*": {}}}, insert=True)', on_hidden, 0.5, (0.25, 0.5, 0.75)),
+    Method("WeightRegularization(L2({}))", lambda s: WeightRegularization(L2(s)), 1e-3, (1e-3, 3e-3, 1e-2)),
+    Method('WeightRegularization(ElasticNet({0}, {0}, on="*"))', on_all, 3e-4, (3e-4, 1e-3, 3e-3), together=False),
+    Method('ScheduledDropout({{"layers.*": {}}}, insert=True)', on_hidden, 0.25, (0.25, 0.5, 0.75)),
     Method("GradientClipping(ClipByNorm({}))", lambda c: GradientClipping(ClipByNorm(c)), 0.03, (0.01, 0.03, 0.1)),
     Method("GradientAccumulation({})", lambda n: GradientAccumulation(n), 4, (2, 4, 8)),
     Method('EarlyStopping("val_nll", patience={})', lambda p: EarlyStopping("val_nll", patience=p), 9, (3, 9, 27)),
@@ -89,7 +89,7 @@ METHODS = [
     Method(
         "WeightAveraging(SWA(), start={})", lambda s: WeightAveraging(SWA(), start=s), 0.25, (0.25, 0.5, 0.75), False
     ),
-    Method("CheckpointAveraging(top={})", lambda k: CheckpointAveraging(top=k), 5, (3, 5, 9), together=False),
+    Method("CheckpointAveraging(top={})", lambda k: CheckpointAveraging(top=k), 9, (3, 5, 9), together=False),
 ]
 PLAIN, ALL, ENSEMBLE = "plain", "all together", "ensemble of five"
 CHOOSING = range(1000, 1005)  # the seeds that chose the numbers; those reported are 0, 1, 2, ...

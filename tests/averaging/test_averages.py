@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_optim import tensors
-from lightning_optim.averaging.averages import EMA, Average
+from lightning_optim.averaging.averages import EMA, LAWA, SWA, Average
 from tests.machine.groups import Group
 
 
@@ -113,7 +113,7 @@ def _trained(model: nn.Module, updates: int = 40) -> Iterator[None]:
         yield
 
 
-def _close(ema: EMA, wanted: Iterator[Tensor]) -> None:
+def _close(ema: Average, wanted: Iterator[Tensor]) -> None:
     torch.testing.assert_close(ema.averaged, [tensor.detach() for tensor in wanted], rtol=1e-5, atol=1e-6)
 
 
@@ -161,6 +161,95 @@ def test_agrees_with_ignite() -> None:
         engine.run([0], max_epochs=step)
         ours.update_(list(model.parameters()), step=step)
         _close(ours, theirs.ema_model.parameters())
+
+
+def test_swa_agrees_with_torch() -> None:
+    model = nn.Linear(4, 3)
+    theirs, ours = AveragedModel(model), SWA()
+    for step, _ in enumerate(_trained(model)):
+        theirs.update_parameters(model)
+        ours.update_(list(model.parameters()), step=step)
+        _close(ours, theirs.parameters())
+
+
+# ---- equal weights, the latest, half-lives ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_the_mean_of_the_last_in_double_precision(size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    swa, lawa, history = SWA(), LAWA(size), []
+    for step in range(0, 60, 3):
+        history.append(torch.randn(5, 3, generator=generator).to(dtype))
+        for average in (swa, lawa):
+            average.update_([history[-1]], step=step)
+        if step % 2:
+            continue  # the mean is computed when it is asked for: now and then
+        for average, counted in ((swa, history), (lawa, history[-size:])):
+            wanted = sum(weight.double() for weight in counted) / len(counted)
+            assert average.averaged[0].dtype == tensors.accumulation_dtype(history[0])
+            torch.testing.assert_close(average.averaged[0].double(), wanted, rtol=1e-5, atol=1e-6)
+    assert swa.counters == lawa.counters == {"updates": 20, "first": 0, "last": 57}
+    assert len(lawa.memory) == min(size, 20)
+
+
+def test_a_half_life_is_a_decay() -> None:
+    assert EMA(half_life=1, warmup=None).decay_at(1) == 0.5
+    ema = EMA(half_life=10, warmup=None)
+    ema.update_([torch.ones(1)], step=0)
+    for step in range(1, 21):
+        ema.update_([torch.zeros(1)], step=step)
+        if step in (10, 20):
+            assert ema.averaged[0].item() == pytest.approx(0.5 ** (step / 10), rel=1e-5)
+    assert repr(ema) == "EMA(warmup=None, half_life=10)"
+
+
+@pytest.mark.parametrize("average", [EMA(0.9), SWA(), LAWA(2)], ids=repr)
+def test_one_step_counts_once(average: Average) -> None:
+    average.update_([torch.zeros(1)], step=3)
+    average.update_([torch.ones(1)], step=3)
+    assert (average.averaged[0].item(), average.counters["updates"]) == (0.0, 1)
+    with pytest.raises(ValueError, match="`step` must not decrease, got 2 after 3"):
+        average.update_([torch.ones(1)], step=2)
+
+
+@pytest.mark.parametrize("average", [EMA(0.5), SWA(), LAWA(2)], ids=repr)
+def test_weights_that_join_later_are_averaged_as_if_they_had_stood_still(average: Average) -> None:
+    whole, moved, still = copy.deepcopy(average), torch.zeros(2), torch.ones(3)
+    for step in range(6):
+        if step == 3:
+            average.extend([still])
+        if step >= 3:
+            still += 1.0
+        moved += 1.0
+        average.update_([moved, still] if step >= 3 else [moved], step=step)
+        whole.update_([moved, still], step=step)
+    torch.testing.assert_close(average.averaged, whole.averaged)
+
+
+@pytest.mark.parametrize("average", [EMA(0.5), SWA(), LAWA(2)], ids=repr)
+def test_they_go_on_bit_for_bit_from_their_state(average: Average) -> None:
+    other, generator = copy.deepcopy(average), torch.Generator().manual_seed(0)
+    _run(average, range(5), generator)
+    other.load_state_dict(pickle.loads(pickle.dumps(average.state_dict())))
+    states = [generator.get_state()]
+    one = _run(average, range(5, 9), generator)
+    two = _run(other, range(5, 9), torch.Generator().set_state(states[0]))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_tuple_is_checked_once_and_a_list_each_time() -> None:
+    ema, weights = EMA(0.5, warmup=None), (torch.zeros(2), torch.zeros(3))
+    for step in range(3):
+        ema.update_(weights, step=step)
+    assert ema._prepared is not None and ema._prepared[0] is weights
+    assert copy.deepcopy(ema)._prepared is None  # a copy takes no weights with it
+    ema.load(ema.counters, [torch.ones(2), torch.ones(3)])
+    ema.update_(weights, step=3)
+    assert ema.averaged[0].tolist() == [0.5, 0.5]
+    ema.update_([torch.ones(2, dtype=torch.bfloat16), torch.ones(3)], step=4)
+    assert ema.averaged[0].tolist() == [0.75, 0.75]
 
 
 # ---- dtypes, layouts, memory ----
@@ -353,6 +442,10 @@ def test_another_number_of_tensors_is_an_error() -> None:
         (lambda: EMA("0.9"), r"`decay` must be a number in \[0.0, 1.0\), got '0.9'"),
         (lambda: EMA(0.9, warmup=0), "`warmup` must be a number > 0.0, got 0"),
         (lambda: EMA(0.9, warmup=True), "`warmup` must be a number > 0.0, got True"),
+        (lambda: EMA(), "give either `decay` or `half_life`, got decay=None and half_life=None"),
+        (lambda: EMA(0.9, half_life=3), "give either `decay` or `half_life`, got decay=0.9 and half_life=3"),
+        (lambda: EMA(half_life=0), "`half_life` must be a number > 0.0, got 0"),
+        (lambda: LAWA(0), "`size` must be an integer >= 1, got 0"),
     ],
 )
 def test_refused(build, sentence: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jsonargparse
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
 from lightning.pytorch.callbacks import StochasticWeightAveraging as TheirSWA
@@ -238,3 +240,37 @@ def test_swa_of_lightnings_goes_on(tmp_path) -> None:
     for name in ("net.0.weight", "net.2.weight"):
         wanted = (2 * average[name] + ends[0][name] + ends[1][name]) / 4
         assert torch.allclose(snapshot(model)[name], wanted, atol=1e-6)
+
+
+# ---- from YAML ----
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "{class_path: lightning_optim.WeightAveraging, init_args: {average: {class_path: lightning_optim.SWA},"
+            " start: 0.75, every: epoch, dtype: float64, device: cpu, buffers: average, name: late}}",
+            {"start": 0.75, "every": "epoch", "dtype": torch.float64, "buffers": "average", "name": "late"},
+        ),
+        (
+            "{class_path: lightning_optim.WeightAveraging, init_args: {average: {class_path: lightning_optim.EMA,"
+            " init_args: {half_life: 100}}, every: 4}}",
+            {"every": 4, "dtype": torch.float32, "buffers": "average"},
+        ),
+        ("{class_path: lightning_optim.EMAWeightAveraging, init_args: {decay: 0.9}}", {"every": 1}),
+        (
+            "{class_path: lightning_optim.StochasticWeightAveraging, init_args: {swa_lrs: [0.1, 0.2], device: null}}",
+            {"swa_lrs": [0.1, 0.2], "swa_epoch_start": 0.8, "device": None},
+        ),
+        (
+            "{class_path: lightning_optim.CheckpointAveraging, init_args: {top: 3, greedy: true}}",
+            {"top": 3, "greedy": True},
+        ),
+    ],
+)
+def test_from_yaml(text: str, wanted: dict) -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    callback = parser.instantiate(parser.parse_args([f"--callback={text}"])).callback
+    assert {name: getattr(callback, name) for name in wanted} == wanted

@@ -75,9 +75,7 @@ class Run:
     def of(fitted: Fitted) -> Run:
         outcome = {name: value for name, value in vars(fitted.outcome).items() if name != "logged"}
         module = fitted.module
-        exact = [key for key in module.states if key.startswith("ExactResume")]
-        states = {key: state for key, state in module.states.items() if key not in exact}
-        return Run(outcome, module.momentum, states, fitted.logged, module.began)
+        return Run(outcome, module.momentum, module.states, fitted.logged, module.began)
 
 
 class Beginning(Remembering):

@@ -131,12 +131,15 @@ def test_training_step_that_returns_nothing(at: tuple[int, ...], steps: int) -> 
     assert hearing.steps == fitted.module.changes == [steps]
 
 
-@pytest.mark.parametrize(("at", "steps"), [((1,), 4), ((0, 1, 2, 3), 2), ((4, 5), 2)])
-def test_a_window_with_silent_batches(at: tuple[int, ...], steps: int) -> None:
-    hearing = Hearing()
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(("at", "steps"), [((1,), 4), ((3,), 4), ((0, 1, 2, 3), 2), ((4, 5), 2)])
+def test_a_window_with_silent_batches(at: tuple[int, ...], steps: int, precision: Any) -> None:
+    if precision == "16-mixed" and 3 in at:
+        steps = 2  # With a scaler Lightning takes no step at a batch that returns nothing, whatever the window holds.
+    cell, hearing = Cell("automatic", precision, "single", "4short"), Hearing()
     trait = type("Silent", (Silent,), {"at": at})
     callbacks = [hearing, GradientAccumulation(4), WeightRegularization(L2(0.1))]
-    fitted = fit(BY_NAME["plain"], CELL, Changing, trait, callbacks=callbacks)
+    fitted = fit(BY_NAME["plain"], cell, Changing, trait, callbacks=callbacks)
     assert hearing.steps == fitted.module.changes == [steps]
 
 

@@ -8,10 +8,9 @@ import pytest
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.tuner.lr_finder import _LRCallback
-from torch.utils.data import DataLoader
 
 from tests.life.leftovers import left
-from tests.life.tools import CELL, Fitted, differences, each_entry, fit, prepare, states, whole
+from tests.life.tools import CELL, BeginningAnew, Fitted, differences, each_entry, fit, prepare, states, whole
 from tests.machine import models
 from tests.registry import BY_NAME, Entry
 
@@ -19,15 +18,12 @@ STEPS = 5
 TRIAL: dict[str, Any] = {"min_lr": 1e-3, "max_lr": 1.0, "early_stop_threshold": None, "update_attr": False}
 
 
-class Findable:
-    """Has a learning rate to find, data that begin anew when they are asked for again, and no memory of trials."""
+class Findable(BeginningAnew):
+    """Has a learning rate to find, and no memory of trials."""
 
     def __init__(self: Any, *args: Any) -> None:
         super().__init__(*args)  # type: ignore[call-arg]
         self.lr = self.cell.lr
-
-    def train_dataloader(self: Any) -> Any:
-        return DataLoader(super().train_dataloader().batches, batch_size=None)  # type: ignore[misc]
 
     def on_validation_end(self: Any) -> None:
         if not any(isinstance(callback, _LRCallback) for callback in self.trainer.callbacks):

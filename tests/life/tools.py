@@ -11,8 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_optim import OptimCallback
+from lightning_optim.resume import ExactResume
 from tests import registry
 from tests.machine import models, run
 from tests.machine.by_hand import Outcome
@@ -42,6 +44,13 @@ class Evaluating(LightningModule):
 
     def predict_dataloader(self: Any) -> Any:
         return self.val_dataloader()
+
+
+class BeginningAnew(LightningModule):
+    """Data that begin anew when they are asked for again, wherever they were left."""
+
+    def train_dataloader(self: Any) -> Any:
+        return DataLoader(super().train_dataloader().batches, batch_size=None)
 
 
 class Remembering(LightningModule):
@@ -97,8 +106,10 @@ def prepare(
     callbacks: Any = None,
     **changes: Any,
 ) -> Fitted:
-    """A Trainer, a module and the callbacks of an entry, ready for ``fit``; ``extra`` are more callbacks, at the end."""
-    chosen = [*(entry.all_callbacks(cell) if callbacks is None else callbacks), *extra]
+    """A Trainer, a module and the callbacks of an entry, ready for ``fit``; ``extra`` are more, at the end, if they are not there yet."""
+    chosen = [*(entry.all_callbacks(cell) if callbacks is None else callbacks)]
+    keys = {callback.state_key for callback in chosen}
+    chosen += [callback for callback in extra if callback.state_key not in keys]
     recorder = run.Recorder()
     trainer = run.make_trainer(cell, chosen, **({"logger": recorder, "max_epochs": entry.epochs} | changes))
     return Fitted(trainer, build(cell, entry.scores, *traits), chosen, recorder.logged)
@@ -131,8 +142,12 @@ def turn(entry: Entry, *choices: Any) -> Any:
 
 
 def states(callbacks: Any) -> dict[str, Any]:
-    """The state of each callback of ours, as a checkpoint would hold it; every rank calls this."""
-    return {cb.state_key: copied(cb.state_dict()) for cb in callbacks if isinstance(cb, OptimCallback)}
+    """The state of each callback of ours, as a checkpoint would hold it; every rank calls this.
+
+    Without that of ``ExactResume``, which is what the process draws from at the moment, and not what it has come to.
+    """
+    ours = [cb for cb in callbacks if isinstance(cb, OptimCallback) and not isinstance(cb, ExactResume)]
+    return {callback.state_key: copied(callback.state_dict()) for callback in ours}
 
 
 def _copy(tensor: Tensor) -> Tensor:
