@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -51,7 +52,7 @@ class Fit:
         self.members: list[OptimCallback] = []
         self.average: EvaluatedAverage | None = None
         self._undo = contextlib.ExitStack()
-        self._started = self._begun = self._ended = self._failed = False
+        self._started = self._begun = self._ended = self._failed = self._saving = False
         self._total: int | float | None = None
         self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
 
@@ -79,6 +80,9 @@ class Fit:
                 # A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales
                 # before the hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
                 self.replace(optimizer, "_step_supports_amp_scaling", False)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            self.replace(strategy, "optimizer_state", self._unheard(strategy.optimizer_state))
 
     def begin(self) -> None:
         """At ``on_train_start``: all state is restored. A callback that is new on resume learns how far the run is."""
@@ -161,7 +165,7 @@ class Fit:
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._begun:
+        if not self._begun or self._saving:
             return  # torch steps, at a learning rate of zero, to make the state that it then restores (FSDP2)
         if not has_gradients(optimizer):
             return  # cancelled or dropped: torch calls the hook although nothing moved
@@ -172,6 +176,18 @@ class Fit:
             member.steps[index] += 1
         for member in members:
             member.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
+
+    def _unheard(self, optimizer_state: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Any]:
+        """To save an optimizer that holds no state (FSDP2), torch steps at a learning rate of zero: that is no step."""
+
+        def without_hearing(optimizer: Optimizer) -> Any:
+            self._saving = True
+            try:
+                return optimizer_state(optimizer)
+            finally:
+                self._saving = False
+
+        return without_hearing
 
     def share_norm(self, optimizer: Optimizer, grads: Sequence[Tensor], norm_type: float, norm: Tensor) -> None:
         """Keep the norm of the gradients of a step, which whoever clips needs too (:meth:`take_norm`)."""

@@ -48,7 +48,7 @@ def test_prints_as_it_was_written(policy: Policy) -> None:
 def test_copies(policy: Policy, copied) -> None:
     other = copied(policy)
     assert other is not policy
-    assert vars(other).keys() == vars(policy).keys()
+    assert vars(other).keys() >= {name for name in vars(policy) if not name.startswith("_")}
     assert other.identity == policy.identity
     assert other.state_dict() == policy.state_dict()
 

@@ -12,6 +12,7 @@ from torch.optim import SGD
 from tests.machine import problem
 from tests.machine.by_hand import Loop, Outcome, Weights, autocast
 from tests.machine.cells import INIT_SCALE, MOMENTUM, Cell
+from tests.machine.problem import Batch
 from tests.registry import Entry
 
 
@@ -24,65 +25,53 @@ class Variant(Loop):
         self.nets = problem.nets_of(self.net)
         self.optimizers = [SGD(net.parameters(), lr=cell.lr, momentum=MOMENTUM) for net in self.nets]
         self.batches = [self.convert(batch) for batch in self.batches]
+        self.scale = 1.0
+        self.formula.attach(self)
 
     def build(self) -> nn.Module:
         return problem.build_nets(self.cell.optimizers)
 
-    def convert(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def convert(self, batch: Batch) -> Batch:
         return batch
 
-    def loss(self, index: int, nets: Sequence[nn.Module], batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, index: int, nets: Sequence[nn.Module], batch: Batch) -> Tensor:
         return problem.loss_of(index, nets, batch)
 
-    def _backward(self, index: int, batch: tuple[Tensor, Tensor], size: int) -> None:
+    def validation_loss(self, nets: Sequence[nn.Module], batch: Batch) -> Tensor:
+        return problem.validation_loss(nets, batch)
+
+    def _backward(self, index: int, batch: Batch, size: int) -> None:
         with autocast(self.cell.precision):
             loss = self.loss(index, self.nets, batch)
         parameters = list(self.nets[index].parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss / size, parameters), strict=True):
+        gradients = torch.autograd.grad(loss / size * self.scale, parameters)
+        for parameter, scaled in zip(parameters, gradients, strict=True):
+            gradient = scaled / self.scale
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    def evaluated(self) -> Weights:
-        # One network's mean may have begun when that of another, whose step was skipped, has not.
-        known = getattr(self.formula, "history", None) or self.weights
-        return self.weights | self.formula.evaluated({name: w for name, w in self.weights.items() if name in known})
-
     @torch.no_grad()
-    def _validate(self) -> bool:
-        evaluated = self.evaluated()
+    def _loss_of(self, weights: Weights) -> float:
         net = self.build()
-        net.load_state_dict({name.removeprefix("net."): weight for name, weight in evaluated.items()})
-        nets, batch = problem.nets_of(net), self.convert(problem.validation_batch())
+        net.load_state_dict({name.removeprefix("net."): weight for name, weight in weights.items()})
         with autocast(self.cell.precision):
-            losses = [self.loss(index, nets, batch) for index in range(len(nets))]
-        self.outcome.validations.append(float(torch.stack(losses).sum()))
-        score = self.scores[len(self.outcome.validations) - 1] if self.scores else self.outcome.validations[-1]
-        return self.formula.stop(score, evaluated)
+            return float(self.validation_loss(problem.nets_of(net), self.convert(problem.validation_batch())))
 
 
 class Infinite(Variant):
-    """One loss is infinite; a scaler by hand, which skips that step and halves its scale."""
+    """The first loss is infinite in one batch; a scaler by hand, which skips that step and halves its scale."""
 
     def __init__(self, cell: Cell, entry: Entry, batch: int) -> None:
         super().__init__(cell, entry)
         self.infinite, self.scale, self.skipped = batch, INIT_SCALE, 0
-        self.calls = [0] * cell.optimizers
 
-    def _backward(self, index: int, batch: tuple[Tensor, Tensor], size: int) -> None:
-        with autocast(self.cell.precision):
-            loss = self.loss(index, self.nets, batch) / size
-        if index == 0 and self.outcome.seen == self.infinite:
-            loss = loss * float("inf")
-        parameters = list(self.nets[index].parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss * self.scale, parameters), strict=True):
-            gradient = gradient / self.scale
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    def loss(self, index: int, nets: Sequence[nn.Module], batch: Batch) -> Tensor:
+        loss = super().loss(index, nets, batch)
+        return loss * float("inf") if index == 0 and self.outcome.seen == self.infinite else loss
 
     def _step(self, index: int) -> None:
         optimizer = self.optimizers[index]
         if all(bool(p.grad.isfinite().all()) for p in self.nets[index].parameters() if p.grad is not None):
             step = self._describe(index)
-            if getattr(self.formula, "by_epoch", False):
-                step.step = self.calls[index]  # which tells the end of an epoch also if a step was skipped in it
             with torch.no_grad():
                 self.formula.before_step(step)
                 optimizer.step()
@@ -91,7 +80,6 @@ class Infinite(Variant):
         else:
             self.skipped += 1
             self.scale /= 2
-        self.calls[index] += 1
         optimizer.zero_grad()
 
 
@@ -101,7 +89,7 @@ class Half(Variant):
     def build(self) -> nn.Module:
         return super().build().to(torch.bfloat16)
 
-    def convert(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def convert(self, batch: Batch) -> Batch:
         x, y = batch
         return x.bfloat16(), y.bfloat16()
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim import GradientAccumulation, L2, OptimCallback, WeightRegularization, drop_step
+from lightning_optim import L2, GradientAccumulation, OptimCallback, WeightRegularization, drop_step
 from tests.life.test_precision import Fused
 from tests.life.tools import CELL, Remembering, assert_same, differences, fit, prepare, whole
 from tests.machine import models

@@ -133,10 +133,16 @@ OTHER_WAYS = {
                 init_args: {value: {class_path: Piecewise, init_args: {values: {0: 0.1, 0.5: 0.01}}}}
         """,
         GradientClipping(
-            [ClipByNorm(Cosine(5.0, 1.0, until=0.5), norm_type=float("inf")), ClipByValue(Piecewise({0: 0.1, 0.5: 0.01}))]
+            [
+                ClipByNorm(Cosine(5.0, 1.0, until=0.5), norm_type=float("inf")),
+                ClipByValue(Piecewise({0: 0.1, 0.5: 0.01})),
+            ]
         ),
     ),
-    "epochs": ("[{class_path: GradientAccumulation, init_args: {n: {0: 8, 10: 4}}}]", GradientAccumulation({0: 8, 10: 4})),
+    "epochs": (
+        "[{class_path: GradientAccumulation, init_args: {n: {0: 8, 10: 4}}}]",
+        GradientAccumulation({0: 8, 10: 4}),
+    ),
     "a criterion of criteria": (
         """
         - class_path: lightning_optim.EarlyStopping
@@ -175,7 +181,10 @@ def test_other_ways(way: str, tmp_path: Path) -> None:
 
 def test_a_wrong_argument_is_said_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="`max_norm` must be a number"):
-        from_yaml("[{class_path: GradientClipping, init_args: {policy: {class_path: ClipByNorm, init_args: {max_norm: -1}}}}]", tmp_path)
+        from_yaml(
+            "[{class_path: GradientClipping, init_args: {policy: {class_path: ClipByNorm, init_args: {max_norm: -1}}}}]",
+            tmp_path,
+        )
     with pytest.raises(SystemExit):
         from_yaml("[{class_path: GradientAccumulation, init_args: {k: 4}}]", tmp_path)
     assert "k" in capsys.readouterr().err

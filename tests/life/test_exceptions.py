@@ -21,7 +21,8 @@ from tests.registry import BY_NAME, Entry
 
 
 class Failing:
-    """Raises in a hook, at the third validation or in the batch before it; keeps the weights that trained until then."""
+    """Raises in a hook, at the third validation or in the batch before it; keeps the weights that trained until
+    then."""
 
     hook, error, call = "validation_step", ZeroDivisionError, 3
 

@@ -100,10 +100,12 @@ def test_sharded_files(entry: Entry, group: Group, tmp_path: Path) -> None:
         assert values == pytest.approx([score] * 3, rel=1e-6)
 
 
-# ---- Lightning's own early stopping --------------------------------------------------------------------------------------
+# ---- Lightning's own early stopping ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("first", "then"), [(LightningEarlyStopping, EarlyStopping), (EarlyStopping, LightningEarlyStopping)])
+@pytest.mark.parametrize(
+    ("first", "then"), [(LightningEarlyStopping, EarlyStopping), (EarlyStopping, LightningEarlyStopping)]
+)
 def test_early_stopping_is_lightnings(first: Any, then: Any, tmp_path: Path) -> None:
     """A checkpoint of the one resumes in the other: the same checks were waited for, and the stop is where it was."""
     stop = BY_NAME["stop"]
@@ -121,7 +123,13 @@ def test_early_stopping_is_lightnings(first: Any, then: Any, tmp_path: Path) -> 
 def test_arguments_of_now_win_over_the_file(tmp_path: Path) -> None:
     stop = BY_NAME["stop"]
     options: dict[str, Any] = {"extra": (saver(tmp_path),), "enable_checkpointing": True}
-    fit(stop, STEPS, Remembering, callbacks=[EarlyStopping("val_score", patience=2), WeightAveraging(EMA(0.9))], **options)
+    fit(
+        stop,
+        STEPS,
+        Remembering,
+        callbacks=[EarlyStopping("val_score", patience=2), WeightAveraging(EMA(0.9))],
+        **options,
+    )
     path = sorted(tmp_path.glob("*.ckpt"))[2]
     patient, slower = EarlyStopping("val_score", patience=3), WeightAveraging(EMA(0.5))
     resumed = fit(stop, STEPS, Remembering, callbacks=[patient, slower], ckpt_path=path)

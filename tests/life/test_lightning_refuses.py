@@ -39,7 +39,7 @@ def test_clipping_flag_under_manual_optimization() -> None:
 
 
 def test_fp16_by_name_under_fsdp2() -> None:
-    with pytest.raises(ValueError, match="does not support .*precision='16-mixed'"):
+    with pytest.raises(ValueError, match=r"does not support .*precision='16-mixed'"):
         run.make_trainer(STEPS, [], strategy=ModelParallelStrategy(), precision="16-mixed")
 
 

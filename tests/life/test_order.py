@@ -79,13 +79,14 @@ def _note_setup(callback: Any, setups: list[Callback]) -> None:
 STEPS = Cell("automatic", "32-true", "single", "1")
 
 
-def _slots(pair: tuple[Entry, Entry]) -> list[Slot]:
-    callbacks = [callback for entry in pair for callback in entry.callbacks(STEPS)]
-    return [cb.slot for cb in callbacks if isinstance(cb, OptimCallback) and cb.slot is not None]
+def _commute(pair: tuple[Entry, Entry]) -> bool:
+    """Not the same job twice, and no callback of a user's, which keeps its place."""
+    slots = [callback.slot for entry in pair for callback in entry.callbacks(STEPS)]  # type: ignore[attr-defined]
+    return len(set(slots)) == len(slots) and None not in slots
 
 
 WITH = [BY_NAME[name] for name in ("l1_l2", "clip_norm", "ema", "stop")]
-PAIRS = [(one, other) for one in WITH for other in ENTRIES if len(set(_slots((one, other)))) == len(_slots((one, other)))]
+PAIRS = [pair for pair in itertools.product(WITH, ENTRIES) if _commute(pair)]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}, {pair[1].name}")
@@ -97,5 +98,7 @@ def test_two_entries_in_either_order(pair: tuple[Entry, Entry]) -> None:
 
 
 def test_pairs_cover_all() -> None:
-    covered = {entry for pair in PAIRS for entry in pair}
-    assert {entry.name for entry in set(ENTRIES) - covered} <= {"several"}
+    covered = {entry.name for pair in PAIRS for entry in pair}
+    left = {entry.name for entry in ENTRIES if entry.name not in covered}
+    slots = {name: [callback.slot for callback in BY_NAME[name].callbacks(STEPS)] for name in left}  # type: ignore[attr-defined]
+    assert all(None in some or name == "several" for name, some in slots.items()), f"in no pair: {slots}"

@@ -17,8 +17,8 @@ from tests.machine.formulas import deviation
 from tests.registry import BY_NAME, Entry
 from tests.test_matrix import EFFECT, SHOWS, assert_effect
 
-# Most entries agree with the loop in every bit. A penalty's sum is rounded at other places, so that a last bit flips here and
-# there; the mean over the weights was seen to be at most 3.5e-4.
+# Most entries agree with the loop in every bit. A penalty's sum is rounded at other places, so that a last bit flips
+# here and there; the mean over the weights was seen to be at most 3.5e-4.
 BF16_TOLERANCE = 4.5e-4
 INFINITE = 6  # In the second epoch, within a step that is not its last, with windows of one and of four.
 

@@ -129,8 +129,16 @@ def averages() -> list[Callback]:
 
 
 TWICE: dict[str, Any] = {
-    "two clippings": ([GradientClipping(1.0, name="a"), GradientClipping(2.0, name="b")], {}, "clip the same gradients"),
-    "clipping flag": ([GradientClipping(1.0)], {"gradient_clip_val": 0.5}, r"gradient_clip_val=0.5.* remove the argument"),
+    "two clippings": (
+        [GradientClipping(1.0, name="a"), GradientClipping(2.0, name="b")],
+        {},
+        "clip the same gradients",
+    ),
+    "clipping flag": (
+        [GradientClipping(1.0)],
+        {"gradient_clip_val": 0.5},
+        r"gradient_clip_val=0.5.* remove the argument",
+    ),
     "two accumulations": (
         [GradientAccumulation(2, name="a"), GradientAccumulation(3, name="b")],
         {},
@@ -192,9 +200,13 @@ ENDLESS = [
 @pytest.mark.parametrize("callback", ENDLESS, ids=lambda callback: type(callback).__name__)
 @pytest.mark.parametrize("known_before", [True, False])
 def test_a_schedule_needs_an_end(callback: Any, known_before: bool) -> None:
-    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=-1 if known_before else 2, val_check_interval=2)
+    fitted = prepare(
+        BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=-1 if known_before else 2, val_check_interval=2
+    )
     fitted.module.train_dataloader = lambda: iter(models.Model.train_dataloader(fitted.module))
-    assert_refused(fitted, r"no end that is known: set `Trainer\(max_steps=…\)`, or `max_epochs` with data that have a length")
+    assert_refused(
+        fitted, r"no end that is known: set `Trainer\(max_steps=…\)`, or `max_epochs` with data that have a length"
+    )
     finite = prepare(BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=-1, max_steps=4)
     finite.trainer.fit(finite.module)
     assert callback.steps == [4]

@@ -1,4 +1,4 @@
-"""Every entry under tensor parallelism: shards, a gradient that is partial, and a plain parameter, against one process."""
+"""Every entry under tensor parallelism: shards, partial gradients, and a plain parameter, against one process."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ from tests.machine.groups import Group
 from tests.registry import BY_NAME, Entry
 from tests.test_matrix import assert_effect, assert_equal
 
+HIDDEN = 8  # Each rank holds four features.
 
-class SequenceNet(nn.Module):
-    """A norm over parts of the sequence, a layer by columns, one by rows, and a plain parameter that all ranks hold."""
+
+class SplitNet(nn.Module):
+    """A norm over parts of the rows, a layer by columns, one by rows, and a plain parameter that all ranks hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(problem.FEATURES)
-        self.inner = nn.Linear(problem.FEATURES, 6)
-        self.outer = nn.Linear(6, problem.TARGETS)
+        self.inner = nn.Linear(problem.FEATURES, HIDDEN)
+        self.outer = nn.Linear(HIDDEN, problem.TARGETS)
         self.scale = nn.Parameter(torch.empty(problem.TARGETS))
         filler = torch.Generator().manual_seed(3)
         for parameter in self.parameters():
@@ -46,14 +48,17 @@ class SequenceNet(nn.Module):
 
 def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, y = batch
-    return mse_loss(net(x.view(-1, 4, x.shape[-1])), y.view(-1, 4, y.shape[-1]))
+    return mse_loss(net(x), y)
 
 
-class BySequence(hands.Variant):
+class Split(hands.Variant):
     def build(self) -> nn.Module:
-        return SequenceNet()
+        return SplitNet()
 
     def loss(self, index: int, nets: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss_of(nets[0], batch)
+
+    def validation_loss(self, nets: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         return loss_of(nets[0], batch)
 
 
@@ -62,15 +67,15 @@ class TensorParallel:
 
     def __init__(self: Any, *args: Any) -> None:
         super().__init__(*args)  # type: ignore[call-arg]
-        self.net = SequenceNet()
+        self.net = SplitNet()
         self.partial: set[str] = set()
 
     def configure_model(self: Any) -> None:
         mesh = self.device_mesh["tensor_parallel"]
-        split = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)
+        split = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(0), use_local_output=True)
         plan = {
-            "norm": SequenceParallel(),
-            "inner": ColwiseParallel(input_layouts=Shard(1)),
+            "norm": SequenceParallel(sequence_dim=0),
+            "inner": ColwiseParallel(input_layouts=Shard(0)),
             "outer": RowwiseParallel(output_layouts=Replicate()),
         }
         parallelize_module(parallelize_module(self.net, mesh, split), mesh, plan)
@@ -100,20 +105,20 @@ def job(name: str) -> Any:
 
 @each_entry
 def test_tensor_parallel(entry: Entry, group: Group) -> None:
-    hand = BySequence(CELL, entry).run()
+    hand = Split(CELL, entry).run()
     for outcome, partial, plain in group.run(job, entry.name):
         assert partial == {"net.norm.weight", "net.norm.bias"}
         assert plain["net.scale"]
         assert_equal(outcome, hand, CELL)
-    without = BySequence(CELL, replace(entry, formula=entry.without)).run()
+    without = Split(CELL, replace(entry, formula=entry.without)).run()
     assert_effect(entry, hand, without, CELL)
 
 
 def test_the_loop_would_see_a_partial_gradient_counted_twice() -> None:
     """A penalty on the summands of two ranks is twice the penalty: more than the tolerance."""
     entry = BY_NAME["elastic_net_on_all"]
-    once = BySequence(CELL, entry).run()
-    twice = BySequence(CELL, entry)
+    once = Split(CELL, entry).run()
+    twice = Split(CELL, entry)
     twice.formula.before_step = _on_norm_twice(twice.formula.before_step)  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="the weights that trained differ"):
         assert_equal(twice.run(), once, CELL)
