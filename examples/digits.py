@@ -283,14 +283,15 @@ def picture(results: dict[str, list[Run]], epochs: int, out: Path) -> None:
     panels = grid[:, :3].subgridspec(4, 3).subplots(sharex=True, sharey=True)
     curves = [(name, colour) for name, colour in methods.items() if name != ENSEMBLE]
     for axes in panels.flat[len(curves) :]:
-        axes.remove()
+        axes.set_axis_off()
+    panels[3, 1].text(0.0, 0.5, "validation NLL\ngrey: plain\nband: standard deviation over seeds", va="center")
     for axes, (name, colour) in zip(panels.flat, curves, strict=False):
         draw_curve(axes, results[PLAIN], epochs, "0.45")
         draw_curve(axes, results[name], epochs, colour)
         axes.set_title(name.replace("(", "\n(", 1), fontsize=8, color=colour)
     panels[0, 0].set(ylim=(0.4, 1.0))
     panels[1, 0].set(ylabel="validation NLL")
-    panels[3, 0].set(xlabel="epoch (grey: plain; band: standard deviation over seeds)")
+    panels[3, 0].set(xlabel="epoch")
     for row, (quantity, title) in enumerate(TITLES.items()):
         axes = figure.add_subplot(grid[row, 3:])
         draw_differences(axes, results, methods, quantity)

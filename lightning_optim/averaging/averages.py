@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -188,3 +188,26 @@ class LAWA(Average):
             latest += [self.copy_of(weight) for weight in weights]
         if self._averaged:
             super().extend(weights)
+
+
+class ByFunction(Average):
+    """An average by a function of Lightning's kind.
+
+    Args:
+        function: ``(averaged, weight, number of updates before) -> averaged``, tensor by tensor.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    @torch.no_grad()
+    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
+        if not self.started:
+            self._begin(weights, step)
+        elif self._since(step):
+            count = torch.tensor(self._counters["updates"])
+            for mean, weight in zip(tensors.local(self._averaged), tensors.local(weights), strict=True):
+                mean.copy_(self.function(mean, weight.to(mean), count))
+            self._counters["updates"] += 1
+            self._counters["last"] = step

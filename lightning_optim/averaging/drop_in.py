@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,8 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_optim import tensors
-from lightning_optim.averaging.averages import EMA, SWA, Average
+from lightning_optim.averaging.averages import EMA, SWA, ByFunction
 from lightning_optim.averaging.weight_averaging import WeightAveraging
 from lightning_optim.schedules import check_number
 
@@ -79,29 +78,6 @@ class EMAWeightAveraging(WeightAveraging):
         assert isinstance(self.every, int)
         late = self.update_starting_at_epoch is None or trainer.current_epoch >= self.update_starting_at_epoch
         return late and step > self._start_step and (step - 1) % self.every == 0
-
-
-class ByFunction(Average):
-    """An average by a function of Lightning's kind.
-
-    Args:
-        function: ``(averaged, weight, number of updates before) -> averaged``, tensor by tensor.
-    """
-
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    @torch.no_grad()
-    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
-        if not self.started:
-            self._begin(weights, step)
-        elif self._since(step):
-            count = torch.tensor(self._counters["updates"])
-            for mean, weight in zip(tensors.local(self._averaged), tensors.local(weights), strict=True):
-                mean.copy_(self.function(mean, weight.to(mean), count))
-            self._counters["updates"] += 1
-            self._counters["last"] = step
 
 
 class StochasticWeightAveraging(WeightAveraging):
