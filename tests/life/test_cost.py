@@ -12,14 +12,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim import EMA, L1, L2, ClipByNorm, GradientAccumulation, GradientClipping, OptimCallback, WeightAveraging
-from lightning_optim import WeightRegularization
+from lightning_optim import (
+    EMA,
+    L1,
+    L2,
+    ClipByNorm,
+    GradientAccumulation,
+    GradientClipping,
+    OptimCallback,
+    WeightAveraging,
+    WeightRegularization,
+)
 from tests.life.tools import Fitted, each_entry, prepare
 from tests.machine import problem
 from tests.machine.cells import Cell
 from tests.registry import BY_NAME, Entry
 
-STEPS = Cell("automatic", "32-true", "single", "1")
 ASKING = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero")
 SILENT: dict[str, Any] = {"limit_val_batches": 0, "log_every_n_steps": 10**6, "logger": False}
 
@@ -72,10 +80,75 @@ def _within(watching: Watching, hook: Any, callback: OptimCallback, steps_from: 
     return call
 
 
-@each_entry
-def test_entry(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+class SmallSteps(Cell):
+    """A wide network diverges at the rate of the others."""
+
+    @property
+    def lr(self) -> float:
+        return 1e-6
+
+
+STEPS = SmallSteps("automatic", "32-true", "single", "1")
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.2 million weights, two thirds of them in one tensor: what works by pieces has pieces to make."""
     monkeypatch.setattr(problem, "HIDDEN", 100_000)
+
+
+def deciding(fitted: Fitted) -> list[Any]:
+    """Whoever must know on the host whether a step is finite."""
+    return [callback for callback in fitted.ours if getattr(callback, "nonfinite", "ignore") != "ignore"]
+
+
+@each_entry
+def test_entry(entry: Entry) -> None:
+    """A decision costs one word a step; all else costs none. At most one parameter is copied at a time."""
     fitted = prepare(entry, STEPS, **SILENT)
-    model = sum(p.numel() for p in fitted.module.parameters())
     watching = watched(fitted, steps_from=2)
-    print(entry.name, dict(watching.asked), round(watching.largest / model, 3), watching.by)
+    steps = max((callback.steps[0] for callback in fitted.ours), default=0)
+    assert sum(watching.asked.values()) <= len(deciding(fitted)) * (steps - 2), watching.asked
+    assert watching.largest <= max(p.numel() for p in fitted.module.parameters()), watching.by
+
+
+@each_entry
+def test_entry_without_a_decision(entry: Entry) -> None:
+    fitted = prepare(entry, STEPS, **SILENT)
+    for callback in deciding(fitted):
+        callback.nonfinite = "ignore"
+    assert not watched(fitted, steps_from=2).asked
+
+
+def ground_floor() -> list[Any]:
+    return [
+        WeightRegularization([L1(1e-4), L2(1e-4)]),
+        GradientClipping(ClipByNorm(0.1), nonfinite="ignore"),
+        GradientAccumulation(2),
+        WeightAveraging(EMA(0.9)),
+    ]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_ground_floor_together(precision: Any) -> None:
+    """Nothing of the model's size is made: a quarter of it at most, which is a piece of some MB."""
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=ground_floor(), precision=precision, **SILENT)
+    watching = watched(fitted, steps_from=2)  # the first update makes the average
+    assert [callback.steps for callback in fitted.ours] == [[4]] * 4
+    assert not watching.asked
+    assert watching.largest < 0.25 * sum(p.numel() for p in fitted.module.parameters()), watching.by
+
+
+class Wasteful(OptimCallback):
+    """What the tests above must see: a question to the device, and copies of all the weights in one act."""
+
+    def on_after_optimizer_step(self, trainer: Any, pl_module: LightningModule, optimizer: Any) -> None:
+        torch._foreach_mul(list(pl_module.parameters()), 2.0)
+        assert float(next(pl_module.parameters()).sum()) < 1e9
+
+
+def test_waste_is_seen() -> None:
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[Wasteful()], **SILENT)
+    watching = watched(fitted, steps_from=2)
+    assert sum(watching.asked.values()) == 7
+    assert watching.largest == sum(p.numel() for p in fitted.module.parameters())
