@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_optim.figures import canvas
+
 
 class Comparison:
     """What validations of both have given.
@@ -39,9 +41,7 @@ class Comparison:
         metric = names[0] if metric is None and len(names) == 1 else metric
         if metric is None or metric not in names:
             raise ValueError(f"`metric` must be one of {names}, got {metric!r}")
-        import matplotlib.pyplot as plt  # only for who wants a picture
-
-        figure, axes = plt.subplots()
+        figure, axes = canvas()
         for kind in ("raw", "averaged"):
             shown = [(point["step"], point[kind][metric]) for point in self.points if metric in point[kind]]
             axes.plot(*zip(*shown, strict=True), marker=".", label=kind)

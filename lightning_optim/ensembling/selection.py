@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_optim.ensembling.combine import Outputs
 from lightning_optim.ensembling.ensemble import Ensemble
+from lightning_optim.figures import canvas
 from lightning_optim.tensors import local
 
 
@@ -72,11 +73,7 @@ class CostBenefit:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ModuleNotFoundError("`plot` needs matplotlib: `pip install matplotlib`") from error
-        figure, axes = pyplot.subplots() if ax is None else (ax.get_figure(), ax)
+        figure, axes = canvas(ax)
         numbers = [row.members for row in self.rows]
         lowest, highest = [row.lowest for row in self.rows], [row.highest for row in self.rows]
         axes.fill_between(numbers, lowest, highest, alpha=0.2, linewidth=0)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_optim import tensors
 from lightning_optim.callback import OptimCallback, gradients
+from lightning_optim.figures import canvas
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.gradients.recent import Recent
@@ -241,12 +242,10 @@ class GradientMonitor(OptimCallback):
         Returns:
             The figure and its axes.
         """
-        import matplotlib.pyplot as plt
-
         rows = self._remembered(optimizer)
         last = self.steps[optimizer] if optimizer < len(self.steps) else len(rows)
         steps = torch.arange(last - len(rows) + 1, last + 1)
-        figure, axes = plt.subplots() if ax is None else (ax.get_figure(), ax)
+        figure, axes = canvas(ax)
         axes.plot(steps, rows[:, _BEFORE], linewidth=0.8, label="before clipping")
         seen = rows[:, _AFTER].isfinite()
         if rows[:, _CLIPPED].isfinite().any():
@@ -255,8 +254,7 @@ class GradientMonitor(OptimCallback):
         axes.axhline(threshold, color="gray", linestyle="--", label=f"90th percentile, {threshold:.3g}")
         axes.set(xlabel="optimizer step", ylabel="norm of the gradients", yscale="log")
         axes.legend()
-        assert figure is not None
-        return figure, axes  # type: ignore[return-value]
+        return figure, axes
 
     def _remembered(self, optimizer: int) -> Tensor:
         rows = self._recent[optimizer].rows if optimizer < len(self._recent) else torch.zeros(0, 4)

@@ -62,7 +62,12 @@ def watched(fitted: Fitted, steps_from: int) -> Watching:
     watching = Watching()
     watching.inside = False
     for callback in fitted.ours:
-        for hook in ("on_before_optimizer_step", "on_after_optimizer_step", "on_before_backward", "on_train_batch_start"):
+        for hook in (
+            "on_before_optimizer_step",
+            "on_after_optimizer_step",
+            "on_before_backward",
+            "on_train_batch_start",
+        ):
             setattr(callback, hook, _within(watching, getattr(callback, hook), callback, steps_from))
     with watching:
         fitted.trainer.fit(fitted.module)
