@@ -189,9 +189,12 @@ def test_an_exception_in_validation_leaves_raw_weights_and_a_file_that_resumes(t
     assert_equal(saved["current_model_state"], model.trajectory[-1])
 
 
-def test_an_interrupt_within_the_exchange_waits() -> None:
+def test_an_interrupt_within_the_exchange_waits(request: pytest.FixtureRequest) -> None:
     from lightning_optim.averaging import shadow
 
+    # A process that was started in the background may ignore interrupts from its birth on.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     done = []
     with pytest.raises(KeyboardInterrupt):
         with shadow.uninterrupted():
