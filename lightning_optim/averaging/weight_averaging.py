@@ -162,10 +162,7 @@ class WeightAveraging(AverageInUse):
         self.average.keep_in(self.dtype, self.device)
         self._shadow = Shadow(pl_module, trainer.optimizers, self.average, buffers=self.buffers != "copy")
         self._trainable = [trainable(optimizer) for optimizer in trainer.optimizers]
-        if self._loaded is not None:
-            loaded, self._loaded = self._loaded, None
-            self._shadow.load(interop.with_counters(loaded, self.steps))
-            self.comparison.load(loaded.get("comparison", []))
+        self._take_over(self._shadow)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -238,6 +235,16 @@ class WeightAveraging(AverageInUse):
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._loaded = extra or None
+        if self.fit is not None and self._shadow is not None:
+            # In the middle of a fit: a learning-rate finder restores what was before its trials. The module has the
+            # file's weights already, which are the averaged ones.
+            self._take_over(self._shadow)
+
+    def _take_over(self, shadow: Shadow) -> None:
+        if self._loaded is not None:
+            loaded, self._loaded = self._loaded, None
+            shadow.load(interop.with_counters(loaded, self.steps))
+            self.comparison.load(loaded.get("comparison", []))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

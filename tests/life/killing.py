@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ VALIDATING = 8  # Within a window; a validation is due when the file has been wr
 
 @dataclass(frozen=True)
 class Case:
-    """Which entry, in which cell, with which kind of file."""
+    """Which entry, in which cell; ``distributed`` is for the kind of the files after steps, under FSDP2."""
 
     name: str
     cell: Cell
@@ -38,7 +40,10 @@ class Case:
 
 
 class Within(Checkpoint):
-    """Writes files within windows, and is killed when a later batch begins."""
+    """Writes files within windows, and is killed when a later batch begins.
+
+    Under FSDP2 they are of the other kind than those after steps, so that one kill leaves both.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,11 +53,22 @@ class Within(Checkpoint):
         if name is not None:
             (accumulation,) = (cb for cb in trainer.callbacks if isinstance(cb, GradientAccumulation))
             assert accumulation.is_open
-            trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+            with other_kind(trainer.strategy):
+                trainer.save_checkpoint(self.folder / f"{name}.ckpt")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if pl_module.seen == KILLED - 1:
             die_together(self.folder, trainer.global_rank, trainer.world_size)
+
+
+@contextmanager
+def other_kind(strategy: Any) -> Iterator[None]:
+    """Within this, FSDP2 writes a file in place of a folder, and the other way round."""
+    if isinstance(strategy, ModelParallelStrategy):
+        strategy._save_distributed_checkpoint = not strategy._save_distributed_checkpoint
+    yield
+    if isinstance(strategy, ModelParallelStrategy):
+        strategy._save_distributed_checkpoint = not strategy._save_distributed_checkpoint
 
 
 def savers(folder: Path) -> tuple[Callback, ...]:

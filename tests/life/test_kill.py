@@ -37,15 +37,19 @@ def _last_step(folder: Path) -> str:
 
 
 @each_entry
-@pytest.mark.parametrize("which", ["ddp", "fsdp2, one file", "fsdp2, a folder"])
-def test_two_processes(entry: Entry, which: Any, tmp_path: Path) -> None:
-    """Two ranks are killed, two new ones resume: at a step's end, and within a window with a validation due."""
-    kinds = ("automatic", "two") if which != "fsdp2, one file" else ("two", "automatic")
-    kind, strategy = turn(entry, *kinds), which.split(",")[0]
-    case = Case(entry.name, Cell(kind, "32-true", strategy, "4short"), distributed=which.endswith("folder"))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(entry: Entry, strategy: Any, tmp_path: Path) -> None:
+    """Two ranks are killed, two new ones resume: at a step's end, and within a window with a validation due.
+
+    Under FSDP2 the one is a folder and the other a file of one piece; over the entries both are both.
+    """
+    kind, distributed = turn(entry, ("automatic", False), ("two", False), ("automatic", True), ("two", True))
+    case = Case(entry.name, Cell(kind, "32-true", strategy, "4short"), distributed)
     assert [end.signal for end in in_forks(2, killed, case, tmp_path)] == [signal.SIGKILL] * 2
     paths = [tmp_path / f"{name}.ckpt" for name in ("validating", _last_step(tmp_path))]
-    assert all(path.is_dir() == case.distributed for path in paths)
+    assert [path.is_dir() for path in paths] == [
+        strategy == "fsdp2" and kind for kind in (not distributed, distributed)
+    ]
     for whole, *runs in results(2, resumed_from, case, paths):
         for run in runs:
             assert_same_run(run, whole)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 
+from lightning_optim import OptimCallback
 from tests.life.leftovers import left
 from tests.life.tools import CELL, BeginningAnew, Fitted, differences, each_entry, fit, prepare, states, whole
 from tests.machine import models
@@ -30,8 +32,8 @@ class Findable(BeginningAnew):
             super().on_validation_end()  # type: ignore[misc]
 
 
-def assert_as_without(fitted: Fitted, entry: Entry) -> None:
-    one, other = fitted.outcome, whole(entry).outcome
+def assert_as(fitted: Fitted, alone: Fitted) -> None:
+    one, other = fitted.outcome, alone.outcome
     for what in ("raw", "final", "validations"):
         assert not differences(getattr(one, what), getattr(other, what)), what
 
@@ -47,7 +49,7 @@ def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
     assert not differences(states(fitted.callbacks), before)
     assert not differences(left(fitted), left_by_a_search(tmp_path, entry.epochs))
     fitted.trainer.fit(fitted.module)
-    assert_as_without(fitted, entry)
+    assert_as(fitted, whole(entry))
     assert not differences(states(fitted.callbacks), whole(entry).states)
 
 
@@ -66,8 +68,44 @@ def test_finder_among_the_callbacks(entry: Entry, first: bool, tmp_path: Any) ->
     chosen = [finder, *callbacks] if first else [*callbacks, finder]
     fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path)
     assert finder.optimal_lr is not None
-    assert_as_without(fitted, entry)
+    assert_as(fitted, whole(entry))
     assert not differences(states(callbacks), whole(entry).states)
+
+
+class Later(LearningRateFinder):
+    """Looks for a rate when the second epoch begins, as Lightning's documentation shows."""
+
+    def on_fit_start(self, *_: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1 and self.optimal_lr is None:
+            self.lr_find(trainer, pl_module)
+
+
+class Counting(OptimCallback):
+    """Counts for itself; no file puts that back."""
+
+    heard = 0
+
+    def on_after_optimizer_step(self, *_: Any) -> None:
+        self.heard += 1
+
+
+@each_entry
+def test_finder_in_the_middle(entry: Entry, tmp_path: Any) -> None:
+    """What was there before the trials is put back from a file; an average that has started is in that file's weights."""
+    finder, callbacks, counting = Later(num_training_steps=STEPS, **TRIAL), entry.all_callbacks(CELL), Counting()
+    # With a validation at the end of the epoch before, Lightning tries nothing.
+    options: dict[str, Any] = {"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "max_epochs": 3}
+    alone = fit(entry, CELL, Findable, **options)
+    chosen = [*callbacks, counting, finder]
+    fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path, **options)
+    assert finder.optimal_lr is not None
+    assert finder.optimal_lr.results["lr"], "nothing was tried"
+    assert counting.steps == [counting.heard], "a trial step was heard"
+    assert_as(fitted, alone)
+    assert not differences(states(callbacks), states(alone.callbacks))
 
 
 @each_entry
