@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lightning_optim.averaging import reading
 from lightning_optim.averaging.average import kept_dtype
+from lightning_optim.averaging.mapped import MappedFile, open_mapped, runs
 
 Path: TypeAlias = str | os.PathLike[str]
 StateDict: TypeAlias = dict[str, Any]
@@ -80,8 +82,9 @@ def average_checkpoints(
     """
     names = [os.fspath(path) for path in paths]
     given = _checked(weights, len(names))
-    if all(reading.is_safetensors(path) for path in names):
-        return _mean_of_safetensors(names, given, progress)
+    files = [open_mapped(name) for name in names]
+    if _alike(files):
+        return _mean_of_mapped(files, given, progress)
     mean = RunningMean()
     for path, weight in shown(zip(names, given, strict=True), len(names), progress):
         mean.add(reading.weights_in(path, weights_only), weight, path)
@@ -200,31 +203,64 @@ def _check_like(state: Mapping[str, Any], first: Mapping[str, Any], label: str, 
             raise ValueError(f"{label} and {other} have different shapes of {name}: {mine} and {wanted}")
 
 
+# ---- files of the same layout ----------------------------------------------------------------------------------------
+
+_STRETCH = 4 << 20  # bytes: the running mean of a stretch stays in a processor's cache while all files are read
+
+
+def _alike(files: Sequence[MappedFile | None]) -> TypeGuard[list[MappedFile]]:
+    """Whether all have the same tensors, tied in the same way; if not, :class:`RunningMean` knows what to say."""
+    described = {None if file is None else frozenset(_described(file)) for file in files}
+    return len(described) == 1 and None not in described
+
+
+def _described(file: MappedFile) -> Iterator[tuple[str, torch.dtype, torch.Size, str]]:
+    first = {place: name for name, place in reversed(file.places.items())}
+    for name, place in file.places.items():
+        yield name, place.dtype, place.shape, first[place]
+
+
 @torch.no_grad()
-def _mean_of_safetensors(paths: list[str], weights: list[float], progress: bool) -> StateDict:
-    """Tensor by tensor over all files, so that the running mean stays in the cache."""
-    files = [reading.open_safetensors(path) for path in paths]
-    names = [set(file.keys()) for file in files]
-    for path, found in zip(paths, names, strict=True):
-        if found != names[0]:
-            raise ValueError(f"{path} and {paths[0]} have different names: {sorted(found ^ names[0])[:5]}")
-    result: StateDict = {}
-    ordered = list(files[0].keys())
-    for name in shown(ordered, len(ordered), progress):
-        value, *others = (file.get_tensor(name) for file in files)
-        for path, other in zip(paths[1:], others, strict=True):
-            if other.shape != value.shape:
-                _check_like({name: other}, {name: value}, path, paths[0])
-        last = others[-1] if others else value
-        if not _has_mean(last):
-            result[name] = last.clone()
-            continue
-        mean, total = _wide(value), weights[0]
-        for other, weight in zip(others, weights[1:], strict=True):
-            total += weight
-            _move_(mean, other, weight / total if total else 0.0)
-        result[name] = mean.to(last.dtype)
-    return result
+def _mean_of_mapped(files: list[MappedFile], weights: list[float], progress: bool) -> StateDict:
+    shares = [w / total if total else 0.0 for w, total in zip(weights, itertools.accumulate(weights), strict=True)]
+    last = files[-1]
+    first = {place: name for name, place in reversed(last.places.items()) if place.has_mean}
+    means: StateDict = {}
+    stretches = list(runs(files, list(first.values()), _STRETCH))
+    for names in shown(stretches, len(stretches), progress):
+        means |= _means_in_stretch(files, names, shares)
+    return {
+        name: means[first[place]] if place in first else last.tensor(name).clone()
+        for name, place in last.places.items()
+    }
+
+
+def _means_in_stretch(files: list[MappedFile], names: list[str], shares: list[float]) -> StateDict:
+    places = [files[0].places[name] for name in names]
+    begin, dtype = places[0].offset, places[0].dtype
+
+    def mean(start: int, stop: int) -> Tensor:
+        offsets = (file.places[names[0]].offset + start for file in files)
+        values = (
+            file.elements(offset, dtype, (stop - start) // dtype.itemsize)
+            for file, offset in zip(files, offsets, strict=True)
+        )
+        moved = _wide(next(values))
+        for value, share in zip(values, shares[1:], strict=True):
+            _move_(moved, value, share)
+        return moved
+
+    if len(names) == 1:
+        pieces = [mean(at, min(at + _STRETCH, places[0].size)).to(dtype) for at in range(0, places[0].size, _STRETCH)]
+        return {names[0]: torch.cat(pieces).view(places[0].shape)}
+    # What lies between the tensors is averaged too, and not taken.
+    stretch = mean(0, max(place.offset + place.size for place in places) - begin)
+    return {
+        name: stretch[(place.offset - begin) // dtype.itemsize :][: place.shape.numel()]
+        .view(place.shape)
+        .to(dtype, copy=True)
+        for name, place in zip(names, places, strict=True)
+    }
 
 
 def shown(items: Iterable[Any], count: int, progress: bool) -> Iterable[Any]:

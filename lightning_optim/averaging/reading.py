@@ -64,18 +64,13 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 def safetensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, mapped from the disk, of a safetensors file."""
-    file = open_safetensors(path)
-    for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-        yield name, file.get_tensor(name)
-
-
-def open_safetensors(path: str | os.PathLike[str]) -> Any:
-    """The file's handle, from which tensors are taken by name."""
     try:
         from safetensors import safe_open
     except ImportError as error:
         raise ModuleNotFoundError(f"{os.fspath(path)} needs `pip install safetensors`") from error
-    return safe_open(os.fspath(path), framework="pt")
+    file: Any = safe_open(os.fspath(path), framework="pt")
+    for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+        yield name, file.get_tensor(name)
 
 
 def _metadata_of_folder(path: str) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""Files that are averaged where they lie: the same mean as of what is loaded from them, and no line of theirs is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_optim import average_checkpoints, average_weights
+from lightning_optim.averaging import checkpoints
+from lightning_optim.averaging.mapped import open_mapped
+from tests.averaging.models import assert_equal
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.int32]
+
+
+def _state(seed: int) -> dict[str, Tensor]:
+    """Of many dtypes in turn, so that neighbours differ; some empty, some scalars, some parts of others."""
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+    for index, shape in enumerate([(7, 5), (), (0, 3), (3, 0), (33,), (2, 1, 4), (1, 1)]):
+        for dtype in DTYPES:
+            values = 8 * torch.randn(shape, generator=generator)
+            state[f"{dtype}.{index}".replace("torch.", "")] = values.to(dtype)
+    state["flags"] = torch.rand(5, generator=generator) > 0.5
+    state["bytes"] = torch.arange(3, dtype=torch.uint8) + seed
+    for index in range(20):
+        state[f"layer{index}.weight"] = torch.randn(5, index + 1, generator=generator)
+    return state
+
+
+def _tied(seed: int) -> dict[str, Any]:
+    state = _state(seed)
+    state["tied"] = state["layer3.weight"]
+    state["rows"] = state["layer3.weight"][1:3]  # dense, in the middle of a storage
+    state["parameter"] = nn.Parameter(state["layer4.weight"] + 1.0)
+    return state
+
+
+@pytest.mark.parametrize("stretch", [64, 1 << 22])
+@pytest.mark.parametrize("weights", [None, [0.0, 3.0, 1.0], [1.0, 0.0, 0.0]], ids=str)
+@pytest.mark.parametrize("kind", ["ckpt", "plain", "safetensors", "both"])
+def test_the_mean_of_what_they_hold(
+    kind: str, weights: Any, stretch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_STRETCH", stretch)
+    states = [_state(seed) if kind in ("safetensors", "both") else _tied(seed) for seed in range(3)]
+    paths = []
+    for index, state in enumerate(states):
+        if kind == "safetensors" or (kind == "both" and index == 1):
+            paths.append(tmp_path / f"{index}.safetensors")
+            save_file(state, paths[-1])
+        else:
+            paths.append(tmp_path / f"{index}.ckpt")
+            torch.save({"epoch": 3, "state_dict": state} if kind == "ckpt" else state, paths[-1])
+        assert open_mapped(str(paths[-1])) is not None
+    mean = average_checkpoints(paths, weights)
+    assert_equal(mean, average_weights(states, weights))
+    if kind != "safetensors":
+        assert list(mean) == list(states[-1])
+    if "tied" in mean:
+        assert mean["tied"] is mean["layer3.weight"]
+    # To save one must not save the stretch that it was averaged in.
+    assert all(value.untyped_storage().nbytes() == value.numel() * value.itemsize for value in mean.values())
+
+
+def test_the_rest_of_a_checkpoint_does_not_count(tmp_path: Path) -> None:
+    rest = {"epoch": 3, "optimizer_states": [{"state": {0: {"m": torch.ones(3, 2).t()}}}], "loops": {"a": (1, None)}}
+    paths = [tmp_path / f"{index}.ckpt" for index in range(2)]
+    for index, path in enumerate(paths):
+        torch.save({**rest, "state_dict": _tied(index), "padding": torch.ones(100 * index + 1)}, path)
+        assert open_mapped(str(path)) is not None
+    assert_equal(average_checkpoints(paths), average_weights([_tied(0), _tied(1)]))
+
+
+LOADED = {
+    "not dense": lambda: {"w": torch.arange(6.0).view(2, 3).t()},
+    "expanded": lambda: {"w": torch.ones(1).expand(4)},
+    "no tensor": lambda: {"w": torch.ones(2), "_extra_state": {"scale": 2.0}},
+    "conjugated": lambda: {"w": torch.randn(3, dtype=torch.complex64).conj()},
+    "float8": lambda: {"w": torch.randn(3).to(torch.float8_e4m3fn)},
+    "a size": lambda: {"w": torch.ones(2), "of": torch.Size([2])},
+}
+
+
+@pytest.mark.parametrize("what", LOADED)
+def test_what_is_not_simple_is_loaded(what: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    states = [LOADED[what]() for _ in range(2)]
+    paths = [tmp_path / f"{index}.pt" for index in range(2)]
+    for state, path in zip(states, paths, strict=True):
+        torch.save(state, path)
+    assert open_mapped(str(paths[0])) is None
+    mean, wanted = average_checkpoints(paths), average_weights(states)
+    assert mean.keys() == wanted.keys()
+    assert torch.equal(mean["w"].to(torch.complex64), wanted["w"].to(torch.complex64))
+
+
+def test_ties_that_differ(tmp_path: Path) -> None:
+    weight = torch.tensor([1.0, 2.0])
+    states = [{"a": weight, "b": weight}, {"a": weight + 1.0, "b": weight + 3.0}]
+    paths = [tmp_path / f"{index}.pt" for index in range(2)]
+    for state, path in zip(states, paths, strict=True):
+        torch.save(state, path)
+    for order in (1, -1):
+        assert_equal(average_checkpoints(paths[::order]), {"a": weight + 0.5, "b": weight + 1.5})
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+@pytest.mark.parametrize("where", ["in the weights", "beside them"])
+def test_nothing_that_a_file_names_is_called(where: str, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    harmful = Harmful(str(made))
+    state = {"w": torch.ones(2)} | ({"harmful": harmful} if where == "in the weights" else {})
+    path = tmp_path / "harmful.ckpt"
+    torch.save({"state_dict": state, "harmful": harmful}, path)
+    assert open_mapped(str(path)) is None
+    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+        average_checkpoints([path, path])
+    assert not made.exists()
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    path, safe = tmp_path / "whole.ckpt", tmp_path / "whole.safetensors"
+    torch.save(_state(0), path)
+    save_file(_state(0), safe)
+    for whole in (path, safe):
+        content = whole.read_bytes()
+        for length in (0, 3, 100, len(content) // 2, len(content) - 1):
+            short = tmp_path / f"short{whole.suffix}"
+            short.write_bytes(content[:length])
+            assert open_mapped(str(short)) is None
+            with pytest.raises(Exception):  # noqa: B017 (what torch and safetensors raise)
+                average_checkpoints([short, short])
+
+
+def test_other_order_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(_state(0), tmp_path / "a.pt")
+    monkeypatch.setattr("lightning_optim.averaging.mapped.sys.byteorder", "big")
+    assert open_mapped(str(tmp_path / "a.pt")) is None
+
+
+def test_a_header_of_odd_length(tmp_path: Path) -> None:
+    """The format allows it: elements then lie where they cannot be mapped."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header += b" " * (5 - len(header) % 4)
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f" * 2)
+    assert open_mapped(str(path)) is None
+    assert average_checkpoints([path, path])["w"].tolist() == [1.0, 1.0]
