@@ -30,17 +30,13 @@ import torch
 import torch_ema
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
+from models import MODELS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_optim import EMA, WeightAveraging, average_checkpoints
 
-MODELS = {
-    "a: 328 tensors, 1.0 M": [(64, 48)] * 328,
-    "b: 64 tensors, 12 M": [(432, 432)] * 64,
-    "c: 6 tensors, 21 M": [(1880, 1880)] * 6,
-}
 DECAY = 0.999
 CLOCKS: dict[bool, Callable[[], float]] = {False: time.perf_counter, True: time.process_time}
 
