@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from tests.machine import groups
 
-torch.set_num_threads(1)
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many as there are cores for the whole suite; a part of it would not make up for their imports."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(4, os.cpu_count() or 1) if whole else 0
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,7 @@ def group() -> Iterator[groups.Group]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the server of the group import its modules while the first tests run."""
+    """Let the server of the group import its modules while this process does."""
     if any("group" in getattr(item, "fixturenames", ()) for item in items):
         groups.start_server()
+    groups.settle()

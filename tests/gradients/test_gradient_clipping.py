@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,7 +159,7 @@ def test_without_skipping_one_nan_is_in_every_weight() -> None:
 
 
 def test_a_skip_is_told_with_its_batch(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level("INFO", logger=rank_zero.log.name):
         _fit(GradientClipping(0.5), Bad({6}))
     told = [record.message for record in caplog.records if "dropped" in record.message]
     assert len(told) == 1

@@ -85,10 +85,10 @@ def sharded(name: str, folder: Path, distributed: bool) -> Any:
 
     best = ModelCheckpoint(folder, monitor="val_loss", save_on_train_epoch_end=False)
     fitted = fit(entry, cell, extra=(best,), enable_checkpointing=True, strategy=strategy())
-    values = [fitted.trainer.validate(fitted.module, ckpt_path=best.best_model_path)[0]["val_loss"]]
+    values = [fitted.trainer.validate(fitted.module, ckpt_path=best.best_model_path, verbose=False)[0]["val_loss"]]
     for callbacks in (entry.all_callbacks(cell), []):
         other = prepare(entry, cell, callbacks=callbacks, strategy=strategy())
-        values += [other.trainer.validate(other.module, ckpt_path=best.best_model_path)[0]["val_loss"]]
+        values += [other.trainer.validate(other.module, ckpt_path=best.best_model_path, verbose=False)[0]["val_loss"]]
     return float(best.best_model_score), values, Path(best.best_model_path).is_dir()
 
 

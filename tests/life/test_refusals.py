@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -36,6 +37,9 @@ from tests.machine import models, run
 from tests.machine.cells import Cell
 from tests.machine.groups import Group
 from tests.registry import BY_NAME, Entry
+
+# Once it is imported, Lightning's messages are its own.
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 STEPS = Cell("automatic", "32-true", "single", "1")
 
@@ -152,7 +156,8 @@ TWICE: dict[str, Any] = {
     "Lightning's accumulation": (
         [GradientAccumulation(2), GradientAccumulationScheduler({0: 2})],
         {},
-        "GradientAccumulation and GradientAccumulationScheduler both accumulate: give GradientAccumulation a dictionary",
+        "GradientAccumulation and GradientAccumulationScheduler both accumulate: "
+        "give GradientAccumulation a dictionary",
     ),
     "two averages": (averages(), {}, "Two averages with `evaluate=True`.* Give the others `evaluate=False`"),
     "Lightning's average": ([averages()[0], LightningWeightAveraging()], {}, "WeightAveraging both write the weights"),

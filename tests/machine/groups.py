@@ -8,6 +8,9 @@ the threads or the state of the process that runs the tests, and a group that ha
 from __future__ import annotations
 
 import datetime
+import functools
+import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -143,8 +146,8 @@ def _work(pipe: connection.Connection, rank: int, size: int, folder: str) -> Non
     import torch
     import torch.distributed
 
-    _quiet()
-    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    settle()
     # A file as the meeting point: a free port that is asked for can be taken before it is used.
     store = torch.distributed.FileStore(os.path.join(folder, "store"), size)
     # Longer than any job, so that the parent decides what hangs.
@@ -166,8 +169,15 @@ def _answer(job: bytes) -> bytes:
         return pickle.dumps(_Failure(type(error).__name__, str(error), traceback.format_exc()))
 
 
-def _quiet() -> None:
-    import logging
+def settle() -> None:
+    """One thread, a quiet Lightning, and no work that each fit would do again."""
+    import torch
+    from lightning.pytorch.trainer.connectors import callback_connector
 
-    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # Each Trainer reads the metadata of all that is installed, to look for callbacks there.
+    callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
+    # What is there now stays: the collector need not walk through all of torch again and again.
+    gc.collect()
+    gc.freeze()
