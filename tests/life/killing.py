@@ -117,7 +117,7 @@ def resumed(case: Case, path: Path, exact: bool = True, **options: Any) -> Run:
 
 
 def resumed_from(case: Case, paths: list[Path]) -> list[Run]:
-    """First the run that was let be, then one from each file: in processes that were not there when the files were written."""
+    """First the run that was let be, then one from each file, in processes that did not write the files."""
     return [uninterrupted(case), *(resumed(case, path) for path in paths)]
 
 

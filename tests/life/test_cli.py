@@ -1,4 +1,4 @@
-"""`LightningCLI` builds from YAML what Python builds: the callbacks of every entry, and what YAML can say in other ways."""
+"""`LightningCLI` builds from YAML what Python builds: each entry's callbacks, and what YAML can say in other ways."""
 
 from __future__ import annotations
 
@@ -109,7 +109,10 @@ def described(callback: Callback) -> dict[str, str]:
 OTHER_WAYS = {
     "a number for a policy": ("[{class_path: GradientClipping, init_args: {policy: 1}}]", GradientClipping(1.0)),
     "one policy, no list": (
-        "[{class_path: lightning_optim.WeightRegularization, init_args: {terms: {class_path: L2, init_args: {strength: 1e-4}}}}]",
+        """
+        - class_path: lightning_optim.WeightRegularization
+          init_args: {terms: {class_path: L2, init_args: {strength: 1e-4}}}
+        """,
         WeightRegularization(L2(1e-4)),
     ),
     "a schedule for a number": (
@@ -117,7 +120,10 @@ OTHER_WAYS = {
         - class_path: WeightRegularization
           init_args:
             terms:
-              - {class_path: L1, init_args: {strength: {class_path: Linear, init_args: {start: 0.1, end: 0.0}}, "on": [net.*, head.*]}}
+              - class_path: L1
+                init_args:
+                  strength: {class_path: Linear, init_args: {start: 0.1, end: 0.0}}
+                  "on": [net.*, head.*]
               - {class_path: lightning_optim.L2, init_args: {strength: 0.5, exclude: net.0.*}}
         """,
         WeightRegularization([L1(Linear(0.1, 0.0), on=["net.*", "head.*"]), L2(0.5, exclude="net.0.*")]),
@@ -128,7 +134,9 @@ OTHER_WAYS = {
           init_args:
             policy:
               - class_path: ClipByNorm
-                init_args: {max_norm: {class_path: Cosine, init_args: {start: 5.0, end: 1.0, until: 0.5}}, norm_type: .inf}
+                init_args:
+                  max_norm: {class_path: Cosine, init_args: {start: 5.0, end: 1.0, until: 0.5}}
+                  norm_type: .inf
               - class_path: ClipByValue
                 init_args: {value: {class_path: Piecewise, init_args: {values: {0: 0.1, 0.5: 0.01}}}}
         """,
@@ -158,13 +166,20 @@ OTHER_WAYS = {
         EarlyStopping(AnyOf([Plateau("val_loss", patience=5), Threshold("val_loss", 0.1)]), dirpath="best"),
     ),
     "what is best": (
-        "[{class_path: lightning_optim.EarlyStopping, init_args: {monitor: a, mode: max, best_by: {a: 1.0, b: 0.5}, name: x}}]",
+        """
+        - class_path: lightning_optim.EarlyStopping
+          init_args: {monitor: a, mode: max, best_by: {a: 1.0, b: 0.5}, name: x}
+        """,
         EarlyStopping("a", mode="max", best_by={"a": 1.0, "b": 0.5}, name="x"),
     ),
     "a fraction": (
         """
         - class_path: lightning_optim.WeightAveraging
-          init_args: {average: {class_path: EMA, init_args: {decay: 0.99, warmup: null}}, start: 0.5, every: 2, evaluate: false}
+          init_args:
+            average: {class_path: EMA, init_args: {decay: 0.99, warmup: null}}
+            start: 0.5
+            every: 2
+            evaluate: false
         """,
         WeightAveraging(EMA(0.99, warmup=None), start=0.5, every=2, evaluate=False),
     ),
@@ -182,7 +197,10 @@ def test_other_ways(way: str, tmp_path: Path) -> None:
 def test_a_wrong_argument_is_said_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="`max_norm` must be a number"):
         from_yaml(
-            "[{class_path: GradientClipping, init_args: {policy: {class_path: ClipByNorm, init_args: {max_norm: -1}}}}]",
+            """
+            - class_path: GradientClipping
+              init_args: {policy: {class_path: ClipByNorm, init_args: {max_norm: -1}}}
+            """,
             tmp_path,
         )
     with pytest.raises(SystemExit):
@@ -192,7 +210,10 @@ def test_a_wrong_argument_is_said_on_the_command_line(tmp_path: Path, capsys: py
 
 def test_on_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """YAML 1.1 reads a bare `on` as true: the one argument that needs its quotes, and a message that leads there."""
-    text = "[{class_path: WeightRegularization, init_args: {terms: {class_path: L1, init_args: {strength: 0.1, %s: net.*}}}}]"
+    text = """
+        - class_path: WeightRegularization
+          init_args: {terms: {class_path: L1, init_args: {strength: 0.1, %s: net.*}}}
+        """
     assert from_yaml(text % "'on'", tmp_path)[0].terms[0].on == "net.*"  # type: ignore[attr-defined]
     with pytest.raises(SystemExit):
         from_yaml(text % "on", tmp_path)

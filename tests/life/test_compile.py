@@ -28,7 +28,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 class Lean:
-    """A step that does not count itself, which would be compiled anew at each batch, and a validation that stays as it is."""
+    """A step that does not count itself, or each batch would compile it anew, and a validation that stays as it is."""
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         return problem.loss_of(0, self.nets, batch)

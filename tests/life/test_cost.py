@@ -33,7 +33,7 @@ SILENT: dict[str, Any] = {"limit_val_batches": 0, "log_every_n_steps": 10**6, "l
 
 
 class Watching(TorchDispatchMode):
-    """Counts what asks the device, and keeps the largest fresh output of an operator, while ``inside`` a hook of ours."""
+    """Counts what asks the device, and keeps the largest fresh output of an operator, ``inside`` a hook of ours."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ def test_before_any_fit(entry: Entry) -> None:
 
 @each_entry
 def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
-    """The file that was best in the fit gives what was best in the fit, in the Trainer that wrote it and in a new one."""
+    """The file that was best in the fit gives what was best there, in the Trainer that wrote it and in a new one."""
     best = ModelCheckpoint(tmp_path, monitor="val_loss", save_on_train_epoch_end=False)
     fitted = fit(entry, CELL, Evaluating, extra=(best,), enable_checkpointing=True)
     assert best.best_model_score is not None

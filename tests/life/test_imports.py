@@ -34,7 +34,7 @@ def room_of(module: str) -> str | None:
 
 @functools.cache
 def imports_of(module: str, lazy: bool = True) -> frozenset[str]:
-    """The modules that a file imports when it runs, without what only a type checker reads; within functions if ``lazy``."""
+    """The modules that a file imports when it runs, not what only a type checker reads; in functions if ``lazy``."""
     found: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(MODULES[module].read_text())]
     while waiting:

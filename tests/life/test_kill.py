@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
 @each_entry
 @pytest.mark.parametrize("manual", [False, True])
 def test_one_process(entry: Entry, manual: bool, tmp_path: Path) -> None:
-    """From each file with `ExactResume`; without it too, where the file swallows no validation. Without the callbacks, not."""
+    """From each file with `ExactResume`; without it if a file swallows no validation; without callbacks, never."""
     kind = turn(entry, "manual", "two") if manual else "automatic"
     case = Case(entry.name, Cell(kind, "32-true", "single", "4short"))
     whole = uninterrupted(case)

@@ -43,7 +43,7 @@ def left_by_none(cell: Cell, epochs: int) -> dict[str, Any]:
 
 @each_entry
 def test_after_a_refusal_in_setup(entry: Entry) -> None:
-    """The last callback is refused when the others are set up already: another Trainer and the module know nothing of it."""
+    """The last is refused when the others are set up already: another Trainer and the module know nothing of it."""
     endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")
     fitted = prepare(entry, CELL, extra=(endless,), max_epochs=-1)
     weights, before = models.full_weights(fitted.module), settings(fitted.trainer)

@@ -62,7 +62,7 @@ def left_by_a_search(folder: Any, epochs: int) -> dict[str, Any]:
 @each_entry
 @pytest.mark.parametrize("first", [True, False])
 def test_finder_among_the_callbacks(entry: Entry, first: bool, tmp_path: Any) -> None:
-    """Its trial steps come before the fit's first, with ours installed already or not yet, and count for none of ours."""
+    """Its trial steps come before the fit's first, with ours installed or not yet, and count for none of ours."""
     finder = LearningRateFinder(num_training_steps=STEPS, **TRIAL)
     callbacks = entry.all_callbacks(CELL)
     chosen = [finder, *callbacks] if first else [*callbacks, finder]
@@ -94,7 +94,7 @@ class Counting(OptimCallback):
 
 @each_entry
 def test_finder_in_the_middle(entry: Entry, tmp_path: Any) -> None:
-    """What was there before the trials is put back from a file; an average that has started is in that file's weights."""
+    """What was there before the trials is put back from a file; an average that has started is in its weights."""
     finder, callbacks, counting = Later(num_training_steps=STEPS, **TRIAL), entry.all_callbacks(CELL), Counting()
     # With a validation at the end of the epoch before, Lightning tries nothing.
     options: dict[str, Any] = {"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "max_epochs": 3}

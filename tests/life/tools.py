@@ -1,4 +1,4 @@
-"""What the tests of a callback's life share: a fit of an entry that can be looked into, and modules with one more trait."""
+"""What the tests of a callback's life share: a fit of an entry that can be looked into, modules with one more trait."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.machine.models import Batch, Model
 from tests.registry import ENTRIES, Entry
 
 CELL = Cell("automatic", "32-true", "single", "4short")
-"""One process, windows of four and a last one of two, a validation within the first window and one at the epoch's end."""
+"""One process, windows of four and a last one of two, a validation in the first window and one at the epoch's end."""
 
 each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 each_kind = pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
@@ -79,7 +79,7 @@ def build(cell: Cell, scores: tuple[float, ...] = (), *traits: type) -> Model:
 
 @dataclass
 class Fitted:
-    """A fit that is over, or failed; ``weights`` and ``states`` are filled in where they must outlive what comes after."""
+    """A fit that is over, or failed; ``weights`` and ``states`` are there where they must outlive what comes after."""
 
     trainer: Trainer
     module: Any
@@ -106,7 +106,7 @@ def prepare(
     callbacks: Any = None,
     **changes: Any,
 ) -> Fitted:
-    """A Trainer, a module and the callbacks of an entry, ready for ``fit``; ``extra`` are more, at the end, if they are not there yet."""
+    """A Trainer, a module and the callbacks of an entry, ready for ``fit``; ``extra`` come last, if not there yet."""
     chosen = [*(entry.all_callbacks(cell) if callbacks is None else callbacks)]
     keys = {callback.state_key for callback in chosen}
     chosen += [callback for callback in extra if callback.state_key not in keys]
