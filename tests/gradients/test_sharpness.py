@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_optimizer import SAM
 from torch import Tensor, nn
@@ -220,6 +221,7 @@ class Nothing(Sharp):
 
 def test_a_step_that_is_cancelled_has_no_second_pass() -> None:
     module = Nothing()
+    Closure.warning_cache.clear()  # Lightning says it once in a process
     with pytest.warns(UserWarning, match="returned `None`"):
         _train(module)
     assert [second for second, _ in module.passes] == [False, True] * 3
