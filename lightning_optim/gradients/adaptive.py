@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 
 from lightning_optim import tensors
 from lightning_optim.gradients.clipping import Clipping, NormClipping, Scope
@@ -72,6 +73,7 @@ class AutoClip(NormClipping):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self._recent.load_state_dict(state["recent"])
+            self._count = self._recent.rows.shape[1]
 
 
 class ZClip(NormClipping):
@@ -131,7 +133,7 @@ class ZClip(NormClipping):
     def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> Tensor:
         if self._statistics is None:
             self._statistics = norms.new_zeros(4, len(norms))
-        before = self._statistics.to(norms.device)
+        before = pad(self._statistics.to(norms.device), (0, len(norms) - self._statistics.shape[1]))
         seen, mean, variance, run = torch.where(before[3] < self.release_after, before, 0.0)
         z_max = value_at(self.z, step, total)
         deviation = variance.sqrt() + 1e-6
@@ -155,6 +157,7 @@ class ZClip(NormClipping):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._statistics = state.get("statistics")
+        self._count = 0 if self._statistics is None else self._statistics.shape[1]
 
 
 class AGC(Clipping):

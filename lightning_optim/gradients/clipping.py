@@ -38,8 +38,9 @@ class Clipping(Policy, abc.ABC):
         on: The parameters on whose gradients it acts, for :func:`~lightning_optim.tensors.select`; ``None`` takes all.
             In a loop of your own, pass the gradients that you mean.
         exclude: What is left out of them, in the same terms.
-        scope: What has a norm of its own: all gradients, each of the optimizer's ``param_groups``, or each tensor. For
-            ``"group"`` the caller passes ``groups=``, the number of each gradient's group, to :meth:`clip_`.
+        scope: What has a norm of its own: all gradients, each of the optimizer's ``param_groups``, or each tensor.
+            Where it is not ``"global"``, the caller passes ``units=`` to :meth:`clip_`: the number of each gradient's
+            group, or of its tensor.
         limits: Whether it makes gradients smaller, so that a step is clipped or not.
     """
 
@@ -97,7 +98,7 @@ class NormClipping(Clipping, abc.ABC):
         >>> class ToMean(NormClipping):
         ...     '''Make no norm larger than the mean of all tensors' norms.'''
         ...     def bound(self, norms, *, step=0, total=math.inf):
-        ...         return norms.mean()
+        ...         return norms.nanmean()
         >>> grads = [torch.tensor([3.0]), torch.tensor([5.0])]
         >>> ToMean(scope="tensor").clip_(grads)
         tensor(5.8310)
@@ -115,6 +116,7 @@ class NormClipping(Clipping, abc.ABC):
 
     identity_args = ("on", "exclude", "norm_type", "scope")
     _factors: Tensor | None = None
+    _count: int = 0  # Of units, as far as they were seen.
 
     def __init__(
         self,
@@ -132,7 +134,8 @@ class NormClipping(Clipping, abc.ABC):
     def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> Tensor | float:
         """The bound on each of ``norms``, a vector with one entry for each unit of the scope; ``inf`` for none.
 
-        Called once in each step: what is remembered of the norms is remembered here.
+        The norm of a unit that has no gradient in this step is NaN. There are more units when the optimizer gets more
+        parameters. Called once in each step: what is remembered of the norms is remembered here.
         """
 
     @torch.no_grad()
@@ -144,7 +147,7 @@ class NormClipping(Clipping, abc.ABC):
         norm: Tensor | None = None,
         step: int = 0,
         total: float = math.inf,
-        groups: Sequence[int] = (),
+        units: Sequence[int] = (),
     ) -> Tensor:
         if not grads:
             return torch.zeros(()) if norm is None else norm
@@ -154,17 +157,18 @@ class NormClipping(Clipping, abc.ABC):
         else:
             each = tensors.norms(grads, self.norm_type)
             norm = torch.linalg.vector_norm(each, self.norm_type) if norm is None else norm
-            norms = each if self.scope == "tensor" else _by_group(each, groups, self.norm_type)
+            units = range(len(grads)) if self.scope == "tensor" and not units else units
+            self._count = max([self._count, *(unit + 1 for unit in units)])
+            norms = _by_unit(each, units, self._count, self.norm_type)
         factors = torch.clamp(self.bound(norms, step=step, total=total) / (norms + 1e-6), max=1.0)
         self._factors = factors
         if self.scope == "global":
             for device, some_grads in by_device(grads).items():
                 torch._foreach_mul_(some_grads, factors[0].to(device))
         else:
-            unbound = factors.unbind()
-            mine = unbound if self.scope == "tensor" else [unbound[group] for group in groups]
-            shards = tensors.local(grads)
-            torch._foreach_mul_(shards, [f.to(s.device) for f, s in zip(mine, shards, strict=True)])
+            unbound, shards = factors.unbind(), tensors.local(grads)
+            mine = [unbound[unit].to(shard.device) for unit, shard in zip(units, shards, strict=True)]
+            torch._foreach_mul_(shards, mine)
         return norm
 
     @property
@@ -286,13 +290,18 @@ def by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     return groups
 
 
-def _by_group(each: Tensor, groups: Sequence[int], norm_type: float) -> Tensor:
-    """The norm of each group of tensors, of the tensors' norms; zero for a group that has none here."""
-    if len(groups) != len(each):
-        raise ValueError(f"`groups` must name the group of each of {len(each)} gradients, got {groups!r}")
-    listed = each.unbind()
-    by_group: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
-    for group, norm in zip(groups, listed, strict=True):
-        by_group[group].append(norm)
-    zero = each.new_zeros(1)
-    return torch.stack([torch.linalg.vector_norm(torch.stack(own) if own else zero, norm_type) for own in by_group])
+def _by_unit(each: Tensor, units: Sequence[int], count: int, norm_type: float) -> Tensor:
+    """The norm of each of ``count`` units, of the tensors' norms; NaN for a unit that has no gradient."""
+    if len(units) != len(each):
+        raise ValueError(f"`units` must name the unit of each of {len(each)} gradients, got {units!r}")
+    by_unit: list[list[Tensor]] = [[] for _ in range(count)]
+    for unit, norm in zip(units, each.unbind(), strict=True):
+        by_unit[unit].append(norm)
+    nothing = each.new_full((), math.nan)
+
+    def together(own: list[Tensor]) -> Tensor:
+        if len(own) < 2:
+            return own[0] if own else nothing
+        return torch.linalg.vector_norm(torch.stack(own), norm_type)
+
+    return torch.stack([together(own) for own in by_unit])

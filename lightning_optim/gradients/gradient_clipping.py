@@ -15,7 +15,7 @@ from lightning_optim import tensors
 from lightning_optim.callback import OptimCallback, gradients
 from lightning_optim.fit import drop_step
 from lightning_optim.gradients.attempts import Attempts
-from lightning_optim.gradients.clipping import ClipByNorm, Clipping
+from lightning_optim.gradients.clipping import ClipByNorm, Clipping, Scope
 from lightning_optim.gradients.guard import Guard, Verdict
 from lightning_optim.policy import PerOptimizer
 from lightning_optim.refusals import refuse_parts
@@ -188,9 +188,10 @@ class GradientClipping(OptimCallback):
                 some_weights, some_grads = [w for w, _ in pairs], [g for _, g in pairs]
             if some_grads:
                 known = norm if chosen is None and policy.norm_type == norm_type else None
-                # Only a policy that asks for groups must take them: users' own may know nothing of them.
-                groups = {"groups": _groups(optimizer, some_weights)} if policy.scope == "group" else {}
-                policy.clip_(some_grads, some_weights, norm=known, step=step, total=total, **groups)
+                units = {}  # Only a policy that asks for them must take them: users' own may know nothing of units.
+                if policy.scope != "global":
+                    units["units"] = _units(policy.scope, optimizer, chosen, some_weights)
+                policy.clip_(some_grads, some_weights, norm=known, step=step, total=total, **units)
                 acted.append(policy)
                 norm = value = None  # of the gradients before; the next policy sees others
 
@@ -270,10 +271,12 @@ def _from_number(number: Any) -> Clipping:
     return ClipByNorm(float(number))
 
 
-def _groups(optimizer: Optimizer, weights: list[Tensor]) -> list[int]:
-    """The position in ``param_groups`` of each weight's group."""
-    group_of = {id(p): position for position, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    return [group_of[id(weight)] for weight in weights]
+def _units(scope: Scope, optimizer: Optimizer, chosen: set[int] | None, weights: list[Tensor]) -> list[int]:
+    """The number of each weight's group, or its own among all that are chosen, whether they have a gradient or not."""
+    grouped = [(id(p), number) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    listed = [(key, number) for key, number in grouped if chosen is None or key in chosen]
+    unit_of = {key: own if scope == "tensor" else number for own, (key, number) in enumerate(listed)}
+    return [unit_of[id(weight)] for weight in weights]
 
 
 def _scale(trainer: Trainer) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Recent:
@@ -32,11 +33,13 @@ class Recent:
         self._ring: Tensor | None = None
 
     def append(self, row: Tensor) -> None:
-        """Add a vector, whose length is always the same; beyond ``size`` the oldest is forgotten."""
+        """Add a vector; beyond ``size`` the oldest is forgotten. Of new columns the past is NaN."""
         if self._ring is None:
             self._ring = row.new_full((self.size, len(row)), torch.nan)
         elif self._ring.device != row.device:
             self._ring = self._ring.to(row.device)
+        if len(row) > self._ring.shape[1]:
+            self._ring = pad(self._ring, (0, len(row) - self._ring.shape[1]), value=torch.nan)
         self._ring[self.count % self.size].copy_(row)
         self.count += 1
 

@@ -132,6 +132,29 @@ def test_each_param_group_has_its_own_norm() -> None:
     assert module.norms == pytest.approx([0.2, 0.2], rel=1e-4)
 
 
+class InTurn(models.Model):
+    """In every second step the first group has no gradient, and in the others the second has none."""
+
+    configure_optimizers = Groups.configure_optimizers
+
+    def on_after_backward(self) -> None:
+        for parameter in self.optimizers().param_groups[self.seen % 2]["params"]:
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+def test_a_history_knows_only_the_steps_in_which_there_was_a_gradient(scope: Any) -> None:
+    clipping = GradientClipping([AutoClip(scope=scope, exclude="*.scale"), ZClip(scope=scope, warmup=100)])
+    module = InTurn(CELL)
+    run.make_trainer(CELL, [clipping]).fit(module)
+    history, statistics = (policy.state_dict() for policy in clipping._copies[0])
+    rows = history["recent"]["rows"]
+    assert rows.shape == (8, 2 if scope == "group" else 4)
+    assert rows.isfinite().sum(0).tolist() == [4] * rows.shape[1]
+    assert rows.nan_to_num(1.0).min() > 0.0
+    assert statistics["statistics"][0].tolist() == [4.0] * (2 if scope == "group" else 5)
+
+
 # ---- skipped steps ---------------------------------------------------------------------------------------------------
 
 

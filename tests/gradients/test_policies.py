@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_each_tensor_has_its_own_norm(norm_type: float) -> None:
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 def test_each_group_has_its_own_norm(norm_type: float) -> None:
     grads, alone = _tensors(), _tensors()
-    norm = ClipByNorm(0.7, norm_type, scope="group").clip_(grads, groups=[0, 2, 0, 2, 2])
+    norm = ClipByNorm(0.7, norm_type, scope="group").clip_(grads, units=[0, 2, 0, 2, 2])
     torch.testing.assert_close(norm, tensors.total_norm(alone, norm_type))
     for group in ([0, 2], [1, 3, 4]):
         ClipByNorm(0.7, norm_type).clip_([alone[i] for i in group])
@@ -62,9 +63,32 @@ def test_each_group_has_its_own_norm(norm_type: float) -> None:
         torch.testing.assert_close(grad, own, rtol=1e-6, atol=0.0)
 
 
-def test_groups_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="`groups` must name the group of each of 5 gradients"):
-        ClipByNorm(1.0, scope="group").clip_(_tensors(), groups=[0])
+def test_units_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="`units` must name the unit of each of 5 gradients"):
+        ClipByNorm(1.0, scope="group").clip_(_tensors(), units=[0])
+
+
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+@pytest.mark.parametrize("policy", [partial(AutoClip, 40.0), partial(ZClip, z=0.5, warmup=2)])
+def test_units_come_and_go(policy: Any, scope: Any) -> None:
+    """Each has the history of one that is alone, whatever the others do, and over a resume."""
+    together = policy(scope=scope)
+    alone = [policy(), policy(), policy()]
+    clipped = 0
+    there = [[0, 1], [1], [0], [0, 1, 2], [2], [0], [1, 2]] * 5
+    for step, units in enumerate(there):
+        grads = [torch.tensor([float((3 * step + 5 * unit) % 7 + 1)]) for unit in units]
+        wanted = [grad.clone() for grad in grads]
+        if step == 19:
+            resumed = policy(scope=scope)
+            resumed.load_state_dict(together.state_dict())
+            together = resumed
+        together.clip_(grads, units=units)
+        for unit, grad, own in zip(units, grads, wanted, strict=True):
+            alone[unit].clip_([own])
+            torch.testing.assert_close(grad, own)
+        clipped += int(together.clipped)
+    assert clipped >= 10
 
 
 # ---- AutoClip --------------------------------------------------------------------------------------------------------
@@ -309,12 +333,12 @@ def _on_shards() -> list[tuple[str, float]]:
     ]
     for policy in policies:
         other = copy.deepcopy(policy)
-        groups = {"groups": [0, 1, 0, 1, 0, 1, 0]} if policy.scope == "group" else {}
+        units = {"units": [0, 1, 0, 1, 0, 1, 0]} if policy.scope == "group" else {}
         for step in range(2):
             grads, weights = [(1 + step) * grad for grad in make(step)], make(5)
             placed = place(grads)
-            policy.clip_(placed, place(weights), step=step, **groups)
-            other.clip_(grads, weights, step=step, **groups)
+            policy.clip_(placed, place(weights), step=step, **units)
+            other.clip_(grads, weights, step=step, **units)
             far += [
                 (repr(policy), (tensors.whole(p) - g).abs().max().item()) for p, g in zip(placed, grads, strict=True)
             ]
