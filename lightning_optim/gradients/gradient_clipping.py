@@ -17,6 +17,7 @@ from lightning_optim.fit import drop_step
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.clipping import ClipByNorm, Clipping, Scope
 from lightning_optim.gradients.guard import Guard, Verdict
+from lightning_optim.gradients.scaler import agree_on_overflow, scale_of
 from lightning_optim.policy import PerOptimizer
 from lightning_optim.refusals import refuse_parts
 from lightning_optim.schedules import check_number
@@ -212,7 +213,8 @@ class GradientClipping(OptimCallback):
     ) -> None:
         index = trainer.optimizers.index(optimizer)
         where = f"in epoch {trainer.current_epoch}, batch {self._batch_idx} the norm of its gradients is {value:.4g}"
-        if verdict == "spike" or _scale(trainer) <= 1.0:  # else a smaller scale may cure it
+        curable = verdict == "nonfinite" and scale_of(trainer) > 1.0  # by a smaller scale
+        if not curable:
             self._in_a_row[index] += 1
             row = self._in_a_row[index]
             if verdict == "nonfinite" and self.nonfinite == "raise":
@@ -223,6 +225,8 @@ class GradientClipping(OptimCallback):
                     f" `max_consecutive_skips={self.max_consecutive_skips}`: {where}."
                     f" {_not_finite(pl_module, optimizer)}"
                 )
+        if verdict == "nonfinite":
+            agree_on_overflow(trainer, optimizer, overflow=curable)
         drop_step(trainer, optimizer, where)
         self._count(trainer, index)
 
@@ -277,12 +281,6 @@ def _units(scope: Scope, optimizer: Optimizer, chosen: set[int] | None, weights:
     listed = [(key, number) for key, number in grouped if chosen is None or key in chosen]
     unit_of = {key: own if scope == "tensor" else number for own, (key, number) in enumerate(listed)}
     return [unit_of[id(weight)] for weight in weights]
-
-
-def _scale(trainer: Trainer) -> float:
-    """The loss scale; 1 without a scaler. Read only when a step is skipped: it waits for the device."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _not_finite(pl_module: LightningModule, optimizer: Optimizer) -> str:

@@ -12,6 +12,7 @@ from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.gradients.scaler import scaler_of
 from lightning_optim.slots import Slot
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> Lig
 
 def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:
     """Bring the window's gradients to the present loss scale, which another optimizer's step may have changed."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = scaler_of(trainer)
     if scaler is None:
         return
     scale = scaler.get_scale()
