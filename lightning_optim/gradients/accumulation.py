@@ -16,7 +16,7 @@ from lightning_optim import tensors
 from lightning_optim.callback import OptimCallback, gradients
 from lightning_optim.gradients.mixins import ManualOptimizationMixin
 from lightning_optim.gradients.target import TargetBatchSize
-from lightning_optim.gradients.windows import WeightBy, Window, mean_over_ranks, micro_batches_for, weight_of
+from lightning_optim.gradients.windows import WeightBy, Window, micro_batches_for, unit_of, weight_of
 from lightning_optim.slots import Slot
 
 
@@ -151,7 +151,7 @@ class GradientAccumulation(OptimCallback):
         if self.weight_by != "batch":
             self._weight = weight_of(batch, self.weight_by, pl_module.device)
             if self._unit is None or not self.is_open:
-                self._unit = mean_over_ranks(self._weight, trainer.world_size)
+                self._unit = unit_of(self._weight, trainer.world_size, before=self._unit)
 
     def weigh(self, window: Window) -> Tensor | None:
         """Take a micro-batch into a window; the factor for its loss, ``None`` if all count the same."""
@@ -173,6 +173,9 @@ class GradientAccumulation(OptimCallback):
         if window is None or window.count == 0:
             return
         factor = window.correction(trainer.world_size)
+        if window.unit is not None:
+            # What a micro-batch weighed, for a next window that begins with a weight of 0.
+            self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
             _, grads = gradients(optimizer)
             for grad in tensors.local(grads):

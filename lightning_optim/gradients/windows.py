@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -65,19 +66,19 @@ class Window:
 def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
     """What a micro-batch counts for: a scalar on the device; a tensor that is there already is not waited for."""
     weight = extract_batch_size(batch) if isinstance(weight_by, str) else weight_by(batch)
-    if isinstance(weight, Tensor):
+    if isinstance(weight, Tensor) and weight.numel() == 1:
         return weight.detach().to(device, torch.float32).reshape(())
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
         raise ValueError(f"`weight_by` must return a number >= 0 or a tensor with one element, got {weight!r}")
     return torch.full((), float(weight), device=device, dtype=torch.float32)
 
 
-def mean_over_ranks(weight: Tensor, ranks: int) -> Tensor:
-    """The unit of a window: the mean over ranks of its first micro-batch's weight; 1 if that is 0."""
+def unit_of(weight: Tensor, ranks: int, before: Tensor | None) -> Tensor:
+    """The unit of a window: the mean over ranks of its first micro-batch's weight; if that is 0, the unit before it."""
     unit = weight.clone()
     if ranks > 1:
         dist.all_reduce(unit)
-    return torch.where(unit > 0, unit / ranks, 1.0)
+    return torch.where(unit > 0, unit / ranks, 1.0 if before is None else before)
 
 
 def micro_batches_for(target: TargetBatchSize, trainer: Trainer) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -155,6 +158,17 @@ def test_the_unit_does_not_matter_and_scaled_gradients_stay_in_range(weight: flo
     assert max(seen) < 65504
 
 
+def test_windows_that_begin_with_nothing_stay_in_range() -> None:
+    """The first has no unit but 1; from then on the scaler has nothing to skip."""
+    cell = Cell("automatic", "16-mixed", "single", "4")
+    weights = itertools.cycle([0, 4096, 4096, 4096])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    accumulation, module = GradientAccumulation(4, weight_by=lambda batch: next(weights)), models.build(cell)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+    run.make_trainer(cell, [accumulation], plugins=plugins, max_epochs=3).fit(module)
+    assert accumulation.steps == [5]
+
+
 def test_by_sample_with_a_short_last_batch() -> None:
     """Ten samples in batches of four: the last holds two, and counts for two."""
 
@@ -284,7 +298,12 @@ def test_ranks_make_the_target_together(kind: Any, strategy: Any, group: Group) 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", [-1, float("nan"), "many", True, None])
+@pytest.mark.parametrize("weight", [torch.ones(1), torch.tensor(1), np.int64(1), np.float32(1), 1.0])
+def test_one_number_of_any_kind_is_a_weight(weight: Any) -> None:
+    assert weight_of(None, lambda batch: weight, torch.device("cpu")).item() == 1.0
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), "many", True, None, torch.ones(2)])
 def test_a_weight_that_is_none_is_refused(weight: Any) -> None:
     with pytest.raises(ValueError, match=r"`weight_by` must return a number >= 0 or a tensor with one element"):
         weight_of(None, lambda batch: weight, torch.device("cpu"))
