@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -136,7 +137,10 @@ class SharpnessAwareMixin(LightningModule):
 
     def _refuse(self, optimizer: Optimizer) -> None:
         self._refuse_manual()
-        accumulates = any(getattr(callback, "slot", None) is Slot.ACCUMULATE for callback in self.trainer.callbacks)
+        accumulates = any(
+            getattr(callback, "slot", None) is Slot.ACCUMULATE or isinstance(callback, GradientAccumulationScheduler)
+            for callback in self.trainer.callbacks
+        )
         if accumulates or self.trainer.accumulate_grad_batches != 1:
             raise MisconfigurationException(
                 "SharpnessAwareMixin evaluates the batch of a step twice, and the micro-batches of a window are gone by"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loops.optimization.automatic import Closure
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_optimizer import SAM
 from torch import Tensor, nn
@@ -244,7 +245,12 @@ def test_a_first_gradient_that_is_not_finite_is_skipped_with_its_step() -> None:
 
 @pytest.mark.parametrize(
     ("callbacks", "changes"),
-    [([GradientAccumulation(2)], {}), ([GradientAccumulation(1)], {}), ([], {"accumulate_grad_batches": 2})],
+    [
+        ([GradientAccumulation(2)], {}),
+        ([GradientAccumulation(1)], {}),
+        ([GradientAccumulationScheduler({1: 2})], {}),
+        ([], {"accumulate_grad_batches": 2}),
+    ],
 )
 def test_accumulation_is_refused(callbacks: Any, changes: Any) -> None:
     with pytest.raises(MisconfigurationException, match=ACCUMULATES):
