@@ -105,8 +105,14 @@ class AverageInUse(OptimCallback):
         )
         shadow.keep_buffers()
 
+    @property
+    def _saved_as_state_dict(self) -> bool:
+        """Whether it is this average that a file written now holds as ``state_dict``."""
+        evaluated = self.fit and self.fit.average
+        return evaluated is self or (evaluated is None and self._shadow is not None and self._shadow.uppermost)
+
     def averaged_state(self) -> dict[str, torch.Tensor]:
-        """The averaged tensors by name; empty before the first update, and while the module itself holds them."""
+        """The averaged tensors by name; empty before the first update."""
         return {} if self._shadow is None else self._shadow.named()
 
     def _evaluating(self, run: Callable[[], Any], trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any]:
@@ -130,12 +136,12 @@ class AverageInUse(OptimCallback):
         """The ``state_dict`` of every file, with the average in place of the raw weights."""
 
         def save() -> dict[str, Any]:
-            if self._running.average is not self or self._shadow is None or self._shadow.inside:
+            if self._running.average is not self or self._shadow is None or self._shadow.uppermost:
                 return state_dict()
             self._settle(trainer, pl_module)
             saved = state_dict()
-            for source, averaged in self._shadow.pairs():
-                value = averaged.to(source.tensor.dtype)
+            for source, raw, averaged in self._shadow.located():
+                value = averaged.to(raw.dtype)
                 if isinstance(value, DTensor):  # of a sharded model: whole tensors on rank 0, or each rank's shard
                     value = value.cpu() if state.is_distributed(trainer) else value.full_tensor().cpu()
                 for name in source.names:

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from torch.optim import Optimizer
 from lightning_optim import tensors
 from lightning_optim.averaging.averages import Average
 from lightning_optim.averaging.sources import Source, plain_name, sources_of
+
+_inside: WeakKeyDictionary[nn.Module, list[Shadow]] = WeakKeyDictionary()
+"""Whose averages lie in a module, each over those before it."""
 
 
 class Shadow:
@@ -41,6 +45,7 @@ class Shadow:
         self.averages = [copy.deepcopy(average) for _ in optimizers]
         self.inside = self.fresh = self._reduced = False
         self._raw: dict[str, Tensor] = {}
+        _inside[module] = []
 
     @property
     def module(self) -> nn.Module | None:
@@ -86,8 +91,36 @@ class Shadow:
                 yield from zip(sources, average.averaged, strict=True)
 
     def named(self) -> dict[str, Tensor]:
-        """The averaged tensors under all their names; empty before the first update and while the model has them."""
-        return {} if self.inside else {name: average for source, average in self.pairs() for name in source.names}
+        """The averaged tensors under all their names, wherever they lie now; empty before the first update."""
+        return {name: average for source, _, average in self.located() for name in source.names}
+
+    def located(self) -> Iterator[tuple[Source, Tensor, Tensor]]:
+        """What is averaged, its raw tensor and its average, wherever these lie while averages are in the model."""
+        stack = self._stack
+        displaced = [shadow._displaced() for shadow in stack]
+        above = displaced[stack.index(self) + 1 :] if self in stack else []
+        for source, average in self.pairs():
+            name, live = source.name, source.tensor
+            raw = next((lain[name] for lain in displaced if name in lain), live)
+            if self.inside and name not in self._raw:
+                average = next((lain[name] for lain in above if name in lain), live)
+            yield source, raw, average
+
+    @property
+    def _stack(self) -> list[Shadow]:
+        module = self.module
+        return [] if module is None else _inside[module]
+
+    @property
+    def uppermost(self) -> bool:
+        """Whether what the model holds now is this average."""
+        return self.inside and self._stack[-1:] in ([self], [])
+
+    def _displaced(self) -> dict[str, Tensor]:
+        """What this average has displaced from the model, which it is in: kept beside, else in its own storage."""
+        own = {source.name: average for source, average in self.pairs()}
+        kept = {s.name: tensors.placed_as(self._raw[s.name], s.tensor) for s, _ in self.pairs() if s.name in self._raw}
+        return own | kept
 
     def reduce_(self, group: dist.ProcessGroup) -> None:
         """Let all ranks have the mean of their averaged buffers, which each has from its own batches.
@@ -127,6 +160,10 @@ class Shadow:
                     self._swap_(source, average)
                 raise
             self.inside = not self.inside
+            if self.inside:
+                self._stack.append(self)
+            else:
+                self._stack.remove(self)
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
@@ -182,12 +219,11 @@ class Shadow:
                 what lost bits in the module's dtype; else the average.
         """
         raw, averaged = {}, {}
-        for source, average in self.pairs():
-            live = source.tensor
+        for source, own, average in self.located():
             if evaluated:
-                raw[source.name] = self._raw_of(source, average) if self.inside else live
-            if not evaluated or average.dtype != live.dtype:
-                averaged[source.name] = live if self.inside and source.name not in self._raw else average
+                raw[source.name] = own
+            if not evaluated or average.dtype != own.dtype:
+                averaged[source.name] = average
         memory = {
             str(index): {
                 str(place): {source.name: weight for source, weight in zip(sources, remembered, strict=True)}
@@ -201,16 +237,7 @@ class Shadow:
 
     def raw(self) -> dict[str, Tensor]:
         """The raw tensors of what is averaged, under all their names."""
-        return {
-            name: self._raw_of(source, average) if self.inside else source.tensor
-            for source, average in self.pairs()
-            for name in source.names
-        }
-
-    def _raw_of(self, source: Source, average: Tensor) -> Tensor:
-        """The raw tensor while the model holds the average: kept beside, else in the average's storage."""
-        kept = self._raw.get(source.name)
-        return average if kept is None else tensors.placed_as(kept, source.tensor)
+        return {name: raw for source, raw, _ in self.located() for name in source.names}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:

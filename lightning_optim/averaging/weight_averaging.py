@@ -231,7 +231,7 @@ class WeightAveraging(AverageInUse):
         if self._shadow is None:
             return self._loaded or {}
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
-        return {**self._shadow.state(self.evaluates), **comparison}
+        return {**self._shadow.state(self._saved_as_state_dict), **comparison}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._loaded = extra or None
@@ -248,7 +248,7 @@ class WeightAveraging(AverageInUse):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.evaluates and self._shadow is not None:
+        if self._saved_as_state_dict and self._shadow is not None:
             interop.add_for_lightning(checkpoint, self._shadow)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +225,79 @@ def test_an_exchange_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPat
     assert len(swaps) == 5
 
 
+class Saved(Callback):
+    """Saves at the end of the first epoch, within the contexts that it is given, and remembers what lay there then."""
+
+    def __init__(self, path: Path, *within: WeightAveraging) -> None:
+        self.path, self.within = path, within
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 0:
+            with contextlib.ExitStack() as contexts:
+                for callback in self.within:
+                    contexts.enter_context(callback.averaged_weights(pl_module))
+                trainer.save_checkpoint(self.path)
+
+
+def _resumed(path: Path, *callbacks: WeightAveraging) -> list[dict[str, torch.Tensor]]:
+    """The raw weights with which a run goes on from a file, and those of each average."""
+    found = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if not found:
+                found.append(snapshot(pl_module))
+                for callback in callbacks:
+                    with callback.averaged_weights(pl_module):
+                        found.append(snapshot(pl_module))
+
+    fit(Model(), [*callbacks, Look()], ckpt=path, max_epochs=4)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("evaluates", "within"), [(True, "ab"), (True, "b"), (False, "a"), (False, "ba"), (True, "")])
+def test_a_file_that_is_written_within_averaged_weights_resumes(tmp_path, evaluates, within, dtype) -> None:
+    def averages() -> dict[str, WeightAveraging]:
+        return {
+            "a": averaging(evaluate=evaluates, dtype=dtype),
+            "b": averaging(average=SWA(), evaluate=False, dtype=dtype),
+        }
+
+    model, run = Model(), averages()
+    fit(model, [*run.values(), Saved(tmp_path / "one.ckpt", *(run[name] for name in within))], max_epochs=1)
+    raw, of_a, of_b = _resumed(tmp_path / "one.ckpt", *averages().values())
+    assert_equal(raw, model.trajectory[-1])
+    assert_close(of_a, ema(model.trajectory, DECAY))
+    assert_close(of_b, mean(model.trajectory))
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert_close(saved["state_dict"], of_a)
+    assert_equal(saved["current_model_state"], raw)
+    assert_close(averaged_state_dict(tmp_path / "one.ckpt"), of_a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apply", [True, False])
+def test_a_file_that_is_written_after_the_fit_resumes(tmp_path, apply, dtype) -> None:
+    model = Model()
+    fitted = fit(model, [averaging(apply_at_end=apply, dtype=dtype)])
+    fitted.save_checkpoint(tmp_path / "one.ckpt")
+    raw, averaged = _resumed(tmp_path / "one.ckpt", averaging(dtype=dtype))
+    assert_equal(raw, model.trajectory[-1])
+    assert_close(averaged, ema(model.trajectory, DECAY))
+
+
+def test_a_file_that_is_written_after_an_exception_resumes(tmp_path) -> None:
+    model = Failing()
+    failed = trainer([averaging()])
+    with pytest.raises(RuntimeError, match="as planned"):
+        failed.fit(model, data(), data(2, seed=1))
+    failed.save_checkpoint(tmp_path / "one.ckpt")
+    raw, averaged = _resumed(tmp_path / "one.ckpt", averaging())
+    assert_equal(raw, model.trajectory[-1])
+    assert_close(averaged, ema(model.trajectory, DECAY))
+
+
 def test_an_average_that_never_started_is_never_used(tmp_path) -> None:
     model, alone = Model(), Model()
     files = ModelCheckpoint(tmp_path, filename="one")
@@ -264,6 +339,15 @@ def test_averaged_weights_in_the_users_own_code() -> None:
     stranger = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"has no .*, of which"), callback.averaged_weights(stranger):
         pass
+
+
+def test_another_module_gets_the_average_also_while_the_model_holds_it() -> None:
+    model, callback, other = Model(), averaging(), Model(lr=0.0)
+    fit(model, [callback])
+    with callback.averaged_weights(other):
+        assert_equal(snapshot(other), snapshot(model))
+    with callback.averaged_weights(model), callback.averaged_weights(other):
+        assert_close(snapshot(other), ema(model.trajectory, DECAY))
 
 
 def test_averaged_weights_before_the_start_are_the_raw_ones() -> None:
