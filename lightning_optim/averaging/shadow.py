@@ -168,12 +168,16 @@ class Shadow:
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
         """Within this the model holds the average, and afterwards the raw weights again, whatever happened."""
-        try:
-            self.exchange_()
-            yield
-        finally:
-            if self.inside:
+        with contextlib.ExitStack() as versions:
+            for source, _ in self.pairs():
+                # What was computed before may go backward afterwards: by then the weights are what they were.
+                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(source.tensor))
+            try:
                 self.exchange_()
+                yield
+            finally:
+                if self.inside:
+                    self.exchange_()
 
     def _swap_(self, source: Source, average: Tensor) -> None:
         (ours,), (theirs,) = tensors.local([average]), tensors.local([source.tensor])

@@ -341,6 +341,22 @@ def test_averaged_weights_in_the_users_own_code() -> None:
         pass
 
 
+def test_the_average_may_be_used_between_forward_and_backward(tmp_path) -> None:
+    def run(*callbacks: Callback) -> Model:
+        model = Model(make=norm_net)
+        fit(model, callbacks, max_epochs=1)
+        return model
+
+    class Between(Callback):
+        def on_before_backward(self, trainer, pl_module, loss) -> None:
+            with callback.averaged_weights(pl_module):
+                pass
+            trainer.save_checkpoint(tmp_path / "one.ckpt")  # estimates statistics anew
+
+    callback = averaging(average=SWA(), apply_at_end=False)
+    assert_equal(snapshot(run(callback, Between())), snapshot(run()))
+
+
 def test_another_module_gets_the_average_also_while_the_model_holds_it() -> None:
     model, callback, other = Model(), averaging(), Model(lr=0.0)
     fit(model, [callback])
