@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_optim import state
 from lightning_optim.averaging import refresh
@@ -36,6 +37,7 @@ class AverageInUse(OptimCallback):
     compare: bool
     comparison: Comparison
     _shadow: Shadow | None
+    _unfrozen: list[_BatchNorm] | None  # at the last update: the user may have put the module into eval mode since
 
     @property
     def started(self) -> bool:
@@ -102,6 +104,7 @@ class AverageInUse(OptimCallback):
             self.refresh_loader,
             self.refresh_batches,
             seed=shadow.updates,
+            layers=None if pl_module.training else self._unfrozen,
         )
         shadow.keep_buffers()
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim.averaging.batchnorm import refresh_batchnorm_, statistics_layers
@@ -30,18 +31,20 @@ def refresh_(
     loader: Iterable[Any] | None,
     batches: int | None,
     seed: int,
+    layers: Sequence[_BatchNorm] | None = None,
 ) -> None:
     """Estimate the BatchNorm statistics of the present weights, on training data, over all ranks.
 
     Args:
         trainer: The running Trainer.
-        pl_module: Its model. BatchNorm layers in eval mode are frozen and left alone.
+        pl_module: Its model.
         forward: Runs the model on a batch that is on the device.
         loader: Where the batches come from; ``None``: the training data.
         batches: How many; ``None``: all. On one rank never more than the loader has.
         seed: Of the draws within, so that a resumed run estimates the same.
+        layers: Whose. Default: those that are in training mode; a layer in eval mode is frozen.
     """
-    layers = [layer for layer in statistics_layers(pl_module) if layer.training]
+    layers = in_training(statistics_layers(pl_module)) if layers is None else layers
     if not layers:
         return
     if loader is None:
@@ -53,6 +56,11 @@ def refresh_(
         together = group if isinstance(trainer.strategy, ModelParallelStrategy) or _synchronizes(layers) else None
         seen = _on_device(trainer, pl_module, _take(loader, batches, together))
         refresh_batchnorm_(pl_module, seen, forward, layers=layers, group=group)
+
+
+def in_training(layers: Sequence[_BatchNorm]) -> list[_BatchNorm]:
+    """Those that are not frozen."""
+    return [layer for layer in layers if layer.training]
 
 
 def data_group(trainer: Trainer) -> dist.ProcessGroup | None:
@@ -183,7 +191,7 @@ def _on_device(trainer: Trainer, pl_module: LightningModule, batches: Iterator[A
         yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)
 
 
-def _synchronizes(layers: list[Any]) -> bool:
+def _synchronizes(layers: Sequence[_BatchNorm]) -> bool:
     return any(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
 
 

@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_optim import state, tensors
 from lightning_optim.averaging import interop, refresh
 from lightning_optim.averaging.averages import Average
+from lightning_optim.averaging.batchnorm import statistics_layers
 from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.in_use import AverageInUse, Buffers
 from lightning_optim.averaging.shadow import Shadow
@@ -135,6 +137,8 @@ class WeightAveraging(AverageInUse):
         self._shadow: Shadow | None = None
         self._loaded: dict[str, Any] | None = None
         self._trainable: list[int] = []
+        self._layers: list[_BatchNorm] = []
+        self._unfrozen = None
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -161,6 +165,7 @@ class WeightAveraging(AverageInUse):
         tensors.reshard_(pl_module)
         self.average.keep_in(self.dtype, self.device)
         self._shadow = Shadow(pl_module, trainer.optimizers, self.average, buffers=self.buffers != "copy")
+        self._layers = statistics_layers(pl_module) if self.buffers == "refresh" else []
         self._trainable = [trainable(optimizer) for optimizer in trainer.optimizers]
         self._take_over(self._shadow)
 
@@ -224,6 +229,7 @@ class WeightAveraging(AverageInUse):
     def _update(self, index: int) -> None:
         assert self._shadow is not None
         self._shadow.update_(index, self.steps[index])
+        self._unfrozen = refresh.in_training(self._layers)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -258,7 +264,7 @@ class WeightAveraging(AverageInUse):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the average as loaded state: the model's own tensors do not travel with the callback."""
-        held = {**super().__getstate__(), "_shadow": None, "refresh_loader": None}
+        held = {**super().__getstate__(), "_shadow": None, "_layers": [], "_unfrozen": None, "refresh_loader": None}
         if self.started:
             held["_loaded"] = state.export(self.extra_state(), None)
         return held

@@ -134,6 +134,31 @@ def test_a_frozen_layer_is_left_alone() -> None:
     assert model.validated[-1]["net.1.running_var"].tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_users_own_evaluation_in_eval_mode_has_refreshed_statistics(frozen: bool) -> None:
+    class Evaluated(Model):
+        seen: torch.Tensor
+
+        def on_train_batch_start(self, batch, batch_idx) -> None:
+            self.net[1].train(not frozen)
+
+        def on_train_batch_end(self, *args) -> None:
+            self.eval()
+            with callback.averaged_weights(self):
+                self.seen = self.net[1].running_var.clone()
+            self.train()
+
+    callback = _averaged()
+    model = Evaluated(make=norm_net)
+    fit(model, [callback], max_epochs=1)
+    wanted = Model(make=norm_net)
+    wanted.load_state_dict(model.validated[-1])
+    if not frozen:
+        refresh_batchnorm_(wanted, data())
+    torch.testing.assert_close(model.seen, wanted.net[1].running_var)
+    torch.testing.assert_close(model.validated[-1]["net.1.running_var"], model.seen)
+
+
 class _Draws(TensorDataset):
     """Data that are augmented with every kind of draw there is."""
 
