@@ -1,4 +1,4 @@
-"""Files that are averaged where they lie: the same mean as of what is loaded from them, and no line of theirs is run."""
+"""Files that are averaged where they lie: the same mean as of what is loaded, and no line of theirs is run."""
 
 from __future__ import annotations
 

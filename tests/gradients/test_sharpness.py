@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_optimizer import SAM
 from torch import Tensor, nn
