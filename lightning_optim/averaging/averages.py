@@ -162,7 +162,8 @@ class LAWA(Average):
             self._latest.append([self.copy_of(weight) for weight in weights])
         else:
             oldest = self._latest.pop(0)
-            torch._foreach_copy_(tensors.local(oldest), tensors.local(weights))
+            if oldest:
+                torch._foreach_copy_(tensors.local(oldest), tensors.local(weights))
             self._latest.append(oldest)
         self._due = True
         self._counters = {**self._counters, "updates": self._counters["updates"] + 1, "last": step}
@@ -173,6 +174,8 @@ class LAWA(Average):
         if not self._averaged:
             self._averaged = [tensors.placed_as(a.clone(), b) for a, b in zip(first, self._latest[0], strict=True)]
         mean = tensors.local(self._averaged)
+        if not mean:
+            return
         torch._foreach_copy_(mean, first)
         for count, weights in enumerate(others, start=2):
             torch._foreach_lerp_(mean, weights, 1.0 / count)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim import tensors
+
 
 @dataclass(eq=False)
 class Source:
@@ -84,8 +86,9 @@ class Sources:
 def sources_of(module: nn.Module, optimizers: list[Optimizer], buffers: bool) -> list[Sources]:
     """What is averaged with each optimizer: its trainable parameters; with the first, floating-point buffers too.
 
-    Frozen parameters stand still, so that their average is themselves; integers, bools and 8-bit floats, which are
-    codes, have no mean. All these are used as they are, the latest. So are buffers that no ``state_dict`` holds.
+    A parameter of several optimizers is averaged with the first of them. Frozen parameters stand still, so that their
+    average is themselves; integers, bools, 8-bit floats, which are codes, and buffers with infinities, such as a mask,
+    have no mean. All these are used as they are, the latest. So are buffers that no ``state_dict`` holds.
 
     Args:
         module: The model; under FSDP2 resharded.
@@ -93,11 +96,13 @@ def sources_of(module: nn.Module, optimizers: list[Optimizer], buffers: bool) ->
         buffers: Whether buffers are averaged.
     """
     names = _names(module)
-    sources = []
+    sources: list[list[Source]] = []
+    done: set[int] = set()
     for optimizer in optimizers:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        sources.append([Source(names[id(p)], parameter=p) for p in parameters if id(p) in names])
-    done: set[int] = set()
+        new = [p for p in parameters if id(p) in names and id(p) not in done]
+        sources.append([Source(names[id(p)], parameter=p) for p in new])
+        done.update(id(p) for p in new)
     for owner in module.modules() if sources and buffers else ():
         for key, buffer in owner._buffers.items():
             if buffer is not None and id(buffer) in names and id(buffer) not in done and _has_mean(buffer):
@@ -109,7 +114,8 @@ def sources_of(module: nn.Module, optimizers: list[Optimizer], buffers: bool) ->
 def _has_mean(buffer: Tensor) -> bool:
     # Elements of an expanded tensor share memory, and torch refuses to write to it.
     own = all(stride or size <= 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
-    return own and buffer.dtype.itemsize > 1 and (buffer.is_floating_point() or buffer.is_complex())
+    continuous = buffer.dtype.itemsize > 1 and (buffer.is_floating_point() or buffer.is_complex())
+    return own and continuous and bool(tensors.local([buffer])[0].isfinite().all())
 
 
 def _names(module: nn.Module) -> dict[int, tuple[str, ...]]:

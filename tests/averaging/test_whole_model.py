@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -131,6 +132,48 @@ def test_an_expanded_buffer_which_torch_cannot_write_is_left_alone() -> None:
     fit(model, [callback := averaging()])
     assert "expanded" not in callback.averaged_state()
     assert model.expanded.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("average", [EMA(DECAY, warmup=None), SWA(), LAWA(2)], ids=repr)
+def test_a_buffer_with_infinities_such_as_a_mask_is_left_alone(average) -> None:
+    model = Model()
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    mask = model.mask.clone()
+    fit(model, [averaging(average=average)])
+    assert torch.equal(model.mask, mask)
+
+
+class Two(Model):
+    """Two optimizers, the second of what ``chosen`` says."""
+
+    def __init__(self, chosen: Callable[[Model], list[nn.Parameter]]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.chosen = chosen
+
+    def training_step(self, batch, batch_idx) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            if any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=0.05), torch.optim.SGD(self.chosen(self), lr=0.01)]
+
+
+@pytest.mark.parametrize("average", [SWA(), LAWA(2)], ids=repr)
+@pytest.mark.parametrize("shared", [True, False])
+def test_parameters_of_two_optimizers_and_optimizers_of_none(average, shared: bool) -> None:
+    def chosen(model: Model) -> list[nn.Parameter]:
+        return list(model.net[0].parameters() if shared else nn.Linear(1, 1).requires_grad_(False).parameters())
+
+    model, alone = Two(chosen), Two(chosen)
+    fit(alone, max_epochs=4)
+    fit(model, [averaging(average=average, every="epoch")], max_epochs=4)
+    assert_equal(model.trajectory[-1], alone.trajectory[-1])
+    ends = model.trajectory[7::8]
+    assert_close(snapshot(model), mean(ends if isinstance(average, SWA) else ends[-2:]))
 
 
 def test_buffers_can_be_the_latest() -> None:
