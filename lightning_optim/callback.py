@@ -215,8 +215,7 @@ def gradients(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     """This optimizer's parameters that have a gradient, and these gradients in the parameters' placement.
 
     Both lists are empty when the step was cancelled or dropped. The gradients of another optimizer's parameters lie
-    around
-    stale: they are never in the result.
+    around stale: they are never in the result.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [weight.grad for weight in weights]

@@ -226,8 +226,8 @@ def drop_step(trainer: Trainer, optimizer: Optimizer, reason: str) -> None:
 
     To be called in ``on_before_optimizer_step``, on all ranks alike. The optimizer's gradients become ``None``:
     weights, momentum and step counts of torch's optimizers stay as they are, later slots see that nothing is left to
-    act on, and ``on_after_optimizer_step`` is not called. ``trainer.global_step`` and a step-wise
-    learning-rate schedule still advance: Lightning counts calls.
+    act on, and ``on_after_optimizer_step`` is not called. ``trainer.global_step`` and a step-wise learning-rate
+    schedule still advance: Lightning counts calls.
 
     Args:
         trainer: The running Trainer.
@@ -242,8 +242,7 @@ def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:
     """The weights and buffers that a validation would use now, by their names in the model's ``state_dict``.
 
     These are an average's once it has started and is the evaluated one, else the module's. The tensors are live
-    storage, not
-    copies: whoever keeps them copies them. Under FSDP2 they are DTensors.
+    storage, not copies: whoever keeps them copies them. Under FSDP2 they are DTensors.
 
     Example::
 
