@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.averaging.averages import LAWA, Average
 from lightning_optim.averaging.shadow import Shadow
 from lightning_optim.averaging.sources import plain_name
+from lightning_optim.callback import OptimCallback
+from lightning_optim.slots import Slot
 
 
 def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow) -> None:
@@ -29,21 +32,37 @@ def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow) -> None:
     checkpoint["averaging_state"] = {"n_averaged": torch.tensor(shadow.updates)}
 
 
-def from_lightning(checkpoint: dict[str, Any], average: Average) -> dict[str, Any] | None:
-    """The state of a shadow for a checkpoint in which there is none of this average.
+def heir(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:
+    """Who takes the raw weights from a checkpoint in which no average of this run has them in a state of its own.
 
-    Lightning's ``WeightAveraging`` puts the average into ``state_dict``, and the raw weights beside. So does an average
-    of ours of another kind: then the raw weights are taken, and this average starts anew.
+    The average that is evaluated, else the first.
+    """
+    averages = [cb for cb in trainer.callbacks if isinstance(cb, OptimCallback) and cb.slot is Slot.AVERAGE]
+    states = checkpoint.get("callbacks", {})
+    if any(states.get(callback.state_key, {}).get("raw") for callback in averages):
+        return None
+    return next((callback for callback in averages if callback.evaluates), averages[0])
+
+
+def inherited(checkpoint: dict[str, Any], average: Average, key: str) -> dict[str, Any] | None:
+    """What an average takes over from a checkpoint whose ``state_dict`` holds another one's.
+
+    Lightning's ``WeightAveraging`` puts the average into ``state_dict``, and the raw weights beside. So does another
+    average of ours: then the raw weights are taken, and this average starts anew or goes on from its own state.
 
     Args:
-        checkpoint: What was read.
+        checkpoint: What was read. If it has a state under the key, the raw weights are added there.
         average: Which kind goes on.
+        key: Under which the checkpoint may hold its state.
 
     Returns:
         A state without counters: :func:`with_counters` fills them in, when the steps of each optimizer are known.
     """
     raw = checkpoint.get("current_model_state")
     if raw is None:
+        return None
+    if (own := checkpoint.get("callbacks", {}).get(key)) is not None:
+        own["raw"] = raw
         return None
     ours = any("counters" in own for own in checkpoint.get("callbacks", {}).values() if isinstance(own, dict))
     known = not ours and not isinstance(average, LAWA)  # of which Lightning has no like

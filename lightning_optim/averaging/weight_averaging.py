@@ -259,8 +259,8 @@ class WeightAveraging(AverageInUse):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if self._stage == "fit" and self.evaluates and self.state_key not in checkpoint.get("callbacks", {}):
-            self._loaded = interop.from_lightning(checkpoint, self.average)
+        if self._stage == "fit" and interop.heir(trainer, checkpoint) is self:
+            self._loaded = interop.inherited(checkpoint, self.average, self.state_key)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the average as loaded state: the model's own tensors do not travel with the callback."""

@@ -177,16 +177,20 @@ def test_a_fraction_without_max_epochs_is_refused() -> None:
 # ---- checkpoints of Lightning's ----
 
 
-def _saved(tmp_path, callback, name: str, **changes) -> str:
+def _saved(tmp_path, callbacks, name: str, **changes) -> str:
     model = Model(make=lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)))
     files = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
-    fit(model, [callback, files], enable_checkpointing=True, **changes)
+    fit(model, [*_listed(callbacks), files], enable_checkpointing=True, **changes)
     return tmp_path / name / "epoch=1.ckpt"
 
 
-def _resumed(callback, ckpt, epochs: int = 4) -> Model:
+def _listed(callbacks) -> list[Callback]:
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _resumed(callbacks, ckpt, epochs: int = 4) -> Model:
     model = Model(make=lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)))
-    fit(model, [callback], ckpt=ckpt, max_epochs=epochs)
+    fit(model, _listed(callbacks), ckpt=ckpt, max_epochs=epochs)
     return model
 
 
@@ -229,6 +233,40 @@ def test_another_kind_of_average_starts_anew_from_the_raw_weights(tmp_path, othe
     assert_close(
         snapshot(model), wanted, [name for name, value in snapshot(model).items() if value.is_floating_point()]
     )
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_an_average_that_was_not_evaluated_goes_on_from_the_raw_weights(tmp_path, theirs, evaluate) -> None:
+    """The file's ``state_dict`` is of an average that the resumed run does not have, or does not evaluate."""
+    first = TheirEMA(decay=DECAY) if theirs else EMAWeightAveraging(decay=DECAY)
+    path = _saved(tmp_path, [first, WeightAveraging(SWA(), evaluate=False, buffers="average")], "mixed")
+    alone = _resumed(EMAWeightAveraging(decay=DECAY), path)
+    swa = WeightAveraging(SWA(), evaluate=evaluate, buffers="average")
+    model = _resumed(swa, path)
+    assert_equal(model.trajectory[-1], alone.trajectory[-1])
+    assert swa._shadow.updates == 32
+
+
+@pytest.mark.parametrize("evaluate", ["old", "new"])
+def test_a_new_average_and_an_old_one_go_on_in_any_order(tmp_path, evaluate: str) -> None:
+    path = _saved(tmp_path, [EMAWeightAveraging(decay=DECAY)], "one")
+    whole = EMAWeightAveraging(decay=DECAY)
+    wanted = _resumed(whole, path)
+    old = EMAWeightAveraging(decay=DECAY, evaluate=evaluate == "old")
+    new = WeightAveraging(SWA(), evaluate=evaluate == "new", buffers="average")
+    model = _resumed([new, old], path)
+    assert_equal(model.trajectory[-1], wanted.trajectory[-1])
+    assert_equal(old.averaged_state(), whole.averaged_state())
+
+
+@pytest.mark.parametrize("kind", [SWA(), EMA(DECAY, warmup=None)], ids=repr)
+def test_lightnings_average_goes_on_without_being_evaluated(tmp_path, kind) -> None:
+    path = _saved(tmp_path, [TheirEMA(decay=DECAY)], "theirs")
+    callbacks = [WeightAveraging(kind, evaluate=evaluate, buffers="average") for evaluate in (True, False)]
+    one, other = (_resumed(callback, path) for callback in callbacks)
+    assert_equal(one.trajectory[-1], other.trajectory[-1])
+    assert_equal(callbacks[0].averaged_state(), callbacks[1].averaged_state())
 
 
 def test_swa_of_lightnings_goes_on(tmp_path) -> None:
