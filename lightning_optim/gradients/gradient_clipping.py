@@ -284,9 +284,9 @@ def _units(scope: Scope, optimizer: Optimizer, chosen: set[int] | None, weights:
 
 
 def _not_finite(pl_module: LightningModule, optimizer: Optimizer) -> str:
-    """A sentence with the parameters whose gradients, or parts of them on this rank, are not finite."""
+    """A sentence with the parameters whose gradients, or their parts on this rank, are not finite, if any are."""
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     weights, grads = gradients(optimizer)
     pairs = zip(weights, tensors.local(grads), strict=True)
     found = [names.get(id(weight), "?") for weight, grad in pairs if not bool(grad.isfinite().all())]
-    return f"On this rank not finite are the gradients of {found}."
+    return f"On this rank not finite are the gradients of {found}." if found else "On this rank all are finite."

@@ -25,8 +25,9 @@ class ManualOptimizationMixin(LightningModule):
 
     ``self.optimize(loss, optimizer)`` stands for the backward pass, the accumulation window, the step and
     ``zero_grad``. It takes the window's size from :class:`GradientAccumulation` if that is in the list of callbacks,
-    and steps at each call otherwise. Each optimizer has a window of its own, which the epoch's last batch closes.
-    Clipping, penalties and the rest are the callbacks'.
+    and steps at each call otherwise. Each optimizer has a window of its own, which the epoch's last batch closes; one
+    for which ``optimize`` is not called in that batch stays open into the next epoch. Clipping, penalties and the rest
+    are the callbacks'.
 
     The backward pass writes the gradients of this optimizer's parameters only. In a GAN the generator's loss also
     reaches the discriminator; what it leaves there would otherwise be summed into the discriminator's window.

@@ -85,3 +85,30 @@ def test_training_goes_on(strategy: Any, precision: Any, group: Group) -> None:
     assert first["moved"] > 0.01
     assert first["skipped"] == second["skipped"] == first["monitored"]
     assert first["scaler"] == second["scaler"]
+
+
+class OneRank(Callback):
+    """A NaN on the second rank in every step."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank == 1:
+            for parameter in pl_module.parameters():
+                getattr(parameter.grad, "_local_tensor", parameter.grad).fill_(float("nan"))
+
+
+def refused(cell: Cell, arguments: dict[str, Any]) -> str:
+    trainer = run.make_trainer(cell, [GradientClipping(1.0, **arguments), OneRank()], limit_val_batches=0)
+    with pytest.raises(RuntimeError) as error:
+        trainer.fit(models.build(cell))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [{"nonfinite": "raise"}, {"max_consecutive_skips": 2}])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_all_ranks_raise_and_say_what_they_see(strategy: Any, arguments: dict[str, Any], group: Group) -> None:
+    first, second = group.run(refused, Cell("automatic", "32-true", strategy, "1"), arguments)
+    where = f"batch {arguments.get('max_consecutive_skips', 0)} the norm of its gradients is nan"
+    assert where in first
+    assert where in second
+    assert first.endswith("On this rank all are finite.")
+    assert "'net.inner.weight'" in second
