@@ -80,10 +80,7 @@ class CheckpointAveraging(OptimCallback):
         check_number("top", top, low=2, integer=True)
         if buffers not in ("refresh", "average"):
             raise ValueError(f'`buffers` must be "refresh" or "average", got {buffers!r}')
-        if refresh_batches is not None:
-            check_number("refresh_batches", refresh_batches, low=1, integer=True)
-        if refresh_loader is not None:
-            refresh.own_copy(refresh_loader)
+        refresh.check_arguments(refresh_batches, refresh_loader)
         self.top, self.greedy, self.monitor, self.buffers = top, greedy, monitor, buffers
         self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
         self.reset()

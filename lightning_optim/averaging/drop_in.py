@@ -106,7 +106,8 @@ class StochasticWeightAveraging(WeightAveraging):
 
     Raises:
         ValueError: If an argument is none of these.
-        MisconfigurationException: For a start given as a fraction in a run without ``max_epochs``.
+        MisconfigurationException: For a start given as a fraction in a run without ``max_epochs``, or where the number
+            of rates is not that of an optimizer's parameter groups.
 
     Example::
 
@@ -171,6 +172,16 @@ class StochasticWeightAveraging(WeightAveraging):
                 f"StochasticWeightAveraging(swa_epoch_start={self.swa_epoch_start}) is a fraction of `max_epochs`,"
                 " which this run does not have: set `Trainer(max_epochs=…)`, or give the epoch as an integer."
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if isinstance(self.swa_lrs, list):
+            for optimizer in trainer.optimizers:
+                if len(self.swa_lrs) != len(optimizer.param_groups):
+                    raise MisconfigurationException(
+                        f"StochasticWeightAveraging(swa_lrs={self.swa_lrs}): give a number, or one rate for each of the"
+                        f" {len(optimizer.param_groups)} parameter groups of {type(optimizer).__name__}."
+                    )
 
     def first_epoch(self, trainer: Trainer) -> int:
         """The first epoch, counted from 0, at whose end the weights are averaged."""

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim.averaging.batchnorm import refresh_batchnorm_, statistics_layers
+from lightning_optim.schedules import check_number
 
 
 def refresh_(
@@ -94,6 +95,20 @@ def check_forward(pl_module: LightningModule, name: str) -> None:
             f"{name} estimates BatchNorm statistics anew by a forward pass, and {type(pl_module).__name__} has no"
             ' `forward`: write one, override `forward_batch`, or choose `buffers="average"`.'
         )
+
+
+def check_arguments(batches: int | None, loader: Iterable[Any] | None) -> None:
+    """Refuse a ``refresh_batches`` or a ``refresh_loader`` that cannot be used.
+
+    Raises:
+        ValueError: If so.
+    """
+    if batches is not None:
+        check_number("refresh_batches", batches, low=1, integer=True)
+    if loader is not None:
+        if not isinstance(loader, Iterable):
+            raise ValueError(f"`refresh_loader` must be a loader of batches, which can be iterated, got {loader!r}")
+        own_copy(loader)
 
 
 def own_copy(loader: Any) -> Any:

@@ -105,18 +105,15 @@ class WeightAveraging(AverageInUse):
             check_number("start", start, low=0.0, high=1.0)
         else:
             check_number("start", start, low=0, integer=True)
-        if every != "epoch":
-            check_number("every", every, low=1, integer=True)
+        if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f'`every` must be an integer >= 1 or "epoch", got {every!r}')
         if buffers not in (None, "average", "refresh", "copy"):
             raise ValueError(f'`buffers` must be "average", "refresh", "copy" or None, got {buffers!r}')
-        if refresh_batches is not None:
-            check_number("refresh_batches", refresh_batches, low=1, integer=True)
-        if refresh_loader is not None:
-            refresh.own_copy(refresh_loader)
+        refresh.check_arguments(refresh_batches, refresh_loader)
         if compare and not evaluate:
             raise ValueError("`compare=True` compares with the average that is evaluated, got `evaluate=False`")
         self.average, self.start, self.every = average, start, every
-        self.device = None if device is None else torch.device(device)
+        self.device = _device(device)
         self.dtype = _dtype(dtype)
         self.buffers: Buffers = buffers or ("average" if average.smooths_statistics else "refresh")
         self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
@@ -281,6 +278,13 @@ class WeightAveraging(AverageInUse):
             The figure and its axes. It needs matplotlib.
         """
         return self.comparison.plot(metric)
+
+
+def _device(device: str | int | torch.device | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'`device` must be one that torch knows, such as "cpu" or "cuda:0", got {device!r}') from error
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -167,6 +167,12 @@ def test_arguments_are_refused(build, sentence: str) -> None:
         build()
 
 
+@pytest.mark.parametrize("rates", [[], [0.1, 0.2]])
+def test_another_number_of_rates_than_groups_is_refused(rates: list[float]) -> None:
+    with pytest.raises(MisconfigurationException, match="one rate for each of the 1 parameter groups of SGD"):
+        fit(Model(), [StochasticWeightAveraging(rates)])
+
+
 def test_a_fraction_without_max_epochs_is_refused() -> None:
     with pytest.raises(
         MisconfigurationException, match="set `Trainer\\(max_epochs=…\\)`, or give the epoch as an integer"
