@@ -1,24 +1,21 @@
-"""Pure tensor work: choose parameters, work on local shards, exact norms, copies between placements.
+"""Pure tensor work: choose parameters, work on local shards, copies between placements.
 
 A model under FSDP2 or tensor parallelism holds :class:`~torch.distributed.tensor.DTensor` parameters, perhaps beside
-plain ones. Element-wise formulas are applied to the local shards (:func:`local`), sums go over the ranks that hold
-different parts and count what is replicated once (:func:`total_norm`).
+plain ones. Element-wise formulas are applied to the local shards (:func:`local`); for what goes over several elements
+see :mod:`lightning_optim.norms`.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
@@ -124,160 +121,6 @@ def align_grad_(parameter: Tensor) -> Tensor | None:
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         parameter.grad = grad = grad.redistribute(placements=parameter.placements)
     return grad
-
-
-def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    r"""The norm :math:`\lVert x \rVert_p` of all elements of all tensors, exact over shards.
-
-    Shards are summed over the ranks that hold different parts; replicated and plain tensors, which agree on all ranks,
-    count once. So models that mix both are right. Half precision is accumulated in fp32.
-
-    Args:
-        tensors: Plain tensors and DTensors of any placement, on any device.
-        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
-
-    Returns:
-        A scalar on the device of the first tensor, the same on all ranks.
-
-    Example::
-
-        >>> total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
-        tensor(5.)
-    """
-    if not tensors:
-        return torch.zeros(())
-    alike = len({tensor.dtype for tensor in tensors}) == 1 and len({tensor.device for tensor in tensors}) == 1
-    if alike and not any_sharded(tensors):
-        return _norm(list(tensors), norm_type)
-    groups: dict[tuple[torch.device, torch.dtype, tuple[dist.ProcessGroup, ...]], list[Tensor]] = {}
-    for tensor in tensors:
-        shard, over = _shard_and_groups(tensor)
-        groups.setdefault((shard.device, shard.dtype, over), []).append(shard)
-    device = next(iter(groups))[0]
-    norms = []
-    for (_, _, over), shards in groups.items():
-        norm = _norm(shards, norm_type)
-        for group in over:
-            norm = _norm_over_ranks(norm, norm_type, group)
-        norms.append(norm.to(device))
-    if len(norms) == 1:
-        return norms[0]
-    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
-    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]), norm_type)
-
-
-def norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm of each tensor by itself, exact over shards as in :func:`total_norm`, with one reduction for all.
-
-    Args:
-        tensors: Plain tensors and DTensors of any placement, on any device.
-        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
-
-    Returns:
-        A vector with one entry for each tensor, on the device of the first, the same on all ranks.
-
-    Example::
-
-        >>> norms([torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])])
-        tensor([5., 2.])
-    """
-    if not tensors:
-        return torch.zeros(0)
-    parts = [_shard_and_groups(tensor) for tensor in tensors]
-    groups: dict[tuple[torch.device, torch.dtype, tuple[dist.ProcessGroup, ...]], list[int]] = {}
-    for position, (shard, over) in enumerate(parts):
-        groups.setdefault((shard.device, shard.dtype, over), []).append(position)
-    results: dict[int, Tensor] = {}
-    for (_, _, over), positions in groups.items():
-        shards = [parts[position][0] for position in positions]
-        if math.isinf(norm_type):
-            shards = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
-        some = torch.stack(torch._foreach_norm(shards, norm_type, dtype=accumulation_dtype(shards[0])))
-        for group in over:
-            some = _norm_over_ranks(some, norm_type, group)
-        results.update(zip(positions, some.to(parts[0][0].device).unbind(), strict=True))
-    widest = max((norm.dtype for norm in results.values()), key=lambda dtype: dtype.itemsize)
-    return torch.stack([results[position].to(widest) for position in range(len(tensors))])
-
-
-def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares: bool = False) -> list[Tensor]:
-    """For each tensor the sum of each of its rows, or of their squares, exact over shards.
-
-    A row is what one output of a layer is computed from: all dimensions but the first. A vector or a scalar is one row.
-    Of stacked ensemble members each has its own rows.
-
-    Args:
-        tensors: Plain tensors and DTensors of any placement.
-        like: Their parameters, if ``tensors`` are gradients: these say which dimension stacks ensemble members.
-        squares: Whether to sum the squares.
-
-    Returns:
-        For each tensor its sums, in fp32 or better, in a shape that broadcasts against its local part.
-
-    Example::
-
-        >>> row_sums([torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
-        [tensor([[3.],
-                [7.]])]
-    """
-    sums: list[Tensor] = []
-    cut: dict[dist.ProcessGroup, list[int]] = {}
-    for position, (tensor, parameter) in enumerate(zip(tensors, like or tensors, strict=True)):
-        dims = row_dims(parameter)
-        shard, dtype = local([tensor])[0], accumulation_dtype(tensor)
-        if not dims:
-            sums.append(shard.to(dtype).square() if squares else shard.to(dtype, copy=True))
-        elif squares:
-            sums.append(torch.linalg.vector_norm(shard, 2.0, dim=dims, keepdim=True, dtype=dtype).square())
-        else:
-            sums.append(shard.sum(dim=dims, keepdim=True, dtype=dtype))
-        if isinstance(tensor, DTensor):
-            for mesh_dim, placement in enumerate(tensor.placements):
-                if isinstance(placement, Shard) and placement.dim in dims:
-                    cut.setdefault(tensor.device_mesh.get_group(mesh_dim), []).append(position)
-    for group, positions in cut.items():
-        flat = torch.cat([sums[position].flatten() for position in positions])
-        dist.all_reduce(flat, group=group)
-        pieces = torch.split(flat, [sums[position].numel() for position in positions])
-        for position, piece in zip(positions, pieces, strict=True):
-            sums[position] = piece.view_as(sums[position])
-    return sums
-
-
-def row_dims(parameter: Tensor) -> list[int]:
-    """The dimensions that make up a row, for :func:`row_sums`; none for a scalar."""
-    members = parameter.ndim - dimensions(parameter)
-    return list(range(members + (dimensions(parameter) >= 2), parameter.ndim))
-
-
-def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:
-    """The local part, and the process groups over which the parts add up to the whole."""
-    if not isinstance(tensor, DTensor):
-        return tensor, ()
-    if any(placement.is_partial() for placement in tensor.placements):
-        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
-        tensor = tensor.redistribute(placements=whole)
-    mesh: DeviceMesh = tensor.device_mesh
-    sharded = (dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
-    return tensor.to_local(), tuple(mesh.get_group(dim) for dim in sharded)
-
-
-def _norm(shards: list[Tensor], norm_type: float) -> Tensor:
-    dtype = accumulation_dtype(shards[0])
-    if math.isinf(norm_type):
-        # An empty shard has no largest element, and torch refuses to name one.
-        shards = [shard for shard in shards if shard.numel()] or [shards[0].new_zeros(1)]
-    norms = torch._foreach_norm(shards, norm_type, dtype=dtype)
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
-
-
-def _norm_over_ranks(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:
-    if math.isinf(norm_type):
-        dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=group)
-        return norm
-    power = norm.pow(norm_type)
-    dist.all_reduce(power, group=group)
-    return power.pow(1.0 / norm_type)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from lightning_optim import tensors
 from lightning_optim.gradients.clipping import Clipping, NormClipping, Scope
 from lightning_optim.gradients.recent import Recent
+from lightning_optim.norms import row_sums
 from lightning_optim.schedules import Schedule, check_number, value_at
 from lightning_optim.tensors import Selector
 
@@ -217,7 +218,7 @@ class AGC(Clipping):
         if not grads:
             return norm
         # One call for both, so that rows that are cut need one reduction.
-        sums = tensors.row_sums([*grads, *weights], like=[*weights, *weights], squares=True)
+        sums = row_sums([*grads, *weights], like=[*weights, *weights], squares=True)
         torch._foreach_sqrt_(sums)
         norms, bounds = sums[: len(grads)], sums[len(grads) :]
         torch._foreach_clamp_min_(bounds, self.eps)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim import tensors
+from lightning_optim.norms import tensor_norms, total_norm
 from lightning_optim.policy import Policy
 from lightning_optim.schedules import Schedule, check_number, value_at
 from lightning_optim.tensors import Selector
@@ -152,10 +153,10 @@ class NormClipping(Clipping, abc.ABC):
         if not grads:
             return torch.zeros(()) if norm is None else norm
         if self.scope == "global":
-            norm = tensors.total_norm(grads, self.norm_type) if norm is None else norm
+            norm = total_norm(grads, self.norm_type) if norm is None else norm
             norms = norm.reshape(1)
         else:
-            each = tensors.norms(grads, self.norm_type)
+            each = tensor_norms(grads, self.norm_type)
             norm = torch.linalg.vector_norm(each, self.norm_type) if norm is None else norm
             units = range(len(grads)) if self.scope == "tensor" and not units else units
             self._count = max([self._count, *(unit + 1 for unit in units)])

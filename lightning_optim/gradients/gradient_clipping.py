@@ -18,6 +18,7 @@ from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.clipping import ClipByNorm, Clipping, Scope
 from lightning_optim.gradients.guard import Guard, Verdict
 from lightning_optim.gradients.scaler import agree_on_overflow, scale_of
+from lightning_optim.norms import total_norm
 from lightning_optim.policy import PerOptimizer
 from lightning_optim.refusals import refuse_parts
 from lightning_optim.schedules import check_number
@@ -153,7 +154,7 @@ class GradientClipping(OptimCallback):
         index = trainer.optimizers.index(optimizer)
         logs, guards = self.logs_now(trainer), self.nonfinite != "ignore" or self.spike is not None
         if norm is None and (logs or guards):
-            norm = tensors.total_norm(grads, norm_type)
+            norm = total_norm(grads, norm_type)
         verdict: Verdict = "fine"
         value: float | None = None
         if guards and norm is not None:

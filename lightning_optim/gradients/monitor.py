@@ -17,6 +17,7 @@ from lightning_optim.figures import canvas
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.gradients.recent import Recent
+from lightning_optim.norms import tensor_norms, total_norm
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
 
@@ -134,7 +135,7 @@ class GradientMonitor(OptimCallback):
             return
         index = trainer.optimizers.index(optimizer)
         self._attempts.tried(index)
-        norm = tensors.total_norm(grads, self._norm_type)
+        norm = total_norm(grads, self._norm_type)
         if self._clipping is not None:
             self._running.share_norm(optimizer, grads, self._norm_type, norm)
         self._steps[index] = step = _Step(norm, self.logs_now(trainer))
@@ -155,7 +156,7 @@ class GradientMonitor(OptimCallback):
             row[_CLIPPED] = clipped.to(nothing) if isinstance(clipped, Tensor) else nothing.new_full((), clipped)
         if step.logs:
             weights, grads = gradients(optimizer)
-            row[_AFTER] = tensors.total_norm(grads, self._norm_type)
+            row[_AFTER] = total_norm(grads, self._norm_type)
             row[_UPDATE] = self._measure_update(step)
             if row[_CLIPPED] is nothing and self._only_limits:
                 row[_CLIPPED] = (row[_AFTER] < step.norm).to(step.norm)
@@ -167,20 +168,20 @@ class GradientMonitor(OptimCallback):
 
     def _measure_update(self, step: _Step) -> Tensor:
         weights, copies = step.weights, step.copies
-        before, sizes = tensors.total_norm(copies), tensors.norms(copies) if self.level != "total" else None
+        before, sizes = total_norm(copies), tensor_norms(copies) if self.level != "total" else None
         torch._foreach_sub_(tensors.local(copies), tensors.local([weight.detach() for weight in weights]))
         if sizes is not None:
-            moved = _by_name(self._labels(weights), tensors.norms(copies), 2.0)
+            moved = _by_name(self._labels(weights), tensor_norms(copies), 2.0)
             held = _by_name(self._labels(weights), sizes, 2.0)
             step.values |= {f"gradients/update_ratio/{name}": _ratio(moved[name], held[name]) for name in moved}
-        ratio = _ratio(tensors.total_norm(copies), before)
+        ratio = _ratio(total_norm(copies), before)
         step.weights, step.copies = [], []
         return ratio
 
     def _detailed(self, prefix: str, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
         if self.level == "total":
             return {}
-        each = tensors.norms(grads, self._norm_type)
+        each = tensor_norms(grads, self._norm_type)
         found = _by_name(self._labels(weights), each, self._norm_type)
         return {f"{prefix}/{name}": norm for name, norm in found.items()}
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim import tensors
 from lightning_optim.gradients.clipping import Clipping
+from lightning_optim.norms import row_dims, row_sums
 from lightning_optim.schedules import Schedule, check_number, value_at
 from lightning_optim.tensors import Selector
 
@@ -62,8 +63,8 @@ class Centralize(Clipping):
         chosen = [(grad, weight) for grad, weight in pairs if tensors.dimensions(weight) >= 2]
         if chosen:
             matrices, like = [grad for grad, _ in chosen], [weight for _, weight in chosen]
-            means = tensors.row_sums(matrices, like)
-            sizes = [math.prod(weight.shape[dim] for dim in tensors.row_dims(weight)) for weight in like]
+            means = row_sums(matrices, like)
+            sizes = [math.prod(weight.shape[dim] for dim in row_dims(weight)) for weight in like]
             torch._foreach_div_(means, sizes)
             torch._foreach_sub_(tensors.local(matrices), means)
         return norm

@@ -16,6 +16,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_optim import tensors
 from lightning_optim.callback import gradients
+from lightning_optim.norms import tensor_norms
 from lightning_optim.refusals import hides_weights
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
@@ -184,7 +185,8 @@ def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: 
         torch._foreach_mul_(moves, slopes)
     else:
         measured, moves = grads, torch._foreach_mul(slopes, 1.0)
-    norm = tensors.norms(measured).square().sum().sqrt()
+    # Not `total_norm`, which rounds otherwise: the step is that of common implementations to the bit.
+    norm = tensor_norms(measured).square().sum().sqrt()
     # If the norm is not finite, neither is the second gradient: whoever skips such steps skips this one.
     scale = rho / (norm + 1e-12)
     torch._foreach_mul_(moves, [scale.to(move.device) for move in moves])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim import tensors
+from lightning_optim.norms import total_norm
 from lightning_optim.policy import Policy
 from lightning_optim.schedules import Schedule, check_number, value_at
 from lightning_optim.tensors import Selector
@@ -104,7 +105,7 @@ class L1(Penalty):
         self.strength, self.on, self.exclude = strength, on, exclude
 
     def value(self, weights: Sequence[Tensor], *, step: int = 0, total: float = math.inf) -> Tensor:
-        return value_at(self.strength, step, total) * tensors.total_norm(weights, 1.0)
+        return value_at(self.strength, step, total) * total_norm(weights, 1.0)
 
     @torch.no_grad()
     def add_grad_(
@@ -151,7 +152,7 @@ class L2(Penalty):
         self.strength, self.on, self.exclude = strength, on, exclude
 
     def value(self, weights: Sequence[Tensor], *, step: int = 0, total: float = math.inf) -> Tensor:
-        return value_at(self.strength, step, total) * tensors.total_norm(weights, 2.0).square()
+        return value_at(self.strength, step, total) * total_norm(weights, 2.0).square()
 
     @torch.no_grad()
     def add_grad_(
@@ -191,8 +192,8 @@ class ElasticNet(Penalty):
         self.l1, self.l2, self.on, self.exclude = l1, l2, on, exclude
 
     def value(self, weights: Sequence[Tensor], *, step: int = 0, total: float = math.inf) -> Tensor:
-        absolute = value_at(self.l1, step, total) * tensors.total_norm(weights, 1.0)
-        return absolute + value_at(self.l2, step, total) * tensors.total_norm(weights, 2.0).square()
+        absolute = value_at(self.l1, step, total) * total_norm(weights, 1.0)
+        return absolute + value_at(self.l2, step, total) * total_norm(weights, 2.0).square()
 
     @torch.no_grad()
     def add_grad_(

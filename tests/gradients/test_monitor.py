@@ -18,8 +18,9 @@ from lightning_optim import (
     GradientClipping,
     GradientMonitor,
     drop_step,
-    tensors,
+    norms,
 )
+from lightning_optim.norms import total_norm
 from tests.gradients.test_gradient_clipping import CELL, Bad
 from tests.machine import models, run
 from tests.machine.cells import Cell
@@ -82,7 +83,7 @@ def test_the_update_is_that_of_the_formula_for_sgd_without_momentum() -> None:
             return torch.optim.SGD(self.parameters(), lr=0.02)
 
         def on_train_batch_start(self, *_: Any) -> None:
-            self.size = float(tensors.total_norm([p.detach() for p in self.parameters()]))
+            self.size = float(total_norm([p.detach() for p in self.parameters()]))
 
     recorder, module = run.Recorder(), Plain(CELL)
     run.make_trainer(CELL, [GradientMonitor()], logger=recorder, max_epochs=1).fit(module)
@@ -154,8 +155,8 @@ class Doubling(Callback):
 
 def _norms_computed(monkeypatch: pytest.MonkeyPatch, *callbacks: Callback) -> tuple[int, dict[str, Any]]:
     calls: list[int] = []
-    total_norm = tensors.total_norm
-    monkeypatch.setattr(tensors, "total_norm", lambda *args: calls.append(1) or total_norm(*args))
+    tensor_norms = norms.tensor_norms
+    monkeypatch.setattr(norms, "tensor_norms", lambda *args: calls.append(1) or tensor_norms(*args))
     recorder = run.Recorder()
     run.make_trainer(CELL, callbacks, logger=recorder, max_epochs=2, log_every_n_steps=1000).fit(models.build(CELL))
     return len(calls), recorder.logged
@@ -174,7 +175,7 @@ class Clipped(Callback):
     """The norm with which the optimizer steps."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.norm = float(tensors.total_norm([p.grad for p in pl_module.parameters()]))
+        self.norm = float(total_norm([p.grad for p in pl_module.parameters()]))
 
 
 def test_clipping_is_right_when_a_callback_between_changes_the_gradients() -> None:

@@ -91,11 +91,11 @@ def test_policies_know_no_lightning(module: str) -> None:
     """Neither they, nor anything that they import."""
     assert not {name for name in reached_from(module) if name.split(".")[0] in ("lightning", "torchmetrics")}
     ground = {name for name in imports_of(module) if name in MODULES and room_of(name) is None}
-    allowed = {f"lightning_optim.{name}" for name in ("policy", "schedules", "tensors")}
+    allowed = {f"lightning_optim.{name}" for name in ("policy", "schedules", "tensors", "norms")}
     assert ground <= allowed, f"{module} imports {ground - allowed}"
 
 
-@pytest.mark.parametrize("name", ["policy", "schedules", "tensors", "slots"])
+@pytest.mark.parametrize("name", ["policy", "schedules", "tensors", "norms", "slots"])
 def test_ground_floor_without_lightning(name: str) -> None:
     reached = reached_from(f"lightning_optim.{name}")
     assert not {other for other in reached if other.split(".")[0] in ("lightning", "torchmetrics")}
