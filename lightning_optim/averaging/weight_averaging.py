@@ -190,9 +190,8 @@ class WeightAveraging(AverageInUse):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # An epoch that `on_train_batch_start` cut short had no last batch's end; else this changes nothing.
-            self._end_epoch(trainer)
+        # An epoch that `on_train_batch_start` or a later callback's stop cut short had no last batch's end.
+        self._end_epoch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

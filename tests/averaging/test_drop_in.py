@@ -76,6 +76,26 @@ def test_swa_after_an_early_stop_and_at_max_steps() -> None:
     assert_close(snapshot(limited), mean([limited.trajectory[index] for index in (7, 15, 18)]))
 
 
+class Stopping(Callback):
+    """Stops in the middle of an epoch, as `Trainer(max_time=…)` and an early stop at `val_check_interval` do."""
+
+    def __init__(self, step: int, hook: str) -> None:
+        self.step = step
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer, *_) -> None:
+        trainer.should_stop |= trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("step", "ends"), [(4, [3]), (12, [7, 11])])
+def test_swa_has_the_end_of_an_epoch_that_was_cut_short(hook: str, first: bool, step: int, ends: list[int]) -> None:
+    model, callbacks = Model(), [StochasticWeightAveraging(swa_epoch_start=1), Stopping(step, hook)]
+    fit(model, callbacks if first else callbacks[::-1], max_epochs=5, val_check_interval=0.5)
+    assert_close(snapshot(model), mean([model.trajectory[end] for end in ends]))
+
+
 def test_swa_runs_no_training_step_for_statistics_and_no_epoch_more() -> None:
     model, alone = Model(make=norm_net), Model(make=norm_net)
     torch.manual_seed(1)
