@@ -199,9 +199,10 @@ class Shadow:
 
     @contextlib.contextmanager
     def copied_into(self, module: nn.Module) -> Iterator[None]:
-        """Within this, another module with the same names holds the averaged weights."""
-        averaged = self.named()
-        live = {name: tensor for name, tensor in module.state_dict().items() if name in averaged}
+        """Within this, another module with the same names, compiled or not, holds the averaged weights."""
+        averaged = {plain_name(name): average for name, average in self.named().items()}
+        named = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+        live = {name: tensor for name, tensor in named.items() if name in averaged}
         if missing := sorted(averaged.keys() - live.keys()):
             raise ValueError(f"{type(module).__name__} has no {missing[:3]}, of which there are averages")
         raw = {name: tensor.clone() for name, tensor in live.items()}

@@ -275,6 +275,18 @@ def test_compiled_submodules_and_their_files(tmp_path, saved_compiled: bool) -> 
     assert_close(snapshot(resumed), snapshot(again))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_averaged_weights_of_a_compiled_model_go_into_one_that_is_not(compiled: bool) -> None:
+    def net(compiled: bool) -> nn.Module:
+        return torch.compile(plain_net(), backend="eager") if compiled else plain_net()
+
+    model, callback, other = Model(make=lambda: net(compiled)), averaging(), Model(make=lambda: net(not compiled))
+    fit(model, [callback])
+    with callback.averaged_weights(other):
+        assert_equal({name.replace("_orig_mod.", ""): value for name, value in snapshot(other).items()},
+                     {name.replace("_orig_mod.", ""): value for name, value in snapshot(model).items()})  # fmt: skip
+
+
 # ---- dtype ----
 
 
