@@ -182,8 +182,8 @@ def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tenso
     room = size
     for one, other in zip(left, right, strict=True):
         elements = one.numel()
-        if elements > size and one.is_contiguous() and other.is_contiguous():
-            views = (torch.split(tensor.view(-1), size) for tensor in (one, other))
+        if elements > size and (flat := _flat(one, other)):
+            views = (torch.split(tensor, size) for tensor in flat)
             yield from (([piece], [other_piece]) for piece, other_piece in zip(*views, strict=True))
             continue
         if elements > room and some_left:
@@ -196,13 +196,18 @@ def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tenso
         yield some_left, some_right
 
 
+def _flat(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both as vectors, element by element, if they lie in one memory format without gaps, such as channels last."""
+    order = sorted(range(one.ndim), key=one.stride, reverse=True)
+    one, other = one.permute(order), other.permute(order)
+    return (one.view(-1), other.view(-1)) if one.is_contiguous() and other.is_contiguous() else None
+
+
 @torch.no_grad()
 def exchange_(left: Tensor, right: Tensor) -> None:
     """Swap the values of two local tensors of one dtype, device and shape, with a temporary of a few MB at most."""
-    if left.is_contiguous() and right.is_contiguous():
-        pairs = zip(torch.split(left.view(-1), _CHUNK), torch.split(right.view(-1), _CHUNK), strict=True)
-    else:
-        pairs = zip((left,), (right,), strict=True)
+    flat = _flat(left, right)
+    pairs = zip(*(torch.split(tensor, _CHUNK) for tensor in flat), strict=True) if flat else [(left, right)]
     for a, b in pairs:
         kept = a.clone()
         a.copy_(b)

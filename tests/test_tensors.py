@@ -98,6 +98,19 @@ def test_exchange_swaps_values_and_keeps_storage(shape: tuple[int, ...]) -> None
     assert (left.data_ptr(), right.data_ptr()) == pointers
 
 
+def test_exchange_of_a_large_tensor_in_another_memory_format_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "_CHUNK", 7)
+    left, right = (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2))
+    wanted = right.clone(), left.clone()
+    pieces: list[int] = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: pieces.append(tensor.numel()) or clone(tensor))
+    tensors.exchange_(left, right)
+    assert torch.equal(left, wanted[0])
+    assert torch.equal(right, wanted[1])
+    assert max(pieces) == 7
+
+
 def test_exchange_of_views_leaves_their_neighbours() -> None:
     left, right = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(3, 2)
     tensors.exchange_(left[:, 0], right[1:, 1])

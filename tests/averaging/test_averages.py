@@ -320,9 +320,14 @@ class _Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0), (torch.bfloat16, 2 << 18)])
-@pytest.mark.parametrize("shapes", [[(1_000_000,)], [(500, 100)] * 20], ids=["one large", "many small"])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(1_000_000,)], [(500, 100)] * 20, [(100, 100, 10, 10)]],
+    ids=["one large", "many small", "channels last"],
+)
 def test_no_temporary_has_the_size_of_the_model(shapes: list[tuple[int, ...]], dtype: torch.dtype, most: int) -> None:
     weights = [torch.ones(shape, dtype=dtype) for shape in shapes]
+    weights = [w.to(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
     ema = EMA(0.9)
     with _Allocations() as copies:
         ema.update_(weights, step=0)
