@@ -30,7 +30,8 @@ class GradientAccumulation(OptimCallback):
     default, they do so if they are of equal size.
 
     With ``weight_by`` other than ``"batch"`` the sums also go over all ranks, whose weights may differ: two small
-    reductions in a step. A micro-batch with the weight 0 adds nothing; its loss must be finite, so write
+    reductions in a step. A micro-batch with the weight 0 adds nothing, if its gradient is finite: that of
+    ``cross_entropy(..., ignore_index=...)`` is, although the loss is NaN; a mean of your own is
     ``sum / count.clamp(min=1)`` where a batch may hold nothing.
 
     In automatic optimization this replaces ``Trainer(accumulate_grad_batches=N)`` (which it sets for the length of the

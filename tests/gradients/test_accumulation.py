@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import GradientAccumulation, ManualOptimizationMixin, TargetBatchSize
@@ -167,6 +168,32 @@ def test_windows_that_begin_with_nothing_stay_in_range() -> None:
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
     run.make_trainer(cell, [accumulation], plugins=plugins, max_epochs=3).fit(module)
     assert accumulation.steps == [5]
+
+
+class Tokens(LightningModule):
+    """Classes of which some micro-batches hold none that counts: torch's mean over none of them is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(2, 3)
+        self.data = [(torch.randn(4, 2), torch.tensor(y)) for y in ([0, 1, 2, -100], [-100] * 4, [1, -100, -100, -100])]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_micro_batch_of_ignored_classes_adds_nothing() -> None:
+    cell, module = Cell("automatic", "32-true", "single", "1"), Tokens()
+    x, y = (torch.cat(parts) for parts in zip(*module.data, strict=True))
+    (grad,) = torch.autograd.grad(cross_entropy(module.net(x), y), module.net.weight)
+    wanted = module.net.weight.detach() - 0.1 * grad
+    accumulation = GradientAccumulation(3, weight_by=lambda batch: (batch[1] != -100).sum())
+    trainer = run.make_trainer(cell, [accumulation], max_epochs=1, limit_val_batches=0, val_check_interval=1.0)
+    trainer.fit(module, models.Batches(module.data))
+    torch.testing.assert_close(module.net.weight.detach(), wanted)
 
 
 def test_by_sample_with_a_short_last_batch() -> None:
