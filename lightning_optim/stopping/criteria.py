@@ -118,7 +118,8 @@ class Plateau(_OneMetric):
     def __init__(self, monitor: str, patience: int = 3, mode: str = "min", min_delta: float = 0.0) -> None:
         check_number("patience", patience, low=0, integer=True)
         check_number("min_delta", min_delta, low=0.0)
-        self.monitor, self.patience, self.mode, self.min_delta = monitor, patience, checked(mode), min_delta
+        self.monitor, self.mode = named(monitor), checked(mode)
+        self.patience, self.min_delta = patience, min_delta
         self.reset()
 
     def update(self, metrics: Metrics) -> bool:
@@ -167,7 +168,7 @@ class Threshold(_OneMetric):
 
     def __init__(self, monitor: str, value: float, mode: str = "min") -> None:
         check_number("value", value)
-        self.monitor, self.value, self.mode = monitor, value, checked(mode)
+        self.monitor, self.value, self.mode = named(monitor), value, checked(mode)
         self.reset()
 
     def update(self, metrics: Metrics) -> bool:
@@ -212,7 +213,7 @@ class Divergence(_OneMetric):
 
     def __init__(self, monitor: str, value: float, mode: str = "min") -> None:
         check_number("value", value)
-        self.monitor, self.value, self.mode = monitor, value, checked(mode)
+        self.monitor, self.value, self.mode = named(monitor), value, checked(mode)
 
     def update(self, metrics: Metrics) -> bool:
         value = read(metrics, self.monitor)
@@ -236,7 +237,7 @@ class NonFinite(_OneMetric):
     """
 
     def __init__(self, monitor: str) -> None:
-        self.monitor = monitor
+        self.monitor = named(monitor)
 
     def update(self, metrics: Metrics) -> bool:
         value = read(metrics, self.monitor).item()
@@ -257,6 +258,13 @@ def read(metrics: Metrics, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().squeeze().cpu()
     return torch.tensor(value, dtype=torch.float64)
+
+
+def named(monitor: str) -> str:
+    """``monitor``, if it is a name."""
+    if not isinstance(monitor, str):
+        raise ValueError(f"`monitor={monitor!r}` must be a metric's name")
+    return monitor
 
 
 def checked(mode: str) -> str:

@@ -89,6 +89,11 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("TargetBatchSize(8, micro_batch_size=0)", "micro_batch_size", "0", "an integer >= 1"),
     ("SharpnessAwareMixin(rho=0.0)", "rho", "0.0", "> 0"),
     # stopping
+    ("EarlyStopping(3)", "monitor", "3", "must be a metric's name"),
+    ("Plateau(None)", "monitor", "None", "must be a metric's name"),
+    ("Threshold(3, 0.5)", "monitor", "3", "must be a metric's name"),
+    ("Divergence(3, 0.5)", "monitor", "3", "must be a metric's name"),
+    ("NonFinite(['x'])", "monitor", "['x']", "must be a metric's name"),
     ("EarlyStopping('x', patience=-1)", "patience", "-1", ">= 0"),
     ("EarlyStopping('x', patience=1.5)", "patience", "1.5", "an integer"),
     ("EarlyStopping('x', mode='lower')", "mode", "'lower'", "'min' or 'max'"),
@@ -135,7 +140,7 @@ WRONG: list[tuple[str, str, str, str]] = [
 # Base classes without arguments of their own, and what takes names, selections and switches only.
 NOTHING_TO_REFUSE = {
     *("Average", "Clipping", "Criterion", "NormClipping", "OptimCallback", "Penalty", "Policy", "Proximal", "Schedule"),
-    *("Centralize", "ExactResume", "ManualOptimizationMixin", "NonFinite", "RegularizationMixin", "SWA", "Slot"),
+    *("Centralize", "ExactResume", "ManualOptimizationMixin", "RegularizationMixin", "SWA", "Slot"),
 }
 
 
