@@ -136,7 +136,8 @@ class Shadow:
         plain = [tensor for tensor in buffers if not isinstance(tensor, tensors.DTensor)]
         if not plain:
             return
-        flat = torch.cat([_as_real(tensor).reshape(-1).float() for tensor in plain])
+        wide = torch.float64 if any(_as_real(tensor).dtype == torch.float64 for tensor in plain) else torch.float32
+        flat = torch.cat([_as_real(tensor).reshape(-1).to(wide) for tensor in plain])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
         sizes = [_as_real(tensor).numel() for tensor in plain]

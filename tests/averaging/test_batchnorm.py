@@ -288,14 +288,14 @@ class Ranked(Model):
         self.log("val_loss", (self(batch[0]) - batch[1]).square().mean(), sync_dist=True)
 
 
-def _on_ranks(buffers: str):
+def _on_ranks(buffers: str, dtype: torch.dtype = torch.float32):
     model = Ranked(make=norm_net)
-    callback = _averaged(buffers=buffers)
+    callback = _averaged(buffers=buffers, dtype=dtype)
     run = trainer(
         [callback], devices=2, strategy=DDPStrategy(), plugins=[LivingEnvironment()], use_distributed_sampler=False
     )
     run.fit(model)
-    return [snapshot(model), model.validated, model.trajectory]
+    return [snapshot(model), model.validated, model.trajectory, callback.averaged_state()]
 
 
 def test_statistics_are_pooled_over_ranks(group: Group) -> None:
@@ -308,12 +308,15 @@ def test_statistics_are_pooled_over_ranks(group: Group) -> None:
     assert_close(snapshot(wanted), results[0][0])
 
 
-def test_averaged_buffers_are_the_mean_over_ranks(group: Group) -> None:
-    results = group.run(_on_ranks, "average")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_averaged_buffers_are_the_mean_over_ranks(group: Group, dtype: torch.dtype) -> None:
+    results = group.run(_on_ranks, "average", dtype)
     names = ["net.1.running_mean", "net.1.running_var"]
-    for final, _, _ in results:
+    for final, _, _, averaged in results:
         for name in names:
             means = [sum(state[name].double() for state in rank[2]) / 16 for rank in results]
             assert (means[0] - means[1]).abs().max() > 1e-4
             torch.testing.assert_close(final[name].double(), sum(means) / 2, rtol=1e-5, atol=1e-6)
+            if dtype == torch.float64:
+                torch.testing.assert_close(averaged[name], sum(means) / 2, rtol=1e-12, atol=0.0)
     assert_equal(results[0][1][0], results[1][1][0])
