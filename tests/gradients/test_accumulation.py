@@ -10,19 +10,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optim import GradientAccumulation, ManualOptimizationMixin, TargetBatchSize
+from lightning_optim import GradientAccumulation, ManualOptimizationMixin
 from lightning_optim.gradients.windows import weight_of
 from tests.machine import models, problem, run
 from tests.machine.cells import Cell
 from tests.machine.formulas import deviation
 from tests.machine.groups import Group
 
-BATCHES = 7
 COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
 """How many samples count, in each micro-batch, on each of two ranks."""
 
@@ -265,63 +263,6 @@ def test_an_open_window_is_in_the_file_with_its_weights(strategy: Any, group: Gr
         assert max(deviation(weights, wanted).values()) < 1e-6
 
 
-# ---- TargetBatchSize -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "batch", "ranks", "n"), [(256, 32, 1, 8), (256, 32, 3, 3), (10, 32, 1, 1), (33, 32, 1, 2)]
-)
-def test_micro_batches_of_a_target(size: int, batch: int, ranks: int, n: int) -> None:
-    assert TargetBatchSize(size).micro_batches(batch, ranks) == n
-
-
-class Loading(models.Model):
-    def train_dataloader(self) -> Any:
-        x, y = (torch.cat(tensors) for tensors in zip(*problem.make_batches(self.cell.batches, seed=10), strict=True))
-        return DataLoader(TensorDataset(x, y), batch_size=problem.BATCH)
-
-    def configure_optimizers(self) -> Any:
-        self.estimated = self.trainer.estimated_stepping_batches
-        return super().configure_optimizers()
-
-
-def test_the_loaders_batch_size_is_found_before_the_optimizers_are_made() -> None:
-    cell = Cell("automatic", "32-true", "single", "4short")
-    module = Loading(cell)
-    accumulation = GradientAccumulation(TargetBatchSize(4 * problem.BATCH - 5))
-    trainer = run.make_trainer(cell, [accumulation])
-    trainer.fit(module)
-    plain = models.build(cell)
-    run.make_trainer(cell, [GradientAccumulation(4)]).fit(plain)
-    assert module.estimated == 4 == accumulation.steps[0]
-    assert max(deviation(module.raw, plain.raw).values()) < 1e-6
-    assert trainer.accumulate_grad_batches == 1
-
-
-def test_a_loader_without_a_batch_size_is_refused() -> None:
-    cell = Cell("automatic", "32-true", "single", "1")
-    with pytest.raises(MisconfigurationException, match=r"sees no `batch_size` on the training data .Batches."):
-        run.make_trainer(cell, [GradientAccumulation(TargetBatchSize(64))]).fit(models.build(cell))
-
-
-def _target(cell: Cell) -> tuple[list[int], dict[str, Tensor]]:
-    accumulation = GradientAccumulation(
-        TargetBatchSize(4 * problem.BATCH, micro_batch_size=problem.BATCH // cell.processes)
-    )
-    module = models.build(cell)
-    run.make_trainer(cell, [accumulation]).fit(module)
-    return accumulation.steps, module.raw
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("kind", ["automatic", "two"])
-def test_ranks_make_the_target_together(kind: Any, strategy: Any, group: Group) -> None:
-    steps, wanted = _target(Cell(kind, "32-true", "single", "4short"))
-    for its_steps, weights in group.run(_target, Cell(kind, "32-true", strategy, "4short")):
-        assert its_steps == steps
-        assert max(deviation(weights, wanted).values()) < 1e-6
-
-
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -347,9 +288,3 @@ def test_a_weight_that_is_none_is_refused(weight: Any) -> None:
 def test_refused(arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         GradientAccumulation(**arguments)
-
-
-@pytest.mark.parametrize("arguments", [{"size": 0}, {"size": 1.5}, {"size": 8, "micro_batch_size": 0}])
-def test_a_target_that_is_none_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be an integer >= 1"):
-        TargetBatchSize(**arguments)
