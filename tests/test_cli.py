@@ -83,6 +83,23 @@ def test_errors_are_a_sentence(
     assert not Path("out.ckpt").exists()
 
 
+@pytest.mark.parametrize("command", [["average", "-o", "out.ckpt"], ["inspect"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("unsafe", [[], ["--unsafe"]], ids=str)
+@pytest.mark.parametrize("what", ["text", "empty", "cut", "list", "tensor"])
+def test_what_is_no_checkpoint_is_named(
+    what: str, unsafe: list[str], command: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(999)}, "whole.ckpt")
+    torch.save([torch.ones(2)] if what == "list" else torch.ones(2), "some.ckpt")
+    content = {"text": b"epoch: 3\n", "empty": b"", "cut": Path("whole.ckpt").read_bytes()[:2000]}
+    if what in content:
+        Path("some.ckpt").write_bytes(content[what])
+    assert cli.main([*command, "some.ckpt", *unsafe]) == 1
+    assert "some.ckpt" in capsys.readouterr().err
+    assert not Path("out.ckpt").exists()
+
+
 def test_inspect_says_what_is_in_a_file(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["inspect", files[0]]) == 0
     lines = capsys.readouterr().out.splitlines()

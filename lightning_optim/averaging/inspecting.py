@@ -109,7 +109,7 @@ def describe(path: Path, weights_only: bool = True) -> Iterator[str]:
     if "callbacks" not in checkpoint:
         kind = f"{kind} with weights only"
     yield f"{path}: {kind} of Lightning {checkpoint['pytorch-lightning_version']}"
-    yield f"epoch {checkpoint['epoch']}, global step {checkpoint['global_step']}"
+    yield f"epoch {checkpoint.get('epoch', 'unknown')}, global step {checkpoint.get('global_step', 'unknown')}"
     found = averages_in(checkpoint)
     evaluated = next((one for one in found if one.evaluated), None)
     theirs = "averaging_state" in checkpoint and not _holds_ours(checkpoint)

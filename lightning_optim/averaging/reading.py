@@ -22,13 +22,21 @@ def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If the file holds more than tensors and plain values, and ``weights_only`` is set.
+        ValueError: If the file holds more than tensors and plain values, and ``weights_only`` is set; or if it is
+            broken, or none of these.
     """
     path = os.fspath(path)
     if is_safetensors(path):
         return dict(safetensors(path))
     if os.path.isdir(path):
         return _metadata_of_folder(path)
+    loaded = _load_file(path, weights_only)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, and no names with weights")
+    return loaded
+
+
+def _load_file(path: str, weights_only: bool) -> Any:
     try:
         if os.path.exists(path):
             return _load_local(path, weights_only)
@@ -39,9 +47,11 @@ def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> 
             f"{path} holds more than tensors and plain values, and loading that can run any code: pass"
             f" `weights_only=False` if you trust it. ({error})"
         ) from error
+    except (RuntimeError, EOFError, LookupError, ValueError) as error:  # what torch and pickle say of other bytes
+        raise ValueError(f"{path} is no checkpoint, or only a part of one ({type(error).__name__}: {error})") from error
 
 
-def _load_local(path: str, weights_only: bool) -> dict[str, Any]:
+def _load_local(path: str, weights_only: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except RuntimeError:  # a file from before torch 1.6 is no archive that could be mapped
