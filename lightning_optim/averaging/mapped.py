@@ -13,11 +13,13 @@ import os
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_optim.averaging.reading import is_safetensors, weights_of
 
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -79,7 +81,7 @@ def open_mapped(path: str) -> MappedFile | None:
     if not os.path.isfile(path):
         return None
     try:
-        places = _in_safetensors(path) if path.endswith(".safetensors") else _in_archive(path)
+        places = _in_safetensors(path) if is_safetensors(path) else _in_archive(path)
     except Exception:  # of any kind: whoever loads the file in the ordinary way finds out what is wrong
         return None
     length = os.path.getsize(path)
@@ -149,7 +151,7 @@ def _in_archive(path: str) -> dict[str, Place]:
     if reader.has_record("byteorder") and reader.get_record("byteorder").decode() != sys.byteorder:
         raise ValueError("the bytes are in another order")
     loaded = _Unpickler(io.BytesIO(reader.get_record("data.pkl"))).load()
-    weights = loaded["state_dict"] if isinstance(loaded.get("state_dict"), Mapping) else loaded
+    weights = weights_of(loaded)
     if not all(isinstance(value, _Stored) for value in weights.values()):
         raise ValueError("something among the weights is no contiguous tensor")
     return {

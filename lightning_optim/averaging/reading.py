@@ -63,7 +63,11 @@ def weights_in(path: str | os.PathLike[str], weights_only: bool = True) -> dict[
     path = os.fspath(path)
     if os.path.isdir(path):
         return _weights_of_folder(path)
-    loaded = load_checkpoint(path, weights_only)
+    return weights_of(load_checkpoint(path, weights_only))
+
+
+def weights_of(loaded: Mapping[str, Any]) -> Any:
+    """What of a loaded file is its weights."""
     return loaded[_STATE] if isinstance(loaded.get(_STATE), Mapping) else loaded
 
 
