@@ -113,7 +113,7 @@ def _trained(model: nn.Module, updates: int = 40) -> Iterator[None]:
         yield
 
 
-def _close(ema: Average, wanted: Iterator[Tensor]) -> None:
+def _assert_close(ema: Average, wanted: Iterator[Tensor]) -> None:
     torch.testing.assert_close(ema.averaged, [tensor.detach() for tensor in wanted], rtol=1e-5, atol=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_agrees_with_ema_pytorch(power: float) -> None:
     for step, _ in enumerate(_trained(model)):
         theirs.update()
         ours.update_(list(model.parameters()), step=step)
-        _close(ours, theirs.ema_model.parameters())
+        _assert_close(ours, theirs.ema_model.parameters())
 
 
 def test_agrees_with_torch_ema() -> None:
@@ -136,7 +136,7 @@ def test_agrees_with_torch_ema() -> None:
     for step, _ in enumerate(_trained(model), start=1):
         theirs.update()
         ours.update_(list(model.parameters()), step=step)
-        _close(ours, theirs.shadow_params)
+        _assert_close(ours, theirs.shadow_params)
 
 
 def test_agrees_with_torch() -> None:
@@ -146,7 +146,7 @@ def test_agrees_with_torch() -> None:
     for step, _ in enumerate(_trained(model)):
         theirs.update_parameters(model)
         ours.update_(list(model.parameters()), step=step)
-        _close(ours, theirs.parameters())
+        _assert_close(ours, theirs.parameters())
 
 
 def test_agrees_with_ignite() -> None:
@@ -160,7 +160,7 @@ def test_agrees_with_ignite() -> None:
     for step in range(1, 11):
         engine.run([0], max_epochs=step)
         ours.update_(list(model.parameters()), step=step)
-        _close(ours, theirs.ema_model.parameters())
+        _assert_close(ours, theirs.ema_model.parameters())
 
 
 def test_swa_agrees_with_torch() -> None:
@@ -169,7 +169,7 @@ def test_swa_agrees_with_torch() -> None:
     for step, _ in enumerate(_trained(model)):
         theirs.update_parameters(model)
         ours.update_(list(model.parameters()), step=step)
-        _close(ours, theirs.parameters())
+        _assert_close(ours, theirs.parameters())
 
 
 # ---- equal weights, the latest, half-lives ----
