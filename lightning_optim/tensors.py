@@ -131,10 +131,23 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer of ``module`` under all its names in a plain ``state_dict()``.
+
+    It does not call ``state_dict()``, which users override to leave frozen weights out of their checkpoints. Call
+    :func:`reshard_` before. The tensors are live storage.
+    """
+    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and key not in owner._non_persistent_buffers_set:
+                named[f"{prefix}.{key}" if prefix else key] = buffer
+    return named
+
+
 def parameter_names(module: nn.Module) -> dict[int, str]:
-    """The ``id`` of each parameter and buffer to its first name in ``state_dict()``. Call :func:`reshard_` before."""
-    tensors = module.state_dict(keep_vars=True)
-    return {id(tensor): name for name, tensor in reversed(tensors.items())}
+    """Map the ``id`` of each parameter and persistent buffer to its first name. Call :func:`reshard_` before."""
+    return {id(tensor): name for name, tensor in reversed(named_tensors(module).items())}
 
 
 def reshard_(module: nn.Module) -> None:

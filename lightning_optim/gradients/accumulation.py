@@ -221,7 +221,7 @@ class GradientAccumulation(OptimCallback):
                 self._unit = window.unit = torch.tensor(saved["unit"], device=pl_module.device, dtype=torch.float32)
                 window.total = totals[str(index)].to(pl_module.device)
         tensors.reshard_(pl_module)
-        live = pl_module.state_dict(keep_vars=True)
+        live = tensors.named_tensors(pl_module)
         for name, saved in {**extra["sharded"], **ours}.items():
             live[name].grad = torch.zeros_like(live[name])
             tensors.copy_(live[name].grad, saved)
