@@ -223,8 +223,8 @@ class GradientAccumulation(OptimCallback):
         tensors.reshard_(pl_module)
         live = tensors.named_tensors(pl_module)
         for name, saved in {**extra["sharded"], **ours}.items():
-            live[name].grad = torch.zeros_like(live[name])
-            tensors.copy_(live[name].grad, saved)
+            grad = live[name].grad = torch.zeros_like(live[name])
+            tensors.copy_(grad, saved)
 
 
 def _is_whole(number: Any, low: int) -> bool:
