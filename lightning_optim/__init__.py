@@ -8,7 +8,7 @@ from lightning_optim.averaging.drop_in import EMAWeightAveraging, StochasticWeig
 from lightning_optim.averaging.inspecting import averaged_state_dict
 from lightning_optim.averaging.soup import greedy_soup
 from lightning_optim.averaging.weight_averaging import WeightAveraging
-from lightning_optim.callback import OptimCallback, gradients
+from lightning_optim.callback import OptimCallback, gradients_of
 from lightning_optim.ensembling.diversity import Disagreement
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.members import fit_members
@@ -99,7 +99,7 @@ __all__ = [
     "drop_step",
     "evaluated_state",
     "fit_members",
-    "gradients",
+    "gradients_of",
     "greedy_soup",
     "refresh_batchnorm_",
     "total_steps",

@@ -28,7 +28,7 @@ class OptimCallback(Callback):
     * What it remembers is in :meth:`extra_state` and :meth:`load_extra_state`: tensors and plain values. DTensors are
       gathered when they are saved.
     * Gradients in ``on_before_optimizer_step`` are whole, averaged over ranks and unscaled, also for a fused optimizer
-      under a GradScaler. Take them with :func:`gradients`.
+      under a GradScaler. Take them with :func:`gradients_of`.
     * What it installs with ``self.fit.replace(object, "name", value)`` is put back at the end, and after an exception.
     * A hook that it overrides calls ``super()``'s.
 
@@ -211,7 +211,7 @@ class OptimCallback(Callback):
         pl_module.log(name + suffix, value, on_step=True, on_epoch=False)
 
 
-def gradients(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+def gradients_of(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     """This optimizer's parameters that have a gradient, and these gradients in the parameters' placement.
 
     Both lists are empty when the step was cancelled or dropped. The gradients of another optimizer's parameters lie

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
-from lightning_optim.callback import OptimCallback, gradients
+from lightning_optim.callback import OptimCallback, gradients_of
 from lightning_optim.gradients.mixins import ManualOptimizationMixin
 from lightning_optim.gradients.target import TargetBatchSize
 from lightning_optim.gradients.windows import WeightBy, Window, micro_batches_for, unit_of, weight_of
@@ -178,7 +178,7 @@ class GradientAccumulation(OptimCallback):
             # What a micro-batch weighed, for a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
-            _, grads = gradients(optimizer)
+            _, grads = gradients_of(optimizer)
             for grad in tensors.local(grads):
                 grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
 
@@ -195,7 +195,7 @@ class GradientAccumulation(OptimCallback):
         whole: dict[str, Tensor] = {}
         ours: dict[str, Tensor] = {}
         for index in open_windows:
-            for parameter, grad in zip(*gradients(trainer.optimizers[index]), strict=True):
+            for parameter, grad in zip(*gradients_of(trainer.optimizers[index]), strict=True):
                 (whole if isinstance(grad, DTensor) else ours)[names[id(parameter)]] = grad
         return {
             "windows": {index: _plain(window) for index, window in open_windows.items()},

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
-from lightning_optim.callback import OptimCallback, gradients
+from lightning_optim.callback import OptimCallback, gradients_of
 from lightning_optim.fit import drop_step
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.clipping import ClipByNorm, Clipping, Scope
@@ -146,7 +146,7 @@ class GradientClipping(OptimCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        weights, grads = gradients(optimizer)
+        weights, grads = gradients_of(optimizer)
         norm_type = self.policies[0].norm_type
         norm = self._running.take_norm(optimizer, grads, norm_type)
         if not grads:
@@ -287,7 +287,7 @@ def _units(scope: Scope, optimizer: Optimizer, chosen: set[int] | None, weights:
 def _not_finite(pl_module: LightningModule, optimizer: Optimizer) -> str:
     """A sentence with the parameters whose gradients, or their parts on this rank, are not finite, if any are."""
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-    weights, grads = gradients(optimizer)
+    weights, grads = gradients_of(optimizer)
     pairs = zip(weights, tensors.local(grads), strict=True)
     found = [names.get(id(weight), "?") for weight, grad in pairs if not bool(grad.isfinite().all())]
     return f"On this rank not finite are the gradients of {found}." if found else "On this rank all are finite."

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
-from lightning_optim.callback import OptimCallback, gradients
+from lightning_optim.callback import OptimCallback, gradients_of
 from lightning_optim.figures import canvas
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.gradient_clipping import GradientClipping
@@ -130,7 +130,7 @@ class GradientMonitor(OptimCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        weights, grads = gradients(optimizer)
+        weights, grads = gradients_of(optimizer)
         if not grads:
             return
         index = trainer.optimizers.index(optimizer)
@@ -155,7 +155,7 @@ class GradientMonitor(OptimCallback):
         if clipped is not None:
             row[_CLIPPED] = clipped.to(nothing) if isinstance(clipped, Tensor) else nothing.new_full((), clipped)
         if step.logs:
-            weights, grads = gradients(optimizer)
+            weights, grads = gradients_of(optimizer)
             row[_AFTER] = total_norm(grads, self._norm_type)
             row[_UPDATE] = self._measure_update(step)
             if row[_CLIPPED] is nothing and self._only_limits:

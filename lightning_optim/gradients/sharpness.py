@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_optim import tensors
-from lightning_optim.callback import gradients
+from lightning_optim.callback import gradients_of
 from lightning_optim.norms import tensor_norms
 from lightning_optim.refusals import hides_weights
 from lightning_optim.schedules import check_number
@@ -91,7 +91,7 @@ class SharpnessAwareMixin(LightningModule):
         def twice() -> Any:
             generators = _generators(self.device)
             loss = first()
-            weights, grads = gradients(plain)
+            weights, grads = gradients_of(plain)
             if weights:
                 # The closure keeps what `training_step` returned last; what is reported is the first.
                 result = getattr(first, "_result", None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_optim
 from lightning_optim import OptimCallback, Policy
@@ -113,3 +115,20 @@ def test_the_reader_sees_imports() -> None:
     assert "lightning.pytorch" in reached_from("lightning_optim.gradients.gradient_clipping")
     assert {"averaging", "gradients", "regularization", "stopping"} <= ROOMS
     assert len([name for name in MODULES if defines(name, Policy)]) >= 5
+
+
+def test_no_public_name_is_a_module() -> None:
+    """A submodule that is imported becomes an attribute of the package, and would hide what has its name."""
+    modules = {module.split(".")[1] for module in MODULES if "." in module}
+    assert not modules & set(lightning_optim.__all__)
+    assert not [name for name in lightning_optim.__all__ if inspect.ismodule(getattr(lightning_optim, name))]
+
+
+def test_gradients_of_an_optimizer() -> None:
+    """Only of parameters that have one, in the order of the groups."""
+    first, silent, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    first.grad, second.grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    optimizer = torch.optim.SGD([{"params": [second]}, {"params": [silent, first]}], 0.1)
+    weights, grads = lightning_optim.gradients_of(optimizer)
+    assert [id(weight) for weight in weights] == [id(second), id(first)]
+    assert [grad.tolist() for grad in grads] == [[3.0, 4.0], [1.0, 2.0]]
