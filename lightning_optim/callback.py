@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim import state, tensors
+from lightning_optim import hooks, state, tensors
 from lightning_optim.fit import Fit
-from lightning_optim.refusals import refuse_endless, refuse_setup, refuse_start
+from lightning_optim.refusals import refuse_endless, refuse_setup, refuse_start, taken
 from lightning_optim.slots import Slot
 
 
@@ -30,7 +32,10 @@ class OptimCallback(Callback):
     * Gradients in ``on_before_optimizer_step`` are whole, averaged over ranks and unscaled, also for a fused optimizer
       under a GradScaler. Take them with :func:`gradients_of`.
     * What it installs with ``self.fit.replace(object, "name", value)`` is put back at the end, and after an exception.
-    * A hook that it overrides calls ``super()``'s.
+    * A hook that it overrides, :meth:`reset` and the state's methods need no ``super()``: what this class does there,
+      and any other class of this package that it derives from, is done before, once. The hooks of a step,
+      ``on_before_optimizer_step`` and :meth:`on_after_optimizer_step`, are the exception: to override these is to
+      change what is done to the step, and ``super()`` does what the class itself does.
 
     Args:
         name: Tells two callbacks of one class and one identity apart, in checkpoints. Lightning refuses them without
@@ -66,10 +71,15 @@ class OptimCallback(Callback):
     name: str | None = None
     fit: Fit | None = None
     _stage: str | None = None
+    _done: Mapping[str, Any] = MappingProxyType({})  # Hooks of this turn whose part of ours is done, and its result.
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
         self.steps: list[int] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hooks.guard(cls)
 
     # ---- for subclasses ----------------------------------------------------------------------------------------------
 
@@ -145,7 +155,7 @@ class OptimCallback(Callback):
         Lightning binds the module's ``log`` and ``log_dict`` to every callback, and with them the module.
         """
         held = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**held, "fit": None}
+        return {**hooks.without_bound(held), "fit": None}
 
     def __repr__(self) -> str:
         return self.state_key
@@ -154,6 +164,13 @@ class OptimCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, forget an earlier fit, and take our place in the order."""
+        if self.fit is not None and not self.fit.running:
+            self.fit.close()  # whoever handled the exception never came to the Trainer's own teardown
+        if self._taken(trainer):
+            if stage == "fit":
+                self._leave_nested()
+                raise taken(self)
+            return
         self._stage = stage
         if stage != "fit":
             return
@@ -181,23 +198,48 @@ class OptimCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put back all that was installed."""
-        if self.fit is not None:
+        if self._taken(trainer):
+            self._leave_nested()
+        elif self.fit is not None:
             self.fit.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """See that all that was installed is put back: after an exception Lightning calls no ``teardown``."""
-        if self.fit is not None:
+        if self._taken(trainer):
+            self._leave_nested()
+        elif self.fit is not None:
             self.fit.fail()
+
+    def _taken(self, trainer: Trainer) -> bool:
+        """Whether the fit of another Trainer is running, and this one runs within it."""
+        return self.fit is not None and self.fit.trainer is not trainer
+
+    def _leave_nested(self) -> None:
+        """Log to the module of the running fit again: each Trainer binds its own module's functions to a callback."""
+        module = self._running.trainer.lightning_module
+        self.log, self.log_dict = module.log, module.log_dict
 
     @property
     def _running(self) -> Fit:
         if self.fit is None:
-            raise RuntimeError(
-                f"{type(self).__name__}.setup did not run: a subclass that overrides it calls `super().setup(…)`"
-            )
+            raise RuntimeError(f"{type(self).__name__} is in no fit: a Trainer calls its hooks")
         return self.fit
 
     # ---- logging -----------------------------------------------------------------------------------------------------
+
+    @property
+    def log(self) -> Callable[..., None]:
+        """The module's ``log``. Lightning sets it at the start of each run, before the first hook."""
+        try:
+            found: Callable[..., None] = self.__dict__["log"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has `log` within a run of a Trainer only") from None
+        return found
+
+    @log.setter
+    def log(self, log: Callable[..., None]) -> None:
+        self.__dict__["log"] = log
+        hooks.bind(self)
 
     @staticmethod
     def logs_now(trainer: Trainer) -> bool:
@@ -209,6 +251,9 @@ class OptimCallback(Callback):
         optimizers = pl_module.trainer.optimizers
         suffix = f"/{optimizers.index(optimizer)}" if len(optimizers) > 1 else ""
         pl_module.log(name + suffix, value, on_step=True, on_epoch=False)
+
+
+hooks.guard(OptimCallback)
 
 
 def gradients_of(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:

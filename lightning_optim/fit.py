@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -147,6 +148,11 @@ class Fit:
     def failed(self) -> bool:
         """Whether an exception ended it: this process's own, perhaps, so that no other rank would answer."""
         return self._failed
+
+    @property
+    def running(self) -> bool:
+        """Whether it is going on: it did not fail, and its Trainer did not stop without a word."""
+        return not self._failed and self.trainer.state.status is TrainerStatus.RUNNING
 
     @contextlib.contextmanager
     def as_it_is(self) -> Iterator[None]:

@@ -49,6 +49,14 @@ def refuse_setup(callback: OptimCallback, trainer: Trainer) -> None:
         raise _no_total(callback)
 
 
+def taken(callback: OptimCallback) -> MisconfigurationException:
+    """The error for a callback that is in the running fit of another Trainer."""
+    return MisconfigurationException(
+        f"{type(callback).__name__} is taken: another Trainer, whose fit is still running, has this very object among"
+        " its callbacks. Give each Trainer an object of its own, such as `copy.deepcopy(callback)`."
+    )
+
+
 def _refuse_same_job(callback: OptimCallback, trainer: Trainer) -> None:
     name = type(callback).__name__
     slots = Counter(getattr(other, "slot", None) for other in trainer.callbacks)

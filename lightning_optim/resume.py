@@ -127,8 +127,9 @@ class ExactResume(OptimCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # An exception's checkpoint is written when the fit that we were in is closed already.
-        self._trainer = weakref.ref(trainer)
+        if stage == "fit":
+            # An exception's checkpoint is written when the fit that we were in is closed already.
+            self._trainer = weakref.ref(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

@@ -174,8 +174,14 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
 
     # ---- the check ---------------------------------------------------------------------------------------------------
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        LightningEarlyStopping.on_train_epoch_end(self, trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        LightningEarlyStopping.on_validation_end(self, trainer, pl_module)
+
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
-        """Lightning's own hooks call this, at the end of a validation or of an epoch."""
+        """Lightning's hooks call this, at the end of a validation or of an epoch."""
         metrics = trainer.callback_metrics
         if trainer.fast_dev_run or not self._available(metrics):
             return

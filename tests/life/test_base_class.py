@@ -143,15 +143,6 @@ def test_a_window_with_silent_batches(at: tuple[int, ...], steps: int, precision
     assert hearing.steps == fitted.module.changes == [steps]
 
 
-def test_without_setup_a_sentence_says_so() -> None:
-    class Forgetful(OptimCallback):
-        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-            pass
-
-    with pytest.raises(RuntimeError, match=r"Forgetful.setup did not run: .* calls `super\(\).setup"):
-        fit(BY_NAME["plain"], CELL, callbacks=[Forgetful()])
-
-
 def test_hearing_changes_nothing() -> None:
     callbacks = [Hearing(), *BY_NAME["several"].all_callbacks(CELL)]
     assert_same(fit(BY_NAME["several"], CELL, Remembering, callbacks=callbacks), whole(BY_NAME["several"]))
