@@ -133,16 +133,7 @@ class Fit:
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set ``owner.name`` for the length of the fit."""
-        had, before = name in vars(owner), vars(owner).get(name)
-
-        def put_back() -> None:
-            if had:
-                setattr(owner, name, before)
-            else:
-                delattr(owner, name)
-
-        setattr(owner, name, value)
-        self._undo.callback(put_back)
+        self._undo.enter_context(replaced(owner, name, value))
 
     @property
     def failed(self) -> bool:
@@ -215,6 +206,20 @@ class Fit:
         if self._total is None:
             self._total = total_steps(self.trainer)
         return self._total
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context manager: ``owner.name`` is ``value``; afterwards it is again what it was, or not the instance's own."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def _fingerprint(grads: Sequence[Tensor]) -> Fingerprint:

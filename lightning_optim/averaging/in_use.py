@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_optim import state
+from lightning_optim import state, tensors
 from lightning_optim.averaging import refresh
 from lightning_optim.averaging.comparison import Comparison
-from lightning_optim.averaging.shadow import Shadow
+from lightning_optim.averaging.shadow import Shadow, raw_in
 from lightning_optim.averaging.sources import plain_name
 from lightning_optim.averaging.validating import validate
 from lightning_optim.callback import OptimCallback
+from lightning_optim.fit import replaced
 
 Buffers = Literal["average", "refresh", "copy"]
 
@@ -133,12 +135,33 @@ class AverageInUse(OptimCallback):
 
         return evaluate
 
-    def _saving(
+    def _saving(self, save: Callable[..., None], trainer: Trainer, pl_module: LightningModule) -> Callable[..., None]:
+        """``trainer.save_checkpoint``, with the average in the module from its first line to its last.
+
+        What a callback or the module saves by itself in ``on_save_checkpoint`` are then the weights that were
+        validated, as in the file. The state of a callback is asked for before, beside the raw weights.
+        """
+
+        def save_checkpoint(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+            shadow = self._shadow
+            if self._running.average is not self or shadow is None or not shadow.started:
+                return save(filepath, weights_only, storage_options)
+            with contextlib.ExitStack() as saving:
+                saving.enter_context(raw_in(pl_module))
+                if not weights_only:
+                    exchanged = tensors.local(source.tensor for source, _ in shadow.pairs())
+                    saving.enter_context(_states_of_now(trainer, exchanged))
+                saving.enter_context(self.averaged_weights(pl_module))
+                save(filepath, weights_only, storage_options)
+
+        return save_checkpoint
+
+    def _dumping(
         self, state_dict: Callable[[], dict[str, Any]], trainer: Trainer, pl_module: LightningModule
     ) -> Callable[[], dict[str, Any]]:
-        """The ``state_dict`` of every file, with the average in place of the raw weights."""
+        """The ``state_dict`` of a checkpoint that is made but not saved by the Trainer: the average in it."""
 
-        def save() -> dict[str, Any]:
+        def dump() -> dict[str, Any]:
             if self._running.average is not self or self._shadow is None or self._shadow.uppermost:
                 return state_dict()
             self._settle(trainer, pl_module)
@@ -153,16 +176,39 @@ class AverageInUse(OptimCallback):
                         saved[name] = value
             return saved
 
-        return save
+        return dump
 
     def _install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let validation and files use the average from its start on."""
         fit, loop, strategy = self._running, trainer.fit_loop.epoch_loop.val_loop, trainer.strategy
         fit.average = self
         fit.replace(loop, "run", self._evaluating(loop.run, trainer, pl_module))
-        saving = self._saving(strategy.lightning_module_state_dict, trainer, pl_module)
-        fit.replace(strategy, "lightning_module_state_dict", saving)
+        fit.replace(trainer, "save_checkpoint", self._saving(trainer.save_checkpoint, trainer, pl_module))
+        dumping = self._dumping(strategy.lightning_module_state_dict, trainer, pl_module)
+        fit.replace(strategy, "lightning_module_state_dict", dumping)
 
     def state_dict(self) -> dict[str, Any]:
         self._agree()
         return super().state_dict()
+
+
+@contextlib.contextmanager
+def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
+    """Context manager: the ``state_dict`` of each callback returns what it returns now.
+
+    Averages are left out: they know where raw and averaged weights lie, and return storage that is exchanged as well.
+    Of the others' states, storage of the module that will be exchanged is copied.
+    """
+    live = {tensor.untyped_storage().data_ptr() for tensor in exchanged}
+
+    def copied(tensor: Tensor) -> Tensor:
+        (shard,) = tensors.local([tensor])
+        return tensor.detach().clone() if shard.untyped_storage().data_ptr() in live else tensor
+
+    with contextlib.ExitStack() as back:
+        for callback in trainer.callbacks:
+            own = "state_dict" in vars(callback) or type(callback).state_dict is not Callback.state_dict
+            if own and not isinstance(callback, AverageInUse):
+                kept = apply_to_collection(callback.state_dict(), Tensor, copied)
+                back.enter_context(replaced(callback, "state_dict", lambda kept=kept: kept))
+        yield

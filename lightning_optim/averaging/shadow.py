@@ -275,6 +275,16 @@ class Shadow:
         return copies
 
 
+@contextlib.contextmanager
+def raw_in(module: nn.Module) -> Iterator[None]:
+    """Context manager: ``module`` holds its raw weights, whatever averages lie in it; afterwards these again."""
+    with contextlib.ExitStack() as back:
+        for shadow in reversed(list(_inside.get(module, []))):
+            shadow.exchange_()
+            back.callback(shadow.exchange_)
+        yield
+
+
 def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 

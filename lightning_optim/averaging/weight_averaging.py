@@ -35,6 +35,10 @@ class WeightAveraging(AverageInUse):
     is restored as the best, and what ``test``, ``predict`` and ``load_from_checkpoint`` use. The raw weights are in
     this callback's state, and training resumes from them. An average that never started is never used.
 
+    The average is in the module during a validation and during ``trainer.save_checkpoint``: what a callback saves or
+    exports by itself in ``on_save_checkpoint`` has the score that was monitored. In other hooks of training the module
+    holds raw weights, and ``with callback.averaged_weights(module)`` puts the average in.
+
     A checkpoint of Lightning's ``WeightAveraging`` resumes here, and one of this callback there. Of several averages in
     one run each keeps its own weights; read one out with ``with callback.averaged_weights(module)``, or from a file
     with :func:`~lightning_optim.averaged_state_dict`.

@@ -100,6 +100,55 @@ def test_sharded_files(entry: Entry, group: Group, tmp_path: Path) -> None:
         assert values == pytest.approx([score] * 3, rel=1e-6)
 
 
+class Exporting:
+    """Saves at the end of a batch, and keeps its weights in `on_save_checkpoint` and the average of that moment."""
+
+    path: Any = None
+    exported: Any = None
+
+    def on_train_batch_end(self: Any, *arguments: Any) -> None:
+        super().on_train_batch_end(*arguments)
+        if self.path and self.seen == 7:
+            average = next(callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging))
+            with average.averaged_weights(self):
+                self.average = models.full_weights(self)
+            self.trainer.save_checkpoint(self.path)
+
+    def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        self.exported = models.full_weights(self)
+
+
+def exported(path: Path, distributed: bool) -> Any:
+    """A job: what a sharded module holds while it is saved, and whether training goes on as without."""
+    cell, ends = Cell("automatic", "32-true", "fsdp2", "1"), []
+    for target in (None, path):
+        size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        strategy = ModelParallelStrategy(**size, save_distributed_checkpoint=distributed)
+        fitted = prepare(BY_NAME["ema"], cell, Exporting, Remembering, strategy=strategy)
+        fitted.module.path = target
+        fitted.trainer.fit(fitted.module)
+        ends.append((fitted.outcome.raw, fitted.outcome.final, fitted.outcome.validations))
+    return fitted.module.exported, fitted.module.average, ends
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_sharded_module_holds_the_average_while_it_is_saved(distributed: bool, group: Group, tmp_path: Path) -> None:
+    for weights, average, (alone, saving) in group.run(exported, tmp_path / "one.ckpt", distributed):
+        assert not differences(weights, average)
+        assert differences(weights, alone[0]), "nothing to tell apart"
+        assert not differences(alone, saving)
+    resumed = group.run(resumed_from, tmp_path / "one.ckpt")
+    assert not differences(resumed, [saving] * 2)
+
+
+def resumed_from(path: Path) -> Any:
+    """A job: the end of a run that goes on from a file."""
+    cell = Cell("automatic", "32-true", "fsdp2", "1")
+    outcome = fit(BY_NAME["ema"], cell, Remembering, ckpt_path=path).outcome
+    return outcome.raw, outcome.final, outcome.validations
+
+
 # ---- Lightning's own early stopping ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,254 @@
+"""While the Trainer saves, the module holds the weights that the file holds: the evaluated average."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import Tensor
+
+from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, WeightAveraging
+from tests.averaging.models import Model, assert_close, assert_equal, data, differ, ema, fit, norm_net, snapshot
+
+DECAY = 0.8
+
+
+def averaging(**arguments: Any) -> WeightAveraging:
+    return WeightAveraging(arguments.pop("average", EMA(DECAY, warmup=None)), **arguments)
+
+
+class Exports(Callback):
+    """Keeps the module's weights whenever a checkpoint is saved, and has a state that is made of them."""
+
+    def __init__(self, live: bool = False) -> None:
+        self.live, self.seen = live, []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.module = pl_module
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.seen.append(snapshot(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.module.state_dict() if self.live else snapshot(self.module)
+        return {"first": {"of": [state["net.0.weight"]]}, "count": len(self.seen)}
+
+
+class Keeping(Model):
+    """Keeps its weights whenever a checkpoint is saved."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.saved: list[dict[str, Tensor]] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.saved.append(snapshot(self))
+
+
+class Saves(Callback):
+    """Saves in a hook of the second epoch, for the first time that it is called there."""
+
+    def __init__(self, path: Path, hook: str, **options: Any) -> None:
+        self.path, self.options = path, options
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == 1 and not self.path.exists():
+            self.path.touch()
+            trainer.save_checkpoint(self.path, **self.options)
+
+
+HOOKS = [
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_batch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+    "on_before_zero_grad",
+    "on_before_optimizer_step",
+]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.float64}, {"average": SWA()}], ids=str)
+def test_what_saves_itself_with_a_checkpoint_sees_the_weights_of_the_file(tmp_path, hook, arguments) -> None:
+    model, exports = Keeping(make=norm_net), Exports()
+    saves = Saves(tmp_path / "one.ckpt", hook)
+    fit(model, [exports, averaging(**arguments), saves])
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert len(model.saved) == len(exports.seen) == 1
+    assert_equal(exports.seen[0], saved["state_dict"])
+    assert_equal(model.saved[0], saved["state_dict"])
+    raw = saved["current_model_state"]
+    assert differ(saved["state_dict"], raw)
+    first = saved["callbacks"]["Exports"]["first"]["of"][0]
+    assert torch.equal(first, raw["net.0.weight"]), "the state of a callback was not asked for beside the raw weights"
+    fit(alone := Model(make=norm_net), [averaging(**arguments)])
+    assert_equal(snapshot(model), snapshot(alone))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_that_is_the_modules_storage_holds_raw_weights(tmp_path, hook, dtype) -> None:
+    fit(Model(), [averaging(dtype=dtype), Exports(live=True), Saves(tmp_path / "one.ckpt", hook)])
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    first = saved["callbacks"]["Exports"]["first"]["of"][0]
+    assert torch.equal(first, saved["current_model_state"]["net.0.weight"])
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+def test_weights_only(tmp_path, hook) -> None:
+    model, exports = Keeping(), Exports()
+    fit(model, [averaging(), exports, Saves(tmp_path / "one.ckpt", hook, weights_only=True)])
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert "callbacks" not in saved
+    assert_equal(model.saved[0], saved["state_dict"])
+    assert_close(saved["state_dict"], ema(model.trajectory[: 9 if hook == "on_train_batch_end" else 16], DECAY))
+
+
+def test_model_checkpoints_of_every_kind(tmp_path) -> None:
+    """Each file of a run, among them the best of early stopping."""
+    model, exports = Keeping(lr=0.2), Exports()
+    files = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{step}")
+    best = EarlyStopping("val_loss", dirpath=str(tmp_path / "best"))
+    fit(model, [exports, averaging(), best, files], enable_checkpointing=True, max_epochs=3)
+    for path, validated in zip([8, 16, 24], model.validated, strict=True):
+        assert_equal(torch.load(tmp_path / f"step={path}.ckpt", weights_only=True)["state_dict"], validated)
+    assert {_digest(seen) for seen in exports.seen} == {_digest(validated) for validated in model.validated}
+    saved = torch.load(best.best_path, weights_only=True)["state_dict"]
+    assert_equal(saved, model.validated[model.losses.index(min(model.losses))])
+
+
+def _digest(state: dict[str, Tensor]) -> float:
+    return float(sum(tensor.double().sum() for tensor in state.values()))
+
+
+def test_what_another_thread_writes_is_what_was_in_the_module(tmp_path) -> None:
+    model = Keeping()
+    files = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit(model, [averaging(), files], enable_checkpointing=True, plugins=[AsyncCheckpointIO()], max_epochs=1)
+    assert len(model.saved) == 8
+    for step, seen in enumerate(model.saved, 1):
+        saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert_equal(saved["state_dict"], seen)
+        assert_equal(saved["current_model_state"], model.trajectory[step - 1])
+
+
+def test_a_checkpoint_that_is_made_but_not_saved_holds_the_average(tmp_path) -> None:
+    class Dumps(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.state = copy.deepcopy(trainer._checkpoint_connector.dump_checkpoint(weights_only=False)["state_dict"])
+
+    model, dumps = Keeping(), Dumps()
+    fit(model, [averaging(), dumps])
+    assert_close(dumps.state, ema(model.trajectory, DECAY))
+    assert_equal(model.saved[-1], model.trajectory[-1])
+
+
+# ---- several, and what goes wrong ----
+
+
+@pytest.mark.parametrize("within", ["", "a", "b", "ab", "ba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_several_averages_whichever_lies_in_the_module(tmp_path, within, dtype) -> None:
+    a, b = averaging(dtype=dtype), averaging(average=SWA(), evaluate=False, dtype=dtype)
+
+    class Within(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            contexts = [{"a": a, "b": b}[name].averaged_weights(pl_module) for name in within]
+            before = []
+            for context in contexts:
+                context.__enter__()
+                before.append(snapshot(pl_module))
+            trainer.save_checkpoint(tmp_path / "one.ckpt")
+            for context, state in zip(reversed(contexts), reversed(before), strict=True):
+                assert_equal(snapshot(pl_module), state)
+                context.__exit__(None, None, None)
+
+    model, exports = Keeping(), Exports()
+    fit(model, [exports, a, b, Within()], max_epochs=1)
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert_close(saved["state_dict"], ema(model.trajectory, DECAY))
+    assert_equal(exports.seen[0], saved["state_dict"])
+    assert_equal(saved["current_model_state"], model.trajectory[-1])
+    assert torch.equal(saved["callbacks"]["Exports"]["first"]["of"][0], model.trajectory[-1]["net.0.weight"])
+
+
+def test_an_average_that_is_not_evaluated_stays_out(tmp_path) -> None:
+    model, exports = Keeping(), Exports()
+    fit(model, [exports, averaging(evaluate=False), Saves(tmp_path / "one.ckpt", "on_train_epoch_end")])
+    assert_equal(exports.seen[0], model.trajectory[-1])
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+def test_a_save_that_fails_leaves_raw_weights(tmp_path, hook) -> None:
+    class Full(Exports):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+            if len(self.seen) == 1:
+                raise OSError("no space left")
+
+    model, full = Keeping(), Full()
+    files = ModelCheckpoint(tmp_path, save_on_exception=True, save_top_k=0)
+    callbacks = [full, averaging(), Saves(tmp_path / "one.ckpt", hook), files]
+    with pytest.raises(OSError, match="no space left"):
+        fit(model, callbacks, enable_checkpointing=True)
+    raw = snapshot(model)
+    steps = 9 if hook == "on_train_batch_end" else 16
+    assert_close(full.seen[0], ema([*model.trajectory, raw][:steps], DECAY))
+    assert_equal(full.seen[1], full.seen[0])
+    saved = torch.load(next(p for p in tmp_path.glob("*.ckpt") if p.name != "one.ckpt"), weights_only=True)
+    assert_equal(saved["state_dict"], full.seen[0])
+    assert_equal(saved["current_model_state"], raw)
+    assert "state_dict" not in vars(full)
+
+
+def test_a_save_within_a_step_of_manual_optimization(tmp_path) -> None:
+    class Manual(Keeping):
+        automatic_optimization = False
+        path: Path | None = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            loss = super().training_step(batch, batch_idx)
+            if self.path and batch_idx == 5:
+                self.trainer.save_checkpoint(self.path)  # between forward and backward
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    fit(alone := Manual(make=norm_net), [averaging(average=SWA())])
+    saving = Manual(make=norm_net)
+    saving.path = tmp_path / "one.ckpt"
+    fit(saving, [averaging(average=SWA())])
+    assert_equal(snapshot(saving), snapshot(alone))
+    assert differ(saving.saved[0], saving.trajectory[4])
+
+
+def test_a_mean_of_checkpoints_is_in_the_module_when_it_is_saved(tmp_path) -> None:
+    """It is saved while an average is evaluated, which must not take its place."""
+    model = Keeping()
+    files = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
+    means = CheckpointAveraging(top=2)
+    fit(model, [averaging(), files, means], enable_checkpointing=True, max_epochs=3)
+    saved = torch.load(means.path, weights_only=True)["state_dict"]
+    assert_equal(model.saved[-1], saved)
+
+
+def test_outside_of_a_save_the_module_holds_raw_weights() -> None:
+    class Looks(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.raw = snapshot(pl_module)
+            with average.averaged_weights(pl_module):
+                self.averaged = snapshot(pl_module)
+
+    model, average, looks = Model(), averaging(), Looks()
+    fit(model, [average, looks], train=data())
+    assert_equal(looks.raw, model.trajectory[-1])
+    assert_close(looks.averaged, ema(model.trajectory, DECAY))
