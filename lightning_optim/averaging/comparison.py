@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_optim.figures import canvas
+from lightning_optim.fit import replaced
 
 
 class Comparison:
-    """What validations of both have given.
+    """The metrics of validations that were run twice: with raw weights, then with averaged ones.
 
     Attributes:
-        points: For each validation ``step``, and the metrics ``raw`` and ``averaged`` by name.
+        points: For each validation its optimizer ``step``, and the metrics ``raw`` and ``averaged`` by name. While the
+            second validation runs, and if it never ended, ``averaged`` is empty.
     """
 
     def __init__(self) -> None:
@@ -24,14 +28,29 @@ class Comparison:
         """Take over the points of an interrupted run."""
         self.points = list(points)
 
-    def add(self, trainer: Trainer, steps: list[int], raw: dict[str, Tensor]) -> None:
-        """Keep the metrics of raw weights, and those that the Trainer has now; tell loggers the former."""
-        of_raw = {name: float(value) for name, value in raw.items()}
-        of_average = {name: float(trainer.callback_metrics[name]) for name in raw if name in trainer.callback_metrics}
-        self.points.append({"step": max(steps, default=0), "raw": of_raw, "averaged": of_average})
-        logged = {f"averaging/raw/{name}": value for name, value in of_raw.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(logged, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    @contextlib.contextmanager
+    def adding(self, trainer: Trainer, steps: list[int], raw: dict[str, Tensor]) -> Iterator[None]:
+        """Context manager: the validation in it is the second one, whose metrics are compared with ``raw``.
+
+        The point is complete, and the raw metrics are logged with those of the average, before the first
+        ``on_validation_end``: a checkpoint that is saved there holds it.
+        """
+        point = {"step": max(steps, default=0), "raw": {name: float(value) for name, value in raw.items()}}
+        if self.points and self.points[-1]["step"] == point["step"] and not self.points[-1]["averaged"]:
+            self.points.pop()  # of a validation that was cut short, and is run again after a resume
+        self.points.append({**point, "averaged": {}})
+        beside = {f"averaging/raw/{name}": value for name, value in raw.items()}
+        connector = trainer._logger_connector
+        log = connector.log_eval_end_metrics
+
+        def log_both(metrics: dict[str, Any]) -> None:
+            found = trainer.callback_metrics
+            self.points[-1]["averaged"] = {name: float(found[name]) for name in raw if name in found}
+            connector._callback_metrics.update(beside)
+            log({**metrics, **beside})
+
+        with replaced(connector, "log_eval_end_metrics", log_both):
+            yield
 
     def plot(self, metric: str | None = None) -> tuple[Any, Any]:
         """The metric of both over the steps: figure and axes."""

@@ -127,11 +127,11 @@ class AverageInUse(OptimCallback):
             if self._running.average is not self:
                 return run()
             raw = validate(trainer, run) if self.compare and self.started else {}
-            with self.averaged_weights(pl_module):
-                result = run()
-            if raw:
-                self.comparison.add(trainer, self.steps, raw)
-            return result
+            with contextlib.ExitStack() as during:
+                during.enter_context(self.averaged_weights(pl_module))
+                if raw:
+                    during.enter_context(self.comparison.adding(trainer, self.steps, raw))
+                return run()
 
         return evaluate
 

@@ -11,12 +11,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_optim.fit import replaced
+
 
 def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str, Tensor]:
     """The metrics of a validation with the weights that the module holds now.
 
-    The module's own hooks run; callbacks and loggers hear nothing of it, and metrics, progress, the random state and
-    the module's modes are afterwards as before.
+    The module's own hooks run; callbacks and loggers hear nothing of it, nothing is saved, and metrics, progress, the
+    random state and the module's modes are afterwards as before.
 
     Args:
         trainer: A Trainer within ``fit``.
@@ -43,7 +45,9 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
     for name in metrics:
         setattr(connector, name, {})
     try:
-        yield
+        # The module may save in a hook of its own. It will do so in the validation that is seen, with callbacks' state.
+        with replaced(trainer, "save_checkpoint", lambda *args, **kwargs: None):
+            yield
     finally:
         trainer.callbacks, trainer.loggers, loop.batch_progress = callbacks, loggers, progress
         for name, values in metrics.items():

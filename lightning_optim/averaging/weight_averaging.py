@@ -63,8 +63,8 @@ class WeightAveraging(AverageInUse):
         apply_at_end: Whether the module ends with the average when the fit ends normally. Of several averages the
             evaluated one goes before, and ``EarlyStopping(restore_best=True)`` before all.
         compare: Validate the raw weights too, before each validation of the average: :meth:`plot` shows both, and
-            loggers get ``averaging/raw/…``. It costs a second validation, in which the module's hooks run but
-            callbacks do not.
+            ``averaging/raw/…`` is logged with the metrics of the average. It costs a second validation, in which the
+            module's hooks run but callbacks do not.
         name: Tells two averages of one kind apart in checkpoints.
 
     Attributes:
