@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from lightning_optim import safe_reading
+from lightning_optim.atomic_writing import write_atomically
 from lightning_optim.averaging import reading
 from lightning_optim.averaging.checkpoints import average_checkpoints
 from lightning_optim.averaging.inspecting import describe
+from lightning_optim.averaging.safetensors_writing import save_safetensors
 
 # What belongs to the training of one of the files, and not to their mean.
 _TRAINING = ("callbacks", "optimizer_states", "lr_schedulers", "loops", "current_model_state", "averaging_state")
@@ -25,8 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(given.run(given))
     except (OSError, ValueError, ImportError) as error:
-        print(f"lightning-optim: {error}", file=sys.stderr)
-        return 1
+        said = str(error)
+    except Exception as error:  # of files with contents that nobody thought of
+        said = f"{', '.join(given.files)}: {safe_reading.first_line(error)}"
+    print(f"lightning-optim: {_on_one_line(said)}", file=sys.stderr)
+    return 1
+
+
+def _on_one_line(text: str) -> str:
+    """The text without line breaks and control characters, which a file may have put into its names."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (average, inspect):
         command.add_argument(
+            "--key",
+            help="under which name the weights lie; default: state_dict, model, model_state_dict, ema, or the file",
+        )
+        command.add_argument(
             "--unsafe",
             action="store_true",
             help="read pickled objects too, which can run any code: only what you trust",
@@ -54,39 +69,67 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _average(given: argparse.Namespace) -> int:
-    if os.path.exists(given.output) and not given.force:
-        raise ValueError(f"{given.output} exists: choose another name, or pass --force")
+    _check_output(given.output, given.force)
     safe = not given.unsafe
-    mean = average_checkpoints(given.files, given.weights, weights_only=safe, progress=sys.stderr.isatty())
-    beside = f"{given.output}.new"  # renamed when it is complete; the output may be one of the files, still mapped
-    if reading.is_safetensors(given.output):
-        _save_safetensors(mean, beside)
+    mean = average_checkpoints(
+        given.files, given.weights, key=given.key, weights_only=safe, progress=sys.stderr.isatty()
+    )
+    left_out: list[str] = []
+    if safe_reading.is_safetensors(given.output):
+        save_safetensors(mean, given.output)
     else:
-        torch.save(_checkpoint(given.files[-1], mean, safe), beside)
-    os.replace(beside, given.output)
-    print(f"{given.output}: the mean of {len(given.files)} files")
+        content, left_out = _content(given.files[-1], mean, given.key, safe)
+        with write_atomically(given.output) as beside, open(beside, "wb") as file:
+            torch.save(content, file)
+    print(f"{given.output}: the mean of {len(given.files)} files" + _on_one_line(_said_of(left_out)))
     return 0
 
 
-def _checkpoint(last: str, mean: dict[str, Any], weights_only: bool) -> dict[str, Any]:
-    """The last file without what belongs to its training, so that ``load_from_checkpoint`` finds its arguments."""
-    loaded = {} if reading.is_safetensors(last) else reading.load_checkpoint(last, weights_only)
-    if "pytorch-lightning_version" not in loaded:
-        return mean
-    return {**{name: value for name, value in loaded.items() if name not in _TRAINING}, "state_dict": mean}
+def _check_output(path: str, force: bool) -> None:
+    """Refuse before anything is read what would be refused when it is written."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: give the name of a file")
+    if os.path.lexists(path) and not force:
+        raise ValueError(f"{path} exists: choose another name, or pass --force")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path} cannot be written: there is no folder {folder}")
 
 
-def _save_safetensors(mean: dict[str, Any], path: str) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ModuleNotFoundError("a .safetensors file needs `pip install safetensors`") from error
-    # The format knows neither ties nor strides.
-    save_file({name: value.clone().contiguous() for name, value in mean.items() if isinstance(value, Tensor)}, path)
+def _content(last: str, mean: dict[Any, Any], key: str | None, weights_only: bool) -> tuple[dict[Any, Any], list[str]]:
+    """The last file with the mean in the place of its weights, and the names of what is left out.
+
+    Of a Lightning checkpoint its training state is left out, so that ``load_from_checkpoint`` finds the module's
+    arguments and nothing of one file alone; of another whatever else holds tensors, such as an optimizer's state.
+    """
+    loaded = {} if safe_reading.is_safetensors(last) else reading.load_checkpoint(last, weights_only)
+    is_lightning = "pytorch-lightning_version" in loaded
+    where = reading.STATE_DICT if os.path.isdir(last) else reading.weights_key(loaded, last, key)
+    if where is None or (os.path.isdir(last) and not is_lightning):
+        return mean, []
+    kept, left_out = {}, []
+    for name, value in loaded.items():
+        if name == where:
+            kept[name] = mean
+        elif is_lightning and name in _TRAINING:
+            continue
+        elif (not is_lightning or where != reading.STATE_DICT) and _has_tensors(value):
+            left_out.append(str(name))
+        else:
+            kept[name] = value
+    return {**kept, where: mean}, left_out
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+
+
+def _said_of(left_out: Sequence[str]) -> str:
+    return f"; what else the last one holds of tensors is left out: {', '.join(left_out)}" if left_out else ""
 
 
 def _inspect(given: argparse.Namespace) -> int:
     for path in given.files:
-        for line in describe(path, weights_only=not given.unsafe):
-            print(line)
+        for line in describe(path, weights_only=not given.unsafe, key=given.key):
+            print(_on_one_line(line))
     return 0

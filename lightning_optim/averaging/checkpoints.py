@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from lightning_optim import safe_reading
 from lightning_optim.averaging import reading
 from lightning_optim.averaging.average import kept_dtype
-from lightning_optim.averaging.mapped import MappedFile, open_mapped, runs
 
 Path: TypeAlias = str | os.PathLike[str]
 StateDict: TypeAlias = dict[str, Any]
@@ -36,7 +36,8 @@ def average_weights(
         weights: One number >= 0 for each, not all zero. Default: equal.
 
     Raises:
-        ValueError: If there is nothing to average, names or shapes differ, or the weights do not fit.
+        ValueError: If there is nothing to average, names or shapes differ, a tensor is sparse, or the weights do not
+            fit.
 
     Example::
 
@@ -53,22 +54,36 @@ def average_weights(
 
 
 def average_checkpoints(
-    paths: Sequence[Path], weights: Sequence[float] | None = None, *, weights_only: bool = True, progress: bool = False
+    paths: Sequence[Path],
+    weights: Sequence[float] | None = None,
+    *,
+    key: str | None = None,
+    weights_only: bool = True,
+    progress: bool = False,
 ) -> StateDict:
     r"""The weighted mean of the weights in several files, as :func:`average_weights` of what they hold.
 
-    The files are mapped and read one after the other: memory is the mean in fp32, whatever their number. They may be
-    Lightning's checkpoints, of which ``state_dict`` counts (with :class:`WeightAveraging` the averaged weights), plain
-    state dicts, ``.safetensors`` files (with ``pip install safetensors``) or folders of a distributed checkpoint.
+    The files are read one after the other: memory is the mean in fp32 and one file, whatever their number. They may be
+    Lightning's checkpoints, other dictionaries, plain state dicts, ``.safetensors`` files (with ``pip install
+    safetensors``) or folders of a distributed checkpoint. The weights are what lies under ``state_dict`` (with
+    :class:`WeightAveraging` the averaged weights), else under ``model``, ``model_state_dict`` or ``ema``, else the
+    whole file; of names on several levels all are averaged. What is returned are the averaged weights alone.
+
+    Before a file is averaged its sizes and checksums are checked: other values than were written never come out of a
+    damaged archive of ``torch.save``. safetensors and torch's format before 1.6 hold no checksums; there only what no
+    longer fits together is noticed.
 
     Args:
         paths: The files.
         weights: One number >= 0 for each, not all zero. Default: equal.
+        key: Under which name the weights lie, where it is another, or there are several.
         weights_only: Read nothing but tensors and plain values: a file from a stranger can run any code otherwise.
         progress: Show a bar.
 
     Raises:
-        ValueError: As :func:`average_weights`, or if a file holds more than tensors and plain values.
+        OSError: If a file cannot be opened.
+        ValueError: As :func:`average_weights`, or if a file is damaged, no checkpoint, or holds more than tensors and
+            plain values. The message names the file.
 
     Example::
 
@@ -82,13 +97,30 @@ def average_checkpoints(
     """
     names = [os.fspath(path) for path in paths]
     given = _checked(weights, len(names))
-    files = [open_mapped(name) for name in names]
-    if _alike(files):
-        return _mean_of_mapped(files, given, progress)
     mean = RunningMean()
-    for path, weight in shown(zip(names, given, strict=True), len(names), progress):
-        mean.add(reading.weights_in(path, weights_only), weight, path)
-    return mean.result()
+    files = zip(_checked_ahead(names, weights_only), given, strict=True)
+    for (path, is_checked), weight in shown(files, len(names), progress):
+        mean.add(reading.weights_in(path, weights_only, key, check=not is_checked), weight, path)
+    return mean.finish()
+
+
+def _checked_ahead(names: Sequence[str], weights_only: bool) -> Iterator[tuple[str, bool]]:
+    """Each file, and whether it is checked: while one is averaged, the checksums of the next are computed beside."""
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        check = beside.submit(_check, names[0], weights_only)
+        for index, name in enumerate(names):
+            is_checked = check.result()
+            if index + 1 < len(names):
+                check = beside.submit(_check, names[index + 1], weights_only)
+            yield name, is_checked
+
+
+def _check(name: str, weights_only: bool) -> bool:
+    """Check a file of the local disk; from elsewhere a file comes once, and is checked when it is read."""
+    if not os.path.isfile(name):
+        return False
+    safe_reading.check(name, weights_only)
+    return True
 
 
 def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -100,8 +132,17 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
     return given
 
 
+class _Averaged(NamedTuple):
+    """What is remembered of a tensor when its values are in the mean."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
 class RunningMean:
     """The weighted mean of state dicts that come one after the other, in fp32 or better.
+
+    Of names on several levels all are averaged. Nothing of what was added is held, so that a file can be let go.
 
     Attributes:
         total: The sum of the weights so far.
@@ -109,46 +150,65 @@ class RunningMean:
 
     def __init__(self) -> None:
         self.total = 0.0
-        self._means: StateDict = {}
-        self._ties: dict[str, str] = {}
-        self._last: Mapping[str, Any] = {}
+        self._means: dict[reading.Path, Tensor] = {}
+        self._ties: dict[reading.Path, reading.Path] = {}
+        self._last: dict[reading.Path, Any] = {}
         self._label = ""
 
     @torch.no_grad()
-    def add(self, state: Mapping[str, Any], weight: float = 1.0, label: str = "") -> None:
+    def add(self, state: Mapping[Any, Any], weight: float = 1.0, label: str = "") -> None:
         """Take in one more; its name stands in the error if it does not fit."""
-        self.total += weight
+        leaves = dict(reading.leaves(state))
+        for path, value in leaves.items():
+            if isinstance(value, Tensor) and (value.is_meta or _has_mean(value)):
+                _check_values(path, value, label)
         if not self._last:
-            self._ties, self._label = ties(state), label
-            self._means = {n: _wide(value) for n, value in state.items() if _has_mean(value) and n not in self._ties}
+            if not any(map(_has_mean, leaves.values())):
+                raise ValueError(f"{label} holds no floating-point tensors by name: there is nothing to average")
+            self._ties, self._label = ties(leaves), label
+            self._means = {p: _wide(value) for p, value in leaves.items() if _has_mean(value) and p not in self._ties}
+            self.total = weight
         else:
-            _check_like(state, self._last, label, self._label)
-            self._untie(ties(state))
+            _check_like(leaves, self._last, label, self._label)
+            self._untie(ties(leaves))
+            self.total += weight
             share = weight / self.total if self.total else 0.0
-            for name, mean in self._means.items():
-                _move_(mean, state[name], share)
-        self._last = state
+            for path, mean in self._means.items():
+                _move_(mean, leaves[path], share)
+        self._last = {
+            path: _Averaged(value.dtype, value.shape) if _has_mean(value) else _copied(value)
+            for path, value in leaves.items()
+        }
 
-    def _untie(self, now: dict[str, str]) -> None:
+    def _untie(self, now: dict[reading.Path, reading.Path]) -> None:
         """What is tied in one and not in another has a mean of its own."""
-        for name in [name for name, first in self._ties.items() if now.get(name) != first]:
-            self._means[name] = self._means[self._ties.pop(name)].clone()
+        for path in [path for path, first in self._ties.items() if now.get(path) != first]:
+            self._means[path] = self._means[self._ties.pop(path)].clone()
 
-    @torch.no_grad()
     def result(self) -> StateDict:
         """The mean in the dtypes of the last, whose integers and other values it has."""
-        means = {name: mean.to(self._last[name].dtype) for name, mean in self._means.items()}
-        # The last may be mapped from the disk: what is given back must outlive the file.
-        return {
-            name: means[self._ties.get(name, name)] if _has_mean(value) else _copied(value)
-            for name, value in self._last.items()
-        }
+        return self._built(self._means.__getitem__)
+
+    def finish(self) -> StateDict:
+        """The same, where no more is added: the wide means are given up one by one, as the result is made of them."""
+        return self._built(self._means.pop)
+
+    @torch.no_grad()
+    def _built(self, take: Callable[[reading.Path], Tensor]) -> StateDict:
+        means = {path: take(path).to(self._last[path].dtype) for path in list(self._means)}
+        built: StateDict = {}
+        for path, value in self._last.items():
+            level = built
+            for name in path[:-1]:
+                level = level.setdefault(name, {})
+            level[path[-1]] = means[self._ties.get(path, path)] if isinstance(value, _Averaged) else _copied(value)
+        return built
 
     def __copy__(self) -> RunningMean:
         """One that goes on by itself."""
         other = RunningMean()
         other.__dict__.update(self.__dict__)
-        other._means = {name: mean.clone() for name, mean in self._means.items()}
+        other._means = {path: mean.clone() for path, mean in self._means.items()}
         other._ties = dict(self._ties)
         return other
 
@@ -179,9 +239,9 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def ties(state: Mapping[str, Any]) -> dict[str, str]:
+def ties(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """The later names of each tensor that has several, to the first."""
-    first: dict[Any, str] = {}
+    first: dict[Any, Any] = {}
     found = {}
     for name, value in state.items():
         if _has_mean(value) and value.numel():
@@ -193,74 +253,37 @@ def ties(state: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _check_like(state: Mapping[str, Any], first: Mapping[str, Any], label: str, other: str) -> None:
-    if state.keys() != first.keys():
-        only = sorted(state.keys() ^ first.keys())
-        raise ValueError(f"{label} and {other} have different names: {only[:5]} are in one of them only")
-    for name, value in state.items():
-        mine, wanted = getattr(value, "shape", None), getattr(first[name], "shape", None)
+def _check_values(path: reading.Path, value: Tensor, label: str) -> None:
+    """Refuse a tensor of which there is no mean element by element."""
+    kind = "nested" if value.is_nested else "sparse" if value.layout is not torch.strided else value.device.type
+    if kind in ("nested", "sparse", "meta"):
+        raise ValueError(f"{label}: {_dotted(path)} is a {kind} tensor, of which there is no mean")
+
+
+def _check_like(
+    state: Mapping[reading.Path, Any], last: Mapping[reading.Path, Any], label: str, first_label: str
+) -> None:
+    if state.keys() != last.keys():
+        only = sorted(map(_dotted, state.keys() ^ last.keys()))
+        raise ValueError(f"{label} and {first_label} have different names: {only[:5]} are in one of them only")
+    for path, value in state.items():
+        mine, wanted = getattr(value, "shape", None), getattr(last[path], "shape", None)
         if mine != wanted:
-            raise ValueError(f"{label} and {other} have different shapes of {name}: {mine} and {wanted}")
+            raise ValueError(f"{label} and {first_label} have different shapes of {_dotted(path)}: {mine} and {wanted}")
+        if _kind(value) != _kind(last[path]):
+            kinds = f"{_kind(value)} and {_kind(last[path])}"
+            raise ValueError(f"{label} and {first_label} hold {_dotted(path)} as numbers of two kinds: {kinds}")
 
 
-# ---- files of the same layout ----------------------------------------------------------------------------------------
-
-_STRETCH = 4 << 20  # bytes: the running mean of a stretch stays in a processor's cache while all files are read
-
-
-def _alike(files: Sequence[MappedFile | None]) -> TypeGuard[list[MappedFile]]:
-    """Whether all have the same tensors, tied in the same way; if not, :class:`RunningMean` knows what to say."""
-    described = {None if file is None else frozenset(_described(file)) for file in files}
-    return len(described) == 1 and None not in described
+def _kind(value: Any) -> str:
+    """Between numbers of two kinds there is no mean."""
+    if not isinstance(value, _Averaged) and not _has_mean(value):
+        return "no floating-point numbers"
+    return "complex" if value.dtype.is_complex else "real"
 
 
-def _described(file: MappedFile) -> Iterator[tuple[str, torch.dtype, torch.Size, str]]:
-    first = {place: name for name, place in reversed(file.places.items())}
-    for name, place in file.places.items():
-        yield name, place.dtype, place.shape, first[place]
-
-
-@torch.no_grad()
-def _mean_of_mapped(files: list[MappedFile], weights: list[float], progress: bool) -> StateDict:
-    shares = [w / total if total else 0.0 for w, total in zip(weights, itertools.accumulate(weights), strict=True)]
-    last = files[-1]
-    first = {place: name for name, place in reversed(last.places.items()) if place.has_mean}
-    means: StateDict = {}
-    stretches = list(runs(files, list(first.values()), _STRETCH))
-    for names in shown(stretches, len(stretches), progress):
-        means |= _means_in_stretch(files, names, shares)
-    return {
-        name: means[first[place]] if place in first else last.tensor(name).clone()
-        for name, place in last.places.items()
-    }
-
-
-def _means_in_stretch(files: list[MappedFile], names: list[str], shares: list[float]) -> StateDict:
-    places = [files[0].places[name] for name in names]
-    begin, dtype = places[0].offset, places[0].dtype
-
-    def mean(start: int, stop: int) -> Tensor:
-        offsets = (file.places[names[0]].offset + start for file in files)
-        values = (
-            file.elements(offset, dtype, (stop - start) // dtype.itemsize)
-            for file, offset in zip(files, offsets, strict=True)
-        )
-        moved = _wide(next(values))
-        for value, share in zip(values, shares[1:], strict=True):
-            _move_(moved, value, share)
-        return moved
-
-    if len(names) == 1:
-        pieces = [mean(at, min(at + _STRETCH, places[0].size)).to(dtype) for at in range(0, places[0].size, _STRETCH)]
-        return {names[0]: torch.cat(pieces).view(places[0].shape)}
-    # What lies between the tensors is averaged too, and not taken.
-    stretch = mean(0, max(place.offset + place.size for place in places) - begin)
-    return {
-        name: stretch[(place.offset - begin) // dtype.itemsize :][: place.shape.numel()]
-        .view(place.shape)
-        .to(dtype, copy=True)
-        for name, place in zip(names, places, strict=True)
-    }
+def _dotted(path: reading.Path) -> str:
+    return ".".join(map(str, path))
 
 
 def shown(items: Iterable[Any], count: int, progress: bool) -> Iterable[Any]:

@@ -14,6 +14,9 @@ from torch import Tensor
 from lightning_optim.averaging import reading
 from lightning_optim.averaging.checkpoints import Path, StateDict, ties
 
+_COUNTS = ("updates", "first", "last")
+_LONGEST_KEY = 4000  # a longer one is no callback's, and Python's parser would spend its stack on it
+
 
 @dataclass(frozen=True)
 class Found:
@@ -42,30 +45,43 @@ class Found:
 
 def averages_in(checkpoint: Mapping[str, Any]) -> list[Found]:
     """The averages of a loaded checkpoint that have started."""
-    found = []
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if isinstance(state, dict) and any(counters := [c for c in state.get("counters", []) if c]):
-            identity = _identity(key)
-            found.append(
-                Found(
-                    key,
-                    identity.get("average", ""),
-                    identity.get("name"),
-                    bool(state["raw"]),
-                    max(count["updates"] for count in counters),
-                    min(count["first"] for count in counters),
-                    max(count["last"] for count in counters),
-                    state["averaged"],
-                )
-            )
-    return found
+    return [found for key, state in _callbacks(checkpoint).items() if (found := _found(str(key), state)) is not None]
+
+
+def _callbacks(checkpoint: Mapping[str, Any]) -> Mapping[Any, Any]:
+    callbacks = checkpoint.get("callbacks")
+    return callbacks if isinstance(callbacks, Mapping) else {}
+
+
+def _found(key: str, state: Any) -> Found | None:
+    """The average in a callback's state; ``None`` if it is another callback's, or there were no updates."""
+    try:
+        counters = [{name: int(counter[name]) for name in _COUNTS} for counter in state["counters"] if counter]
+        raw, averaged = state["raw"], dict(state["averaged"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if not counters:
+        return None
+    identity = _identity(key)
+    return Found(
+        key,
+        str(identity.get("average", "")),
+        identity.get("name"),
+        bool(raw),
+        max(counter["updates"] for counter in counters),
+        min(counter["first"] for counter in counters),
+        max(counter["last"] for counter in counters),
+        averaged,
+    )
 
 
 def _identity(key: str) -> dict[str, Any]:
     _, brace, rest = key.partition("{")
+    if len(key) > _LONGEST_KEY:
+        return {}
     try:
         return dict(ast.literal_eval(brace + rest))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return {}
 
 
@@ -84,7 +100,7 @@ def averaged_state_dict(path: Path, name: str | None = None, *, weights_only: bo
     checkpoint = reading.load_checkpoint(path, weights_only)
     found = averages_in(checkpoint)
     chosen = [one for one in found if one.name == name] if name else [one for one in found if one.evaluated] or found
-    if len(chosen) != 1:
+    if len(chosen) != 1 or not isinstance(checkpoint.get("state_dict"), Mapping):
         there = [f"{one.kind} name={one.name!r}" for one in found]
         raise ValueError(f"{os.fspath(path)} holds no single average of `name={name!r}`; there are {there}")
     state: StateDict = dict(checkpoint["state_dict"])
@@ -96,14 +112,16 @@ def averaged_state_dict(path: Path, name: str | None = None, *, weights_only: bo
     return state
 
 
-def describe(path: Path, weights_only: bool = True) -> Iterator[str]:
+def describe(path: Path, weights_only: bool = True, key: str | None = None) -> Iterator[str]:
     """What ``lightning-optim inspect`` prints, line by line."""
     path = os.fspath(path)
     checkpoint = reading.load_checkpoint(path, weights_only)
-    is_lightning = "pytorch-lightning_version" in checkpoint
-    if not is_lightning:
+    if os.path.isdir(path):
         weights = reading.weights_in(path, weights_only)
-        yield f"{path}: weights, {_size(weights)}"
+    else:
+        weights = reading.weights_of(checkpoint, path, key)
+    if "pytorch-lightning_version" not in checkpoint:
+        yield from _describe_plain(path, reading.weights_key(checkpoint, path, key), weights)
         return
     kind = "a distributed checkpoint" if os.path.isdir(path) else "a checkpoint"
     if "callbacks" not in checkpoint:
@@ -112,9 +130,9 @@ def describe(path: Path, weights_only: bool = True) -> Iterator[str]:
     yield f"epoch {checkpoint.get('epoch', 'unknown')}, global step {checkpoint.get('global_step', 'unknown')}"
     found = averages_in(checkpoint)
     evaluated = next((one for one in found if one.evaluated), None)
-    theirs = "averaging_state" in checkpoint and not _holds_ours(checkpoint)
+    theirs = isinstance(checkpoint.get("averaging_state"), Mapping) and not _holds_ours(checkpoint)
     what = "averaged" if evaluated or theirs else "unknown whether raw or averaged" if _bare(checkpoint) else "raw"
-    yield f"state_dict: {what} weights, {_size(reading.weights_in(path, weights_only))}"
+    yield f"{key}: weights, {_size(weights)}" if key else f"state_dict: {what} weights, {_size(weights)}"
     if theirs:
         count = int(checkpoint["averaging_state"].get("n_averaged", 0))
         yield f"an average of Lightning's WeightAveraging: {count} updates; raw weights in current_model_state"
@@ -124,8 +142,14 @@ def describe(path: Path, weights_only: bool = True) -> Iterator[str]:
         yield f"{one.kind}{name}: {one.updates} updates, the first at step {one.first}, the last at {one.last}; {where}"
 
 
+def _describe_plain(path: str, key: str | None, weights: Mapping[Any, Any]) -> Iterator[str]:
+    if not reading.holds_tensors(weights):
+        raise ValueError(f"{path} holds no weights" + (f" under `{key}`" if key else ""))
+    yield f"{path}: weights" + (f" under `{key}`" if key else "") + f", {_size(weights)}"
+
+
 def _holds_ours(checkpoint: Mapping[str, Any]) -> bool:
-    return any("counters" in state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict))
+    return any("counters" in state for state in _callbacks(checkpoint).values() if isinstance(state, dict))
 
 
 def _bare(checkpoint: Mapping[str, Any]) -> bool:
@@ -134,7 +158,7 @@ def _bare(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def _size(weights: Mapping[str, Any]) -> str:
-    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    tensors = [value for _, value in reading.leaves(weights) if isinstance(value, Tensor)]
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     return f"{sum(value.numel() for value in tensors):,} numbers in {len(tensors)} tensors ({kinds})"

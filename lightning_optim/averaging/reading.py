@@ -1,96 +1,135 @@
-"""Read the weights in files: Lightning's checkpoints, plain state dicts, safetensors, folders of shards."""
+"""Find the weights in files: Lightning's checkpoints, state dicts, safetensors, folders of shards."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-_STATE = "state_dict"
-_FOLDER = f"{_STATE}."  # what Lightning puts before each name in a distributed checkpoint
+from lightning_optim import safe_reading
+
+Path: TypeAlias = tuple[Any, ...]  # the names on the way to a tensor; one for each level
+
+STATE_DICT = "state_dict"
+_FOLDER = f"{STATE_DICT}."  # what Lightning puts before each name in a distributed checkpoint
+_OTHERS = ("model", "model_state_dict", "ema")  # where other training loops put their weights
+_DEPTH, _MAPPINGS = 32, 1_000_000
 
 
-def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> dict[Any, Any]:
     """All that a file holds, its tensors mapped from the disk where that is possible: they are read when used.
 
+    Args:
+        path: A file, or the folder of a distributed checkpoint, of which this is what lies beside the tensors.
+        weights_only: Read nothing but tensors and plain values.
+        check: Whether to check the file first, as :func:`~lightning_optim.safe_reading.check` does.
+
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the file holds more than tensors and plain values, and ``weights_only`` is set; or if it is
-            broken, or none of these.
+        OSError: If it cannot be opened.
+        ValueError: If it is damaged or of another kind, or holds more and ``weights_only`` is set.
     """
     path = os.fspath(path)
-    if is_safetensors(path):
-        return dict(safetensors(path))
     if os.path.isdir(path):
-        return _metadata_of_folder(path)
-    loaded = _load_file(path, weights_only)
+        meta = os.path.join(path, "meta.pt")
+        loaded = safe_reading.load(meta, weights_only, check) if os.path.exists(meta) else {}
+    else:
+        loaded = safe_reading.load(path, weights_only, check)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, and no names with weights")
+    _refuse_endless(loaded, path)
     return loaded
 
 
-def _load_file(path: str, weights_only: bool) -> Any:
-    try:
-        if os.path.exists(path):
-            return _load_local(path, weights_only)
-        with get_filesystem(path).open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, and loading that can run any code: pass"
-            f" `weights_only=False` if you trust it. ({error})"
-        ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError) as error:  # what torch and pickle say of other bytes
-        raise ValueError(f"{path} is no checkpoint, or only a part of one ({type(error).__name__}: {error})") from error
-
-
-def _load_local(path: str, weights_only: bool) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-    except RuntimeError:  # a file from before torch 1.6 is no archive that could be mapped
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
-
-
-def weights_in(path: str | os.PathLike[str], weights_only: bool = True) -> dict[str, Any]:
-    """The ``state_dict`` of a file, and of a plain one all of it."""
+def weights_in(
+    path: str | os.PathLike[str], weights_only: bool = True, key: str | None = None, check: bool = True
+) -> dict[Any, Any]:
+    """The weights of a file: see :func:`weights_key` for where they lie."""
     path = os.fspath(path)
     if os.path.isdir(path):
         return _weights_of_folder(path)
-    return weights_of(load_checkpoint(path, weights_only))
+    weights = weights_of(load_checkpoint(path, weights_only, check), path, key)
+    _check_extent(path, weights)
+    return weights
 
 
-def weights_of(loaded: Mapping[str, Any]) -> Any:
-    """What of a loaded file is its weights."""
-    return loaded[_STATE] if isinstance(loaded.get(_STATE), Mapping) else loaded
+def weights_of(loaded: Mapping[Any, Any], path: str, key: str | None = None) -> dict[Any, Any]:
+    """The weights of a loaded file."""
+    where = weights_key(loaded, path, key)
+    return dict(loaded if where is None else loaded[where])
 
 
-def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether the name says so."""
-    return os.fspath(path).endswith(".safetensors")
+def weights_key(loaded: Mapping[Any, Any], path: str, key: str | None = None) -> str | None:
+    """Under which name a loaded file holds its weights; ``None`` if the file is a state dict.
+
+    That is ``key`` if given, else ``state_dict``, else the one of ``model``, ``model_state_dict`` and ``ema`` that
+    there is. Of several of these none is guessed.
+
+    Raises:
+        ValueError: If there are several, or nothing of that name.
+    """
+    if key is not None:
+        if not isinstance(loaded.get(key), Mapping):
+            raise ValueError(f"{path} has no weights under `{key}`; there are {_shown(loaded)}")
+        return key
+    if STATE_DICT in loaded:
+        if not isinstance(loaded[STATE_DICT], Mapping):
+            raise ValueError(
+                f"{path} holds a {type(loaded[STATE_DICT]).__name__} as `{STATE_DICT}`: nothing to average"
+            )
+        return STATE_DICT
+    found = [name for name in _OTHERS if isinstance(loaded.get(name), Mapping) and holds_tensors(loaded[name])]
+    if len(found) > 1:
+        raise ValueError(f"{path} holds weights under {found}: say which with `key=`, or `--key` to a command")
+    return found[0] if found else None
 
 
-def safetensors(path: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, mapped from the disk, of a safetensors file."""
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{os.fspath(path)} needs `pip install safetensors`") from error
-    file: Any = safe_open(os.fspath(path), framework="pt")
-    for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-        yield name, file.get_tensor(name)
+def leaves(state: Mapping[Any, Any], before: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The names on the way to each tensor or other value. A mapping without tensors is one value.
+
+    So is the ``_extra_state`` of a module, which is its own affair.
+    """
+    for name, value in state.items():
+        path = (*before, name)
+        if isinstance(value, Mapping) and not str(name).endswith("_extra_state") and holds_tensors(value):
+            yield from leaves(value, path)
+        else:
+            yield path, value
 
 
-def _metadata_of_folder(path: str) -> dict[str, Any]:
-    """What Lightning writes beside the shards: epochs, callbacks, hyper-parameters."""
-    meta = os.path.join(path, "meta.pt")
-    return torch.load(meta, map_location="cpu", weights_only=True) if os.path.exists(meta) else {}
+def holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor under some name, on any level."""
+    if isinstance(value, Mapping):
+        return any(map(holds_tensors, value.values()))
+    return isinstance(value, Tensor)
+
+
+def _shown(loaded: Mapping[Any, Any]) -> list[str]:
+    return [str(name) for name in loaded][:20]
+
+
+def _refuse_endless(loaded: Mapping[Any, Any], path: str) -> None:
+    """Refuse mappings that hold themselves, or one another so often that no walk over the names would end."""
+    waiting, seen = [(loaded, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if depth > _DEPTH or seen > _MAPPINGS:
+            raise ValueError(f"{path} holds names on more than {_DEPTH} levels, or more than {_MAPPINGS:,} mappings")
+        waiting += [(one, depth + 1) for one in value.values() if isinstance(one, Mapping)]
+
+
+def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
+    """Refuse tensors that repeat what is in the file so often that their mean would not fit into memory."""
+    values = [value for _, value in leaves(weights) if isinstance(value, Tensor) and value.layout is torch.strided]
+    views = {(value.data_ptr(), value.shape, value.stride(), value.dtype): value.numel() for value in values}
+    total = sum(count * dtype.itemsize for (*_, dtype), count in views.items())
+    if total > safe_reading.largest(path):
+        raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as the file has")
 
 
 def _weights_of_folder(path: str) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ def greedy_soup(
     mode: str = "max",
     scores: Sequence[float] | None = None,
     barrier: float | None = 0.1,
+    key: str | None = None,
     weights_only: bool = True,
     progress: bool = False,
 ) -> Soup:
@@ -49,6 +50,7 @@ def greedy_soup(
         barrier: The guard. Models that share no basin have a mean that is worth nothing, whatever is added: if the
             midpoint of the best two is worse than the mean of their scores by more than this share of it, the soup is
             refused. ``None``: no guard.
+        key: Under which name the weights lie, as for :func:`average_checkpoints`.
         weights_only: Read nothing but tensors and plain values.
         progress: Show a bar.
 
@@ -72,7 +74,7 @@ def greedy_soup(
         raise ValueError(f"there must be files, and as many `scores` if any, got {names} and {scores!r}")
 
     def read(name: str) -> StateDict:
-        return reading.weights_in(name, weights_only)
+        return reading.weights_in(name, weights_only, key)
 
     known = [float(score(read(n))) for n in shown(names, len(names), progress)] if scores is None else list(scores)
     return stir(known, names, read, score, mode, barrier, progress)

@@ -1,0 +1,198 @@
+"""Read files of tensors: one that is damaged, hostile or of another kind ends in an error that names it.
+
+Before anything is loaded it is checked that a file is one that ``torch.save`` writes, that its records fit into it, and
+the checksum of each record. The archives of ``torch.save`` are zip files and have checksums, which ``torch.load`` does
+not read; its format before torch 1.6 and safetensors have none, so that other values in them cannot be noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from torch import Tensor
+
+_ZIP = b"PK\x03\x04"
+_OLD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the first number in a file from before torch 1.6
+_PIECE = 1 << 20
+_EXPANSION = 16  # weights of few digits are compressed to a third, those of a pruned model to a tenth
+_SMALL = 4 << 20
+
+
+def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> Any:
+    """All that a file holds, on the CPU, its tensors mapped from the disk where they lie there as they are.
+
+    Args:
+        path: What ``torch.save`` or safetensors wrote; also of a remote file system.
+        weights_only: Read nothing but tensors and plain values: other objects can run any code.
+        check: Whether to :func:`check` it first.
+
+    Raises:
+        OSError: If it cannot be opened.
+        ValueError: If it is damaged, of another kind, or holds other objects and ``weights_only`` is set.
+    """
+    path = os.fspath(path)
+    with _opened(path) as file:
+        if check:
+            _check(path, file, weights_only)
+        with _sentence(path, weights_only):
+            if is_safetensors(path):
+                return _load_safetensors(path)
+            is_local = os.path.exists(path)
+            mmap = is_local and _is_stored(file)
+            file.seek(0)
+            return torch.load(path if is_local else file, map_location="cpu", weights_only=weights_only, mmap=mmap)
+
+
+def check(path: str | os.PathLike[str], weights_only: bool = True) -> None:
+    """Refuse a file that is no checkpoint, damaged, or larger inside than outside, without loading it.
+
+    Raises:
+        OSError: If it cannot be opened.
+        ValueError: If it is refused.
+    """
+    path = os.fspath(path)
+    with _opened(path) as file:
+        _check(path, file, weights_only)
+
+
+def largest(path: str | os.PathLike[str]) -> int:
+    """The most bytes that tensors of this file may take in memory: more than any real file's, less than a bomb's."""
+    with _opened(os.fspath(path)) as file:
+        return max(_EXPANSION * file.seek(0, io.SEEK_END), _SMALL)
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether the name says so."""
+    return os.fspath(path).endswith(".safetensors")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: torch tells on a page what else one could do."""
+    text = str(error)
+    lines = (text.partition("WeightsUnpickler error: ")[2] or text).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[IO[bytes]]:
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            yield file
+    else:
+        with get_filesystem(path).open(path, "rb") as remote:
+            whole = io.BytesIO(remote.read())  # it is read twice, and comes over a network once
+        yield whole
+
+
+@contextlib.contextmanager
+def _sentence(path: str, weights_only: bool) -> Iterator[None]:
+    """Name the file in whatever torch, pickle, zipfile and safetensors raise of bytes that they do not expect."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        if weights_only and isinstance(error, pickle.UnpicklingError) and "operand" not in str(error):
+            raise _more_than_tensors(path, first_line(error)) from error
+        raise ValueError(f"{path} is damaged, or no checkpoint ({first_line(error)})") from error
+
+
+def _more_than_tensors(path: str, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} holds more than tensors and plain values, and loading that can run any code: pass"
+        f" `weights_only=False` if you trust it, or `--unsafe` to a command ({reason})"
+    )
+
+
+# ---- checks before loading -------------------------------------------------------------------------------------------
+
+
+def _check(path: str, file: IO[bytes], weights_only: bool) -> None:
+    if is_safetensors(path):
+        return  # its reader compares the sizes itself
+    head = file.read(512)
+    file.seek(0)
+    if head.startswith(_ZIP):
+        with _sentence(path, weights_only):
+            archive = zipfile.ZipFile(file)
+        _check_archive(path, archive, file.seek(0, io.SEEK_END), weights_only)
+    elif _OLD in head[:32]:
+        if weights_only and _mentions_bytearray(file):
+            raise _more_than_tensors(path, "a bytearray")
+    elif head[257:262] != b"ustar":  # torch's first format, which it reads with `weights_only=False` only
+        raise ValueError(f"{path} is no checkpoint: " + ("it is empty" if not head else "torch did not write it"))
+
+
+def _check_archive(path: str, archive: zipfile.ZipFile, size: int, weights_only: bool) -> None:
+    """The sizes first, so that what is read next is no more than the file."""
+    records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    following = [record.header_offset for record in records[1:]] + [size]
+    for record, end in zip(records, following, strict=True):
+        is_stored = record.compress_type == zipfile.ZIP_STORED
+        if not is_stored and record.compress_type != zipfile.ZIP_DEFLATED:
+            raise ValueError(f"{path} is compressed in a way that torch does not read (its record {record.filename!r})")
+        if record.header_offset + record.compress_size > end or (
+            is_stored and record.file_size != record.compress_size
+        ):
+            raise ValueError(f"{path} is damaged: its record {record.filename!r} does not fit into it")
+    declared = sum(record.file_size for record in records)
+    if weights_only and declared > max(_EXPANSION * size, _SMALL):
+        raise ValueError(
+            f"{path} would be {declared / size:.0f} times as large if it were not compressed, which no weights are:"
+            " it is not loaded, unless `weights_only=False` says that you trust it (`--unsafe` to a command)"
+        )
+    has_checksums = any(record.CRC for record in records)  # torch.serialization.set_crc32_options(False) writes zeros
+    for record in records:
+        if has_checksums:
+            _check_record(path, archive, record)
+        if weights_only and record.filename.endswith("data.pkl") and _mentions_bytearray(archive.open(record)):
+            raise _more_than_tensors(path, "a bytearray")
+
+
+def _check_record(path: str, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    try:
+        with archive.open(record) as content:
+            while content.read(_PIECE):
+                pass
+    except Exception as error:  # of any kind: zipfile and zlib have their own
+        raise ValueError(f"{path} is damaged: its record {record.filename!r} is ({first_line(error)})") from error
+
+
+def _mentions_bytearray(file: IO[bytes]) -> bool:
+    """Whether a pickle makes a ``bytearray``, which torch takes for a plain value: of any length, from a number."""
+    wanted, before = b"\nbytearray\n", b""
+    while piece := file.read(_PIECE):
+        if wanted in before + piece:
+            return True
+        before = piece[1 - len(wanted) :]
+    return False
+
+
+def _is_stored(file: IO[bytes]) -> bool:
+    """Whether tensors lie in the file as they are in memory, so that they can be mapped."""
+    file.seek(0)
+    if file.read(4) != _ZIP:
+        return False
+    return all(record.compress_type == zipfile.ZIP_STORED for record in zipfile.ZipFile(file).infolist())
+
+
+# ---- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _load_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{path} needs `pip install safetensors`") from error
+    if not os.path.exists(path):
+        raise ValueError("a safetensors file must be on the local disk")
+    file: Any = safe_open(path, framework="pt")
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
