@@ -38,6 +38,8 @@ class Average(Policy, abc.ABC):
     identity_args: ClassVar[tuple[str, ...]] = ()
     smooths_statistics: ClassVar[bool] = False
     """Whether running statistics may be averaged like weights: the weights taken in are close to one another."""
+    keep_wide: bool = False
+    """Whether no tensor is kept in a narrower dtype than its own, whatever :meth:`keep_in` says."""
 
     def __init__(self) -> None:
         self._dtype: torch.dtype | None = None
@@ -121,7 +123,9 @@ class Average(Policy, abc.ABC):
         weight = weight.detach()
         (shard,) = tensors.local([weight])
         device = shard.device if self._device is None else self._device
-        return tensors.placed_as(shard.to(device, kept_dtype(weight.dtype, self._dtype), copy=True), weight)
+        dtype = kept_dtype(weight.dtype, self._dtype)
+        dtype = torch.promote_types(dtype, weight.dtype) if self.keep_wide else dtype
+        return tensors.placed_as(shard.to(device, dtype, copy=True), weight)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take the weights with it."""

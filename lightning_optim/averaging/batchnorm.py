@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_optim import tensors
+
+Write: TypeAlias = Callable[[_BatchNorm, Tensor, Tensor], None]
+"""Takes the running mean and the running variance of a layer."""
 
 
 class _Moments:
@@ -52,13 +55,18 @@ class _Moments:
         """Whether there is a variance: it takes two values."""
         return self.count > 1
 
-    @torch.no_grad()
-    def write_(self, layer: _BatchNorm) -> None:
-        """Set the layer's running mean and, unbiased as torch keeps it, its running variance."""
+    def write_(self, layer: _BatchNorm, write: Write) -> None:
+        """Hand over the mean and, unbiased as torch keeps it, the variance."""
         assert self.mean is not None and self.squares is not None
-        assert layer.running_mean is not None and layer.running_var is not None
-        tensors.copy_(layer.running_mean, self.mean)
-        tensors.copy_(layer.running_var, self.squares / (self.count - 1))
+        write(layer, self.mean, self.squares / (self.count - 1))
+
+
+@torch.no_grad()
+def set_statistics_(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """Set the layer's running mean and variance."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    tensors.copy_(layer.running_mean, mean)
+    tensors.copy_(layer.running_var, variance)
 
 
 def statistics_layers(module: nn.Module) -> list[_BatchNorm]:
@@ -74,6 +82,7 @@ def refresh_batchnorm_(
     *,
     layers: Sequence[_BatchNorm] | None = None,
     group: dist.ProcessGroup | None = None,
+    write: Write | None = None,
 ) -> int:
     r"""Set the running statistics of BatchNorm to those of the present weights on these batches.
 
@@ -89,6 +98,7 @@ def refresh_batchnorm_(
         forward: Runs the model on a batch. Default: ``module(batch)``, with the first item of a tuple or list.
         layers: The layers to refresh. Default: all that keep running statistics.
         group: Pool over the ranks of this process group, each of which calls this.
+        write: Takes each layer's new mean and variance, in float64. Default: they are copied into the layer.
 
     Returns:
         The number of batches on this rank. A layer that saw less than two values is left as it was.
@@ -113,7 +123,7 @@ def refresh_batchnorm_(
         moments = _over_ranks(found, moments, group)
     for layer, seen in zip(found, moments, strict=True):
         if seen.known:
-            seen.write_(layer)
+            seen.write_(layer, write or set_statistics_)
     return count
 
 
@@ -151,7 +161,7 @@ class _Listener:
             assert layer.running_mean is not None and layer.running_var is not None
             layer.running_mean = torch.empty_like(layer.running_mean)
             layer.running_var = torch.empty_like(layer.running_var)
-            self.moments.write_(layer)
+            self.moments.write_(layer, set_statistics_)
 
 
 def _over_ranks(layers: list[_BatchNorm], moments: list[_Moments], group: dist.ProcessGroup) -> list[_Moments]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_optim import state, tensors
 from lightning_optim.averaging import refresh
+from lightning_optim.averaging.buffers import Treatments
 from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.shadow import Shadow, raw_in
 from lightning_optim.averaging.sources import plain_name
@@ -22,23 +23,22 @@ from lightning_optim.averaging.validating import validate
 from lightning_optim.callback import OptimCallback
 from lightning_optim.fit import replaced
 
-Buffers = Literal["average", "refresh", "copy"]
-
 
 class AverageInUse(OptimCallback):
     """How :class:`WeightAveraging` puts its average to use; when it is updated is said there.
 
     Attributes:
-        buffers: What becomes of floating-point buffers.
+        buffers: What becomes of floating-point buffers, of all or by name.
         comparison: The metrics of raw and averaged weights, where both are validated.
     """
 
-    buffers: Buffers
+    buffers: Treatments
     refresh_batches: int | None
     refresh_loader: Iterable[Any] | None
     compare: bool
     comparison: Comparison
     _shadow: Shadow | None
+    _layers: list[_BatchNorm]  # whose statistics are estimated anew
     _unfrozen: list[_BatchNorm] | None  # at the last update: the user may have put the module into eval mode since
 
     @property
@@ -77,15 +77,16 @@ class AverageInUse(OptimCallback):
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the average is ready for use: buffers agree over ranks, statistics are of these weights."""
-        if self.started and not self._running.failed:  # the other ranks may not have failed
+        if self.started and self._shadow is not None and not self._running.failed:  # other ranks may not have failed
             self._agree()
+            self._shadow.estimate_()
             if self._stale:
                 with self.averaged_weights(pl_module):
                     pass
 
     @property
     def _stale(self) -> bool:
-        return self.buffers == "refresh" and self._shadow is not None and not self._shadow.fresh
+        return bool(self._layers) and self._shadow is not None and not self._shadow.fresh
 
     def _agree(self) -> None:
         if self.fit is not None and not self.fit.failed and self._shadow is not None:
@@ -106,9 +107,10 @@ class AverageInUse(OptimCallback):
             self.refresh_loader,
             self.refresh_batches,
             seed=shadow.updates,
-            layers=None if pl_module.training else self._unfrozen,
+            layers=self._unfrozen if not pl_module.training else refresh.in_training(self._layers),
+            write=shadow.take_statistics,
         )
-        shadow.keep_buffers()
+        shadow.fresh = True
 
     @property
     def _saved_as_state_dict(self) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_optim.averaging.batchnorm import refresh_batchnorm_, statistics_layers
+from lightning_optim.averaging.batchnorm import Write, refresh_batchnorm_, statistics_layers
 from lightning_optim.schedules import check_number
 
 
@@ -33,6 +33,7 @@ def refresh_(
     batches: int | None,
     seed: int,
     layers: Sequence[_BatchNorm] | None = None,
+    write: Write | None = None,
 ) -> None:
     """Estimate the BatchNorm statistics of the present weights, on training data, over all ranks.
 
@@ -44,6 +45,7 @@ def refresh_(
         batches: How many; ``None``: all. On one rank never more than the loader has.
         seed: Of the draws within, so that a resumed run estimates the same.
         layers: Whose. Default: those that are in training mode; a layer in eval mode is frozen.
+        write: As of :func:`refresh_batchnorm_`.
     """
     layers = in_training(statistics_layers(pl_module)) if layers is None else layers
     if not layers:
@@ -56,7 +58,7 @@ def refresh_(
         # A forward that communicates must run equally often on all ranks.
         together = group if isinstance(trainer.strategy, ModelParallelStrategy) or _synchronizes(layers) else None
         seen = _on_device(trainer, pl_module, _take(loader, batches, together))
-        refresh_batchnorm_(pl_module, seen, forward, layers=layers, group=group)
+        refresh_batchnorm_(pl_module, seen, forward, layers=layers, group=group, write=write)
 
 
 def in_training(layers: Sequence[_BatchNorm]) -> list[_BatchNorm]:

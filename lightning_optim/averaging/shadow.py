@@ -4,48 +4,74 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import signal
-import threading
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
 from lightning_optim.averaging.averages import Average
-from lightning_optim.averaging.sources import Source, plain_name, sources_of
+from lightning_optim.averaging.buffers import Treated
+from lightning_optim.averaging.interrupts import uninterrupted
+from lightning_optim.averaging.sources import (
+    Buffers,
+    Source,
+    Sources,
+    has_mean,
+    names_in,
+    plain_name,
+    same,
+    stay_finite_,
+    trainable,
+)
+from lightning_optim.averaging.spectral import Estimates
 
 _inside: WeakKeyDictionary[nn.Module, list[Shadow]] = WeakKeyDictionary()
 """Whose averages lie in a module, each over those before it."""
 
 
 class Shadow:
-    """One average for each optimizer's weights; the first one's also holds the model's floating-point buffers.
+    """One average for each optimizer's weights; buffers are averaged with the first optimizer.
 
     Args:
-        module: The model, with its optimizers' parameters; under FSDP2 resharded.
+        module: The model, with its optimizers' parameters.
         optimizers: Those that step.
         average: The policy, of which each optimizer gets a copy.
-        buffers: Whether buffers are averaged too.
+        treated: What becomes of the model's buffers.
 
     Attributes:
+        sources: The parameters that are averaged with each optimizer. What was averaged once is averaged on, also while
+            it is frozen: its value stands still, and the average goes on towards it.
+        buffers: The buffers that are averaged.
         inside: Whether the model holds the average now. The raw weights lie in the average's storage meanwhile, or
-            beside where dtype or device differ.
+            beside where dtype or device differ; raw buffers always lie beside.
         fresh: Whether the BatchNorm statistics in the average were estimated for its present weights.
     """
 
-    def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: Average, buffers: bool) -> None:
+    def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: Average, treated: Treated) -> None:
         self._module = weakref.ref(module)  # a callback that is kept keeps no module alive
-        self.sources = sources_of(module, optimizers, buffers)
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self.averages = [copy.deepcopy(average) for _ in optimizers]
+        self.sources = [Sources() for _ in optimizers]
+        self._trainable: list[list[nn.Parameter]] = [[] for _ in optimizers]
+        self.buffers = Buffers(treated.averaged if optimizers else ())
+        self._of_buffers = copy.deepcopy(average)
+        self._of_buffers.keep_wide = True
+        self._estimates = Estimates(treated.vectors)
         self.inside = self.fresh = self._reduced = False
-        self._raw: dict[str, Tensor] = {}
+        self._raw: dict[tuple[int, str], Tensor] = {}
+        self._exchanged: list[tuple[Source, Tensor]] = []
         _inside[module] = []
+        for index in range(len(optimizers)):
+            self.follow(index)
 
     @property
     def module(self) -> nn.Module | None:
@@ -67,28 +93,68 @@ class Shadow:
         """The number of updates of the average that had most."""
         return max((average.counters.get("updates", 0) for average in self.averages), default=0)
 
+    # ---- what is averaged --------------------------------------------------------------------------------------------
+
+    def follow(self, index: int) -> None:
+        """Average what became trainable, and no longer what left the model; call it before the optimizer steps."""
+        optimizer = self._optimizers[index]()
+        now = [] if optimizer is None else trainable(optimizer)
+        if same(now, self._trainable[index]):
+            return
+        self._trainable[index] = now
+        names = names_in(self._alive())
+        for sources, average in zip(self.sources, self.averages, strict=True):
+            kept = [place for place, source in enumerate(sources) if id(source.parameter) in names]
+            if len(kept) < len(sources):
+                _keep(sources, average, kept)
+        for place, reference in enumerate(self._optimizers):
+            self._add(place, trainable(reference()) if reference() is not None else [], names)  # type: ignore[arg-type]
+
+    def _add(self, index: int, parameters: Sequence[nn.Parameter], names: dict[int, tuple[str, ...]]) -> None:
+        """Average parameters with an optimizer from now on: those of the model that are averaged with none so far."""
+        known = {id(source.parameter) for sources in self.sources for source in sources}
+        new = {id(p): p for p in parameters if id(p) in names and id(p) not in known}.values()
+        if new:
+            self.sources[index].extend([Source(p, names=names[id(p)]) for p in new])
+            if self.averages[index].started:
+                self.averages[index].extend(list(new))
+
     def update_(self, index: int, step: int) -> None:
-        """Take in the present weights of one optimizer."""
-        self.averages[index].update_(self.sources[index].tensors, step=step)
+        """Take in the present weights of one optimizer, and with the first one the buffers."""
+        average = self.averages[index]
+        before = average.counters
+        average.update_(self.sources[index].tensors, step=step)
+        if average.counters == before:
+            return  # no step was made since the last update
+        if index == 0 and len(self.buffers):
+            if (kept := self.buffers.renew()) is not None:
+                _keep(self.buffers, self._of_buffers, kept)
+            self._of_buffers.update_(self.buffers.tensors, step=step)
+            stay_finite_(self._of_buffers.averaged, self.buffers.tensors)
+        self._estimates.restart_()
         self.fresh = self._reduced = False
 
-    def extend(self, optimizers: list[Optimizer]) -> None:
-        """Average what became trainable; call it before these weights move."""
-        module = self._alive()
-        tensors.reshard_(module)
-        for ours, now, average in zip(
-            self.sources, sources_of(module, optimizers, buffers=False), self.averages, strict=True
-        ):
-            new = ours.missing(now)
-            ours.extend(new)
-            if average.started:
-                average.extend([source.tensor for source in new])
+    def _look_up(self) -> None:
+        """Renew all names."""
+        if (module := self.module) is None:
+            return
+        names = names_in(module)
+        for source in itertools.chain(*self.sources, self.buffers, self._estimates.sources()):
+            source.look_up(names)
 
     def pairs(self) -> Iterator[tuple[Source, Tensor]]:
-        """What is averaged, and its average, of the optimizers whose average has started."""
+        """What is averaged and still in the model, and its average, of the optimizers whose average has started."""
+        self._look_up()
         for sources, average in zip(self.sources, self.averages, strict=True):
             if average.started:
-                yield from zip(sources, average.averaged, strict=True)
+                yield from ((s, mean) for s, mean in zip(sources, average.averaged, strict=True) if s.names)
+        if self._of_buffers.started:
+            for source, mean in zip(self.buffers, self._of_buffers.averaged, strict=True):
+                if source.names and has_mean(source.tensor) and source.tensor.shape == mean.shape:
+                    yield source, mean
+        if self.started:
+            # Of a weight that was never averaged, its own vectors are right.
+            yield from self._estimates.pairs({id(source.parameter) for source in itertools.chain(*self.sources)})
 
     def named(self) -> dict[str, Tensor]:
         """The averaged tensors under all their names, wherever they lie now; empty before the first update."""
@@ -100,10 +166,10 @@ class Shadow:
         displaced = [shadow._displaced() for shadow in stack]
         above = displaced[stack.index(self) + 1 :] if self in stack else []
         for source, average in self.pairs():
-            name, live = source.name, source.tensor
-            raw = next((lain[name] for lain in displaced if name in lain), live)
-            if self.inside and name not in self._raw:
-                average = next((lain[name] for lain in above if name in lain), live)
+            place, live = source.place, source.tensor
+            raw = next((lain[place] for lain in displaced if place in lain), live)
+            if self.inside and place not in self._raw:
+                average = next((lain[place] for lain in above if place in lain), live)
             yield source, raw, average
 
     @property
@@ -116,33 +182,32 @@ class Shadow:
         """Whether what the model holds now is this average."""
         return self.inside and self._stack[-1:] in ([self], [])
 
-    def _displaced(self) -> dict[str, Tensor]:
+    def _displaced(self) -> dict[tuple[int, str], Tensor]:
         """What this average has displaced from the model, which it is in: kept beside, else in its own storage."""
-        own = {source.name: average for source, average in self.pairs()}
-        kept = {s.name: tensors.placed_as(self._raw[s.name], s.tensor) for s, _ in self.pairs() if s.name in self._raw}
-        return own | kept
+        displaced = {}
+        for source, average in self._exchanged:
+            beside = self._raw.get(source.place)
+            displaced[source.place] = average if beside is None else tensors.placed_as(beside, average)
+        return displaced
 
     def reduce_(self, group: dist.ProcessGroup) -> None:
         """Let all ranks have the mean of their averaged buffers, which each has from its own batches.
 
         An average is linear, so that the mean goes on as the mean of what the ranks would have had.
         """
-        if self._reduced or self.inside or not self.sources or not self.averages[0].started:
+        if self._reduced or self.inside or not self._of_buffers.started:
             return
         self._reduced = True
-        first = self.averages[0]
-        kept = [*first.memory, first.averaged]
-        buffers = [w for held in kept for s, w in zip(self.sources[0], held, strict=True) if s.owner is not None]
-        plain = [tensor for tensor in buffers if not isinstance(tensor, tensors.DTensor)]
+        held = [tensor for kept in (*self._of_buffers.memory, self._of_buffers.averaged) for tensor in kept]
+        plain = [_as_real(tensor) for tensor in held if not isinstance(tensor, tensors.DTensor)]
         if not plain:
             return
-        wide = torch.float64 if any(_as_real(tensor).dtype == torch.float64 for tensor in plain) else torch.float32
-        flat = torch.cat([_as_real(tensor).reshape(-1).to(wide) for tensor in plain])
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in plain) else torch.float32
+        flat = torch.cat([tensor.reshape(-1).to(wide) for tensor in plain])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
-        sizes = [_as_real(tensor).numel() for tensor in plain]
-        for tensor, mean in zip(plain, torch.split(flat, sizes), strict=True):
-            _as_real(tensor).copy_(mean.view_as(_as_real(tensor)))
+        for tensor, mean in zip(plain, torch.split(flat, [tensor.numel() for tensor in plain]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
     # ---- in and out of the model -------------------------------------------------------------------------------------
 
@@ -150,21 +215,36 @@ class Shadow:
     def exchange_(self) -> None:
         """Let average and raw weights change places: all of them, or none if something fails."""
         with uninterrupted():
-            tensors.reshard_(self._alive())
-            done = []
+            module = self._alive()
+            tensors.reshard_(module)
+            moving, done = self._exchanged if self.inside else list(self.pairs()), []
             try:
-                for source, average in self.pairs():
+                for source, average in moving:
                     self._swap_(source, average)
                     done.append((source, average))
+                if not self.inside and not self._estimates.done:
+                    self._estimates.estimate_({source.place for source, _ in moving})
             except BaseException:
                 for source, average in done:
                     self._swap_(source, average)
                 raise
             self.inside = not self.inside
+            self._exchanged = moving if self.inside else []
             if self.inside:
                 self._stack.append(self)
             else:
                 self._stack.remove(self)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether nothing is left to estimate without data."""
+        return self._estimates.done or not self.started
+
+    def estimate_(self) -> None:
+        """Estimate the singular vectors of the averaged weights, unless this was done since the last update."""
+        if not self.estimated and not self.inside:
+            with self.in_model():
+                pass
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
@@ -181,32 +261,46 @@ class Shadow:
                     self.exchange_()
 
     def _swap_(self, source: Source, average: Tensor) -> None:
-        (ours,), (theirs,) = tensors.local([average]), tensors.local([source.tensor])
-        if ours.dtype == theirs.dtype and ours.device == theirs.device:
+        live, place = source.live, source.place
+        if live is None or live.shape != average.shape:  # the model has changed while the average was in it
+            self._raw.pop(place, None)
+            return
+        (ours,), (theirs,) = tensors.local([average]), tensors.local([live])
+        if place in self._raw:
+            theirs.copy_(self._raw.pop(place))
+        elif source.owner is None and ours.dtype == theirs.dtype and ours.device == theirs.device:
             tensors.exchange_(ours, theirs)
-        elif source.name in self._raw:
-            theirs.copy_(self._raw.pop(source.name))
+        elif self.inside:  # the module was moved to another device meanwhile
+            kept = theirs.clone()
+            theirs.copy_(ours)
+            ours.copy_(kept)
         else:
-            self._raw[source.name] = theirs.clone()
+            # What validation writes to a buffer must not get into the average, so buffers are never exchanged.
+            self._raw[place] = theirs.clone()
             theirs.copy_(ours)
 
     @torch.no_grad()
-    def keep_buffers(self) -> None:
-        """While the average is in the model: what changed in the model's buffers belongs to the average."""
-        for source, average in self.pairs():
-            if source.name in self._raw and source.owner is not None:
-                average.copy_(source.tensor)
-        self.fresh = True
+    def take_statistics(self, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+        """While the average is in the model: let a layer and the average have statistics that were estimated anew."""
+        places = {source.place: average for source, average in self._exchanged}
+        for key, value in (("running_mean", mean), ("running_var", variance)):
+            live = layer._buffers[key]
+            assert live is not None
+            if (average := places.get((id(layer), key))) is not None:
+                tensors.copy_(average, value)
+                tensors.copy_(live, average)
 
     @contextlib.contextmanager
     def copied_into(self, module: nn.Module) -> Iterator[None]:
         """Within this, another module with the same names, compiled or not, holds the averaged weights."""
+        if self.module is not None:
+            self.estimate_()
         averaged = {plain_name(name): average for name, average in self.named().items()}
-        named = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+        named = {plain_name(name): tensor for name, tensor in tensors.named_tensors(module).items()}
         live = {name: tensor for name, tensor in named.items() if name in averaged}
         if missing := sorted(averaged.keys() - live.keys()):
             raise ValueError(f"{type(module).__name__} has no {missing[:3]}, of which there are averages")
-        raw = {name: tensor.clone() for name, tensor in live.items()}
+        raw = {name: tensor.detach().clone() for name, tensor in live.items()}
         try:
             for name, tensor in live.items():
                 tensors.copy_(tensor, averaged[name])
@@ -224,22 +318,38 @@ class Shadow:
             evaluated: Whether ``state_dict`` holds the average. Then the raw weights are here, and of the average only
                 what lost bits in the module's dtype; else the average.
         """
+        if self.module is not None:
+            self.estimate_()
         raw, averaged = {}, {}
         for source, own, average in self.located():
             if evaluated:
                 raw[source.name] = own
             if not evaluated or average.dtype != own.dtype:
                 averaged[source.name] = average
-        memory = {
-            str(index): {
-                str(place): {source.name: weight for source, weight in zip(sources, remembered, strict=True)}
-                for place, remembered in enumerate(average.memory)
-            }
-            for index, (sources, average) in enumerate(zip(self.sources, self.averages, strict=True))
-            if average.memory
+        return {
+            "counters": [average.counters for average in self.averages],
+            "raw": raw,
+            "averaged": averaged,
+            "memory": self._memory(),
+            "fresh": self.fresh,
+            "estimated": self._estimates.done,
+            "names": [[source.name for source in sources if source.names] for sources in self.sources],
+            "buffers": [source.name for source in self.buffers if source.names],
         }
-        counters = [average.counters for average in self.averages]
-        return {"counters": counters, "raw": raw, "averaged": averaged, "memory": memory, "fresh": self.fresh}
+
+    def _memory(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """What averages remember: optimizer, place, name."""
+        memory = {}
+        for index, average in enumerate(self.averages):
+            parts = [(self.sources[index], average), *([(self.buffers, self._of_buffers)] if index == 0 else [])]
+            remembered: dict[str, dict[str, Tensor]] = {str(place): {} for place in range(len(average.memory))}
+            for sources, of_these in parts:
+                for place, weights in enumerate(of_these.memory):
+                    named = {s.name: weight for s, weight in zip(sources, weights, strict=True) if s.names}
+                    remembered[str(place)].update(named)
+            if remembered:
+                memory[str(index)] = remembered
+        return memory
 
     def raw(self) -> dict[str, Tensor]:
         """The raw tensors of what is averaged, under all their names."""
@@ -248,31 +358,98 @@ class Shadow:
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Take over the average from a state, else from the model, which has the file's; then raw weights go in."""
-        averaged = {plain_name(name): value for name, value in state["averaged"].items()}
+        module = self._alive()
+        named = {plain_name(name): tensor for name, tensor in tensors.named_tensors(module).items()}
+        raw, averaged = _by_plain_name(state["raw"]), _by_plain_name(state["averaged"])
+        recorded = self._add_recorded(state, raw, averaged, named)
+        self._look_up()
+        if "buffers" in state or any(state["counters"]):
+            self._leave_out(recorded)
         for index, counters in enumerate(state["counters"][: len(self.averages)]):
             if not counters:
                 continue
+            # What the file's average did not have is as it was in training.
+            saved = {name: value for name, value in raw.items() if name not in recorded} | averaged
             remembered = state.get("memory", {}).get(str(index), {})
-            memory = [self._copies(index, remembered[str(place)]) for place in range(len(remembered))]
-            self.averages[index].load(counters, self._copies(index, averaged), memory)
+            parts = [(self.sources[index], self.averages[index])]
+            for sources, average in [*parts, (self.buffers, self._of_buffers)] if index == 0 else parts:
+                memory = [_copies(sources, average, remembered[str(place)]) for place in range(len(remembered))]
+                average.load(counters, _copies(sources, average, saved), memory)
         self.fresh = state.get("fresh", False)
-        raw = {plain_name(name): value for name, value in state["raw"].items()}
-        for sources in self.sources:
-            for source in sources:
-                if (value := raw.pop(plain_name(source.name), None)) is not None:
-                    tensors.copy_(source.tensor, value)
-        for name, tensor in self._alive().state_dict().items() if raw else ():
-            if plain_name(name) in raw and isinstance(tensor, Tensor):
-                tensors.copy_(tensor, raw[plain_name(name)])
+        self._estimates.load(averaged, state.get("estimated", False))
+        for name, tensor in named.items():
+            if (value := raw.pop(name, None)) is not None and value.shape == tensor.shape:
+                tensors.copy_(tensor, value)
+        if raw:  # what is neither parameter nor buffer, such as metrics; the user's override may hide it
+            for name, tensor in nn.Module.state_dict(module).items():
+                if plain_name(name) in raw and isinstance(tensor, Tensor):
+                    tensors.copy_(tensor, raw[plain_name(name)])
 
-    def _copies(self, index: int, saved: dict[str, Tensor]) -> list[Tensor]:
-        """What a state holds of one optimizer's weights, and the model's for the rest."""
-        saved = {plain_name(name): value for name, value in saved.items()}
-        copies = [self.averages[index].copy_of(source.tensor) for source in self.sources[index]]
-        for source, own in zip(self.sources[index], copies, strict=True):
-            if plain_name(source.name) in saved:
-                tensors.copy_(own, saved[plain_name(source.name)])
-        return copies
+    def _add_recorded(
+        self, state: dict[str, Any], raw: dict[str, Tensor], averaged: dict[str, Tensor], named: dict[str, Tensor]
+    ) -> set[str]:
+        """Average all parameters of which a state holds an average, frozen or not; return the names of all it holds."""
+        names = names_in(self._alive())
+        held = {id(p): i for i, o in reversed(list(enumerate(self._optimizers))) for p in _all_of(o())}
+        if "names" in state:
+            for index, of_one in enumerate(state["names"][: len(self.averages)]):
+                found = [named.get(plain_name(name)) for name in of_one]
+                self._add(index, [p for p in found if isinstance(p, nn.Parameter)], names)
+        else:
+            for name in raw.keys() | averaged.keys():
+                parameter = named.get(name)
+                if isinstance(parameter, nn.Parameter) and self.averages:
+                    # Lightning's averages hold all weights. Where average and weight agree, it stood still.
+                    if "updates_of_lightning" in state and _equal(
+                        averaged.get(name, parameter), raw.get(name, parameter)
+                    ):
+                        continue
+                    self._add(held.get(id(parameter), 0), [parameter], names)
+            return raw.keys() | averaged.keys()
+        return {plain_name(name) for name in itertools.chain(*state["names"], state["buffers"])}
+
+    def _leave_out(self, recorded: set[str]) -> None:
+        """Use the latest of the buffers of which a state holds no average: they came later, or changed their shape."""
+        left = [s for s in self.buffers if s.names and not recorded.intersection(map(plain_name, s.names))]
+        if left:
+            names = [plain_name(source.name) for source in left]
+            rank_zero_info(f"The checkpoint holds no average of these buffers, which stay the latest: {names}")
+            kept = [position for position, source in enumerate(self.buffers) if source not in left]
+            _keep(self.buffers, self._of_buffers, kept)
+
+
+def _by_plain_name(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {plain_name(name): value for name, value in named.items()}
+
+
+def _all_of(optimizer: Optimizer | None) -> list[nn.Parameter]:
+    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _keep(sources: Sources, average: Average, positions: list[int]) -> None:
+    """Go on with the average of some tensors, and forget that of the others."""
+    if average.started:
+        averaged, memory = average.averaged, average.memory
+        kept = [[remembered[i] for i in positions] for remembered in memory]
+        average.load(average.counters, [averaged[i] for i in positions], kept)
+    sources.keep(positions)
+
+
+def _copies(sources: Sources, average: Average, saved: dict[str, Tensor]) -> list[Tensor]:
+    """What a state holds of some tensors, and the model's for the rest."""
+    saved = _by_plain_name(saved)
+    copies = []
+    for source in sources:
+        own = average.copy_of(source.tensor)
+        value = next((saved[plain_name(name)] for name in source.names if plain_name(name) in saved), None)
+        if value is not None and value.shape == own.shape:
+            tensors.copy_(own, value)
+        copies.append(own)
+    return copies
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.cpu(), other.detach().cpu())
 
 
 @contextlib.contextmanager
@@ -287,19 +464,3 @@ def raw_in(module: nn.Module) -> Iterator[None]:
 
 def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within this an interrupt waits: half of the weights in place would be no weights at all."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            signal.raise_signal(signal.SIGINT)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
+
+Names = dict[int, tuple[str, ...]]
+"""The ``id`` of each parameter and saved buffer to its names, all of them if it is tied."""
 
 
 @dataclass(eq=False)
@@ -20,13 +25,14 @@ class Source:
     bind them anew.
 
     Attributes:
-        names: Its names in the model's ``state_dict``; several if it is tied.
+        names: Its names in the model's ``state_dict`` when they were last looked up (:meth:`look_up`); several if it is
+            tied, none if it has left the model. Pruning and parametrizations rename parameters in the middle of a run.
     """
 
-    names: tuple[str, ...]
     parameter: nn.Parameter | None = None
     owner: nn.Module | None = None
     key: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -34,19 +40,32 @@ class Source:
         return self.names[0]
 
     @property
+    def live(self) -> Tensor | None:
+        """The live tensor; ``None`` for a buffer that is gone."""
+        return self.parameter if self.owner is None else self.owner._buffers.get(self.key)
+
+    @property
     def tensor(self) -> Tensor:
-        """The live tensor."""
-        tensor = self.parameter if self.owner is None else self.owner._buffers[self.key]
+        """The live tensor, of what is still there."""
+        tensor = self.live
         assert tensor is not None
         return tensor
 
+    @property
+    def place(self) -> tuple[int, str]:
+        """Where it lies in the model, whatever its name is now."""
+        return (id(self.parameter), "") if self.owner is None else (id(self.owner), self.key)
+
+    def look_up(self, names: Names) -> None:
+        """Renew the names."""
+        self.names = names.get(id(self.live), ()) if self.live is not None else ()
+
 
 class Sources:
-    """What is averaged with one optimizer, in an order that stays."""
+    """What is averaged together, in an order that stays."""
 
-    def __init__(self, sources: list[Source]) -> None:
-        self._sources = sources
-        self._tensors: tuple[Tensor, ...] = ()
+    def __init__(self, sources: Iterable[Source] = ()) -> None:
+        self._sources = list(sources)
         self._prepare()
 
     def __iter__(self) -> Iterator[Source]:
@@ -56,83 +75,71 @@ class Sources:
         return len(self._sources)
 
     def _prepare(self) -> None:
-        self._buffers = [source for source in self._sources if source.owner is not None]
         self._tensors = tuple(source.tensor for source in self._sources)
-        self._seen = [source.tensor for source in self._buffers]
-
-    @property
-    def buffers(self) -> list[Source]:
-        """Those that are buffers."""
-        return self._buffers
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The live tensors: the same tuple as long as the module holds the same ones, so that checks are made once."""
-        if any(source.owner._buffers[source.key] is not seen for source, seen in zip(self._buffers, self._seen)):  # type: ignore[union-attr] # noqa: B905 (on the hot path)
-            self._prepare()
         return self._tensors
-
-    def missing(self, others: Sources) -> list[Source]:
-        """The parameters of ``others`` that are not in here."""
-        known = {id(source.parameter) for source in self._sources}
-        return [source for source in others if source.parameter is not None and id(source.parameter) not in known]
 
     def extend(self, sources: list[Source]) -> None:
         """Add what became trainable."""
         self._sources += sources
         self._prepare()
 
+    def keep(self, positions: list[int]) -> None:
+        """Forget all others."""
+        self._sources = [self._sources[position] for position in positions]
+        self._prepare()
 
-def sources_of(module: nn.Module, optimizers: list[Optimizer], buffers: bool) -> list[Sources]:
-    """What is averaged with each optimizer: its trainable parameters; with the first, floating-point buffers too.
 
-    A parameter of several optimizers is averaged with the first of them. Frozen parameters stand still, so that their
-    average is themselves; integers, bools, 8-bit floats, which are codes, and buffers with infinities, such as a mask,
-    have no mean. All these are used as they are, the latest. So are buffers that no ``state_dict`` holds.
+class Buffers(Sources):
+    """Buffers that are averaged: as long as each has the shape and the dtype that it had at the first update."""
 
-    Args:
-        module: The model; under FSDP2 resharded.
-        optimizers: Those that step.
-        buffers: Whether buffers are averaged.
+    def _prepare(self) -> None:
+        self._places = [(source.owner, source.key) for source in self._sources]
+        self._seen = [source.tensor for source in self._sources]
+        # Lazy buffers have no shape yet.
+        self._shapes = [None if is_lazy(tensor) else tensor.shape for tensor in self._seen]
+        super()._prepare()
+
+    def renew(self) -> list[int] | None:
+        """Look the tensors up again; return the positions of those that can still be averaged, if some cannot."""
+        same = True
+        for (owner, key), seen, shape in zip(self._places, self._seen, self._shapes):  # noqa: B905 (on the hot path)
+            same = same and owner._buffers.get(key) is seen and seen.shape == shape  # type: ignore[union-attr]
+        if same:
+            return None
+        kept = [i for i, source in enumerate(self._sources) if self._still_fits(i, source.live)]
+        if len(kept) == len(self._sources):
+            self._prepare()
+            return None
+        return kept
+
+    def _still_fits(self, position: int, live: Tensor | None) -> bool:
+        if live is None or not has_mean(live) or live.dtype != self._seen[position].dtype:
+            return False
+        return self._shapes[position] in (None, live.shape)
+
+
+def has_mean(buffer: Tensor) -> bool:
+    """Decide by the kind of tensor whether a buffer can be averaged; no value is read.
+
+    Integers, bools and 8-bit floats, which are codes, have no mean. Elements of an expanded tensor share memory, and
+    torch refuses to write to it.
     """
-    names = _names(module)
-    sources: list[list[Source]] = []
-    done: set[int] = set()
-    for optimizer in optimizers:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        new = [p for p in parameters if id(p) in names and id(p) not in done]
-        sources.append([Source(names[id(p)], parameter=p) for p in new])
-        done.update(id(p) for p in new)
-    for owner in module.modules() if sources and buffers else ():
-        for key, buffer in owner._buffers.items():
-            if buffer is not None and id(buffer) in names and id(buffer) not in done and _has_mean(buffer):
-                done.add(id(buffer))  # a shared buffer once
-                sources[0].append(Source(names[id(buffer)], owner=owner, key=key))
-    return [Sources(found) for found in sources]
+    continuous = buffer.dtype.itemsize > 1 and (buffer.dtype.is_floating_point or buffer.dtype.is_complex)
+    if not continuous or is_lazy(buffer):
+        return continuous
+    return all(stride or size <= 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
-def _has_mean(buffer: Tensor) -> bool:
-    # Elements of an expanded tensor share memory, and torch refuses to write to it.
-    own = all(stride or size <= 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
-    continuous = buffer.dtype.itemsize > 1 and (buffer.is_floating_point() or buffer.is_complex())
-    return own and continuous and bool(tensors.local([buffer])[0].isfinite().all())
-
-
-def _names(module: nn.Module) -> dict[int, tuple[str, ...]]:
-    """The ``id`` of each parameter and saved buffer to its names in ``state_dict``, all of them if it is tied."""
-    saved = module.state_dict(keep_vars=True)
-    found: dict[int, tuple[str, ...]] = {}
-
-    def add(name: str, tensor: Tensor) -> None:
-        plain = plain_name(name)
-        found[id(tensor)] = (*found.get(id(tensor), ()), name if name in saved or plain not in saved else plain)
-
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        add(name, parameter)
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for key, buffer in owner._buffers.items():
-            if buffer is not None and key not in owner._non_persistent_buffers_set:
-                add(f"{prefix}.{key}" if prefix else key, buffer)
+def names_in(module: nn.Module) -> Names:
+    """The names of each parameter and saved buffer; under FSDP2 the module is resharded for it."""
+    tensors.reshard_(module)
+    found: Names = {}
+    for name, tensor in tensors.named_tensors(module).items():
+        found[id(tensor)] = (*found.get(id(tensor), ()), name)
     return found
 
 
@@ -141,7 +148,30 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def trainable(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of the optimizer that are trainable now: fine-tuning callbacks add, freeze and unfreeze some."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def same(one: list[nn.Parameter], other: list[nn.Parameter]) -> bool:
+    """Whether both lists hold the same parameters."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
 @torch.no_grad()
-def trainable(optimizer: Optimizer) -> int:
-    """How many parameters the optimizer has that are trainable now: fine-tuning callbacks add and unfreeze some."""
-    return sum(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+def stay_finite_(averaged: list[Tensor], latest: Iterable[Tensor]) -> None:
+    """Replace what is not finite in averaged buffers by the latest value, without asking the device for a value.
+
+    A mask with infinities has no mean, and neither has an extreme that starts at an infinity: ∞ - ∞ is not a number.
+    """
+    by_kind: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for mean, value in zip(tensors.local(averaged), tensors.local(latest), strict=True):
+        means, values = by_kind.setdefault((mean.dtype, mean.device), ([], []))
+        means.append(mean)
+        values.append(value)
+    for means, values in by_kind.values():
+        for some, others in tensors.chunks(means, values):
+            flat = torch.cat([mean.reshape(-1) for mean in some])
+            now = torch.cat([value.reshape(-1) for value in others]).to(flat)
+            finite = torch.split(torch.where(flat.isfinite(), flat, now), [mean.numel() for mean in some])
+            torch._foreach_copy_(some, [part.view_as(mean) for part, mean in zip(finite, some, strict=True)])

@@ -12,14 +12,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_optim import state, tensors
+from lightning_optim import state
+from lightning_optim.averaging import buffers as kinds
 from lightning_optim.averaging import interop, refresh
 from lightning_optim.averaging.averages import Average
-from lightning_optim.averaging.batchnorm import statistics_layers
+from lightning_optim.averaging.buffers import Treated, Treatment, Treatments
 from lightning_optim.averaging.comparison import Comparison
-from lightning_optim.averaging.in_use import AverageInUse, Buffers
+from lightning_optim.averaging.in_use import AverageInUse
 from lightning_optim.averaging.shadow import Shadow
-from lightning_optim.averaging.sources import trainable
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
 
@@ -94,7 +94,7 @@ class WeightAveraging(AverageInUse):
         every: int | Literal["epoch"] = 1,
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | str | None = torch.float32,
-        buffers: Buffers | None = None,
+        buffers: Treatments | None = None,
         refresh_batches: int | None = 100,
         refresh_loader: Iterable[Any] | None = None,
         evaluate: bool = True,
@@ -111,15 +111,15 @@ class WeightAveraging(AverageInUse):
             check_number("start", start, low=0, integer=True)
         if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f'`every` must be an integer >= 1 or "epoch", got {every!r}')
-        if buffers not in (None, "average", "refresh", "copy"):
-            raise ValueError(f'`buffers` must be "average", "refresh", "copy" or None, got {buffers!r}')
+        kinds.check_argument(buffers)
         refresh.check_arguments(refresh_batches, refresh_loader)
         if compare and not evaluate:
             raise ValueError("`compare=True` compares with the average that is evaluated, got `evaluate=False`")
         self.average, self.start, self.every = average, start, every
         self.device = _device(device)
         self.dtype = _dtype(dtype)
-        self.buffers: Buffers = buffers or ("average" if average.smooths_statistics else "refresh")
+        self._rest: Treatment = "average" if average.smooths_statistics else "refresh"
+        self.buffers = self._rest if buffers is None else buffers
         self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
         self.evaluates, self.apply_at_end, self.compare = evaluate, apply_at_end, compare
         self.final_rank = 2 if evaluate else 3  # type: ignore[misc]
@@ -137,7 +137,6 @@ class WeightAveraging(AverageInUse):
         self.comparison = Comparison()
         self._shadow: Shadow | None = None
         self._loaded: dict[str, Any] | None = None
-        self._trainable: list[int] = []
         self._layers: list[_BatchNorm] = []
         self._unfrozen = None
 
@@ -155,7 +154,7 @@ class WeightAveraging(AverageInUse):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.buffers == "refresh" and type(self).forward_batch is AverageInUse.forward_batch:
+        if self._treated(pl_module).layers and type(self).forward_batch is AverageInUse.forward_batch:
             refresh.check_forward(pl_module, type(self).__name__)
         if self.evaluates:
             self._install(trainer, pl_module)
@@ -163,20 +162,15 @@ class WeightAveraging(AverageInUse):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start_step = int(self.start * self._running.total) if isinstance(self.start, float) else self.start
-        tensors.reshard_(pl_module)
         self.average.keep_in(self.dtype, self.device)
-        self._shadow = Shadow(pl_module, trainer.optimizers, self.average, buffers=self.buffers != "copy")
-        self._layers = statistics_layers(pl_module) if self.buffers == "refresh" else []
-        self._trainable = [trainable(optimizer) for optimizer in trainer.optimizers]
+        treated = self._treated(pl_module)
+        self._shadow, self._layers = Shadow(pl_module, trainer.optimizers, self.average, treated), treated.layers
         self._take_over(self._shadow)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        index = trainer.optimizers.index(optimizer)
-        if self._trainable[index] != (count := trainable(optimizer)):
-            self._trainable[index] = count
-            assert self._shadow is not None
-            self._shadow.extend(trainer.optimizers)
+        assert self._shadow is not None
+        self._shadow.follow(trainer.optimizers.index(optimizer))
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
@@ -209,6 +203,16 @@ class WeightAveraging(AverageInUse):
         if not self._shadow.inside:
             self._shadow.exchange_()
         return True
+
+    def _treated(self, pl_module: LightningModule) -> Treated:
+        treated = kinds.treat(pl_module, self.buffers, self._rest, type(self).__name__)
+        if sharded := [type(norm.owner).__name__ for norm in treated.vectors if norm.sharded]:
+            raise MisconfigurationException(
+                f"{type(self).__name__} estimates the vectors of spectral normalization anew for averaged weights, and"
+                f" no rank holds the whole weight of these: {sharded}. Train with DDP, or pass"
+                ' `buffers={"*_u": "copy", "*_v": "copy"}`, which uses the latest.'
+            )
+        return treated
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
