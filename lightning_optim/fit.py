@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
+from lightning_optim.own_files import OwnFiles
 from lightning_optim.refusals import warn_unsharded
 from lightning_optim.slots import Slot
 
@@ -46,6 +47,7 @@ class Fit:
         trainer: The Trainer that runs.
         members: Our callbacks in it, in the order in which their ``setup`` ran.
         average: The average that validation uses, if any.
+        own_files: The checkpoints that this process wrote in this fit.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -56,6 +58,8 @@ class Fit:
         self._started = self._begun = self._ended = self._failed = self._saving = False
         self._total: int | float | None = None
         self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
+        self.own_files = OwnFiles()
+        self.replace(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
 
     @staticmethod
     def of(trainer: Trainer) -> Fit:

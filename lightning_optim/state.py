@@ -7,18 +7,17 @@ rank, with shapes that agree and values that are wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim import tensors
+from lightning_optim import safe_reading, tensors
 
 _ENTRY = "lightning_optim"
 _SHARD = "sharded_dtype"  # the key of a leaf that stands for a tensor in the folder
@@ -89,18 +88,30 @@ def load_weights_(module: LightningModule, path: str, weights_only: bool = True)
         module: Under FSDP2 every rank gets its shards.
         path: What Lightning wrote.
         weights_only: Whether to read nothing but tensors and plain values.
+
+    Raises:
+        OSError: If it cannot be opened.
+        ValueError: If it is damaged, no checkpoint, or holds other objects and ``weights_only`` is set; before anything
+            is copied.
     """
     tensors.reshard_(module)
     live = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     if os.path.isdir(path):
         dcp.load({"state_dict": live}, checkpoint_id=path)  # into the live storage, shard by shard
         return
-    with get_filesystem(path).open(path, "rb") as file:
-        saved = torch.load(file, map_location="cpu", weights_only=weights_only)["state_dict"]
+    loaded = safe_reading.load(path, weights_only)
+    saved = loaded.get("state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`")
+    found = {}
     for name, tensor in live.items():
         key = name if name in saved else name.replace("_orig_mod.", "")
         if key in saved:
-            tensors.copy_(tensor, saved[key])
+            if getattr(saved[key], "shape", None) != tensor.shape:
+                raise ValueError(f"{path} is of another model: its {key} does not have the shape {tuple(tensor.shape)}")
+            found[name] = saved[key]
+    for name, value in found.items():
+        tensors.copy_(live[name], value)
 
 
 def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -22,6 +22,7 @@ from lightning_optim.averaging.checkpoints import RunningMean, StateDict
 from lightning_optim.averaging.soup import stir
 from lightning_optim.averaging.validating import validate
 from lightning_optim.callback import OptimCallback
+from lightning_optim.own_files import OwnFiles
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
 
@@ -133,7 +134,13 @@ class CheckpointAveraging(OptimCallback):
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.best_path:
             return False
-        state.load_weights_(pl_module, self.best_path, weights_only=False)  # this run wrote it
+        is_own = self.best_path in self._running.own_files
+        try:
+            state.load_weights_(pl_module, self.best_path, weights_only=not is_own)
+        except (OSError, ValueError) as error:
+            rank_zero_warn(f"CheckpointAveraging leaves the module as it is: the best checkpoint is not read: {error}")
+            self.best_path = ""
+            return False
         return True
 
     def _checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
@@ -162,7 +169,7 @@ class CheckpointAveraging(OptimCallback):
                 weights.update({n: b.clone() for n, b in pl_module.named_buffers() if n in weights})
             return float(validate(trainer)[str(checkpoint.monitor)])
 
-        read = _reader(trainer, pl_module)
+        read = _reader(trainer, pl_module, self._running.own_files)
         try:
             if self.greedy:
                 soup = stir(list(scores.values()), list(scores), read, score, checkpoint.mode, barrier=0.1)
@@ -174,7 +181,7 @@ class CheckpointAveraging(OptimCallback):
             return result, list(scores), self._log(trainer, checkpoint, score(result))
         except KeyError as error:
             rank_zero_warn(f"CheckpointAveraging: the validation logs no {error}, so that the mean cannot be compared.")
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             rank_zero_warn(f"CheckpointAveraging ends with the best checkpoint: {error}")
         return {}, [], None
 
@@ -213,10 +220,10 @@ class CheckpointAveraging(OptimCallback):
         trainer.save_checkpoint(self.path, weights_only=True)
 
 
-def _reader(trainer: Trainer, pl_module: LightningModule) -> Any:
+def _reader(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Any:
     """How a checkpoint's weights are read: whole from a file, this rank's shards from a folder."""
     if not state.is_distributed(trainer):
-        return lambda path: reading.weights_in(path, weights_only=False)  # this run wrote it
+        return lambda path: reading.weights_in(path, weights_only=path not in own)
 
     def read(path: str) -> StateDict:
         tensors.reshard_(pl_module)

@@ -1,0 +1,56 @@
+"""Which files this process wrote in a fit: these and no others may be unpickled without a user's word."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+class OwnFiles:
+    """Paths to which a strategy wrote checkpoints in this process, in one fit.
+
+    A checkpoint may hold any hyper-parameters, so that reading one's own takes pickle. The paths that a *loaded*
+    checkpoint names (the best of a ``ModelCheckpoint``, say) may lead to anybody's file: after a resume such a file is
+    read with ``weights_only=True``, unless this process has written it anew.
+
+    Example::
+
+        >>> own = OwnFiles()
+        >>> own.add("run/best.ckpt.new")
+        >>> own.rename("run/best.ckpt.new", "run/best.ckpt")
+        >>> "run/best.ckpt" in own, "run/best.ckpt.new" in own
+        (True, False)
+    """
+
+    def __init__(self) -> None:
+        self._paths: set[str] = set()
+
+    def recording(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """The method ``save_checkpoint`` of a strategy, which from now on notes where it writes."""
+
+        def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+            result = save(checkpoint, filepath, *args, **kwargs)
+            self.add(filepath)
+            return result
+
+        return save_checkpoint
+
+    def add(self, path: str | os.PathLike[str]) -> None:
+        """Note that this process has written a file or a folder."""
+        self._paths.add(_place(path))
+
+    def rename(self, path: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+        """Note that what was written to ``path`` is at ``new`` now."""
+        if path in self:
+            self._paths.discard(_place(path))
+            self.add(new)
+
+    def __contains__(self, path: str | os.PathLike[str]) -> bool:
+        return _place(path) in self._paths
+
+
+def _place(path: str | os.PathLike[str]) -> str:
+    """The same for all names of a local file; links may change."""
+    name = os.fspath(path)
+    return name if "://" in name else os.path.realpath(name)
