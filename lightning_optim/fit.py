@@ -269,7 +269,9 @@ def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:
     """
     fit = _fits.get(trainer)
     averaged = fit.average.averaged_state() if fit is not None and fit.average is not None else {}
-    return {**trainer.lightning_module.state_dict(), **averaged}
+    tensors.reshard_(trainer.lightning_module)
+    own = {name: tensor.detach() for name, tensor in tensors.named_tensors(trainer.lightning_module).items()}
+    return {**own, **averaged}
 
 
 def total_steps(trainer: Trainer) -> int | float:

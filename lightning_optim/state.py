@@ -7,14 +7,14 @@ rank, with shapes that agree and values that are wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_optim import safe_reading, tensors
@@ -61,12 +61,12 @@ def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[s
     if not noted:
         return
     tensors.reshard_(pl_module)
-    live = pl_module.state_dict()
+    live = {tensors.plain_name(name): tensor.detach() for name, tensor in tensors.named_tensors(pl_module).items()}
     found = {}
     for note in noted:
         path = note.removesuffix(f"/{_SHARD}")
         dtype = getattr(torch, _at(state, note))
-        found[path] = torch.empty_like(live[path.rsplit("/", 1)[1]], dtype=dtype)
+        found[path] = torch.empty_like(live[tensors.plain_name(path.rsplit("/", 1)[1])], dtype=dtype)
     entry = f"optimizer_{len(trainer.optimizers)}"
     dcp.load({entry: {_ENTRY: {key: found}}}, checkpoint_id=str(trainer.ckpt_path))
     for path, value in found.items():
@@ -78,6 +78,28 @@ def is_distributed(trainer: Trainer) -> bool:
     """Whether checkpoints of this run are folders, into which each rank writes its shards."""
     strategy = trainer.strategy
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
+def left_out(checkpoint: dict[str, Any], module: nn.Module) -> set[str]:
+    """Return the plain names of the frozen tensors that a finished checkpoint's ``state_dict`` leaves out.
+
+    Empty where it holds nothing at all: of a sharded model's gathered weights only rank 0 has any.
+    """
+    saved = {tensors.plain_name(name) for name in checkpoint.get("state_dict", {})}
+    return tensors.frozen_names(module) - saved if saved else set()
+
+
+def drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set[str]) -> None:
+    """Take these tensors out of some parts of a callback's state, each a dictionary of name to tensor."""
+    held = checkpoint.get("callbacks", {}).get(key, {})
+    for part in held.keys() & set(parts):
+        held[part] = {name: value for name, value in held[part].items() if tensors.plain_name(name) not in names}
+    states = checkpoint.get("optimizer_states")
+    shards = states[-1].get(_ENTRY, {}).get(key, {}) if states else {}
+    for path in list(shards):
+        _, part, *name = path.split("/", 2)
+        if part in parts and tensors.plain_name("".join(name)) in names:
+            del shards[path]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parameter import is_lazy
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 
@@ -143,6 +144,43 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
             if buffer is not None and key not in owner._non_persistent_buffers_set:
                 named[f"{prefix}.{key}" if prefix else key] = buffer
     return named
+
+
+def plain_name(name: str) -> str:
+    """Return the name without what ``torch.compile`` puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def writable_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return :func:`named_tensors` that can be written in place, by their plain names.
+
+    Left out are expanded tensors, whose elements share memory, sparse ones, and lazy parameters without data.
+    """
+    return {plain_name(name): tensor for name, tensor in named_tensors(module).items() if _is_writable(tensor)}
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    if is_lazy(tensor) or tensor.layout is not torch.strided:
+        return False
+    return all(stride or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Return the plain names of what no optimizer moves.
+
+    These are parameters that require no gradient, and the buffers of submodules in which no parameter requires one.
+    """
+    trained = {
+        prefix
+        for prefix, owner in module.named_modules(remove_duplicate=False)
+        if any(parameter.requires_grad for parameter in owner.parameters())
+    }
+    named = named_tensors(module).items()
+    return {
+        plain_name(name)
+        for name, tensor in named
+        if not (tensor.requires_grad if isinstance(tensor, nn.Parameter) else name.rpartition(".")[0] in trained)
+    }
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:

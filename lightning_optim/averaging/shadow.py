@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from lightning_optim import tensors
 from lightning_optim.averaging.averages import Average
 from lightning_optim.averaging.buffers import Treated
-from lightning_optim.averaging.interrupts import uninterrupted
 from lightning_optim.averaging.sources import (
     Buffers,
     Source,
@@ -33,6 +32,7 @@ from lightning_optim.averaging.sources import (
     trainable,
 )
 from lightning_optim.averaging.spectral import Estimates
+from lightning_optim.interrupts import uninterrupted
 
 _inside: WeakKeyDictionary[nn.Module, list[Shadow]] = WeakKeyDictionary()
 """Whose averages lie in a module, each over those before it."""

@@ -4,24 +4,53 @@ from __future__ import annotations
 
 import abc
 import os
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_optim import tensors
 from lightning_optim.fit import evaluated_state
+from lightning_optim.interrupts import uninterrupted
+from lightning_optim.own_files import OwnFiles
+from lightning_optim.stopping.copies import copies_of, exchange_, fitting, folded, listed, localized, misfits
+from lightning_optim.stopping.stored import Stored
 
 
 class Keeper(abc.ABC):
-    """Keeps the evaluated weights of one check, until better ones come."""
+    """Keeps the evaluated weights of one check until better ones come, and the raw weights once the best is restored.
+
+    After a fit the trained module holds the best, while the optimizers' state belongs to the raw weights. A checkpoint
+    that is written then needs both: the best is its ``state_dict``, and the raw weights are in :meth:`extra_state`.
+
+    Attributes:
+        left_out: Plain names of the frozen parameters that checkpoints leave out, and so does the best.
+    """
+
+    def __init__(self) -> None:
+        self.left_out: set[str] = set()
+        self._in_module = False
+        self._module: weakref.ref[nn.Module] | None = None  # the trained one
+        self._raw: dict[str, Tensor] = {}  # what the best has displaced from it
 
     @abc.abstractmethod
-    def keep(self, trainer: Trainer) -> None:
-        """Keep what a validation would use now. To be called on all ranks."""
+    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+        """Keep what a validation would use now. Call it on all ranks.
+
+        Args:
+            trainer: The running Trainer.
+            left_out: Plain names of the frozen tensors that checkpoints leave out; the same on all ranks.
+        """
+
+    @property
+    def place(self) -> str:
+        """Directory in which the best is kept; empty for memory."""
+        return ""
 
     @property
     @abc.abstractmethod
@@ -29,60 +58,179 @@ class Keeper(abc.ABC):
         """Whether there is anything to restore."""
 
     @abc.abstractmethod
-    def restore_(self, module: nn.Module) -> None:
-        """Copy the best weights and buffers into ``module``, by name."""
+    def copy_into_(self, module: nn.Module) -> None:
+        """Copy the best weights and buffers into ``module``, by name; warn of what does not fit."""
 
     @abc.abstractmethod
-    def extra_state(self, module: nn.Module | None) -> dict[str, Any]:
-        """What a checkpoint must hold; DTensors for a sharded ``module``."""
+    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+        """Put the best into the module's tensors, and what these held into ``_raw``."""
 
     @abc.abstractmethod
+    def _take_(self, live: dict[str, Tensor]) -> None:
+        """Put ``_raw`` into the module's tensors, which hold the best."""
+
+    def notice_unfrozen(self) -> None:  # noqa: B027 (not all leave anything out)
+        """Copy parameters that were left out because they were frozen, and that the next step will move."""
+
+    @torch.no_grad()
+    def place_(self, module: nn.Module) -> None:
+        """Put the best into the trained module and keep the raw weights; warn of what does not fit."""
+        if self._in_module:
+            self.copy_into_(module)
+            return
+        tensors.reshard_(module)
+        live = tensors.writable_tensors(module)
+        with uninterrupted():
+            self._place_(module, live)
+        self._in_module, self._module = True, weakref.ref(module)
+        for name in tensors.frozen_names(module) & self._raw.keys():
+            # As it was at the best check: a checkpoint need not hold it twice.
+            if not tensors.any_sharded([live[name]]) and torch.equal(live[name].cpu(), self._raw[name]):
+                del self._raw[name]
+
+    @torch.no_grad()
+    def resume_(self, module: nn.Module) -> None:
+        """When training starts: put the raw weights in, if the checkpoint was written when the best was restored."""
+        tensors.reshard_(module)
+        self._module, live = weakref.ref(module), tensors.writable_tensors(module)
+        if self._in_module:
+            self._raw = localized(self._raw, live)
+            with uninterrupted():
+                self._take_(live)
+            self._in_module, self._raw = False, {}
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the one that was trained."""
+        return self._module is not None and self._module() is module
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold; DTensors for a sharded module."""
+        placed = {"raw": self._placed(self._raw)} if self._in_module else {}
+        return {"in_module": self._in_module, "left_out": sorted(self.left_out), **placed}
+
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""
+        self._in_module, self.left_out = extra.get("in_module", False), set(extra.get("left_out", ()))
+        self._raw = _on_cpu(extra.get("raw", {}))
+
+    def _placed(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The held shards of a sharded module, as DTensors."""
+        module = self._module() if self._module is not None else None
+        if module is None or not held:
+            return dict(held)
+        tensors.reshard_(module)
+        live, placed = tensors.writable_tensors(module), {}
+        for name, kept in held.items():
+            like = live.get(name, kept)
+            (shard,) = tensors.local([like])
+            ours = like is not shard and kept.shape == shard.shape
+            placed[name] = tensors.placed_as(kept.to(shard.device), like) if ours else kept
+        return placed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds no module."""
+        return {**self.__dict__, "_module": None}
 
 
 class InMemory(Keeper):
     """A copy on the CPU, of this process's shards where the model is sharded. Each checkpoint grows by one model."""
 
     def __init__(self) -> None:
-        self._best: dict[str, Tensor] = {}
+        super().__init__()
+        self._best: dict[str, Tensor] = {}  # what of it is not in the module
+        self._lent: dict[str, Tensor] = {}  # the module's tensors that hold the rest
+        self._versions: dict[str, int] = {}
+        self._frozen: dict[str, Tensor] = {}  # the module's parameters that are left out
 
     @property
     def has_best(self) -> bool:
-        return bool(self._best)
+        return bool(self._best) or self._in_module
 
     @torch.no_grad()
-    def keep(self, trainer: Trainer) -> None:
-        live = trainer.lightning_module.state_dict()
-        for name, tensor in evaluated_state(trainer).items():
-            if isinstance(tensor, Tensor):
-                (shard,) = tensors.local([tensor])
-                kept = self._best.get(name)
-                if kept is None or kept.shape != shard.shape:
-                    kept = self._best[name] = torch.empty(shard.shape, dtype=live[name].dtype, device="cpu")
-                kept.copy_(shard)
+    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+        module = trainer.lightning_module
+        evaluated = {tensors.plain_name(name): tensor for name, tensor in evaluated_state(trainer).items()}
+        live = tensors.writable_tensors(module)
+        self._leave_out(live, left_out)
+        live = {name: tensor for name, tensor in live.items() if name not in self.left_out}
+        with uninterrupted():
+            self._best = copies_of(live, evaluated, self._best)
+        self._module = weakref.ref(module)
 
-    def restore_(self, module: nn.Module) -> None:
+    def _leave_out(self, live: dict[str, Tensor], names: Iterable[str]) -> None:
+        # Only parameters: the statistics of a frozen module may change with each batch.
+        parameters = {name: live[name] for name in names if isinstance(live.get(name), nn.Parameter)}
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        self.left_out = set(self._frozen)
+
+    @torch.no_grad()
+    def notice_unfrozen(self) -> None:
+        unfrozen = {name: parameter for name, parameter in self._frozen.items() if parameter.requires_grad}
+        if unfrozen:
+            self._best |= copies_of(unfrozen, unfrozen, {})
+            self._frozen = {name: p for name, p in self._frozen.items() if name not in unfrozen}
+            self.left_out = set(self._frozen)
+
+    @torch.no_grad()
+    def copy_into_(self, module: nn.Module) -> None:
+        if self._in_module and self.is_of(module):
+            self._warn_if_changed()
+            return
         tensors.reshard_(module)
-        live = module.state_dict()
-        for name, kept in self._best.items():
+        live = tensors.writable_tensors(module)
+        best = folded({**self._local(self._lent), **self._best}, live)
+        fits = fitting(live, best)
+        for name in fits:
             (shard,) = tensors.local([live[name]])
             # The kept tensor is our shard, or the whole if it came from a file.
-            target = shard if kept.shape == shard.shape else live[name]
-            tensors.copy_(target, kept)
+            tensors.copy_(shard if best[name].shape == shard.shape else live[name], best[name])
+        _warn_of_misfits(module, live, best, fits)
 
-    def extra_state(self, module: nn.Module | None) -> dict[str, Any]:
-        if module is None or not self._best:
-            return {"best": dict(self._best)}
-        live = module.state_dict()
-        placed = {}
-        for name, kept in self._best.items():
-            (shard,) = tensors.local([live[name]])
-            placed[name] = tensors.placed_as(kept.to(shard.device), live[name]) if kept.shape == shard.shape else kept
-        return {"best": placed}
+    def _warn_if_changed(self) -> None:
+        changed = [name for name, tensor in self._lent.items() if self._versions[name] != _version(tensor)]
+        if changed:
+            rank_zero_warn(
+                f"The best weights lie in this module since the fit ended, and {listed(changed)} were changed there"
+                " since: the best of these is lost. With `dirpath=` the best stays in a checkpoint."
+            )
+
+    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+        best = localized(folded(self._best, live), live)
+        fits = fitting(live, best)
+        _warn_of_misfits(module, live, best, fits)
+        self._best = {name: kept for name, kept in best.items() if name not in fits}
+        self._raw = exchange_(live, {name: best[name] for name in fits})
+        self._lent = {name: live[name] for name in fits}
+        self._versions = {name: _version(tensor) for name, tensor in self._lent.items()}
+
+    def _take_(self, live: dict[str, Tensor]) -> None:
+        moved = {name: self._raw[name] for name in fitting(live, self._raw)}
+        unmoved = {name: live[name] for name in live.keys() - moved.keys() - self._best.keys() - self.left_out}
+        self._best = self._best | copies_of(unmoved, unmoved, {}) | exchange_(live, moved)
+        self._lent, self._versions = {}, {}
+
+    @torch.no_grad()
+    def resume_(self, module: nn.Module) -> None:
+        super().resume_(module)
+        live = tensors.writable_tensors(module)
+        self._best = localized(self._best, live)
+        self._leave_out(live, self.left_out)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "best": self._placed(self._best)}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
-        self._best = {name: tensors.local([kept])[0].cpu() for name, kept in extra.get("best", {}).items()}
+        super().load_extra_state(extra)
+        self._best = _on_cpu(extra.get("best", {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the best itself, wherever it lies."""
+        lent = {name: shard.detach().clone() for name, shard in self._local(self._lent).items()}
+        return {**super().__getstate__(), "_lent": lent, "_versions": {}, "_frozen": {}}
+
+    @staticmethod
+    def _local(named: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(named, tensors.local(named.values()), strict=True))
 
 
 class InDirectory(Keeper):
@@ -91,21 +239,26 @@ class InDirectory(Keeper):
     Args:
         directory: Where the file is written; made if it is not there.
         stem: The file's name without ``.ckpt``.
+        own_files: What this process wrote, and may be unpickled; another's file may hold anything.
 
     Attributes:
         path: The file; empty before the first.
     """
 
-    def __init__(self, directory: str, stem: str) -> None:
-        self.directory, self.stem = directory, stem
+    def __init__(self, directory: str, stem: str, own_files: OwnFiles) -> None:
+        super().__init__()
+        self.directory, self.stem, self._own_files = directory, stem, own_files
         self.path = ""
-        self._written = False
+
+    @property
+    def place(self) -> str:
+        return self.directory.rstrip("/")
 
     @property
     def has_best(self) -> bool:
         return bool(self.path)
 
-    def keep(self, trainer: Trainer) -> None:
+    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
         if not self.path:
             self.path = trainer.strategy.broadcast(self._free_path())
         beside = f"{self.path}.new"
@@ -113,7 +266,8 @@ class InDirectory(Keeper):
         if trainer.is_global_zero:
             _rename(beside, self.path)
         trainer.strategy.barrier("the best checkpoint is renamed")
-        self._written = True
+        self._own_files.rename(beside, self.path)
+        self._module = weakref.ref(trainer.lightning_module)
 
     def _free_path(self) -> str:
         """A name that no earlier run has used: its best is not ours to overwrite."""
@@ -125,26 +279,57 @@ class InDirectory(Keeper):
         return path
 
     @torch.no_grad()
-    def restore_(self, module: nn.Module) -> None:
+    def copy_into_(self, module: nn.Module) -> None:
         tensors.reshard_(module)
-        live = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
-        path = self.path if get_filesystem(self.path).exists(self.path) else f"{self.path}.new"
-        if os.path.isdir(path):
-            dcp.load({"state_dict": live}, checkpoint_id=path)  # into the live storage, shard by shard
-            return
-        with get_filesystem(path).open(path, "rb") as file:
-            # What this process wrote may hold any hyper-parameters; another's file may hold anything.
-            saved = torch.load(file, map_location="cpu", weights_only=not self._written)["state_dict"]
-        for name, tensor in live.items():
-            key = name if name in saved else name.replace("_orig_mod.", "")
-            if key in saved:
-                tensors.copy_(tensor, saved[key])
+        live = tensors.writable_tensors(module)
+        stored, fits = self._open(live)
+        stored.copy_into_({name: live[name] for name in fits})
+        _warn_of_misfits(module, live, stored.shapes, fits)
 
-    def extra_state(self, module: nn.Module | None) -> dict[str, Any]:
-        return {"best_path": self.path}
+    def _open(self, live: dict[str, Tensor]) -> tuple[Stored, list[str]]:
+        path = self.path if get_filesystem(self.path).exists(self.path) else f"{self.path}.new"
+        stored = Stored.at(path, live, weights_only=path not in self._own_files)
+        return stored, [name for name, shape in stored.shapes.items() if name in live and live[name].shape == shape]
+
+    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+        stored, fits = self._open(live)
+        targets = {name: live[name] for name in fits}
+        self._raw = copies_of(targets, targets, {})
+        try:
+            stored.copy_into_(targets)
+        except BaseException:
+            exchange_(targets, self._raw)
+            self._raw = {}
+            raise
+        _warn_of_misfits(module, live, stored.shapes, fits)
+
+    def _take_(self, live: dict[str, Tensor]) -> None:
+        exchange_(live, {name: self._raw[name] for name in fitting(live, self._raw)})
+
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "best_path": self.path}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
+        super().load_extra_state(extra)
         self.path = extra.get("best_path", "")
+
+
+def _warn_of_misfits(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: list[str]) -> None:
+    if said := misfits(live, held, fits, tensors.frozen_names(module)):
+        rank_zero_warn(
+            f"Not all of the best weights are restored: the module was changed since the best check, and {said}. These"
+            " are left as they are."
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """What grows when the tensor is written to."""
+    (shard,) = tensors.local([tensor])
+    return -1 if shard.is_inference() else shard._version
+
+
+def _on_cpu(saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {tensors.plain_name(name): tensors.local([kept])[0].cpu() for name, kept in saved.items()}
 
 
 def _rename(beside: str, path: str) -> None:

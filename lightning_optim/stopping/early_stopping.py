@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lightning_optim import state
 from lightning_optim.callback import OptimCallback
 from lightning_optim.figures import canvas
+from lightning_optim.own_files import OwnFiles
 from lightning_optim.refusals import hides_weights
 from lightning_optim.slots import Slot
+from lightning_optim.stopping.attributes import CriterionAttributes
 from lightning_optim.stopping.best import InDirectory, InMemory, Keeper
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
-from lightning_optim.stopping.ranking import Best
 from lightning_optim.stopping.several import AnyOf
 
 if TYPE_CHECKING:
@@ -32,7 +37,7 @@ _REASONS = {
 }
 
 
-class EarlyStopping(OptimCallback, LightningEarlyStopping):
+class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
     r"""Stop training when a metric stops improving, and end with the best weights.
 
     The arguments up to ``log_rank_zero_only`` are those of Lightning's ``EarlyStopping``, with their meaning, and a
@@ -43,11 +48,20 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
       improved has seen, the average's if validation uses an average.
     * On resume the patience that is given now wins, and not that of the checkpoint.
     * A stop that was asked for before ``min_epochs`` is taken back when the metric improves meanwhile.
-    * A second fit with the same callback starts afresh.
+    * A second fit with the same callback starts afresh, from the weights that the module holds: the best ones, with
+      new optimizers.
+    * ``min_delta`` is a size, as it was given; Lightning's attribute has a sign. Writing to an attribute, before a fit
+      or in it, counts from then on, and a wrong value raises.
 
-    Without ``dirpath`` the best is a copy on the CPU and part of the state: each checkpoint grows by one model. With
-    it, the best is a whole checkpoint in that directory, from which training can resume, and the state holds the path.
+    Without ``dirpath`` the best is a copy on the CPU and part of the state: each checkpoint grows by one model. Frozen
+    weights that the module leaves out of its checkpoints are left out here too. With ``dirpath`` the best is a whole
+    checkpoint in that directory, from which training can resume, and the state holds the path.
+
+    When the fit has ended, the raw weights lie where the best lay, or on the CPU if it lay in a directory: a checkpoint
+    that is written then has the best as ``state_dict``, and a run that resumes from it goes on from the raw weights.
     After an exception the module holds its raw weights, and the best is at hand: ``callback.restore_best_(module)``.
+    If the module has changed since the best check (pruning that was made permanent is undone in the best, but a buffer
+    may have grown), what fits is restored, and a warning names the rest.
 
     Args:
         monitor: The metric's name, or a criterion.
@@ -111,43 +125,21 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         name: str | None = None,
     ) -> None:
         OptimCallback.__init__(self, name)
-        self.monitor, self.min_delta, self.patience, self.mode = monitor, min_delta, patience, mode
-        self.check_finite, self.stopping_threshold = check_finite, stopping_threshold
-        self.divergence_threshold = divergence_threshold
+        self._monitor, self._mode = monitor, mode
+        plateau = {"patience": patience, "min_delta": min_delta}
+        bounds = {"stopping_threshold": stopping_threshold, "divergence_threshold": divergence_threshold}
+        self.criterion = _criterion(monitor, mode, check_finite, plateau, bounds)
         self.verbose, self.strict, self.log_rank_zero_only = verbose, strict, log_rank_zero_only
         self.check_on_train_epoch_end = check_on_train_epoch_end
-        self.restore_best, self.dirpath, self.best_by = restore_best, dirpath, best_by
-        self.criterion = self._criterion()
-        self._best_by = None if best_by is None else Best(best_by, mode)
-        if restore_best and best_by is None and len(set(self.criterion.monitors)) > 1:
-            raise ValueError(
-                f"`best_by=None` leaves open which of {self.criterion.monitors} says what is best: name a metric,"
-                " weights {metric: weight} or a list in order of rank, or give `restore_best=False`"
-            )
-        self.touches = frozenset({"weights"}) if restore_best and dirpath is None else frozenset()  # type: ignore[misc]
+        self.dirpath, self._before_fit = dirpath, {}
+        self.best_by = best_by
+        self.restore_best = restore_best
         self.reset()
 
-    def _criterion(self) -> Criterion:
-        monitor: str | Criterion = self.monitor
-        if isinstance(monitor, Criterion):
-            defaults = {"min_delta": 0.0, "patience": 3, "stopping_threshold": None, "divergence_threshold": None}
-            given = [argument for argument, default in defaults.items() if getattr(self, argument) != default]
-            if given:
-                raise ValueError(
-                    f"`{given[0]}={getattr(self, given[0])!r}` belongs to a plain `monitor`: give it to {monitor!r}"
-                )
-            return monitor
-        criteria: list[Criterion] = [NonFinite(monitor)] if self.check_finite else []
-        if self.stopping_threshold is not None:
-            criteria.append(Threshold(monitor, self.stopping_threshold, self.mode))
-        if self.divergence_threshold is not None:
-            criteria.append(Divergence(monitor, self.divergence_threshold, self.mode))
-        return AnyOf([*criteria, Plateau(monitor, self.patience, self.mode, self.min_delta)])
-
     @property
-    def _plateau(self) -> Plateau | None:
-        last = self.criterion.criteria[-1] if isinstance(self.criterion, AnyOf) else self.criterion
-        return last if isinstance(last, Plateau) else None
+    def touches(self) -> frozenset[str]:  # type: ignore[override]
+        """The weights, if the module's own are read and written at the best check and at the end."""
+        return frozenset({"weights"} if self.restore_best and self.dirpath is None else ())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -166,11 +158,30 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         self.history: list[dict[str, float]] = []
         self.best_check = -1
         self._check_on_train_epoch_end = self.check_on_train_epoch_end
-        self._keeper: Keeper = InMemory() if self.dirpath is None else InDirectory(self.dirpath, self.name or "best")
+        self._own_files = OwnFiles() if self.fit is None else self.fit.own_files
+        self._keeper = self._new_keeper()
+        self._left_out: set[str] = set()
+        written, self._before_fit = self._before_fit, {}
+        for attribute, value in written.items():
+            setattr(self, attribute, value)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         OptimCallback.setup(self, trainer, pl_module, stage)
         LightningEarlyStopping.setup(self, trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        OptimCallback.on_fit_start(self, trainer, pl_module)
+        if self.restore_best:
+            strategy = trainer.strategy
+            self._running.replace(strategy, "save_checkpoint", self._saving(strategy.save_checkpoint, pl_module))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        OptimCallback.on_train_start(self, trainer, pl_module)
+        # After an average, which may lie over the best in a checkpoint that was written after a fit.
+        self._keeper.resume_(pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._keeper.notice_unfrozen()
 
     # ---- the check ---------------------------------------------------------------------------------------------------
 
@@ -186,16 +197,17 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         if trainer.fast_dev_run or not self._available(metrics):
             return
         stop = self.criterion.update(metrics)
-        improved = self.criterion.improved if self._best_by is None else self._best_by.better(metrics)
+        better = self.criterion.improved if self._best_by is None else self._best_by.better(metrics)
         # Ranks may have logged different values; shards of different checks would make a model that never was.
-        improved = trainer.strategy.broadcast(improved)
+        rank_0 = (self.criterion.improved, better, sorted(self._left_out))
+        improved, better, left_out = trainer.strategy.broadcast(rank_0)
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        self._decide(trainer, stop)
+        self._decide(trainer, stop, improved)
         self.history.append({name: float(metrics[name]) for name in self.criterion.monitors})
-        if improved:
+        if better:
             self.best_check = len(self.history) - 1
             if self.restore_best:
-                self._keeper.keep(trainer)
+                self._keep(trainer, left_out)
 
     def _available(self, metrics: dict[str, Tensor]) -> bool:
         needed = [*self.criterion.monitors, *(self._best_by.monitors if self._best_by else ())]
@@ -209,23 +221,29 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
             rank_zero_warn(message, category=RuntimeWarning)
         return False
 
-    def _decide(self, trainer: Trainer, stop: bool) -> None:
+    def _decide(self, trainer: Trainer, stop: bool, improved: bool) -> None:
+        ours = self._asked_to_stop and trainer.should_stop
         if stop:
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason = self._reason()
             self.stopping_reason_message = self.criterion.reason or "Another rank decided to stop."
-        elif self._asked_to_stop and self.criterion.improved:
+            ours = ours or not trainer.should_stop
+            trainer.should_stop = True
+        elif ours and improved:
             # Asked for before `min_epochs` or `min_steps`, which did not let it happen; the metric has improved since.
-            self.stopped_epoch, self.stopping_reason, self.stopping_reason_message = (
-                0,
-                EarlyStoppingReason.NOT_STOPPED,
-                None,
-            )
-            trainer.should_stop = False
-        self._asked_to_stop = stop or (self._asked_to_stop and trainer.should_stop)
-        trainer.should_stop = trainer.should_stop or stop
-        if self.verbose and self.criterion.reason:
-            self._log_info(trainer, self.criterion.reason, self.log_rank_zero_only)
+            self.stopped_epoch, self.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
+            self.stopping_reason_message = None
+            trainer.should_stop = any(other.stopping_reason_message for other in trainer.early_stopping_callbacks)
+            ours = False
+        self._asked_to_stop = ours
+        if self.verbose and (said := self.criterion.reason or self._improvement()):
+            self._log_info(trainer, said, self.log_rank_zero_only)
+
+    def _improvement(self) -> str:
+        if not self.criterion.improved:
+            return ""
+        best = f" New best score: {self.best_score:.3f}." if self._find(Plateau) else ""
+        return f"Metric {', '.join(self.criterion.monitors)} improved.{best}"
 
     def _reason(self) -> EarlyStoppingReason:
         candidates = self.criterion.criteria if isinstance(self.criterion, AnyOf) else [self.criterion]
@@ -240,14 +258,20 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
         return self._keeper.path if isinstance(self._keeper, InDirectory) else ""
 
     def restore_best_(self, module: nn.Module) -> None:
-        """Copy the best weights and buffers into ``module``, after an exception, say.
+        """Put the best weights and buffers into ``module``, after an exception, say.
+
+        If it is the module that was trained, its raw weights are kept, and a checkpoint that is written now resumes
+        from them. What does not fit, because the module has changed since, is left as it is, and named in a warning.
 
         Raises:
             RuntimeError: If there is no best yet.
         """
         if not self._keeper.has_best:
             raise RuntimeError("There is no best yet: no check has improved, or `restore_best=False`.")
-        self._keeper.restore_(module)
+        if self._keeper.is_of(module) and (self.fit is None or self.fit.failed):
+            self._keeper.place_(module)
+        else:
+            self._keeper.copy_into_(module)
 
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.restore_best or not self._keeper.has_best:
@@ -257,8 +281,41 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
                 f"The best weights are in {self.best_path}: under this strategy they cannot be put into the module."
             )
             return False
-        self._keeper.restore_(pl_module)
+        try:
+            self._keeper.place_(pl_module)
+        except Exception as error:
+            if not self.best_path:
+                raise
+            # The training is done: a checkpoint that cannot be read is no reason to lose it.
+            warnings.warn(
+                f"The module keeps its last weights, because {self.best_path} with the best ones cannot be read:"
+                f" {type(error).__name__}: {error}",
+                stacklevel=1,
+            )
+            return False
         return True
+
+    def _new_keeper(self) -> Keeper:
+        if self.dirpath is None:
+            return InMemory()
+        return InDirectory(self.dirpath, self.name or "best", self._own_files)
+
+    def _keep(self, trainer: Trainer, left_out: list[str]) -> None:
+        new = self._new_keeper()
+        if self._keeper.place != new.place:  # what was loaded is from a run with another `dirpath`
+            self._keeper = new
+        self._keeper.keep(trainer, left_out)
+
+    def _saving(self, save: Callable[..., None], module: LightningModule) -> Callable[..., None]:
+        """Write a checkpoint without frozen weights in the best, if its ``state_dict`` has none either."""
+
+        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if frozen := state.left_out(checkpoint, module):
+                self._left_out = frozen
+                state.drop(checkpoint, self.state_key, ("best", "raw"), frozen)
+            save(checkpoint, *args, **kwargs)
+
+        return save_checkpoint
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """What was monitored over the checks, and which check was the best.
@@ -280,16 +337,6 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
-    @property
-    def wait_count(self) -> int:
-        """Checks since the last improvement."""
-        return self._plateau.wait if self._plateau else 0
-
-    @property
-    def best_score(self) -> Tensor:
-        """The best value of the plateau's metric."""
-        return torch.tensor(self._plateau.best if self._plateau else float("nan"))
-
     def extra_state(self) -> dict[str, Any]:
         ours = {
             "criterion": self.criterion.state_dict(),
@@ -298,20 +345,37 @@ class EarlyStopping(OptimCallback, LightningEarlyStopping):
             "history": [dict(values) for values in self.history],
             "best_check": self.best_check,
         }
-        module = self.fit.trainer.lightning_module if self.fit is not None else None
         # Lightning's keys too: our state key is its own, and its class fails on a state that lacks one.
-        return {**LightningEarlyStopping.state_dict(self), **ours, **self._keeper.extra_state(module)}
+        return {**LightningEarlyStopping.state_dict(self), **ours, **self._keeper.extra_state()}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         if "criterion" in extra:
             self.criterion.load_state_dict(extra["criterion"])
             if self._best_by is not None and extra["best_by"]:
                 self._best_by.load_state_dict(extra["best_by"])
-        elif self._plateau is not None:  # a checkpoint of Lightning's class
-            self._plateau.best, self._plateau.wait = float(extra["best_score"]), extra["wait_count"]
+        elif (plateau := self._find(Plateau)) is not None:  # a checkpoint of Lightning's class
+            plateau.best, plateau.wait = float(extra["best_score"]), extra["wait_count"]
         self._asked_to_stop = extra.get("asked_to_stop", False)
         self.history, self.best_check = list(extra.get("history", [])), extra.get("best_check", -1)
         self.stopped_epoch = extra["stopped_epoch"]
         self.stopping_reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
         self.stopping_reason_message = extra.get("stopping_reason_message")
+        path = extra.get("best_path", "")
+        directory, file = os.path.split(path)
+        self._keeper = InDirectory(directory, file.removesuffix(".ckpt"), self._own_files) if path else InMemory()
         self._keeper.load_extra_state(extra)
+
+
+def _criterion(
+    monitor: str | Criterion, mode: str, check_finite: bool, plateau: dict[str, Any], bounds: dict[str, float | None]
+) -> Criterion:
+    if isinstance(monitor, Criterion):
+        defaults = {"patience": 3, "min_delta": 0.0, "stopping_threshold": None, "divergence_threshold": None}
+        for argument, value in {**plateau, **bounds}.items():
+            if value != defaults[argument]:
+                raise ValueError(f"`{argument}={value!r}` belongs to a plain `monitor`: give it to {monitor!r}")
+        return monitor
+    criteria: list[Criterion] = [NonFinite(monitor)] if check_finite else []
+    for kind, value in zip((Threshold, Divergence), bounds.values(), strict=True):
+        criteria += [] if value is None else [kind(monitor, value, mode)]
+    return AnyOf([*criteria, Plateau(monitor, mode=mode, **plateau)])

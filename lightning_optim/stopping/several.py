@@ -55,11 +55,16 @@ class AtLeast(Criterion):
             criterion.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"criteria": [criterion.state_dict() for criterion in self.criteria]}
+        return {"criteria": [[criterion.identity, criterion.state_dict()] for criterion in self.criteria]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for criterion, its_state in zip(self.criteria, state["criteria"], strict=True):
-            criterion.load_state_dict(its_state)
+        """Take over the state of each criterion that was there; one that is new on resume begins there."""
+        saved = list(state["criteria"])
+        for criterion in self.criteria:
+            found = next((entry for entry in saved if entry[0] == criterion.identity), None)
+            if found is not None:
+                saved.remove(found)
+                criterion.load_state_dict(found[1])
 
 
 class AllOf(AtLeast):

@@ -1,4 +1,4 @@
-"""An interrupt that waits until weights are whole again."""
+"""Interrupts that wait until weights are whole again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within this an interrupt waits: half of the weights in place would be no weights at all."""
+    """Context manager: an interrupt waits until the end, since half of the weights in place would be no weights."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return

@@ -1,0 +1,59 @@
+"""The weights of a checkpoint that Lightning wrote: a file, or a folder of shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from lightning_optim import safe_reading, tensors
+from lightning_optim.stopping.copies import folded
+
+_PREFIX = "state_dict."
+
+
+@dataclass
+class Stored:
+    """What a checkpoint has in its ``state_dict``.
+
+    Attributes:
+        shapes: Plain name to the shape of the whole tensor.
+        copy_into_: Copies the tensors of these names into the given ones, whole tensors into shards too.
+    """
+
+    shapes: dict[str, torch.Size]
+    copy_into_: Callable[[Mapping[str, Tensor]], None]
+
+    @staticmethod
+    def at(path: str, live: Mapping[str, Tensor], weights_only: bool) -> Stored:
+        """Open a checkpoint for a module with these tensors."""
+        return _folder(path) if os.path.isdir(path) else _file(path, live, weights_only)
+
+
+def _file(path: str, live: Mapping[str, Tensor], weights_only: bool) -> Stored:
+    loaded = safe_reading.load(path, weights_only)["state_dict"]
+    named = {tensors.plain_name(name): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+    saved = folded(named, live)
+
+    def copy_into_(targets: Mapping[str, Tensor]) -> None:
+        for name, target in targets.items():
+            tensors.copy_(target, saved[name])
+
+    return Stored({name: tensor.shape for name, tensor in saved.items()}, copy_into_)
+
+
+def _folder(path: str) -> Stored:
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    keys = {key.removeprefix(_PREFIX): entry for key, entry in entries.items() if key.startswith(_PREFIX)}
+    shapes = {key: entry.size for key, entry in keys.items() if hasattr(entry, "size")}
+    names = {tensors.plain_name(key): key for key in shapes}
+
+    def copy_into_(targets: Mapping[str, Tensor]) -> None:
+        # Into the live storage, shard by shard.
+        dcp.load({"state_dict": {names[name]: target for name, target in targets.items()}}, checkpoint_id=path)
+
+    return Stored({name: shapes[key] for name, key in names.items()}, copy_into_)

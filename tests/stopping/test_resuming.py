@@ -1,0 +1,238 @@
+"""Checkpoints of runs with early stopping: also one that is written after the fit, when the module holds the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
+
+from lightning_optim import EMA, SWA, EarlyStopping, Plateau, WeightAveraging
+from tests.stopping.fits import Scripted, fit, same, weights
+
+EARLIER, LATER = [3.0, 1.0, 2.0, 2.0, 2.0], [3.0, 1.0, 2.0, 2.0, 0.5]
+"""The best of five epochs is in the first fit of three, or in what the resumed fit adds."""
+
+AVERAGES: dict[str, Callable[[], list[Callback]]] = {
+    "raw": list,
+    "evaluated": lambda: [WeightAveraging(EMA(0.9))],
+    "late": lambda: [WeightAveraging(SWA(), start=6, buffers="average")],
+    "beside": lambda: [WeightAveraging(EMA(0.9), evaluate=False)],
+}
+
+
+def stopping(dirpath: Path | None, **options: Any) -> EarlyStopping:
+    return EarlyStopping("val_loss", patience=9, dirpath=dirpath and str(dirpath), **options)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("scores", [EARLIER, LATER], ids=["earlier", "later"])
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_a_file_written_after_a_fit(average: str, scores: list[float], in_directory: bool, tmp_path: Path) -> None:
+    """Its `state_dict` is the best, and the run that resumes from it is the run that went on."""
+    make = AVERAGES[average]
+    dirpath = tmp_path / "best" if in_directory else None
+    whole, first, again = Scripted(scores), Scripted(scores), Scripted(scores)
+    fit(whole, *make(), stopping(dirpath))
+    fit(first, *make(), stopping(dirpath), max_epochs=3).save_checkpoint(tmp_path / "after.ckpt")
+    assert same(weights(first), first.seen[1])
+    assert same(torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"], first.seen[1])
+    resumed = stopping(dirpath)
+    fit(again, *make(), resumed, ckpt_path=tmp_path / "after.ckpt")
+    assert same(weights(again), weights(whole))
+    assert all(same(one, other) for one, other in zip(again.seen, whole.seen[3:], strict=True))
+    assert resumed.best_check == (1 if scores is EARLIER else 4)
+
+
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_a_file_written_within_an_average_after_a_fit(in_directory: bool, tmp_path: Path) -> None:
+    """Then there are three sets of weights: the average lies over the best, and the raw ones are beside."""
+    dirpath = tmp_path / "best" if in_directory else None
+    whole, first, again = Scripted(EARLIER), Scripted(EARLIER), Scripted(EARLIER)
+    fit(whole, WeightAveraging(EMA(0.9)), stopping(dirpath))
+    average = WeightAveraging(EMA(0.9))
+    trainer = fit(first, average, stopping(dirpath), max_epochs=3)
+    with average.averaged_weights(first):
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+        saved = weights(first)
+    assert not same(saved, weights(first))
+    assert same(torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"], saved)
+    fit(again, WeightAveraging(EMA(0.9)), stopping(dirpath), ckpt_path=tmp_path / "after.ckpt")
+    assert same(weights(again), weights(whole))
+    assert all(same(one, other) for one, other in zip(again.seen, whole.seen[3:], strict=True))
+
+
+def test_no_more_memory_than_the_best(tmp_path: Path) -> None:
+    """The raw weights lie where the best lay."""
+    callback, first = stopping(None), Scripted(EARLIER)
+    trainer = fit(first, callback, max_epochs=2)
+    kept = {tensor.data_ptr() for tensor in callback.state_dict()["raw"].values()}
+    second = stopping(None)
+
+    class Looking(Scripted):
+        def on_train_end(self) -> None:
+            self.places = {tensor.data_ptr() for tensor in second.state_dict()["best"].values()}
+
+    looking = Looking(EARLIER)
+    fit(looking, second, max_epochs=2)
+    assert looking.places == {tensor.data_ptr() for tensor in second.state_dict()["raw"].values()}
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    trainer.save_checkpoint(tmp_path / "two.ckpt")  # to save changes nothing
+    one, two = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("one", "two"))
+    assert same(one["state_dict"], two["state_dict"])
+    assert kept == {tensor.data_ptr() for tensor in callback.state_dict()["raw"].values()}
+
+
+def test_a_second_fit_goes_on_from_the_best() -> None:
+    """With new optimizers, as with Lightning: nothing of the raw weights' state is left."""
+    first = Scripted(EARLIER)
+    callback = stopping(None)
+    trainer = fit(first, callback, max_epochs=3)
+    best = weights(first)
+    trainer.fit_loop.max_epochs = 5
+
+    begun: list[Any] = []
+
+    class Looking(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            begun.append((weights(pl_module), dict(trainer.optimizers[0].state)))
+
+    trainer.callbacks.append(Looking())
+    trainer.fit(first, trainer.train_dataloader, trainer.val_dataloaders)
+    ((began_with, state),) = begun
+    assert same(began_with, best)
+    assert state == {}
+    assert len(callback.history) == 2, "a second fit begins anew"
+    assert same(weights(first), first.seen[3]), "the first check of the second fit was its best"
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_file_written_after_an_exception_and_the_best(trained: bool, tmp_path: Path) -> None:
+    """`restore_best_` keeps the raw weights of the trained module; into another one it copies."""
+
+    class Failing(Scripted):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 2 and not self.trainer.ckpt_path:
+                self.raw = weights(self)
+                raise ZeroDivisionError
+
+    whole, failing, again = Scripted(EARLIER), Failing(EARLIER), Failing(EARLIER)
+    fit(whole, stopping(None))
+    callback = stopping(None)
+    running: list[Trainer] = []
+    with pytest.raises(ZeroDivisionError):
+        fit(failing, callback, _Catching(running))
+    assert same(weights(failing), failing.raw)
+    target = failing if trained else Scripted()
+    callback.restore_best_(target)
+    assert same(weights(target), failing.seen[1])
+    running[0].save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"]
+    assert same(saved, failing.seen[1] if trained else failing.raw)
+    fit(again, stopping(None), ckpt_path=tmp_path / "after.ckpt")
+    assert same(weights(again), weights(whole))
+    assert same(again.seen[-1], whole.seen[-1])
+
+
+class _Catching(Callback):
+    def __init__(self, running: list[Trainer]) -> None:
+        self.running = running
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.running.append(trainer)
+
+
+def test_restore_in_the_middle_of_a_fit_copies() -> None:
+    """A user's callback may go back to the best and train on: the best stays what it was."""
+    callback = stopping(None)
+
+    class GoingBack(Scripted):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 3:
+                callback.restore_best_(self)
+                self.went_back = same(weights(self), self.seen[1])
+
+    module = GoingBack(EARLIER)
+    fit(module, callback)
+    assert module.went_back
+    assert not same(module.seen[3], module.seen[1])
+    assert same(weights(module), module.seen[1])
+
+
+# ---- arguments that were changed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_the_best_survives_another_dirpath(before: bool, after: bool, tmp_path: Path) -> None:
+    dirs = {False: None, True: tmp_path / "one"}
+    first, again = Scripted(EARLIER), Scripted(EARLIER)
+    fit(first, stopping(dirs[before]), max_epochs=3).save_checkpoint(tmp_path / "after.ckpt")
+    callback = stopping(tmp_path / "two" if after else None)
+    fit(again, callback, ckpt_path=tmp_path / "after.ckpt")
+    assert same(weights(again), first.seen[1])
+    assert not (tmp_path / "two").exists(), "no check has improved"
+
+
+def test_a_new_best_is_kept_where_it_is_wanted_now(tmp_path: Path) -> None:
+    first, again = Scripted(LATER), Scripted(LATER)
+    fit(first, stopping(tmp_path / "one"), max_epochs=3).save_checkpoint(tmp_path / "after.ckpt")
+    callback = stopping(tmp_path / "two")
+    fit(again, callback, ckpt_path=tmp_path / "after.ckpt")
+    assert callback.best_path == str(tmp_path / "two" / "best.ckpt")
+    assert same(torch.load(tmp_path / "one" / "best.ckpt", weights_only=True)["state_dict"], first.seen[1])
+    assert same(torch.load(callback.best_path, weights_only=True)["state_dict"], again.seen[-1])
+
+
+@pytest.mark.parametrize(
+    "more", [{"stopping_threshold": -1.0}, {"divergence_threshold": 99.0}, {"check_finite": False}, {"patience": 2}]
+)
+def test_criteria_that_are_new_on_resume(more: dict[str, Any], tmp_path: Path) -> None:
+    """The state of those that were there is found."""
+    first = Scripted([1.0, 2.0, 2.0, 2.0, 2.0])
+    fit(first, EarlyStopping("val_loss", patience=9), max_epochs=2).save_checkpoint(tmp_path / "after.ckpt")
+    callback = EarlyStopping("val_loss", **({"patience": 9} | more))
+    trainer = fit(Scripted(first.scores), callback, ckpt_path=tmp_path / "after.ckpt")
+    assert callback.best_score == 1.0
+    assert trainer.current_epoch == (3 if "patience" in more else 5)
+    assert callback.wait_count == trainer.current_epoch - 1
+
+
+def test_a_file_of_lightnings_class(tmp_path: Path) -> None:
+    scores = [2.0, 3.0, 3.0, 3.0, 3.0]
+    theirs = LightningEarlyStopping("val_loss", patience=3)
+    fit(Scripted(scores), theirs, max_epochs=2).save_checkpoint(tmp_path / "theirs.ckpt")
+    ours = EarlyStopping("val_loss", patience=3)
+    trainer = fit(Scripted(scores), ours, ckpt_path=tmp_path / "theirs.ckpt")
+    assert (trainer.current_epoch, ours.wait_count, float(ours.best_score)) == (4, 3, 2.0)
+    assert ours.best_check == -1
+
+
+def test_state_of_a_criterion_of_ones_own(tmp_path: Path) -> None:
+    make: Callable[[], EarlyStopping] = lambda: EarlyStopping(Plateau("val_loss", patience=2), best_by="val_loss")  # noqa: E731
+    scores = [1.0, 2.0, 2.0, 2.0, 2.0]
+    fit(Scripted(scores), make(), max_epochs=2).save_checkpoint(tmp_path / "after.ckpt")
+    callback = make()
+    trainer = fit(Scripted(scores), callback, ckpt_path=tmp_path / "after.ckpt")
+    assert (trainer.current_epoch, callback.best_check, len(callback.history)) == (3, 0, 3)
+
+
+def test_a_best_that_cannot_be_read_does_not_lose_the_run(tmp_path: Path) -> None:
+    callback = stopping(tmp_path)
+
+    class Breaking(Scripted):
+        def on_train_end(self) -> None:
+            self.last = weights(self)
+            Path(callback.best_path).write_bytes(b"PK\x03\x04 broken")
+
+    module = Breaking(EARLIER)
+    with pytest.warns(UserWarning, match=r"keeps its last weights, because .*best\.ckpt.* cannot be read: ValueError"):
+        fit(module, callback)
+    assert same(weights(module), module.last)
+    with pytest.raises(ValueError, match=r"best\.ckpt"):
+        callback.restore_best_(module)
+    assert same(weights(module), module.last)
