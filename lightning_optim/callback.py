@@ -65,6 +65,8 @@ class OptimCallback(Callback):
     """``"gradients"``, ``"weights"``: what must not be hidden from it by a strategy or an optimizer."""
     final_rank: ClassVar[int | None] = None
     """The lowest rank that has something to write decides what the module holds after ``fit``."""
+    gathers_ranks: ClassVar[bool] = False
+    """Whether its state is gathered from all ranks, whenever a checkpoint is written."""
     evaluates: bool = False
     """Whether validation uses weights that this callback holds."""
 

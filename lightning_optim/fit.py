@@ -149,6 +149,11 @@ class Fit:
         """Whether it is going on: it did not fail, and its Trainer did not stop without a word."""
         return not self._failed and self.trainer.state.status is TrainerStatus.RUNNING
 
+    @property
+    def ranks_answer(self) -> bool:
+        """Whether all ranks take part in a checkpoint: after an exception only if some callback counts on that."""
+        return not self._failed or any(member.gathers_ranks for member in self.members)
+
     @contextlib.contextmanager
     def as_it_is(self) -> Iterator[None]:
         """Within this, validation and files take the module's weights as they are, and not an average's."""

@@ -69,6 +69,7 @@ class ExactResume(OptimCallback):
         (1, True)
     """
 
+    gathers_ranks = True
     _trainer: weakref.ref[Trainer] | None = None
     _loaded: dict[str, Any] | None = None
     _before_validation: tuple[dict[str, Any], dict[str, int]] | None = None

@@ -6,11 +6,13 @@ rank, with shapes that agree and values that are wrong.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -72,6 +74,41 @@ def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[s
     for path, value in found.items():
         parent, name = path.rsplit("/", 1)
         _at(state, parent)[name] = value
+
+
+def gather_differing(ours: dict[str, Tensor], trainer: Trainer) -> list[dict[str, Tensor]]:
+    """Gather the tensors in which ranks differ, such as running statistics: a dictionary for each rank, on rank 0.
+
+    To be called on all ranks. The list is empty if all agree, if there is one process, and on the other ranks.
+
+    Args:
+        ours: Plain tensors that this rank holds, by name.
+        trainer: The Trainer.
+    """
+    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return []
+    digests: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(digests, {name: _digest(tensor) for name, tensor in ours.items()})
+    names = {name for theirs in digests for name in theirs if any(theirs[name] != other.get(name) for other in digests)}
+    if not names:
+        return []
+    everyone: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    dist.gather_object({name: tensor.detach().cpu() for name, tensor in ours.items() if name in names}, everyone)
+    return everyone or []
+
+
+def put_of_rank_(tree: dict[str, Any], by_rank: list[dict[str, Tensor]], trainer: Trainer) -> None:
+    """Put what this rank had into a loaded state, by path; the mean over ranks if there were more ranks, or fewer."""
+    same = len(by_rank) == trainer.world_size
+    for path, tensor in by_rank[trainer.global_rank if same else 0].items():
+        parent, name = path.rsplit("/", 1)
+        mean = tensor if same else torch.stack([theirs[path].double() for theirs in by_rank]).mean(0)
+        _at(tree, parent)[name] = mean.to(tensor.dtype)
+
+
+def _digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(data, digest_size=16).digest()
 
 
 def is_distributed(trainer: Trainer) -> bool:

@@ -56,7 +56,7 @@ class WriteAndDie(Checkpoint):
 def outcome(module: Any, of: Trainer) -> dict[str, Any]:
     """What two runs must have in common, bit for bit."""
     momentum = [value["momentum_buffer"] for value in of.optimizers[0].state.values()]
-    tensors = [p.detach() for p in module.parameters()] + momentum
+    tensors = [p.detach() for p in module.parameters()] + [b.clone() for b in module.buffers()] + momentum
     return {"events": module.events, "tensors": [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]}
 
 

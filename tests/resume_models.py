@@ -140,6 +140,18 @@ class ShardedNet(Net):
         fully_shard(self.body)
 
 
+class NormNet(Net):
+    """With BatchNorm, whose statistics are of a rank's own batches; nothing is random."""
+
+    def __init__(self) -> None:
+        super().__init__(random=False)
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+
+
+class ShardedNormNet(NormNet, ShardedNet):
+    """The same under FSDP2."""
+
+
 class PlateauNet(Net):
     """Steps a ReduceLROnPlateau at each epoch's end, and it cuts the rate each time."""
 

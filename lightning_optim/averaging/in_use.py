@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim import state, tensors
 from lightning_optim.averaging import refresh
@@ -89,10 +90,10 @@ class AverageInUse(OptimCallback):
         return bool(self._layers) and self._shadow is not None and not self._shadow.fresh
 
     def _agree(self) -> None:
-        if self.fit is not None and not self.fit.failed and self._shadow is not None:
+        if self.fit is not None and self.fit.ranks_answer and self._shadow is not None:
             group = refresh.data_group(self.fit.trainer)
             if group is not None:
-                self._shadow.reduce_(group)
+                self._shadow.agree(group)
 
     def _refresh(self) -> None:
         shadow = self._shadow
@@ -130,6 +131,7 @@ class AverageInUse(OptimCallback):
                 return run()
             raw = validate(trainer, run) if self.compare and self.started else {}
             with contextlib.ExitStack() as during:
+                during.callback(_expect_raw_buffers, trainer)
                 during.enter_context(self.averaged_weights(pl_module))
                 if raw:
                     during.enter_context(self.comparison.adding(trainer, self.steps, raw))
@@ -192,6 +194,15 @@ class AverageInUse(OptimCallback):
     def state_dict(self) -> dict[str, Any]:
         self._agree()
         return super().state_dict()
+
+
+def _expect_raw_buffers(trainer: Trainer) -> None:
+    """Let DDP broadcast rank 0's buffers at the next forward: it does so once after each backward.
+
+    In a validation it has broadcast those of the average.
+    """
+    if isinstance(trainer.strategy.model, DistributedDataParallel):
+        trainer.strategy.model.require_forward_param_sync = True
 
 
 @contextlib.contextmanager

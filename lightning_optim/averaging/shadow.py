@@ -66,8 +66,9 @@ class Shadow:
         self._of_buffers = copy.deepcopy(average)
         self._of_buffers.keep_wide = True
         self._estimates = Estimates(treated.vectors)
-        self.inside = self.fresh = self._reduced = False
+        self.inside = self.fresh = False
         self._raw: dict[tuple[int, str], Tensor] = {}
+        self._agreed: dict[tuple[int, str], Tensor] | None = None  # means over ranks of the present averages of buffers
         self._exchanged: list[tuple[Source, Tensor]] = []
         _inside[module] = []
         for index in range(len(optimizers)):
@@ -132,7 +133,7 @@ class Shadow:
             self._of_buffers.update_(self.buffers.tensors, step=step)
             stay_finite_(self._of_buffers.averaged, self.buffers.tensors)
         self._estimates.restart_()
-        self.fresh = self._reduced = False
+        self.fresh, self._agreed = False, None
 
     def _look_up(self) -> None:
         """Renew all names."""
@@ -170,7 +171,7 @@ class Shadow:
             raw = next((lain[place] for lain in displaced if place in lain), live)
             if self.inside and place not in self._raw:
                 average = next((lain[place] for lain in above if place in lain), live)
-            yield source, raw, average
+            yield source, raw, (self._agreed or {}).get(place, average)
 
     @property
     def _stack(self) -> list[Shadow]:
@@ -190,24 +191,42 @@ class Shadow:
             displaced[source.place] = average if beside is None else tensors.placed_as(beside, average)
         return displaced
 
-    def reduce_(self, group: dist.ProcessGroup) -> None:
-        """Let all ranks have the mean of their averaged buffers, which each has from its own batches.
+    # ---- over ranks --------------------------------------------------------------------------------------------------
 
-        An average is linear, so that the mean goes on as the mean of what the ranks would have had.
+    def agree(self, group: dist.ProcessGroup) -> None:
+        """Compute the mean over ranks of the averages of buffers, which each rank has from its own batches.
+
+        Every use of the average sees the mean. The ranks' own averages go on as they are, so that a validation or a
+        checkpoint changes nothing.
         """
-        if self._reduced or self.inside or not self._of_buffers.started:
+        if self._agreed is not None or self.inside or not self._of_buffers.started:
             return
-        self._reduced = True
-        held = [tensor for kept in (*self._of_buffers.memory, self._of_buffers.averaged) for tensor in kept]
-        plain = [_as_real(tensor) for tensor in held if not isinstance(tensor, tensors.DTensor)]
-        if not plain:
+        self._agreed = {}
+        held = zip(self.buffers, self._of_buffers.averaged, strict=True)
+        own = {source.place: mean for source, mean in held if not isinstance(mean, tensors.DTensor)}
+        if not own:
             return
+        plain = [_as_real(tensor) for tensor in own.values()]
         wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in plain) else torch.float32
         flat = torch.cat([tensor.reshape(-1).to(wide) for tensor in plain])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
-        for tensor, mean in zip(plain, torch.split(flat, [tensor.numel() for tensor in plain]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        means = torch.split(flat, [tensor.numel() for tensor in plain])
+        for (place, tensor), mean in zip(own.items(), means, strict=True):
+            agreed = self._agreed[place] = torch.empty_like(tensor)
+            _as_real(agreed).copy_(mean.view_as(_as_real(tensor)))
+
+    def of_rank(self) -> dict[str, Tensor]:
+        """Return this rank's own averages of buffers where uses see a mean over ranks, by their paths in the state."""
+        self._look_up()
+        agreed, average = self._agreed or {}, self._of_buffers
+        held = {"/averaged": average.averaged} | {f"/memory/0/{i}": kept for i, kept in enumerate(average.memory)}
+        return {
+            f"{path}/{source.name}": tensor
+            for path, kept in held.items()
+            for source, tensor in zip(self.buffers if average.started else (), kept, strict=True)
+            if source.names and source.place in agreed
+        }
 
     # ---- in and out of the model -------------------------------------------------------------------------------------
 
@@ -265,6 +284,7 @@ class Shadow:
         if live is None or live.shape != average.shape:  # the model has changed while the average was in it
             self._raw.pop(place, None)
             return
+        average = (self._agreed or {}).get(place, average)
         (ours,), (theirs,) = tensors.local([average]), tensors.local([live])
         if place in self._raw:
             theirs.copy_(self._raw.pop(place))
@@ -287,6 +307,7 @@ class Shadow:
             live = layer._buffers[key]
             assert live is not None
             if (average := places.get((id(layer), key))) is not None:
+                (self._agreed or {}).pop((id(layer), key), None)
                 tensors.copy_(average, value)
                 tensors.copy_(live, average)
 
@@ -375,7 +396,7 @@ class Shadow:
             for sources, average in [*parts, (self.buffers, self._of_buffers)] if index == 0 else parts:
                 memory = [_copies(sources, average, remembered[str(place)]) for place in range(len(remembered))]
                 average.load(counters, _copies(sources, average, saved), memory)
-        self.fresh = state.get("fresh", False)
+        self.fresh, self._agreed = state.get("fresh", False), None
         self._estimates.load(averaged, state.get("estimated", False))
         for name, tensor in named.items():
             if (value := raw.pop(name, None)) is not None and value.shape == tensor.shape:
