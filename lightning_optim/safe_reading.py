@@ -12,12 +12,13 @@ import io
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from torch import Tensor
+from torch import Tensor, nn
 
 _ZIP = b"PK\x03\x04"
 _OLD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the first number in a file from before torch 1.6
@@ -45,10 +46,13 @@ def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = 
         with _sentence(path, weights_only):
             if is_safetensors(path):
                 return _load_safetensors(path)
-            is_local = os.path.exists(path)
-            mmap = is_local and _is_stored(file)
+            is_local, records = os.path.exists(path), _records(file)
+            mmap = is_local and bool(records) and _are_stored(records)
             file.seek(0)
-            return torch.load(path if is_local else file, map_location="cpu", weights_only=weights_only, mmap=mmap)
+            loaded = torch.load(path if is_local else file, map_location="cpu", weights_only=weights_only, mmap=mmap)
+            if weights_only and records:
+                _check_storages(loaded, records)
+            return loaded
 
 
 def check(path: str | os.PathLike[str], weights_only: bool = True) -> None:
@@ -121,9 +125,7 @@ def _check(path: str, file: IO[bytes], weights_only: bool) -> None:
     head = file.read(512)
     file.seek(0)
     if head.startswith(_ZIP):
-        with _sentence(path, weights_only):
-            archive = zipfile.ZipFile(file)
-        _check_archive(path, archive, file.seek(0, io.SEEK_END), weights_only)
+        _check_archive(path, file, weights_only)
     elif _OLD in head[:32]:
         if weights_only and _mentions_bytearray(file):
             raise _more_than_tensors(path, "a bytearray")
@@ -131,17 +133,32 @@ def _check(path: str, file: IO[bytes], weights_only: bool) -> None:
         raise ValueError(f"{path} is no checkpoint: " + ("it is empty" if not head else "torch did not write it"))
 
 
-def _check_archive(path: str, archive: zipfile.ZipFile, size: int, weights_only: bool) -> None:
+def _check_archive(path: str, file: IO[bytes], weights_only: bool) -> None:
     """The sizes first, so that what is read next is no more than the file."""
+    with _sentence(path, weights_only):
+        archive = zipfile.ZipFile(file)
     records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    _check_sizes(path, records, file.seek(0, io.SEEK_END), weights_only)
+    if not any(record.CRC for record in records) and _are_stored(records):
+        # Saved after `torch.serialization.set_crc32_options(False)`.
+        file.seek(0)
+        if weights_only and _mentions_bytearray(file):
+            raise _more_than_tensors(path, "a bytearray")
+        return
+    for record in records:
+        _check_record(path, archive, record)
+        if weights_only and record.filename.endswith("data.pkl") and _mentions_bytearray(archive.open(record)):
+            raise _more_than_tensors(path, "a bytearray")
+
+
+def _check_sizes(path: str, records: Sequence[zipfile.ZipInfo], size: int, weights_only: bool) -> None:
     following = [record.header_offset for record in records[1:]] + [size]
     for record, end in zip(records, following, strict=True):
         is_stored = record.compress_type == zipfile.ZIP_STORED
         if not is_stored and record.compress_type != zipfile.ZIP_DEFLATED:
             raise ValueError(f"{path} is compressed in a way that torch does not read (its record {record.filename!r})")
-        if record.header_offset + record.compress_size > end or (
-            is_stored and record.file_size != record.compress_size
-        ):
+        is_larger = is_stored and record.file_size != record.compress_size
+        if is_larger or record.header_offset + record.compress_size > end:
             raise ValueError(f"{path} is damaged: its record {record.filename!r} does not fit into it")
     declared = sum(record.file_size for record in records)
     if weights_only and declared > max(_EXPANSION * size, _SMALL):
@@ -149,12 +166,6 @@ def _check_archive(path: str, archive: zipfile.ZipFile, size: int, weights_only:
             f"{path} would be {declared / size:.0f} times as large if it were not compressed, which no weights are:"
             " it is not loaded, unless `weights_only=False` says that you trust it (`--unsafe` to a command)"
         )
-    has_checksums = any(record.CRC for record in records)  # torch.serialization.set_crc32_options(False) writes zeros
-    for record in records:
-        if has_checksums:
-            _check_record(path, archive, record)
-        if weights_only and record.filename.endswith("data.pkl") and _mentions_bytearray(archive.open(record)):
-            raise _more_than_tensors(path, "a bytearray")
 
 
 def _check_record(path: str, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
@@ -163,7 +174,7 @@ def _check_record(path: str, archive: zipfile.ZipFile, record: zipfile.ZipInfo) 
             while content.read(_PIECE):
                 pass
     except Exception as error:  # of any kind: zipfile and zlib have their own
-        raise ValueError(f"{path} is damaged: its record {record.filename!r} is ({first_line(error)})") from error
+        raise ValueError(f"{path} is damaged in its record {record.filename!r} ({first_line(error)})") from error
 
 
 def _mentions_bytearray(file: IO[bytes]) -> bool:
@@ -172,16 +183,44 @@ def _mentions_bytearray(file: IO[bytes]) -> bool:
     while piece := file.read(_PIECE):
         if wanted in before + piece:
             return True
-        before = piece[1 - len(wanted) :]
+        before = (before + piece)[1 - len(wanted) :]
     return False
 
 
-def _is_stored(file: IO[bytes]) -> bool:
-    """Whether tensors lie in the file as they are in memory, so that they can be mapped."""
+def _records(file: IO[bytes]) -> list[zipfile.ZipInfo]:
+    """The records of an archive; none of another file."""
     file.seek(0)
-    if file.read(4) != _ZIP:
-        return False
-    return all(record.compress_type == zipfile.ZIP_STORED for record in zipfile.ZipFile(file).infolist())
+    is_archive = file.read(len(_ZIP)) == _ZIP
+    return zipfile.ZipFile(file).infolist() if is_archive else []
+
+
+def _are_stored(records: Iterable[zipfile.ZipInfo]) -> bool:
+    """Whether the records lie in the file as they are in memory, so that they can be mapped."""
+    return all(record.compress_type == zipfile.ZIP_STORED for record in records)
+
+
+def _check_storages(loaded: Any, records: Iterable[zipfile.ZipInfo]) -> None:
+    """Refuse tensors over other bytes than a record's: a pickle may say any size, and a mapped file has more bytes."""
+    sizes = Counter(record.file_size for record in records if "/data/" in record.filename)
+    storages = {}
+    for tensor in _tensors(loaded):
+        if tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    if wrong := Counter(storages.values()) - sizes - Counter({0: len(storages)}):
+        raise ValueError(f"no record is of the {next(iter(wrong))} bytes of a tensor")
+
+
+def _tensors(loaded: Any) -> Iterator[Tensor]:
+    """The tensors in dictionaries, lists and tuples, each once."""
+    waiting, seen = [loaded], {id(loaded)}
+    while waiting:
+        value = waiting.pop()
+        if type(value) in (Tensor, nn.Parameter):
+            yield value
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+        new = [one for one in inside if id(one) not in seen]
+        seen.update(map(id, new))
+        waiting += new
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
