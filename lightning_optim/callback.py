@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim import hooks, state, tensors
+from lightning_optim import hooks, launched, state, tensors
 from lightning_optim.fit import Fit
 from lightning_optim.refusals import refuse_endless, refuse_setup, refuse_start, taken
 from lightning_optim.slots import Slot
@@ -70,14 +70,20 @@ class OptimCallback(Callback):
     evaluates: bool = False
     """Whether validation uses weights that this callback holds."""
 
+    stays: ClassVar[frozenset[str]] = frozenset()
+    """Attributes that do not come back from a fit in other processes (``ddp_spawn``), such as a loader."""
+
     name: str | None = None
     fit: Fit | None = None
+    launched_as: int | None = None  # the `id` of the callback of which this is a copy, in the process that made it
+    lost: str = ""  # why the attributes of a fit in other processes did not come back
     _stage: str | None = None
     _done: Mapping[str, Any] = MappingProxyType({})  # Hooks of this turn whose part of ours is done, and its result.
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
         self.steps: list[int] = []
+        launched.remember(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,7 +163,11 @@ class OptimCallback(Callback):
         Lightning binds the module's ``log`` and ``log_dict`` to every callback, and with them the module.
         """
         held = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**hooks.without_bound(held), "fit": None}
+        return {**hooks.without_bound(held), "fit": None, "launched_as": id(self)}
+
+    def __setstate__(self, held: dict[str, Any]) -> None:
+        self.__dict__.update(held)
+        launched.remember(self)
 
     def __repr__(self) -> str:
         return self.state_key
@@ -179,7 +189,7 @@ class OptimCallback(Callback):
         refuse_setup(self, trainer)
         self.fit = Fit.of(trainer)
         self.fit.members.append(self)
-        self.steps = []
+        self.steps, self.lost = [], ""
         self.reset()
         _arrange(trainer)
 

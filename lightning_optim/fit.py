@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
+from lightning_optim.launched import send_back
 from lightning_optim.own_files import OwnFiles
 from lightning_optim.refusals import warn_unsharded
 from lightning_optim.slots import Slot
@@ -78,6 +79,7 @@ class Fit:
             return
         self._started = True
         warn_unsharded(self.trainer)
+        send_back(self.trainer, self.members)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         for optimizer in self.trainer.optimizers:
             self._undo.callback(optimizer.register_step_post_hook(self._stepped).remove)

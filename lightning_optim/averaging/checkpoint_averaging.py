@@ -64,6 +64,7 @@ class CheckpointAveraging(OptimCallback):
     """
 
     slot = Slot.STOP
+    stays = frozenset({"refresh_loader"})
     touches = frozenset({"weights"})
     final_rank = 0
 

@@ -18,11 +18,12 @@ from lightning_optim import state, tensors
 from lightning_optim.averaging import refresh
 from lightning_optim.averaging.buffers import Treatments
 from lightning_optim.averaging.comparison import Comparison
-from lightning_optim.averaging.shadow import Shadow, raw_in
+from lightning_optim.averaging.shadow import Shadow, copied_into, raw_in
 from lightning_optim.averaging.sources import plain_name
 from lightning_optim.averaging.validating import validate
 from lightning_optim.callback import OptimCallback
 from lightning_optim.fit import replaced
+from lightning_optim.launched import check_not_lost
 
 
 class AverageInUse(OptimCallback):
@@ -40,12 +41,13 @@ class AverageInUse(OptimCallback):
     comparison: Comparison
     _shadow: Shadow | None
     _layers: list[_BatchNorm]  # whose statistics are estimated anew
+    _held: dict[str, Tensor]  # the average, in a copy of a callback and after a fit in other processes
     _unfrozen: list[_BatchNorm] | None  # at the last update: the user may have put the module into eval mode since
 
     @property
     def started(self) -> bool:
         """Whether there is an average that could be used."""
-        return self._shadow is not None and self._shadow.started
+        return bool(self._held) if self._shadow is None else self._shadow.started
 
     @contextlib.contextmanager
     def averaged_weights(self, module: nn.Module) -> Iterator[None]:
@@ -53,9 +55,16 @@ class AverageInUse(OptimCallback):
 
         Args:
             module: The module that is or was trained, or another one with the same names, such as a copy.
+
+        Raises:
+            RuntimeError: If the fit ran in other processes, and the average could not be brought back.
         """
+        check_not_lost(self)
         shadow = self._shadow
-        if shadow is None or not shadow.started:
+        if shadow is None:
+            with copied_into(module, self._held):
+                yield
+        elif not shadow.started:
             yield
         elif module is not shadow.module:
             with shadow.copied_into(module):
@@ -121,7 +130,7 @@ class AverageInUse(OptimCallback):
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """The averaged tensors by name; empty before the first update."""
-        return {} if self._shadow is None else self._shadow.named()
+        return self._held if self._shadow is None else self._shadow.named()
 
     def _evaluating(self, run: Callable[[], Any], trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any]:
         """The validation loop, with the average in the module from its first hook to its last."""

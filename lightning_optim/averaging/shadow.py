@@ -316,19 +316,8 @@ class Shadow:
         """Within this, another module with the same names, compiled or not, holds the averaged weights."""
         if self.module is not None:
             self.estimate_()
-        averaged = {plain_name(name): average for name, average in self.named().items()}
-        named = {plain_name(name): tensor for name, tensor in tensors.named_tensors(module).items()}
-        live = {name: tensor for name, tensor in named.items() if name in averaged}
-        if missing := sorted(averaged.keys() - live.keys()):
-            raise ValueError(f"{type(module).__name__} has no {missing[:3]}, of which there are averages")
-        raw = {name: tensor.detach().clone() for name, tensor in live.items()}
-        try:
-            for name, tensor in live.items():
-                tensors.copy_(tensor, averaged[name])
+        with copied_into(module, self.named()):
             yield
-        finally:
-            for name, tensor in live.items():
-                tensors.copy_(tensor, raw[name])
 
     # ---- in a checkpoint ---------------------------------------------------------------------------------------------
 
@@ -471,6 +460,24 @@ def _copies(sources: Sources, average: Average, saved: dict[str, Tensor]) -> lis
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.cpu(), other.detach().cpu())
+
+
+@contextlib.contextmanager
+def copied_into(module: nn.Module, averaged: dict[str, Tensor]) -> Iterator[None]:
+    """Context manager: a module with the names of ``averaged``, compiled or not, holds these weights."""
+    averaged = _by_plain_name(averaged)
+    named = _by_plain_name(tensors.named_tensors(module))
+    live = {name: tensor for name, tensor in named.items() if name in averaged}
+    if missing := sorted(averaged.keys() - live.keys()):
+        raise ValueError(f"{type(module).__name__} has no {missing[:3]}, of which there are averages")
+    raw = {name: tensor.detach().clone() for name, tensor in live.items()}
+    try:
+        for name, tensor in live.items():
+            tensors.copy_(tensor, averaged[name])
+        yield
+    finally:
+        for name, tensor in live.items():
+            tensors.copy_(tensor, raw[name])
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ from lightning_optim.averaging.buffers import Treated, Treatment, Treatments
 from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.in_use import AverageInUse
 from lightning_optim.averaging.shadow import Shadow
+from lightning_optim.launched import check_not_lost
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
 
@@ -85,6 +87,7 @@ class WeightAveraging(AverageInUse):
     """
 
     slot = Slot.AVERAGE
+    stays = frozenset({"refresh_loader"})
     touches = frozenset({"weights"})
 
     def __init__(
@@ -136,6 +139,7 @@ class WeightAveraging(AverageInUse):
     def reset(self) -> None:
         self.comparison = Comparison()
         self._shadow: Shadow | None = None
+        self._held: dict[str, Tensor] = {}
         self._loaded: dict[str, Any] | None = None
         self._layers: list[_BatchNorm] = []
         self._unfrozen = None
@@ -275,9 +279,11 @@ class WeightAveraging(AverageInUse):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the average as loaded state: the model's own tensors do not travel with the callback."""
-        held = {**super().__getstate__(), "_shadow": None, "_layers": [], "_unfrozen": None, "refresh_loader": None}
-        if self.started:
+        held = {**super().__getstate__(), "_shadow": None, "_layers": [], "_unfrozen": None}
+        if self._shadow is not None and self._shadow.started:
             held["_loaded"] = state.export(self.extra_state(), None)
+            averaged = {name: tensor.detach() for name, tensor in self._shadow.named().items()}
+            held["_held"] = state.export(averaged, None)
         return held
 
     # ---- pictures ----------------------------------------------------------------------------------------------------
@@ -291,6 +297,7 @@ class WeightAveraging(AverageInUse):
         Returns:
             The figure and its axes. It needs matplotlib.
         """
+        check_not_lost(self)
         return self.comparison.plot(metric)
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_optim import state
 from lightning_optim.callback import OptimCallback
 from lightning_optim.figures import canvas
+from lightning_optim.launched import check_not_lost
 from lightning_optim.own_files import OwnFiles
 from lightning_optim.refusals import hides_weights
 from lightning_optim.slots import Slot
@@ -264,8 +265,9 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         from them. What does not fit, because the module has changed since, is left as it is, and named in a warning.
 
         Raises:
-            RuntimeError: If there is no best yet.
+            RuntimeError: If there is no best yet, or if the fit ran in other processes and the best did not come back.
         """
+        check_not_lost(self)
         if not self._keeper.has_best:
             raise RuntimeError("There is no best yet: no check has improved, or `restore_best=False`.")
         if self._keeper.is_of(module) and (self.fit is None or self.fit.failed):
