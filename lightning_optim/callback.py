@@ -272,11 +272,15 @@ def gradients_of(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     """This optimizer's parameters that have a gradient, and these gradients in the parameters' placement.
 
     Both lists are empty when the step was cancelled or dropped. The gradients of another optimizer's parameters lie
-    around stale: they are never in the result.
+    around stale: they are never in the result. A sparse gradient, as ``Embedding(sparse=True)`` makes, is coalesced:
+    its ``values()`` are what is read and written.
     """
-    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grads = [weight.grad for weight in weights]
-    if tensors.any_sharded(grads):
+    if type(None) in set(map(type, grads)):  # a question that costs little where hundreds of tensors have a gradient
+        weights = [weight for weight, grad in zip(weights, grads, strict=True) if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
+    if tensors.any_sharded(grads) or tensors.any_sparse(grads):
         grads = [tensors.align_grad_(weight) for weight in weights]
     return weights, grads
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
@@ -55,7 +57,7 @@ def select(
     named = {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters(remove_duplicate=False)}
     chosen = set(named) if on is None else _matches(module, named, on, "on")
     if on is None:
-        chosen = {name for name in chosen if dimensions(named[name]) >= 2}
+        chosen = {name for name in chosen if not is_lazy(named[name]) and dimensions(named[name]) >= 2}
     if exclude is not None:
         out = {id(named[name]) for name in _matches(module, named, exclude, "exclude")}  # under any name of a tied one
         chosen = {name for name in chosen if id(named[name]) not in out}
@@ -77,11 +79,13 @@ def _matches(
             hits = set(fnmatch.filter(named, selector))
             known = list(named)
         elif isinstance(selector, type):
-            owned = {id(p) for m in module.modules() if isinstance(m, selector) for p in m.parameters(recurse=False)}
+            kind = _becomes(selector)
+            owners = (m for m in module.modules() if isinstance(m, kind) or issubclass(_becomes(type(m)), kind))
+            owned = {id(p) for owner in owners for p in owner.parameters(recurse=False)}
             hits = {name for name, p in named.items() if id(p) in owned}
             known = sorted({type(m).__name__ for m in module.modules()})
         else:
-            found |= {name for name, p in named.items() if selector(name, p)}
+            found |= {name for name, p in named.items() if not is_lazy(p) and selector(name, p)}
             continue
         if not hits:
             text = selector if isinstance(selector, str) else selector.__name__
@@ -89,6 +93,62 @@ def _matches(
             raise ValueError(f"`{argument}={text!r}` matches no parameter of {type(module).__name__}; near: {near}")
         found |= hits
     return found
+
+
+def _becomes(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a lazy class's modules after their first forward pass; any other class itself."""
+    return (issubclass(kind, LazyModuleMixin) and kind.cls_to_become) or kind
+
+
+class Selection:
+    """What :func:`select` chooses of a module, chosen again when lazy parameters have got their shape.
+
+    Args:
+        module: The model.
+        on: As in :func:`select`.
+        exclude: As in :func:`select`.
+
+    Raises:
+        ValueError: If a glob or a class matches nothing.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))
+        >>> selection = Selection(model)
+        >>> len(selection.ids), len(model(torch.zeros(1, 2))), len(selection.ids)
+        (1, 1, 2)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        on: Selector | Sequence[Selector] | None = None,
+        exclude: Selector | Sequence[Selector] | None = None,
+    ) -> None:
+        self._module, self._on, self._exclude = module, on, exclude
+        self._choose()
+
+    def _choose(self) -> None:
+        chosen = select(self._module, self._on, self._exclude)
+        self._waiting = [parameter for parameter in self._module.parameters() if is_lazy(parameter)]
+        self._ids = {id(parameter) for parameter in chosen.values()}
+        self._existing = self._ids - {id(parameter) for parameter in self._waiting}
+
+    @property
+    def ids(self) -> set[int]:
+        """The ``id`` of each chosen parameter."""
+        self._renew()
+        return self._ids
+
+    @property
+    def existing(self) -> set[int]:
+        """The ``id`` of each chosen parameter that has a shape."""
+        self._renew()
+        return self._existing
+
+    def _renew(self) -> None:
+        if self._waiting and not all(map(is_lazy, self._waiting)):
+            self._choose()
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -102,6 +162,30 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
+def any_sparse(tensors: Iterable[Tensor]) -> bool:
+    """Whether any is a sparse gradient, such as ``Embedding(sparse=True)`` makes."""
+    return True in map(operator.attrgetter("is_sparse"), tensors)
+
+
+def opened(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and gradients for formulas that know dense tensors only: of a sparse gradient its values.
+
+    Args:
+        weights: The parameters.
+        grads: Their gradients, in the same order; a sparse one is coalesced, as by
+            :func:`~lightning_optim.gradients_of`.
+
+    Returns:
+        The same tensors, except that a sparse gradient is replaced by its values, in live storage, and its weight by a
+        copy of the rows that have a gradient.
+    """
+    if not any_sparse(grads):
+        return list(weights), list(grads)
+    pairs = zip(weights, grads, strict=True)
+    rows = [weight.detach()[tuple(grad.indices())] if grad.is_sparse else weight for weight, grad in pairs]
+    return rows, [grad.values() if grad.is_sparse else grad for grad in grads]
+
+
 def placed_as(shard: Tensor, like: Tensor) -> Tensor:
     """The tensor of which ``shard`` is this process's part, placed as ``like``; no communication."""
     if not isinstance(like, DTensor):
@@ -113,12 +197,14 @@ def placed_as(shard: Tensor, like: Tensor) -> Tensor:
 
 
 def align_grad_(parameter: Tensor) -> Tensor | None:
-    """Give ``parameter.grad`` the placement of its parameter, and return it.
+    """Give ``parameter.grad`` the placement of its parameter, or coalesce it if it is sparse, and return it.
 
     Under sequence parallelism the gradient of a LayerNorm is ``Partial``: each rank holds a summand, and what is added
-    to the local part would count once per rank.
+    to the local part would count once per rank. A sparse gradient may hold several summands for a row.
     """
     grad = parameter.grad
+    if grad is not None and grad.is_sparse:
+        parameter.grad = grad = grad.coalesce()
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         parameter.grad = grad = grad.redistribute(placements=parameter.placements)
     return grad

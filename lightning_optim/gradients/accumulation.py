@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -178,7 +180,7 @@ class GradientAccumulation(OptimCallback):
             # What a micro-batch weighed, for a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
-            _, grads = gradients_of(optimizer)
+            _, grads = tensors.opened(*gradients_of(optimizer))
             for grad in tensors.local(grads):
                 grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
 
@@ -187,21 +189,26 @@ class GradientAccumulation(OptimCallback):
     def extra_state(self) -> dict[str, Any]:
         if self._loaded is not None:
             return self._loaded
+        # The unit outlives the windows: one that begins with a weight of 0 takes that of the window before.
+        unit = {} if self._unit is None else {"unit": float(self._unit)}
         open_windows = {index: window for index, window in self._windows.items() if window.count}
         if self.fit is None or not open_windows:
-            return {}
+            return unit
         trainer = self.fit.trainer
-        names = tensors.parameter_names(trainer.lightning_module)
         whole: dict[str, Tensor] = {}
         ours: dict[str, Tensor] = {}
-        for index in open_windows:
-            for parameter, grad in zip(*gradients_of(trainer.optimizers[index]), strict=True):
-                (whole if isinstance(grad, DTensor) else ours)[names[id(parameter)]] = grad
+        for name, parameter in _named(trainer, open_windows).items():
+            # A sparse gradient is saved as it is: it is coalesced at the step, in the order in which its summands came.
+            sparse = parameter.grad is not None and parameter.grad.is_sparse
+            grad = parameter.grad if sparse else tensors.align_grad_(parameter)
+            if grad is not None:
+                (whole if isinstance(grad, DTensor) else ours)[name] = grad
         return {
             "windows": {index: _plain(window) for index, window in open_windows.items()},
             "sharded": whole,
             "by_rank": _gather_ranks({name: grad.cpu() for name, grad in ours.items()}, trainer.world_size),
             "totals": _gather_ranks(_totals(open_windows), trainer.world_size),
+            **unit,
         }
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
@@ -211,6 +218,10 @@ class GradientAccumulation(OptimCallback):
         if self._loaded is None:
             return
         extra, self._loaded = self._loaded, None
+        if "unit" in extra:
+            self._unit = torch.tensor(extra["unit"], device=pl_module.device, dtype=torch.float32)
+        if "windows" not in extra:
+            return
         ours, totals = (
             by_rank[trainer.global_rank] if len(by_rank) == trainer.world_size else _mean(by_rank)
             for by_rank in (extra["by_rank"], extra["totals"])
@@ -218,17 +229,33 @@ class GradientAccumulation(OptimCallback):
         for index, saved in extra["windows"].items():
             window = self._windows[int(index)] = Window(saved["size"], saved["count"], saved["scale"])
             if saved["unit"] is not None:
-                self._unit = window.unit = torch.tensor(saved["unit"], device=pl_module.device, dtype=torch.float32)
+                window.unit = torch.tensor(saved["unit"], device=pl_module.device, dtype=torch.float32)
+                self._unit = window.unit if self._unit is None else self._unit
                 window.total = totals[str(index)].to(pl_module.device)
         tensors.reshard_(pl_module)
-        live = tensors.named_tensors(pl_module)
+        live = _named(trainer, self._windows)
         for name, saved in {**extra["sharded"], **ours}.items():
-            grad = live[name].grad = torch.zeros_like(live[name])
-            tensors.copy_(grad, saved)
+            if saved.is_sparse:
+                live[name].grad = saved.to(live[name].device, copy=True)
+            else:
+                grad = live[name].grad = torch.zeros_like(live[name])
+                tensors.copy_(grad, saved)
 
 
 def _is_whole(number: Any, low: int) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= low
+
+
+def _named(trainer: Trainer, windows: Iterable[int]) -> dict[str, Tensor]:
+    """The parameters of these optimizers: by their names, or by their places in the optimizer if the model has none."""
+    names = tensors.parameter_names(trainer.lightning_module)
+    named: dict[str, Tensor] = {}
+    for index in windows:
+        for number, group in enumerate(trainer.optimizers[index].param_groups):
+            for place, parameter in enumerate(group["params"]):
+                fallback = f"optimizers.{index}.param_groups.{number}.params.{place}"
+                named[names.get(id(parameter), fallback)] = parameter
+    return named
 
 
 def _plain(window: Window) -> dict[str, Any]:
@@ -251,4 +278,6 @@ def _gather_ranks(ours: dict[str, Tensor], world_size: int) -> list[dict[str, Te
 
 def _mean(by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """For a resume with another number of ranks: the mean over ranks is all that the step will see of them."""
-    return {name: torch.stack([rank[name] for rank in by_rank]).mean(0) for name in by_rank[0]}
+    names = {name: None for rank in by_rank for name in rank}
+    every = {name: [rank[name] for rank in by_rank if name in rank] for name in names}
+    return {name: functools.reduce(torch.add, some) / len(by_rank) for name, some in every.items()}

@@ -23,6 +23,7 @@ from lightning_optim.policy import PerOptimizer
 from lightning_optim.refusals import refuse_parts
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
+from lightning_optim.tensors import Selection
 
 NonFinite = Literal["skip", "raise", "ignore"]
 
@@ -109,7 +110,7 @@ class GradientClipping(OptimCallback):
 
     def reset(self) -> None:
         self._copies = PerOptimizer(self.policies)
-        self._chosen: list[set[int] | None] = []
+        self._chosen: list[Selection | None] = []
         self._acted: dict[int, list[Clipping]] = {}
         self._attempts = Attempts()
         self._guards: list[Guard] = []
@@ -127,7 +128,7 @@ class GradientClipping(OptimCallback):
                 self._chosen.append(None)
             else:
                 on = "*" if policy.on is None else policy.on
-                self._chosen.append({id(p) for p in tensors.select(pl_module, on, policy.exclude).values()})
+                self._chosen.append(Selection(pl_module, on, policy.exclude))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -154,7 +155,7 @@ class GradientClipping(OptimCallback):
         index = trainer.optimizers.index(optimizer)
         logs, guards = self.logs_now(trainer), self.nonfinite != "ignore" or self.spike is not None
         if norm is None and (logs or guards):
-            norm = total_norm(grads, norm_type)
+            norm = total_norm(tensors.opened(weights, grads)[1], norm_type)
         verdict: Verdict = "fine"
         value: float | None = None
         if guards and norm is not None:
@@ -181,11 +182,12 @@ class GradientClipping(OptimCallback):
         """Apply the policies; ``norm`` is that of all gradients, and ``value`` the same on the host, where known."""
         acted = self._acted[index] = []
         step, total, norm_type = self.steps[index], self._running.total, self.policies[0].norm_type
-        for policy, chosen in zip(self._copies[index], self._chosen, strict=True):
+        for policy, selection in zip(self._copies[index], self._chosen, strict=True):
             if value is not None and policy.norm_type == norm_type and policy.is_idle(value, step=step, total=total):
                 continue
-            some_weights, some_grads = weights, grads
-            if chosen is not None:
+            some_weights, some_grads, chosen = weights, grads, None
+            if selection is not None:
+                chosen = selection.ids
                 pairs = [(w, g) for w, g in zip(weights, grads, strict=True) if id(w) in chosen]
                 some_weights, some_grads = [w for w, _ in pairs], [g for _, g in pairs]
             if some_grads:
@@ -193,6 +195,7 @@ class GradientClipping(OptimCallback):
                 units = {}  # Only a policy that asks for them must take them: users' own may know nothing of units.
                 if policy.scope != "global":
                     units["units"] = _units(policy.scope, optimizer, chosen, some_weights)
+                some_weights, some_grads = tensors.opened(some_weights, some_grads)
                 policy.clip_(some_grads, some_weights, norm=known, step=step, total=total, **units)
                 acted.append(policy)
                 norm = value = None  # of the gradients before; the next policy sees others
@@ -269,6 +272,9 @@ class GradientClipping(OptimCallback):
         self.skipped, self._in_a_row = list(extra["skipped"]), list(extra["in_a_row"])
         self.skipped_at = [list(place) for place in extra["skipped_at"]]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_chosen": []}
+
 
 def _from_number(number: Any) -> Clipping:
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= math.inf:
@@ -288,6 +294,6 @@ def _not_finite(pl_module: LightningModule, optimizer: Optimizer) -> str:
     """A sentence with the parameters whose gradients, or their parts on this rank, are not finite, if any are."""
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     weights, grads = gradients_of(optimizer)
-    pairs = zip(weights, tensors.local(grads), strict=True)
+    pairs = zip(weights, tensors.local(tensors.opened(weights, grads)[1]), strict=True)
     found = [names.get(id(weight), "?") for weight, grad in pairs if not bool(grad.isfinite().all())]
     return f"On this rank not finite are the gradients of {found}." if found else "On this rank all are finite."

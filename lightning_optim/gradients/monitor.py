@@ -135,7 +135,7 @@ class GradientMonitor(OptimCallback):
             return
         index = trainer.optimizers.index(optimizer)
         self._attempts.tried(index)
-        norm = total_norm(grads, self._norm_type)
+        norm = total_norm(tensors.opened(weights, grads)[1], self._norm_type)
         if self._clipping is not None:
             self._running.share_norm(optimizer, grads, self._norm_type, norm)
         self._steps[index] = step = _Step(norm, self.logs_now(trainer))
@@ -156,7 +156,7 @@ class GradientMonitor(OptimCallback):
             row[_CLIPPED] = clipped.to(nothing) if isinstance(clipped, Tensor) else nothing.new_full((), clipped)
         if step.logs:
             weights, grads = gradients_of(optimizer)
-            row[_AFTER] = total_norm(grads, self._norm_type)
+            row[_AFTER] = total_norm(tensors.opened(weights, grads)[1], self._norm_type)
             row[_UPDATE] = self._measure_update(step)
             if row[_CLIPPED] is nothing and self._only_limits:
                 row[_CLIPPED] = (row[_AFTER] < step.norm).to(step.norm)
@@ -181,7 +181,7 @@ class GradientMonitor(OptimCallback):
     def _detailed(self, prefix: str, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
         if self.level == "total":
             return {}
-        each = tensor_norms(grads, self._norm_type)
+        each = tensor_norms(tensors.opened(weights, grads)[1], self._norm_type)
         found = _by_name(self._labels(weights), each, self._norm_type)
         return {f"{prefix}/{name}": norm for name, norm in found.items()}
 

@@ -176,7 +176,8 @@ def _perturbed(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive:
 
 
 def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> None:
-    ours, slopes = tensors.local(weights), tensors.local(grads)
+    rows, values = tensors.opened(weights, grads)
+    ours, slopes = tensors.local(rows), tensors.local(values)
     if adaptive:
         scaled = list(torch._foreach_abs(ours))
         torch._foreach_mul_(scaled, slopes)
@@ -184,10 +185,13 @@ def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: 
         moves = torch._foreach_pow(ours, 2)
         torch._foreach_mul_(moves, slopes)
     else:
-        measured, moves = grads, torch._foreach_mul(slopes, 1.0)
+        measured, moves = values, torch._foreach_mul(slopes, 1.0)
     # Not `total_norm`, which rounds otherwise: the step is that of common implementations to the bit.
     norm = tensor_norms(measured).square().sum().sqrt()
     # If the norm is not finite, neither is the second gradient: whoever skips such steps skips this one.
     scale = rho / (norm + 1e-12)
     torch._foreach_mul_(moves, [scale.to(move.device) for move in moves])
     torch._foreach_add_(ours, moves)
+    for weight, grad, moved in zip(weights, grads, ours, strict=True):
+        if grad.is_sparse:  # a copy of the rows that have a gradient
+            weight[tuple(grad.indices())] = moved

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from lightning_optim.schedules import check_number
 
@@ -122,8 +124,17 @@ def _site(name: str, module: nn.Module, pattern: str, insert: bool) -> Site | No
     attribute = rate_attribute(module)
     if attribute is not None:
         return Site(name, module, attribute)
-    layer = any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-    return Site(name, module, None) if insert and (layer or name == pattern) else None
+    return Site(name, module, None) if insert and (is_layer(module) or name == pattern) else None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has weights of its own, with two dimensions or more.
+
+    Those of a lazy module have none before its first forward pass: it counts as a layer, unless it normalizes.
+    """
+    lazy_layer = not isinstance(module, _NormBase)
+    own = module.parameters(recurse=False)
+    return any(lazy_layer if is_lazy(parameter) else parameter.ndim >= 2 for parameter in own)
 
 
 def rate_attribute(module: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
@@ -19,8 +19,10 @@ from lightning_optim.refusals import refuse_parts
 from lightning_optim.regularization.penalties import Penalty
 from lightning_optim.regularization.proximal import Proximal
 from lightning_optim.slots import Slot
+from lightning_optim.tensors import Selection
 
 _TERMS = (Penalty, Proximal)
+_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 
 
 class WeightRegularization(OptimCallback):
@@ -33,7 +35,9 @@ class WeightRegularization(OptimCallback):
     averaged.
 
     A term acts on the parameters of the optimizer that steps, where they are trainable. One that has no gradient gets
-    one from a penalty, unless none has: then somebody cancelled the step.
+    one from a penalty, unless none has: then somebody cancelled the step. Where a gradient is sparse
+    (``Embedding(sparse=True)``), a penalty acts on the rows that have one, and so on a row as often as it is looked up;
+    what is logged is the penalty of all rows.
 
     Args:
         terms: One term, or a list: their sum, and projections in turn. Each chooses its own parameters; by default
@@ -76,15 +80,16 @@ class WeightRegularization(OptimCallback):
 
     def reset(self) -> None:
         self._copies = PerOptimizer(self.terms)
-        self._chosen: list[set[int]] = []
+        self._chosen: list[Selection] = []
+        self._looked_up: set[int] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         tensors.reshard_(pl_module)
         for term in self.terms:
-            parameters = tensors.select(pl_module, term.on, term.exclude).values()
-            refuse_parts(term, parameters)
-            self._chosen.append({id(parameter) for parameter in parameters})
+            refuse_parts(term, tensors.select(pl_module, term.on, term.exclude).values())
+            self._chosen.append(Selection(pl_module, term.on, term.exclude))
+        self._looked_up = {id(m.weight) for m in pl_module.modules() if isinstance(m, _LOOKED_UP) and m.sparse}
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -100,7 +105,9 @@ class WeightRegularization(OptimCallback):
             if logs:
                 value = term.value(weights, step=step, total=total)
                 self.log_value(pl_module, f"regularization/{label}", value, optimizer)
-            term.add_grad_(weights, [_gradient_of(p) for p in weights], step=step, total=total)
+            weights = [p for p in weights if p.grad is not None or id(p) not in self._looked_up]
+            weights, grads = tensors.opened(weights, [_gradient_of(p) for p in weights])
+            term.add_grad_(weights, grads, step=step, total=total)
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
@@ -116,9 +123,13 @@ class WeightRegularization(OptimCallback):
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._copies.load_state_dict(extra["terms"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_chosen": [], "_looked_up": set()}
 
-def _trainable(group: dict[str, Any], chosen: set[int]) -> list[Tensor]:
-    return [p for p in group["params"] if id(p) in chosen and p.requires_grad]
+
+def _trainable(group: dict[str, Any], chosen: Selection) -> list[Tensor]:
+    ids = chosen.existing
+    return [p for p in group["params"] if id(p) in ids and p.requires_grad]
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:

@@ -61,26 +61,23 @@ def watched(fitted: Fitted, steps_from: int) -> Watching:
     """Train, and watch what the hooks of our callbacks do around the steps from this one on."""
     watching = Watching()
     watching.inside = False
-    for callback in fitted.ours:
-        for hook in (
-            "on_before_optimizer_step",
-            "on_after_optimizer_step",
-            "on_before_backward",
-            "on_train_batch_start",
-        ):
-            setattr(callback, hook, _within(watching, getattr(callback, hook), callback, steps_from))
-    with watching:
+    hooks = ("on_before_optimizer_step", "on_after_optimizer_step", "on_before_backward", "on_train_batch_start")
+    # In the classes: a hook on the object itself would be called after that of the class.
+    with pytest.MonkeyPatch.context() as patch, watching:
+        for kind in {type(callback) for callback in fitted.ours}:
+            for hook in hooks:
+                patch.setattr(kind, hook, _within(watching, getattr(kind, hook), steps_from))
         fitted.trainer.fit(fitted.module)
     return watching
 
 
-def _within(watching: Watching, hook: Any, callback: OptimCallback, steps_from: int) -> Any:
-    def call(*args: Any) -> Any:
-        watching.inside = callback.steps[0] >= steps_from
+def _within(watching: Watching, hook: Any, steps_from: int) -> Any:
+    def call(callback: OptimCallback, *args: Any) -> Any:
+        before, watching.inside = watching.inside, callback.steps[0] >= steps_from
         try:
-            return hook(*args)
+            return hook(callback, *args)
         finally:
-            watching.inside = False
+            watching.inside = before
 
     return call
 
