@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -82,7 +83,6 @@ def refresh_batchnorm_(
     *,
     layers: Sequence[_BatchNorm] | None = None,
     group: dist.ProcessGroup | None = None,
-    write: Write | None = None,
 ) -> int:
     r"""Set the running statistics of BatchNorm to those of the present weights on these batches.
 
@@ -98,7 +98,6 @@ def refresh_batchnorm_(
         forward: Runs the model on a batch. Default: ``module(batch)``, with the first item of a tuple or list.
         layers: The layers to refresh. Default: all that keep running statistics.
         group: Pool over the ranks of this process group, each of which calls this.
-        write: Takes each layer's new mean and variance, in float64. Default: they are copied into the layer.
 
     Returns:
         The number of batches on this rank. A layer that saw less than two values is left as it was.
@@ -113,22 +112,64 @@ def refresh_batchnorm_(
     """
     run = forward or (lambda batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
     found = statistics_layers(module) if layers is None else list(layers)
-    moments = [_Moments() for _ in found]
-    count = 0
-    with _collecting(module, found, moments), torch.compiler.set_stance("force_eager"):
-        for batch in batches:
-            run(batch)
-            count += 1
-    if group is not None:
-        moments = _over_ranks(found, moments, group)
-    for layer, seen in zip(found, moments, strict=True):
-        if seen.known:
-            seen.write_(layer, write or set_statistics_)
+    moments, count = collect(module, batches, [run], found)
+    write_(found, moments, group)
     return count
 
 
+@torch.no_grad()
+def collect(
+    module: nn.Module, batches: Iterable[Any], runs: Sequence[Callable[[Any], Any]], layers: Sequence[_BatchNorm]
+) -> tuple[list[_Moments], int]:
+    """The moments of what each layer sees in these batches, and their number on this rank.
+
+    Args:
+        module: The model; afterwards it is as before.
+        batches: The batches.
+        runs: Ways to run the model on a batch. From where one fails on, the next is taken.
+        layers: The layers.
+
+    Raises:
+        Exception: That of the last way, if it fails too.
+    """
+    moments, count, left = [_Moments() for _ in layers], 0, list(runs[::-1])
+    with _collecting(module, layers, moments), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            before = [copy.copy(seen) for seen in moments]
+            while True:
+                try:
+                    left[-1](batch)
+                    break
+                except Exception:
+                    if len(left) == 1:
+                        raise
+                    left.pop()
+                    for seen, known in zip(moments, before, strict=True):
+                        vars(seen).update(vars(known))  # without what the layers saw until it failed
+            count += 1
+    return moments, count
+
+
+def write_(
+    layers: Sequence[_BatchNorm], moments: list[_Moments], group: dist.ProcessGroup | None, write: Write | None = None
+) -> None:
+    """Pool these moments over the ranks of ``group``, and set the layers' statistics to them.
+
+    Args:
+        layers: The layers.
+        moments: Of each of them.
+        group: The ranks; ``None`` for one process.
+        write: Takes each layer's new mean and variance, in float64. Default: they are copied into the layer.
+    """
+    if group is not None:
+        moments = _over_ranks(layers, moments, group)
+    for layer, seen in zip(layers, moments, strict=True):
+        if seen.known:
+            seen.write_(layer, write or set_statistics_)
+
+
 @contextlib.contextmanager
-def _collecting(module: nn.Module, layers: list[_BatchNorm], moments: list[_Moments]) -> Iterator[None]:
+def _collecting(module: nn.Module, layers: Sequence[_BatchNorm], moments: list[_Moments]) -> Iterator[None]:
     """Let each layer normalize by its batch and tell its moments; put back every mode and buffer afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(layer, layer.running_mean, layer.running_var, layer.track_running_stats) for layer in layers]
@@ -164,7 +205,7 @@ class _Listener:
             self.moments.write_(layer, set_statistics_)
 
 
-def _over_ranks(layers: list[_BatchNorm], moments: list[_Moments], group: dist.ProcessGroup) -> list[_Moments]:
+def _over_ranks(layers: Sequence[_BatchNorm], moments: list[_Moments], group: dist.ProcessGroup) -> list[_Moments]:
     """Merge the moments of all ranks, in the order of ranks, so that every rank has the same result."""
     if not layers:
         return moments

@@ -17,17 +17,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_optim import state, tensors
-from lightning_optim.averaging import reading, refresh
+from lightning_optim.averaging import reading
+from lightning_optim.averaging.batches import check_arguments
+from lightning_optim.averaging.batchnorm import statistics_layers
 from lightning_optim.averaging.checkpoints import RunningMean, StateDict
+from lightning_optim.averaging.refresh import RefreshesStatistics
 from lightning_optim.averaging.soup import stir
 from lightning_optim.averaging.validating import validate
-from lightning_optim.callback import OptimCallback
 from lightning_optim.own_files import OwnFiles
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
 
 
-class CheckpointAveraging(OptimCallback):
+class CheckpointAveraging(RefreshesStatistics):
     r"""When training ends, average the best checkpoints, and end with the mean if it is better than the best of them.
 
     In ``on_train_end`` the weights of the best ``top`` checkpoints of a ``ModelCheckpoint`` are averaged in fp32, and
@@ -82,7 +84,7 @@ class CheckpointAveraging(OptimCallback):
         check_number("top", top, low=2, integer=True)
         if buffers not in ("refresh", "average"):
             raise ValueError(f'`buffers` must be "refresh" or "average", got {buffers!r}')
-        refresh.check_arguments(refresh_batches, refresh_loader)
+        check_arguments(refresh_batches, refresh_loader)
         self.top, self.greedy, self.monitor, self.buffers = top, greedy, monitor, buffers
         self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
         self.reset()
@@ -107,8 +109,11 @@ class CheckpointAveraging(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         if not trainer.enable_validation:
             raise MisconfigurationException("CheckpointAveraging validates the mean, and this run has no validation.")
-        if self.buffers == "refresh" and type(self).forward_batch is CheckpointAveraging.forward_batch:
-            refresh.check_forward(pl_module, type(self).__name__)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.buffers == "refresh":
+            self.try_before_first_step(trainer, pl_module, statistics_layers(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -162,13 +167,21 @@ class CheckpointAveraging(OptimCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint, scores: dict[str, float]
     ) -> tuple[StateDict, list[str], float | None]:
         """The mean, what is in it, and its score; ``None`` if the validation logs no monitor, or nothing is mixed."""
+        failed: list[Exception] = []  # errors of the user's own code, which are nobody's to handle here
 
         def score(weights: StateDict) -> float:
-            self._put_in(trainer, pl_module, weights)
-            if self.buffers == "refresh":
-                self._refresh(trainer, pl_module)
-                weights.update({n: b.clone() for n, b in pl_module.named_buffers() if n in weights})
-            return float(validate(trainer)[str(checkpoint.monitor)])
+            try:
+                self._put_in(trainer, pl_module, weights)
+                if self.buffers == "refresh":
+                    self.estimate_statistics_(trainer, pl_module, seed=0)
+                    weights.update({n: b.clone() for n, b in pl_module.named_buffers() if n in weights})
+                metrics = validate(trainer)
+            except Exception as error:
+                failed.append(error)
+                raise
+            if checkpoint.monitor not in metrics:
+                raise _NotLogged
+            return float(metrics[checkpoint.monitor])
 
         read = _reader(trainer, pl_module, self._running.own_files)
         try:
@@ -180,34 +193,25 @@ class CheckpointAveraging(OptimCallback):
                 mean.add(read(path), label=path)
             result = mean.result()
             return result, list(scores), self._log(trainer, checkpoint, score(result))
-        except KeyError as error:
-            rank_zero_warn(f"CheckpointAveraging: the validation logs no {error}, so that the mean cannot be compared.")
+        except _NotLogged:
+            rank_zero_warn(
+                f"CheckpointAveraging ends with the best checkpoint: the validation of the mean logs no"
+                f" {checkpoint.monitor!r}, by which the checkpoints were chosen. Monitor what `validation_step` logs."
+            )
         except (OSError, ValueError) as error:
+            if error in failed:
+                raise
             rank_zero_warn(f"CheckpointAveraging ends with the best checkpoint: {error}")
         return {}, [], None
 
     def _put_in(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
         tensors.reshard_(pl_module)
         live = _shards(pl_module)
-        whole = pl_module.state_dict()
+        whole = tensors.named_tensors(pl_module)
         for name, value in weights.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name in live:
                 target = live[name] if live[name].shape == value.shape else whole[name]
                 tensors.copy_(target, value)
-
-    def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refresh.refresh_(
-            trainer,
-            pl_module,
-            lambda batch: self.forward_batch(pl_module, batch),
-            self.refresh_loader,
-            self.refresh_batches,
-            seed=0,
-        )
-
-    def forward_batch(self, pl_module: LightningModule, batch: Any) -> Any:
-        """Run the model forward on a training batch: see :meth:`WeightAveraging.forward_batch`."""
-        return refresh.run_forward(pl_module, batch)
 
     def _log(self, trainer: Trainer, checkpoint: ModelCheckpoint, score: float) -> float:
         name = f"averaging/{checkpoint.monitor}"
@@ -221,6 +225,10 @@ class CheckpointAveraging(OptimCallback):
         trainer.save_checkpoint(self.path, weights_only=True)
 
 
+class _NotLogged(Exception):
+    """The validation did not log the metric by which the checkpoints were chosen."""
+
+
 def _reader(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Any:
     """How a checkpoint's weights are read: whole from a file, this rank's shards from a folder."""
     if not state.is_distributed(trainer):
@@ -228,7 +236,7 @@ def _reader(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Any:
 
     def read(path: str) -> StateDict:
         tensors.reshard_(pl_module)
-        live = {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
+        live = tensors.named_tensors(pl_module)
         found = {name: torch.empty_like(value) for name, value in live.items()}
         dcp.load({"state_dict": found}, checkpoint_id=path)
         return dict(zip(found, tensors.local(found.values()), strict=True))
@@ -238,7 +246,7 @@ def _reader(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Any:
 
 def _shards(module: LightningModule) -> dict[str, Tensor]:
     """The module's live tensors by name, of sharded ones this rank's part."""
-    live = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    live = tensors.named_tensors(module)
     return dict(zip(live, tensors.local(live.values()), strict=True))
 
 

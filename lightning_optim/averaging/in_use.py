@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,18 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim import state, tensors
-from lightning_optim.averaging import refresh
 from lightning_optim.averaging.buffers import Treatments
 from lightning_optim.averaging.comparison import Comparison
+from lightning_optim.averaging.refresh import RefreshesStatistics, data_group, in_training
 from lightning_optim.averaging.shadow import Shadow, copied_into, raw_in
 from lightning_optim.averaging.sources import plain_name
 from lightning_optim.averaging.validating import validate
-from lightning_optim.callback import OptimCallback
 from lightning_optim.fit import replaced
 from lightning_optim.launched import check_not_lost
 
 
-class AverageInUse(OptimCallback):
+class AverageInUse(RefreshesStatistics):
     """How :class:`WeightAveraging` puts its average to use; when it is updated is said there.
 
     Attributes:
@@ -35,8 +34,6 @@ class AverageInUse(OptimCallback):
     """
 
     buffers: Treatments
-    refresh_batches: int | None
-    refresh_loader: Iterable[Any] | None
     compare: bool
     comparison: Comparison
     _shadow: Shadow | None
@@ -77,14 +74,6 @@ class AverageInUse(OptimCallback):
                 self._refresh()
                 yield
 
-    def forward_batch(self, pl_module: LightningModule, batch: Any) -> Any:
-        """Run the model forward on a training batch, to refresh statistics; override it for batches of another kind.
-
-        By default ``pl_module(…)`` gets the first item of a tuple or list, or the entries of a dictionary that
-        ``forward`` names.
-        """
-        return refresh.run_forward(pl_module, batch)
-
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the average is ready for use: buffers agree over ranks, statistics are of these weights."""
         if self.started and self._shadow is not None and not self._running.failed:  # other ranks may not have failed
@@ -100,7 +89,7 @@ class AverageInUse(OptimCallback):
 
     def _agree(self) -> None:
         if self.fit is not None and self.fit.ranks_answer and self._shadow is not None:
-            group = refresh.data_group(self.fit.trainer)
+            group = data_group(self.fit.trainer)
             if group is not None:
                 self._shadow.agree(group)
 
@@ -110,16 +99,8 @@ class AverageInUse(OptimCallback):
             return
         trainer = self.fit.trainer
         pl_module = trainer.lightning_module
-        refresh.refresh_(
-            trainer,
-            pl_module,
-            lambda batch: self.forward_batch(pl_module, batch),
-            self.refresh_loader,
-            self.refresh_batches,
-            seed=shadow.updates,
-            layers=self._unfrozen if not pl_module.training else refresh.in_training(self._layers),
-            write=shadow.take_statistics,
-        )
+        layers = in_training(self._layers) if pl_module.training else self._unfrozen
+        self.estimate_statistics_(trainer, pl_module, seed=shadow.updates, layers=layers, write=shadow.take_statistics)
         shadow.fresh = True
 
     @property

@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 
 from lightning_optim import state
 from lightning_optim.averaging import buffers as kinds
-from lightning_optim.averaging import interop, refresh
+from lightning_optim.averaging import interop
 from lightning_optim.averaging.averages import Average
+from lightning_optim.averaging.batches import check_arguments
 from lightning_optim.averaging.buffers import Treated, Treatment, Treatments
 from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.in_use import AverageInUse
+from lightning_optim.averaging.refresh import in_training
 from lightning_optim.averaging.shadow import Shadow
 from lightning_optim.launched import check_not_lost
 from lightning_optim.schedules import check_number
@@ -115,7 +117,7 @@ class WeightAveraging(AverageInUse):
         if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f'`every` must be an integer >= 1 or "epoch", got {every!r}')
         kinds.check_argument(buffers)
-        refresh.check_arguments(refresh_batches, refresh_loader)
+        check_arguments(refresh_batches, refresh_loader)
         if compare and not evaluate:
             raise ValueError("`compare=True` compares with the average that is evaluated, got `evaluate=False`")
         self.average, self.start, self.every = average, start, every
@@ -158,8 +160,6 @@ class WeightAveraging(AverageInUse):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self._treated(pl_module).layers and type(self).forward_batch is AverageInUse.forward_batch:
-            refresh.check_forward(pl_module, type(self).__name__)
         if self.evaluates:
             self._install(trainer, pl_module)
 
@@ -170,6 +170,7 @@ class WeightAveraging(AverageInUse):
         treated = self._treated(pl_module)
         self._shadow, self._layers = Shadow(pl_module, trainer.optimizers, self.average, treated), treated.layers
         self._take_over(self._shadow)
+        self.try_before_first_step(trainer, pl_module, self._layers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -237,7 +238,7 @@ class WeightAveraging(AverageInUse):
     def _update(self, index: int) -> None:
         assert self._shadow is not None
         self._shadow.update_(index, self.steps[index])
-        self._unfrozen = refresh.in_training(self._layers)
+        self._unfrozen = in_training(self._layers)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -223,10 +223,14 @@ def test_a_save_within_a_step_of_manual_optimization(tmp_path) -> None:
             self.manual_backward(loss)
             optimizer.step()
 
-    fit(alone := Manual(make=norm_net), [averaging(average=SWA())])
+    class Forward(WeightAveraging):
+        def forward_batch(self, pl_module: Any, batch: Any) -> Any:
+            return pl_module(batch[0])
+
+    fit(alone := Manual(make=norm_net), [Forward(SWA())])
     saving = Manual(make=norm_net)
     saving.path = tmp_path / "one.ckpt"
-    fit(saving, [averaging(average=SWA())])
+    fit(saving, [Forward(SWA())])
     assert_equal(snapshot(saving), snapshot(alone))
     assert differ(saving.saved[0], saving.trajectory[4])
 

@@ -484,16 +484,6 @@ def test_arguments_are_refused(arguments, sentence: str) -> None:
         averaging(**arguments)
 
 
-def test_statistics_without_a_forward_are_refused() -> None:
-    class NoForward(Model):
-        forward = None
-
-    NoForward.forward = Model.__mro__[1].forward
-    model = NoForward(make=norm_net)
-    with pytest.raises(MisconfigurationException, match="NoForward has no `forward`: write one"):
-        fit(model, [averaging(average=SWA())])
-
-
 def test_a_fraction_without_an_end_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="this run has no end"):
         fit(Model(), [averaging(start=0.5)], max_epochs=-1)
