@@ -144,7 +144,8 @@ class CriterionAttributes:
     @best_score.setter
     def best_score(self, value: Tensor | float) -> None:
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        check_number("best_score", number, low=-math.inf, high=math.inf)
+        if not isinstance(number, int | float) or math.isnan(number):
+            raise ValueError(f"`best_score` must be a number, which may be infinite, got {value!r}")
         self._owner(Plateau, "best_score", value).best = float(number)
         self._keep_for_next_fit("best_score", value)
 
@@ -204,9 +205,7 @@ class CriterionAttributes:
         old = self._find(kind)
         new = make("any") if value is not None and value is not False else None  # checks the value
         if isinstance(self._monitor, Criterion) and (old is None) != (new is None):
-            raise ValueError(
-                f"`{argument}={value!r}` belongs to a plain `monitor`: give {self._monitor!r} what it needs"
-            )
+            raise ValueError(f"`{argument}={value!r}` belongs to a plain `monitor`: give it to {self._monitor!r}")
         if old is not None and new is not None:
             old.value = value  # type: ignore[attr-defined]
         elif isinstance(self.criterion, AnyOf) and isinstance(self._monitor, str):

@@ -315,11 +315,8 @@ class InDirectory(Keeper):
 
 
 def _warn_of_misfits(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: list[str]) -> None:
-    if said := misfits(live, held, fits, tensors.frozen_names(module)):
-        rank_zero_warn(
-            f"Not all of the best weights are restored: the module was changed since the best check, and {said}. These"
-            " are left as they are."
-        )
+    if said := misfits(live, module, held, fits):
+        rank_zero_warn(f"Not all of the best weights are restored: {said}. The rest of the module is left as it is.")
 
 
 def _version(tensor: Tensor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_optim import tensors
 
@@ -87,13 +87,18 @@ def exchange_(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[st
     return had
 
 
-def misfits(live: Mapping[str, Tensor], held: Iterable[str], fits: Iterable[str], frozen: Iterable[str]) -> str:
-    """Say which tensors do not fit a module that has changed; empty if all do, and of frozen ones those held."""
-    held, fits = set(held), set(fits)
-    lost, changed = held - live.keys(), (held & live.keys()) - fits
-    new = live.keys() - held - set(frozen)
-    parts = {"has lost": lost, "has new": new, "has in another shape": changed}
-    return ", ".join(f"{what} {listed(names)}" for what, names in parts.items() if names)
+def misfits(live: Mapping[str, Tensor], module: nn.Module, held: Iterable[str], fits: Iterable[str]) -> str:
+    """Say which held tensors do not fit a module that has changed, and which of it are not held; empty if none.
+
+    Frozen tensors need not be held.
+    """
+    held, named = set(held), {tensors.plain_name(name) for name in tensors.named_tensors(module)}
+    parts = {
+        "the module has no longer": held - named,
+        "the best check had no": live.keys() - held - tensors.frozen_names(module),
+        "of another shape by now:": (held & live.keys()) - set(fits),
+    }
+    return "; ".join(f"{what} {listed(names)}" for what, names in parts.items() if names)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -104,6 +104,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
     """
 
     slot = Slot.STOP
+    _check_on_train_epoch_end: bool | None
     final_rank = 1
 
     def __init__(
@@ -136,6 +137,17 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         self.best_by = best_by
         self.restore_best = restore_best
         self.reset()
+
+    @property
+    def check_on_train_epoch_end(self) -> bool | None:
+        """Whether to check at the end of each epoch; ``None`` leaves it to how often validation runs."""
+        return self._check_there
+
+    @check_on_train_epoch_end.setter
+    def check_on_train_epoch_end(self, value: bool | None) -> None:
+        self._check_there = value
+        if value is not None:
+            self._check_on_train_epoch_end = value  # what Lightning's hooks read
 
     @property
     def touches(self) -> frozenset[str]:  # type: ignore[override]

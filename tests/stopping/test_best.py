@@ -1,0 +1,399 @@
+"""The best weights: of modules that change in the fit, of frozen ones, and of all that cannot be copied back."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from torch import Tensor, nn
+
+from lightning_optim import EMA, EarlyStopping, WeightAveraging
+from tests.stopping.fits import Scripted, fit, same, weights
+
+WORSE = [1.0, 2.0, 3.0]
+
+each_place = pytest.mark.parametrize("in_directory", [False, True])
+
+
+def stopping(tmp_path: Path, in_directory: bool) -> EarlyStopping:
+    return EarlyStopping("val_loss", patience=9, dirpath=str(tmp_path / "best") if in_directory else None)
+
+
+def after(epoch: int, act: Callable[[Any], None]) -> Callback:
+    """Changes the module when an epoch begins."""
+
+    class Acting(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == epoch:
+                act(pl_module)
+
+    return Acting()
+
+
+class Buffered(Scripted):
+    def __init__(self, scores: Any = WORSE, **buffers: Tensor) -> None:
+        super().__init__(scores)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+
+# ---- a module that changes -------------------------------------------------------------------------------------------
+
+
+def grow(module: Any) -> None:
+    module.bank = torch.cat([module.bank, torch.ones(1, 2)])
+
+
+def lose(module: Any) -> None:
+    del module.bank
+
+
+def empty(module: Any) -> None:
+    module.bank = None
+
+
+def add(module: Any) -> None:
+    module.more = nn.Linear(2, 2)
+
+
+def replace(module: Any) -> None:
+    module.net[0], module.net[2] = nn.Linear(3, 5), nn.Linear(5, 1)
+
+
+def take_away(module: Any) -> None:
+    module.net[1] = nn.Identity()
+    del module.bank
+    module.net[0].bias = None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (grow, r"of another shape by now: \['bank'\]"),
+        (lose, r"the module has no longer \['bank'\]"),
+        (empty, r"the module has no longer \['bank'\]"),
+        (add, r"the best check had no \['more.bias', 'more.weight'\]"),
+        (replace, r"of another shape by now: \['net.0.bias', 'net.0.weight', 'net.2.weight'\]"),
+        (take_away, r"the module has no longer \['bank', 'net.0.bias'\]"),
+    ],
+)
+@each_place
+def test_a_module_that_changed(change: Any, said: str, in_directory: bool, tmp_path: Path) -> None:
+    """What fits of the best is restored, and one warning names the rest, which is as the last epoch left it."""
+
+    class Changing(Buffered):
+        def on_train_end(self) -> None:
+            self.last = weights(self)
+
+    module = Changing(bank=torch.zeros(3, 2))
+    callback = stopping(tmp_path, in_directory)
+    with pytest.warns(UserWarning, match=f"Not all of the best weights are restored: {said}. The rest") as caught:
+        fit(module, callback, after(1, change), max_epochs=3)
+    assert len([warning for warning in caught if "best" in str(warning.message)]) == 1
+    best = {name: w for name, w in module.seen[0].items() if name in module.last and w.shape == module.last[name].shape}
+    assert best
+    assert same(weights(module), module.last | best)
+    assert not same(module.last, module.last | best)
+
+
+@each_place
+def test_the_best_that_came_after_the_change_is_whole(in_directory: bool, tmp_path: Path) -> None:
+    module = Buffered([2.0, 1.0, 3.0], bank=torch.zeros(3, 2), scratch=torch.zeros(2))
+
+    def change(module: Any) -> None:
+        grow(module)
+        del module.scratch
+
+    fit(module, stopping(tmp_path, in_directory), after(1, change), max_epochs=3)
+    assert same(weights(module), module.seen[1])
+
+
+@each_place
+def test_pruning_that_was_made_permanent(in_directory: bool, tmp_path: Path) -> None:
+    """The best had weights and masks; the module that ends has their products."""
+    checks: list[dict[str, Tensor]] = []
+
+    class Looking(Scripted):
+        def on_train_epoch_end(self) -> None:
+            checks.append(weights(self))  # it has been pruned after its validation
+
+    module = Looking(WORSE)
+    pruning = ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.5)
+    fit(module, stopping(tmp_path, in_directory), pruning, max_epochs=3)
+    best = checks[0]
+    for name in ("net.0", "net.2"):
+        pruned = best[f"{name}.weight_orig"] * best[f"{name}.weight_mask"]
+        assert torch.equal(module.get_submodule(name).weight, pruned)
+        assert 0 < (pruned == 0).sum() < pruned.numel()
+    assert torch.equal(module.net[2].bias, best["net.2.bias"])
+
+
+@each_place
+def test_tied_weights_that_are_no_longer_tied(in_directory: bool, tmp_path: Path) -> None:
+    class Tied(Scripted):
+        def __init__(self) -> None:
+            super().__init__([1.0, 2.0, 3.0])
+            self.net.append(nn.Linear(1, 1)).append(nn.Linear(1, 1))
+            self.net[4].weight = self.net[3].weight
+
+    def untie(module: Any) -> None:
+        module.net[4].weight = nn.Parameter(module.net[3].weight.detach() + 1)
+
+    module = Tied()
+    callback = stopping(tmp_path, in_directory)
+    fit(module, callback, max_epochs=3)
+    assert same(weights(module), module.seen[0])
+    assert module.net[4].weight is module.net[3].weight
+    module = Tied()
+    fit(module, callback, after(1, untie), max_epochs=3)
+    assert same(weights(module), module.seen[0])
+    assert module.net[4].weight is not module.net[3].weight
+    raw = callback.state_dict()["raw"]
+    assert torch.equal(raw["net.4.weight"], module.seen[2]["net.4.weight"])
+    assert not torch.equal(raw["net.4.weight"], raw["net.3.weight"])
+
+
+@each_place
+def test_a_module_in_another_precision(in_directory: bool, tmp_path: Path) -> None:
+    class Halved(Scripted):
+        def on_train_end(self) -> None:
+            self.half()
+
+    module = Halved(WORSE)
+    callback = stopping(tmp_path, in_directory)
+    fit(module, callback, max_epochs=3)
+    assert same(weights(module), {name: tensor.half() for name, tensor in module.seen[0].items()})
+    raw = callback.state_dict()["raw"]
+    assert same(raw, {name: tensor.half() for name, tensor in module.seen[2].items()})
+
+
+# ---- what cannot be written ------------------------------------------------------------------------------------------
+
+
+@each_place
+def test_tensors_that_cannot_be_written_are_left_as_they_are(in_directory: bool, tmp_path: Path) -> None:
+    """Without a warning: the elements of an expanded buffer share memory; a sparse one has no place for each."""
+    buffers = {"expanded": torch.zeros(1).expand(3), "one": torch.zeros(1).expand(1)}
+    buffers["sparse"] = torch.eye(3).to_sparse()
+    module = Buffered(**buffers)
+    fit(module, stopping(tmp_path, in_directory), after(1, lambda module: module.one.add_(1)), max_epochs=3)
+    assert module.expanded.tolist() == [0.0, 0.0, 0.0]
+    assert torch.equal(module.sparse.to_dense(), torch.eye(3))
+    assert module.one.tolist() == [0.0], "it has one element, and is written"
+    assert torch.equal(module.net[0].weight, module.seen[0]["net.0.weight"])
+
+
+def test_the_memory_format_is_kept() -> None:
+    """Of a tensor in another format a swap by elements would take a second one."""
+
+    class Images(Scripted):
+        def __init__(self) -> None:
+            super().__init__(WORSE)
+            self.filters = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self.filters.square().sum()
+
+    module, callback = Images(), EarlyStopping("val_loss")
+    fit(module, callback, max_epochs=3)
+    assert torch.equal(module.filters, module.seen[0]["filters"])
+    assert callback.state_dict()["raw"]["filters"].is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- a frozen base ---------------------------------------------------------------------------------------------------
+
+
+class Adapted(Scripted):
+    """Its checkpoints leave the frozen base out."""
+
+    def __init__(self, scores: Any = WORSE) -> None:
+        super().__init__(scores)
+        self.strict_loading = False
+        self.base = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([self.base(batch[0]), batch[1]], batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in [name for name in checkpoint["state_dict"] if name.startswith("base")]:
+            if not self.base[0].weight.requires_grad:
+                del checkpoint["state_dict"][name]
+
+
+class Overriding(Adapted):
+    """The same by another way."""
+
+    def state_dict(self) -> Any:  # type: ignore[override]
+        return {name: tensor for name, tensor in super().state_dict().items() if not name.startswith("base")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        pass
+
+
+def names_of_best(path: Path) -> set[str]:
+    (state,) = [s for s in torch.load(path, weights_only=True)["callbacks"].values() if "best_check" in s]
+    return {*state.get("best", ()), *state.get("raw", ())}
+
+
+@pytest.mark.parametrize("kind", [Adapted, Overriding])
+@pytest.mark.parametrize("average", [False, True])
+def test_a_frozen_base_is_not_in_checkpoints(kind: Any, average: bool, tmp_path: Path) -> None:
+    module, saver = kind([2.0, 1.0, 3.0]), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callbacks = [WeightAveraging(EMA(0.9))] if average else []
+    callback = EarlyStopping("val_loss")
+    trainer = fit(module, callback, saver, *callbacks, max_epochs=3, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    trained = {name for name in module.seen[0] if not name.startswith("base")}
+    assert {frozenset(names_of_best(path)) for path in tmp_path.glob("epoch*.ckpt")} == {frozenset(trained)}
+    moving = {"base.1.running_mean", "base.1.running_var", "base.1.num_batches_tracked"}
+    assert names_of_best(tmp_path / "after.ckpt") == trained | moving, "statistics of a frozen layer move"
+    assert same(weights(module), module.seen[1])
+
+
+def test_a_frozen_base_is_not_in_a_checkpoint_after_a_fit_that_wrote_none(tmp_path: Path) -> None:
+    module = Adapted()
+    trainer = fit(module, EarlyStopping("val_loss"), max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert not {"base.0.weight", "base.0.bias", "base.1.weight"} & names_of_best(tmp_path / "after.ckpt")
+    again = Adapted([1.0, 2.0, 2.0, 0.5, 4.0])
+    again.base.load_state_dict(module.base.state_dict())
+    fit(again, EarlyStopping("val_loss", patience=9), ckpt_path=tmp_path / "after.ckpt")
+    assert same(weights(again), again.seen[0]), "the first check of the resumed run was the best"
+
+
+def test_frozen_weights_that_checkpoints_hold_are_in_the_best(tmp_path: Path) -> None:
+    """A teacher that the user's code moves requires no gradient either."""
+
+    class Teacher(Scripted):
+        def __init__(self) -> None:
+            super().__init__(WORSE)
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                for ours, theirs in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                    ours.lerp_(theirs, 0.1)
+
+    module = Teacher()
+    saver = ModelCheckpoint(tmp_path, "last", every_n_epochs=1)
+    trainer = fit(module, EarlyStopping("val_loss"), saver, max_epochs=3, enable_checkpointing=True)
+    assert same(weights(module), module.seen[0])
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert "teacher.0.weight" in names_of_best(tmp_path / "after.ckpt")
+
+
+@each_place
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_base_that_is_unfrozen_later(in_directory: bool, resumed: bool, tmp_path: Path) -> None:
+    """As long as it was frozen the best needed no copy of it, and has one from the step on that moves it."""
+
+    def unfreeze(module: Any) -> None:
+        module.base.requires_grad_(True)
+
+    class Unfreezing(Adapted):
+        def __init__(self, scores: Any) -> None:
+            super().__init__(scores)
+            del self.base[1]
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            super().on_save_checkpoint(checkpoint)
+            if in_directory:  # the checkpoint is the best itself
+                checkpoint["state_dict"] = dict(self.state_dict())
+
+    module = Unfreezing([3.0, 1.0, 2.0, 2.0])
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callbacks = [stopping(tmp_path, in_directory), saver, after(2, unfreeze)]
+    options: dict[str, Any] = {"max_epochs": 4, "enable_checkpointing": True}
+    fit(module, *callbacks, **options)
+    assert not torch.equal(module.seen[3]["base.0.weight"], module.seen[1]["base.0.weight"])
+    assert same(weights(module), module.seen[1])
+    if resumed:
+        again = Unfreezing([3.0, 1.0, 2.0, 2.0])
+        again.base.load_state_dict(module.base.state_dict())
+        others = [stopping(tmp_path, in_directory), after(2, unfreeze)]
+        fit(again, *others, ckpt_path=tmp_path / "epoch=1.ckpt", **options)
+        assert same(weights(again), module.seen[1])
+
+
+# ---- copies, and other modules ---------------------------------------------------------------------------------------
+
+
+@each_place
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_copy_after_the_fit_has_the_best(how: Any, in_directory: bool, tmp_path: Path) -> None:
+    module, callback = Scripted(WORSE), stopping(tmp_path, in_directory)
+    fit(module, callback, max_epochs=3)
+    copied, other = how(callback), Scripted()
+    with torch.no_grad():
+        module.net[0].weight.zero_()  # the copy holds a copy
+    copied.restore_best_(other)
+    assert same(weights(other), module.seen[0])
+
+
+@each_place
+def test_the_best_of_a_compiled_module(in_directory: bool, tmp_path: Path) -> None:
+    """Names with and without what `torch.compile` puts into them are the same."""
+
+    class Compiled(Scripted):
+        def __init__(self) -> None:
+            super().__init__(WORSE)
+            self.net = torch.compile(self.net, backend="eager")
+
+    module, callback = Compiled(), stopping(tmp_path, in_directory)
+    fit(module, callback, max_epochs=3)
+    assert same(weights(module), module.seen[0])
+    other = Scripted()
+    callback.restore_best_(other)
+    assert same(weights(other), {name.replace("_orig_mod.", ""): t for name, t in module.seen[0].items()})
+
+
+@each_place
+def test_restoring_again_when_the_module_was_changed_since(in_directory: bool, tmp_path: Path) -> None:
+    """In memory, the module has the only copy; a directory has another."""
+    module, callback = Scripted(WORSE), stopping(tmp_path, in_directory)
+    fit(module, callback, max_epochs=3)
+    callback.restore_best_(module)  # nothing to do, nothing to say
+    with torch.no_grad():
+        module.net[0].weight.zero_()
+    if in_directory:
+        callback.restore_best_(module)
+        assert same(weights(module), module.seen[0])
+    else:
+        with pytest.warns(UserWarning, match=r"lie in this module .*\['net.0.weight'\] were changed .*dirpath"):
+            callback.restore_best_(module)
+
+
+def test_nothing_to_restore() -> None:
+    callback = EarlyStopping("val_loss")
+    with pytest.raises(RuntimeError, match="There is no best yet"):
+        callback.restore_best_(Scripted())
+    module = Scripted(WORSE)
+    fit(module, EarlyStopping("val_loss", restore_best=False), max_epochs=3)
+    assert same(weights(module), module.seen[2])
+
+
+def test_an_interrupt_waits_until_the_best_is_whole(tmp_path: Path) -> None:
+    import signal
+
+    from lightning_optim.stopping import best
+
+    module, callback = Scripted(WORSE), EarlyStopping("val_loss")
+    whole = best.exchange_
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best, "exchange_", interrupted)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(module, callback, max_epochs=3)
+    assert same(weights(module), module.seen[0])
