@@ -45,10 +45,11 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[str]:
         raise OSError(errno.EINVAL, "this is no regular file", os.fspath(path))
     folder = os.path.dirname(target)
     hidden = os.path.join(folder, f".lightning-optim-{secrets.token_hex(8)}")
-    descriptor = _open_unnamed(folder)
-    is_unnamed = descriptor is not None
-    if descriptor is None:
-        descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with _naming(path, folder, hidden):
+        descriptor = _open_unnamed(folder)
+        is_unnamed = descriptor is not None
+        if descriptor is None:
+            descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     beside = _path_of(descriptor) if is_unnamed else hidden
     try:
         with _naming(path, beside):
@@ -69,15 +70,15 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike[str], beside: str) -> Iterator[None]:
-    """Say of which output a full disk is an error: torch's writer hides the reason, and no user knows ``beside``."""
+def _naming(path: str | os.PathLike[str], *others: str) -> Iterator[None]:
+    """Say of which output an error is: torch's writer hides a full disk, and no user knows the ``others``."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason: BaseException | None = error
         while reason is not None and not isinstance(reason, OSError):
             reason = reason.__context__
-        if reason is None or reason.filename not in (None, beside):
+        if reason is None or reason.filename not in (None, *others):
             raise
         raise OSError(reason.errno, reason.strerror, os.fspath(path)) from error
 

@@ -213,6 +213,12 @@ def test_the_command_keeps_a_link(two: list[str], tmp_path: Path) -> None:
     assert link.is_symlink() and _mean(two[0]) == [2.0, 2.0]
 
 
+def test_a_folder_in_which_nothing_can_be_written(two: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["average", *two, "-o", "/sys/out.ckpt"]) == 1  # not even by root
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-optim: [Errno ") and said.endswith(": '/sys/out.ckpt'\n")
+
+
 @pytest.mark.parametrize("name", ["folder", "folder/", "none/out.ckpt"])
 def test_the_command_refuses_before_it_reads(
     name: str, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

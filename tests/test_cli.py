@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +154,75 @@ def test_the_entry_point_and_its_help(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["average", "--help"])
     assert capsys.readouterr().out.startswith("usage: lightning-optim average")
+
+
+# ---- contents that nobody would write ----
+
+UPDATES = {"counters": [{"updates": 1, "first": 1, "last": 2}], "raw": {}, "averaged": {}}
+
+
+def _lightning(**more: Any) -> dict[str, Any]:
+    return {"state_dict": {"w": torch.ones(3)}, "pytorch-lightning_version": "2.6.6", **more}
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (_lightning(callbacks=["x"]), 3),
+        (_lightning(callbacks={"a": {"counters": 3}, "b": {"counters": [1]}, "c": {"counters": [{"updates": 1}]}}), 3),
+        (_lightning(callbacks={7: {**UPDATES, "raw": None}}), 4),
+        (_lightning(callbacks={"W{" + "-" * 200_000 + "1}": UPDATES}), 4),
+        (_lightning(callbacks={"W{" + "(" * 3000 + "}": UPDATES}), 4),
+        (_lightning(callbacks={"W{1, 2}": UPDATES}), 4),
+        (_lightning(callbacks={"W{'average': 'a\nb\x1b[31m'}": UPDATES}), 4),
+        (_lightning(callbacks={"a": {**UPDATES, "averaged": 5}}), 3),
+        (_lightning(averaging_state=3, epoch=torch.ones(40, 40), callbacks={}), 3),
+    ],
+    ids=["list", "counters", "number", "long", "deep", "set", "control characters", "averaged", "averaging state"],
+)
+def test_inspect_of_odd_contents(content: Any, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save(content, tmp_path / "odd.ckpt")
+    assert cli.main(["inspect", str(tmp_path / "odd.ckpt")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{tmp_path}/odd.ckpt: a checkpoint of Lightning 2.6.6\n")
+    assert printed.count("\n") == lines
+    assert printed.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("content", "out", "named"),
+    [
+        ({"w": torch.ones(3).to_sparse()}, "out.ckpt", "in.ckpt"),
+        ({"w": torch.ones(3, dtype=torch.complex128)}, "out.safetensors", "out.safetensors"),
+        (_lightning(state_dict={1: torch.ones(3)}), "out.safetensors", "out.safetensors"),
+        (_lightning(state_dict={"w": torch.ones(1).expand(1 << 40)}), "out.ckpt", "in.ckpt"),
+        ({"w": torch.ones(3)}, "none/out.ckpt", "none/out.ckpt"),
+        ([torch.ones(3)], "out.ckpt", "in.ckpt"),
+        ({"w\n\x1b[31m": torch.ones(3).to_sparse()}, "out.ckpt", "in.ckpt"),
+    ],
+    ids=["sparse", "complex128", "names", "stride 0", "folder", "list", "control characters"],
+)
+def test_averages_of_odd_contents(
+    content: Any, out: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    torch.save(content, tmp_path / "in.ckpt")
+    assert cli.main(["average", str(tmp_path / "in.ckpt"), "-o", str(tmp_path / out)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-optim: ") and f"{tmp_path}/{named}" in said
+    assert said[:-1].isprintable() and said.endswith("\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.ckpt"]
+
+
+def test_an_expanded_tensor_and_names_that_are_numbers_are_averaged(tmp_path: Path) -> None:
+    torch.save({1: torch.ones(1).expand(3)}, tmp_path / "in.ckpt")
+    assert cli.main(["average", str(tmp_path / "in.ckpt"), "-o", str(tmp_path / "out.ckpt")]) == 0
+    assert torch.load(tmp_path / "out.ckpt")[1].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_error_that_nobody_thought_of_names_the_files(tmp_path: Path, monkeypatch, capsys) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise TypeError("of\nsome kind")
+
+    monkeypatch.setattr(cli, "average_checkpoints", fails)
+    assert cli.main(["average", "a.ckpt", "b.ckpt", "-o", str(tmp_path / "out.ckpt")]) == 1
+    assert capsys.readouterr().err == "lightning-optim: a.ckpt, b.ckpt: TypeError: of\n"
