@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
@@ -167,7 +168,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         self.stopped_epoch = 0
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
-        self._asked_to_stop = False
+        self._asked_to_stop = self._ends_anyway = False  # the latter: at the word of somebody else
         self.history: list[dict[str, float]] = []
         self.best_check = -1
         self._check_on_train_epoch_end = self.check_on_train_epoch_end
@@ -235,20 +236,22 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         return False
 
     def _decide(self, trainer: Trainer, stop: bool, improved: bool) -> None:
-        ours = self._asked_to_stop and trainer.should_stop
+        others = [callback for callback in trainer.early_stopping_callbacks if callback is not self]
+        asked = self._asked_to_stop and trainer.should_stop
         if stop:
             self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason = self._reason()
-            self.stopping_reason_message = self.criterion.reason or "Another rank decided to stop."
-            ours = ours or not trainer.should_stop
+            self.stopping_reason, self.stopping_reason_message = self._reason()
+            by_another = any(other.stopping_reason_message for other in others)
+            self._ends_anyway = self._ends_anyway or (trainer.should_stop and not asked and not by_another)
             trainer.should_stop = True
-        elif ours and improved:
+        elif asked and improved:
             # Asked for before `min_epochs` or `min_steps`, which did not let it happen; the metric has improved since.
             self.stopped_epoch, self.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
             self.stopping_reason_message = None
-            trainer.should_stop = any(other.stopping_reason_message for other in trainer.early_stopping_callbacks)
-            ours = False
-        self._asked_to_stop = ours
+            ends = any(getattr(callback, "_ends_anyway", False) for callback in [self, *others])
+            trainer.should_stop = ends or any(other.stopping_reason_message for other in others)
+            asked = False
+        self._asked_to_stop = asked or stop
         if self.verbose and (said := self.criterion.reason or self._improvement()):
             self._log_info(trainer, said, self.log_rank_zero_only)
 
@@ -258,10 +261,19 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         best = f" New best score: {self.best_score:.3f}." if self._find(Plateau) else ""
         return f"Metric {', '.join(self.criterion.monitors)} improved.{best}"
 
-    def _reason(self) -> EarlyStoppingReason:
+    def _reason(self) -> tuple[EarlyStoppingReason, str]:
+        """Why to stop: this rank's reason, or that of the first rank that has one."""
         candidates = self.criterion.criteria if isinstance(self.criterion, AnyOf) else [self.criterion]
         said = next((type(one) for one in candidates if one.reason), Plateau)
-        return _REASONS.get(said, EarlyStoppingReason.PATIENCE_EXHAUSTED)
+        mine = (_REASONS.get(said, EarlyStoppingReason.PATIENCE_EXHAUSTED).value, self.criterion.reason)
+        reasons = [mine]
+        if self._running.trainer.world_size > 1 and torch.distributed.is_initialized():
+            reasons = [mine] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(reasons, mine)
+        if mine[1]:
+            return EarlyStoppingReason(mine[0]), mine[1]
+        kind, reason = next((one for one in reasons if one[1]), mine)
+        return EarlyStoppingReason(kind), f"Another rank decided to stop. {reason}".strip()
 
     # ---- the best ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,330 @@
+"""The callback: when it checks, stops and says so; Lightning's class is the oracle where it does the same."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from typing import Any
+
+import lightning.pytorch.callbacks as theirs
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+from lightning_optim import AllOf, AnyOf, EarlyStopping, Plateau, Threshold
+from lightning_optim.stopping.criteria import Criterion
+from tests.stopping.fits import Scripted, fit, same, trainer, weights
+
+NAN = math.nan
+DIPS = [5.0, 4.0, 4.0, 3.0, 3.5, 3.5, 3.5, 3.5]
+
+
+def outcome(stop: Any, scores: list[float], **options: Any) -> dict[str, Any]:
+    """What can be read of a run afterwards."""
+    running = fit(Scripted(scores), stop, **({"max_epochs": 8} | options))
+    return {
+        "epochs": running.current_epoch,
+        "steps": running.global_step,
+        "stopped_epoch": stop.stopped_epoch,
+        "wait_count": stop.wait_count,
+        "best_score": float(stop.best_score),
+        "reason": stop.stopping_reason,
+        "said": bool(stop.stopping_reason_message),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scores", "options"),
+    [
+        ({"patience": 2}, DIPS, {}),
+        ({"patience": 9}, DIPS, {}),
+        ({"patience": 0}, DIPS, {}),
+        ({"patience": 1, "mode": "max"}, DIPS, {}),
+        ({"patience": 2, "min_delta": 0.75}, DIPS, {}),
+        ({"patience": 2, "min_delta": 1.0, "mode": "max"}, [-score for score in DIPS], {}),
+        ({"stopping_threshold": 3.25}, DIPS, {}),
+        ({"stopping_threshold": 3.0}, DIPS, {}),
+        ({"divergence_threshold": 4.5, "patience": 9}, [4.0, 4.5, 4.6], {}),
+        ({"divergence_threshold": -1.0, "mode": "max", "patience": 9}, [0.0, -1.0, -1.5], {}),
+        ({"patience": 9}, [4.0, NAN, 3.0], {}),
+        ({"patience": 2, "check_finite": False}, [4.0, NAN, 3.0, NAN, NAN, 1.0], {}),
+        ({"patience": 3}, DIPS, {"val_check_interval": 0.5}),
+        ({"patience": 2}, DIPS, {"check_val_every_n_epoch": 2}),
+        ({"patience": 2, "check_on_train_epoch_end": True}, DIPS, {"val_check_interval": 0.5}),
+        ({"patience": 2, "check_on_train_epoch_end": False}, DIPS, {}),
+        ({"patience": 1}, DIPS, {"min_epochs": 6}),
+        ({"patience": 1}, DIPS, {"min_steps": 22}),
+        ({"patience": 1}, DIPS, {"fast_dev_run": 2}),
+        ({"patience": 2}, DIPS, {"num_sanity_val_steps": 1}),
+    ],
+    ids=str,
+)
+def test_it_does_what_lightnings_does(arguments: dict[str, Any], scores: list[float], options: dict[str, Any]) -> None:
+    ours = outcome(EarlyStopping("val_loss", **arguments), scores, **options)
+    assert ours == outcome(theirs.EarlyStopping("val_loss", **arguments), scores, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "checks"),
+    [
+        ({}, 3),
+        ({"val_check_interval": 0.5}, 6),
+        ({"check_val_every_n_epoch": 3}, 1),
+        ({"fast_dev_run": 1}, 0),
+        ({"num_sanity_val_steps": 2}, 3),
+    ],
+)
+def test_one_check_after_each_validation(options: dict[str, Any], checks: int) -> None:
+    stop = EarlyStopping("val_loss", patience=99)
+    running = fit(Scripted(DIPS), stop, **({"max_epochs": 3} | options))
+    assert len(stop.history) == checks
+    running.validate(running.lightning_module, running.val_dataloaders, verbose=False)
+    assert len(stop.history) == checks, "a validation outside of a fit is no check"
+
+
+def test_a_second_fit_finds_out_anew_where_to_check() -> None:
+    stop = EarlyStopping("val_loss", patience=99)
+    fit(Scripted(DIPS), stop, max_epochs=2)
+    fit(Scripted(DIPS), stop, max_epochs=2, val_check_interval=0.25)
+    assert len(stop.history) == 8
+    fit(Scripted(DIPS), stop, max_epochs=3)
+    assert len(stop.history) == 3
+    assert [values["val_loss"] for values in stop.history] == DIPS[:3]
+
+
+# ---- before it may stop ----------------------------------------------------------------------------------------------
+
+
+def test_a_stop_is_taken_back_when_the_metric_improves_before_min_epochs() -> None:
+    """Lightning's stops at the fourth epoch, although the second asked for it and all since were better."""
+    scores = [1.0, 2.0, 0.5, 0.4, 0.3, 0.2]
+    stop = EarlyStopping("val_loss", patience=1)
+    assert fit(Scripted(scores), stop, min_epochs=4, max_epochs=6).current_epoch == 6
+    assert (stop.stopped_epoch, stop.stopping_reason_message) == (0, None)
+    assert stop.stopping_reason is EarlyStoppingReason.NOT_STOPPED
+    assert fit(Scripted(scores), theirs.EarlyStopping("val_loss", patience=1), min_epochs=4).current_epoch == 4
+
+
+@pytest.mark.parametrize("scores", [[1.0, 2.0, 1.5, 1.5, 1.5, 1.5], [1.0, 2.0, NAN, 1.5, 1.5, 1.5]])
+def test_a_stop_stays_when_it_does_not(scores: list[float]) -> None:
+    stop = EarlyStopping("val_loss", patience=1)
+    assert fit(Scripted(scores), stop, min_epochs=4, max_epochs=6).current_epoch == 4
+    assert stop.stopped_epoch == 3
+
+
+class Ending(Callback):
+    """Asks for an end by itself, in some epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("scores", [[1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [1.0, 2.0, 0.8, 0.7, 0.6, 0.5]])
+def test_what_others_asked_for_is_not_taken_back(scores: list[float]) -> None:
+    two = [EarlyStopping("val_loss", patience=1), EarlyStopping("val_loss", patience=1, name="second")]
+    assert fit(Scripted(scores), *two, Ending(1), min_epochs=4, max_epochs=6).current_epoch == 4
+    assert fit(Scripted(scores), EarlyStopping("val_loss", patience=1), Ending(1), min_epochs=4).current_epoch == 4
+
+
+@pytest.mark.parametrize("other", [EarlyStopping, theirs.EarlyStopping])
+def test_what_another_early_stopping_asked_for_is_not_taken_back(other: Any) -> None:
+    scores = {"val_loss": [1.0, 2.0, 0.8, 0.7, 0.6, 0.5], "other": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}
+    stops = [EarlyStopping("val_loss", patience=1), other("other", patience=1)]
+    for callbacks in (stops, stops[::-1]):
+        assert fit(Scripted(scores), *callbacks, min_epochs=4, max_epochs=6).current_epoch == 4
+    scores["other"] = [1.0, 1.0, 0.9, 0.8, 0.7, 0.6]
+    if other is EarlyStopping:
+        assert fit(Scripted(scores), *stops, min_epochs=4, max_epochs=6).current_epoch == 6
+
+
+# ---- the metric ------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_metric() -> None:
+    with pytest.raises(RuntimeError, match=r"Early stopping reads \['x'\], which is not logged.*'train_loss.*val_loss"):
+        fit(Scripted(DIPS), EarlyStopping("x"))
+    with pytest.raises(RuntimeError, match=r"reads \['y'\]"):
+        fit(Scripted(DIPS), EarlyStopping("val_loss", best_by=["val_loss", "y"]))
+    silent = EarlyStopping("x", strict=False)
+    assert fit(Scripted(DIPS), silent, max_epochs=2).current_epoch == 2
+    assert silent.history == []
+    with pytest.warns(RuntimeWarning, match=r"reads \['x'\]"):
+        fit(Scripted(DIPS), EarlyStopping("x", strict=False, verbose=True), max_epochs=1)
+
+
+def test_a_metric_that_appears_later() -> None:
+    """Checks without it are none."""
+
+    class Late(Scripted):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.current_epoch > 1:
+                super().validation_step(batch, batch_idx)
+
+    stop = EarlyStopping("val_loss", strict=False, patience=1)
+    module = Late([9.0, 9.0, 2.0, 3.0, 4.0])
+    assert fit(module, stop).current_epoch == 4
+    assert (stop.best_check, [values["val_loss"] for values in stop.history]) == (0, [2.0, 3.0])
+    assert same(weights(module), module.seen[2])
+
+
+# ---- the best --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("best_by", "mode", "best"),
+    [
+        (None, "min", 2),
+        ("other", "min", 1),
+        ("other", "max", 3),
+        ({"val_loss": 1.0, "other": 2.0}, "min", 1),
+        ({"val_loss": 1.0, "other": -2.0}, "min", 3),
+        (["tie", "other"], "min", 1),
+        (["tie", "val_loss"], "min", 2),
+    ],
+)
+def test_best_by(best_by: Any, mode: str, best: int) -> None:
+    scores = {
+        "val_loss": [4.0, 3.0, 1.0, 2.0],
+        "other": [4.0, 0.5, 3.0, 5.0],
+        "tie": [2.0, 1.0, 1.0, 3.0],
+    }
+    module = Scripted(scores)
+    stop = EarlyStopping(Plateau("val_loss", patience=9), best_by=best_by, mode=mode)
+    fit(module, stop, max_epochs=4)
+    assert stop.best_check == best
+    assert same(weights(module), module.seen[best])
+
+
+def test_best_by_says_what_is_kept_and_the_criterion_when_to_stop() -> None:
+    scores = {"val_loss": [1.0, 2.0, 2.0, 2.0, 2.0], "other": [5.0, 4.0, 3.0, 2.0, 1.0]}
+    module, stop = Scripted(scores), EarlyStopping("val_loss", patience=3, best_by="other")
+    assert fit(module, stop).current_epoch == 4
+    assert stop.best_check == 3
+    assert same(weights(module), module.seen[3])
+
+
+def test_a_second_fit_has_its_own_best() -> None:
+    stop = EarlyStopping("val_loss", patience=9, best_by="val_loss")
+    fit(Scripted([0.1, 0.2]), stop, max_epochs=2)
+    module = Scripted([3.0, 2.0, 2.5])
+    fit(module, stop, max_epochs=3)
+    assert stop.best_check == 1
+    assert same(weights(module), module.seen[1])
+
+
+def test_without_an_improvement_the_module_keeps_its_weights() -> None:
+    module, stop = Scripted([NAN, NAN]), EarlyStopping("val_loss", check_finite=False)
+    fit(module, stop, max_epochs=2)
+    assert stop.best_check == -1
+    assert same(weights(module), module.seen[1])
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "scores", "reason", "message"),
+    [
+        (lambda: EarlyStopping("val_loss", patience=2), [1.0, 2.0, 2.0], "PATIENCE_EXHAUSTED", "in the last 2 checks"),
+        (lambda: EarlyStopping("val_loss"), [1.0, NAN], "NON_FINITE_METRIC", "'val_loss' = nan is not finite"),
+        (lambda: EarlyStopping("val_loss", stopping_threshold=0.5), [1.0, 0.25], "STOPPING_THRESHOLD", "= 0.25 < 0.5"),
+        (lambda: EarlyStopping("val_loss", divergence_threshold=3.0), [1.0, 4.0], "DIVERGENCE_THRESHOLD", "4.0 > 3.0"),
+        (lambda: EarlyStopping(Threshold("val_loss", 0.5)), [1.0, 0.25], "STOPPING_THRESHOLD", "= 0.25 < 0.5"),
+        (
+            lambda: EarlyStopping(AllOf([Threshold("val_loss", 0.5), Plateau("val_loss", patience=1)])),
+            [0.4, 0.4],
+            "PATIENCE_EXHAUSTED",
+            "threshold reached: 'val_loss' = 0.4.* did not improve",
+        ),
+        (lambda: EarlyStopping(Own()), [1.0, 1.0], "PATIENCE_EXHAUSTED", "^Enough.$"),
+    ],
+)
+def test_the_reason(make: Any, scores: list[float], reason: str, message: str) -> None:
+    stop = make()
+    running = fit(Scripted(scores), stop, max_epochs=9)
+    assert running.current_epoch == len(scores)
+    assert stop.stopped_epoch == len(scores) - 1
+    assert stop.stopping_reason is EarlyStoppingReason[reason]
+    assert re.search(message, stop.stopping_reason_message)
+
+
+class Own(Criterion):
+    """A user's: stops at the second check."""
+
+    monitors = ("val_loss",)
+    checks = 0
+
+    def update(self, metrics: Any) -> bool:
+        self.checks += 1
+        self.reason = "Enough." if self.checks > 1 else ""
+        return self.checks > 1
+
+
+def test_verbose_tells_of_improvements_and_of_the_stop(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger(theirs.early_stopping.__name__)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    with caplog.at_level(logging.INFO, logger.name):
+        fit(Scripted([2.0, 1.5, 3.0]), EarlyStopping("val_loss", patience=1, verbose=True))
+    said = [record.message for record in caplog.records if "val_loss" in record.message]
+    assert said == [
+        "Metric val_loss improved. New best score: 2.000.",
+        "Metric val_loss improved. New best score: 1.500.",
+        "Monitored metric 'val_loss' did not improve in the last 1 checks. Best score: 1.500.",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger.name):
+        fit(Scripted([2.0, 1.5, 3.0]), EarlyStopping("val_loss", patience=1))
+        fit(Scripted([0.4]), EarlyStopping(Threshold("val_loss", 0.5), verbose=True))
+    assert [record.message for record in caplog.records if "val_loss" in record.message] == [
+        "Stopping threshold reached: 'val_loss' = 0.4000000059604645 < 0.5."
+    ]
+
+
+def test_plot() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    stop = EarlyStopping(AnyOf([Plateau("val_loss", patience=1), Threshold("other", 0.0)]), best_by="val_loss")
+    fit(Scripted({"val_loss": [2.0, 1.0, 3.0], "other": [5.0, 6.0, 7.0]}), stop)
+    _, axes = stop.plot()
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["val_loss"] == [[1.0, 2.0], [2.0, 1.0], [3.0, 3.0]]
+    assert lines["other"] == [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
+    assert lines["best"][0][0] == 2.0
+    assert axes.get_title() == stop.stopping_reason_message
+    assert stop.plot(axes)[1] is axes
+    _, empty = EarlyStopping("val_loss").plot()
+    assert [line.get_label() for line in empty.lines] == ["val_loss"]
+
+
+# ---- two callbacks ---------------------------------------------------------------------------------------------------
+
+
+def test_two_callbacks_on_one_metric_need_names() -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trainer(EarlyStopping("val_loss"), EarlyStopping("val_loss", patience=9))
+    first, second = EarlyStopping("val_loss", patience=1), EarlyStopping("val_loss", patience=9, name="second")
+    fit(Scripted([1.0, 2.0, 3.0]), first, second)
+    assert (first.stopped_epoch, second.stopped_epoch, second.wait_count) == (1, 0, 1)
+    assert first.state_key != second.state_key
+
+
+def test_two_names_are_two_files(tmp_path: Any) -> None:
+    one = EarlyStopping("val_loss", dirpath=str(tmp_path))
+    two = EarlyStopping("val_loss", dirpath=str(tmp_path), name="second", best_by={"val_loss": -1.0})
+    module = Scripted([1.0, 2.0, 3.0])
+    fit(module, one, two, max_epochs=3)
+    assert (one.best_path, two.best_path) == (str(tmp_path / "best.ckpt"), str(tmp_path / "second.ckpt"))
+    for path, index in ((one.best_path, 0), (two.best_path, 2)):
+        assert same(torch.load(path, weights_only=True)["state_dict"], module.seen[index])
+    fit(Scripted([1.0]), one, max_epochs=1)
+    assert one.best_path == str(tmp_path / "best-v1.ckpt"), "the best of an earlier run is not overwritten"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-v1.ckpt", "best.ckpt", "second.ckpt"]
