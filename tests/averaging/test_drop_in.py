@@ -239,6 +239,21 @@ def test_a_run_goes_on_with_the_other(tmp_path, kind: str, direction: str) -> No
     assert differ(snapshot(whole), whole.trajectory[-1])
 
 
+@pytest.mark.parametrize("started", [0, 5])
+def test_the_warm_up_goes_on_from_the_first_update_of_lightnings(tmp_path, started: int) -> None:
+    """By hand: Lightning says how many updates there were, the steps say when the first was."""
+    path = _saved(tmp_path, TheirEMA(decay=DECAY, update_starting_at_step=started), "theirs")
+    saved = torch.load(path, weights_only=True)
+    first = 16 - int(saved["averaging_state"]["n_averaged"]) + 1
+    assert first == started + 1
+    model = _resumed(WeightAveraging(EMA(0.9999)), path, epochs=3)
+    averaged = {name: saved["state_dict"][name].clone() for name in PARAMETERS}
+    for step, weights in enumerate(model.trajectory, start=17):
+        decay = 1.0 - (1.0 + step - first) ** (-2 / 3)
+        averaged = {name: mean.lerp(weights[name], 1.0 - decay) for name, mean in averaged.items()}
+    assert_close(snapshot(model), averaged, PARAMETERS)
+
+
 def test_an_average_of_lightnings_that_never_started_is_not_taken_for_one(tmp_path) -> None:
     path = _saved(tmp_path, TheirEMA(decay=DECAY, update_starting_at_step=1000), "never")
     saved = torch.load(path, weights_only=True)

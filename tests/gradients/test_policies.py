@@ -274,6 +274,24 @@ def test_goes_on_from_its_state_as_if_it_had_not_stopped(policy: Clipping) -> No
     assert not all(torch.equal(a, b) for a, b in zip(wrong, wanted, strict=True))
 
 
+@pytest.mark.parametrize("policy", REMEMBERING[:3], ids=repr)
+def test_units_without_a_gradient_right_after_a_resume(policy: NormClipping) -> None:
+    """How many units there are is known from the state, and not from the first gradients that come."""
+    policy = copy.deepcopy(policy)
+    policy.scope = "tensor"
+    going, resumed = copy.deepcopy(policy), copy.deepcopy(policy)
+    for step in range(7):
+        going.clip_(_tensors(step, 1.0 + step % 3))
+    resumed.load_state_dict(copy.deepcopy(going.state_dict()))
+    for units in ([0], [1], [0, 1, 2]):
+        one, other = ([_tensors(8, 5.0)[unit] for unit in units] for _ in range(2))
+        going.clip_(one, units=units)
+        resumed.clip_(other, units=units)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for name, value in going.state_dict().items():
+        assert str(value) == str(resumed.state_dict()[name])
+
+
 def test_a_resumed_history_may_have_another_length() -> None:
     policy = AutoClip(0.0, history=6)
     _clipped_norms(policy, [1.0, 5.0, 4.0, 3.0])
@@ -361,6 +379,15 @@ def test_recent_keeps_the_last_rows_in_order() -> None:
     quantile = recent.quantile(0.5)
     assert quantile[0] == 3.0
     assert quantile[1].isnan()
+
+
+@pytest.mark.parametrize(("norm", "verdict"), [(5.9, "fine"), (6.1, "spike")])
+def test_a_spike_is_measured_against_the_median(norm: float, verdict: str) -> None:
+    """Of eleven norms, the sixth: neither their mean, nor another quantile, nor the last."""
+    guard = Guard(finite=True, spike=2.0)
+    for one in (1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.5, 4.0, 5.0, 5.0, 5.5):
+        guard._recent.append(torch.tensor([one]))
+    assert guard.judge(torch.tensor(norm)) == (verdict, pytest.approx(norm))
 
 
 def test_a_spike_does_not_move_the_median_it_is_measured_against() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +142,31 @@ def test_a_window_with_silent_batches(at: tuple[int, ...], steps: int, precision
     callbacks = [hearing, GradientAccumulation(4), WeightRegularization(L2(0.1))]
     fitted = fit(BY_NAME["plain"], cell, Changing, trait, callbacks=callbacks)
     assert hearing.steps == fitted.module.changes == [steps]
+
+
+@pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
+def test_a_callback_that_is_new_on_resume_learns_how_far_the_run_is(kind: Any, tmp_path: Path) -> None:
+    """From another one of ours, which knows of a dropped step; else from Lightning's count, of all optimizers."""
+    cell = Cell(kind, "32-true", "single", "4short")
+    windows, old = GradientAccumulation(4), OptimCallback(name="old")
+    first = fit(BY_NAME["plain"], cell, callbacks=[Dropping(), old, windows], max_epochs=1)
+    first.trainer.save_checkpoint(tmp_path / "of ours.ckpt")
+    calls, happened = first.trainer.global_step // cell.optimizers, list(old.steps)
+    assert happened == [calls - 1] * cell.optimizers
+    saved = torch.load(tmp_path / "of ours.ckpt", weights_only=False)
+    torch.save({**saved, "callbacks": {}}, tmp_path / "of none.ckpt")
+
+    for path, known in (("of ours.ckpt", happened), ("of none.ckpt", [calls] * cell.optimizers)):
+        starts: list[list[int]] = []
+
+        class New(OptimCallback):
+            def on_train_start(self, *_: Any) -> None:
+                starts.append(list(self.steps))  # noqa: B023
+
+        callbacks = [New(), OptimCallback(name="old"), GradientAccumulation(4)]
+        resumed = fit(BY_NAME["plain"], cell, callbacks=callbacks, max_epochs=2, ckpt_path=tmp_path / path)
+        assert starts == [known]
+        assert all(callback.steps == [step + calls for step in known] for callback in resumed.ours)
 
 
 def test_hearing_changes_nothing() -> None:

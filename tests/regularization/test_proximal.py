@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -40,6 +42,34 @@ def test_strength_follows_its_schedule() -> None:
     assert weight.item() == 1.0
     ProximalL1(Linear(0.5, 0.0)).project_([weight], lr=1.0, step=0, total=11)
     assert weight.item() == 0.5
+
+
+class Still(BoringModel):
+    """Gradients of zero: what moves the weights is the projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: list[float] = []
+        with torch.no_grad():
+            self.layer.weight.fill_(2.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return 0.0 * self(batch).sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.largest.append(float(self.layer.weight.detach().max()))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def test_in_a_fit_the_schedule_counts_the_steps_before() -> None:
+    """The first step has the first strength, the last one the last."""
+    model, strengths = Still(), [1.0, 0.75, 0.5, 0.25, 0.0]
+    term = ProximalL1(Linear(1.0, 0.0))
+    Trainer(max_steps=5, barebones=True, callbacks=[WeightRegularization(term)]).fit(model)
+    left = [2.0 - 0.5 * sum(strengths[: step + 1]) for step in range(5)]
+    assert model.largest == pytest.approx(left, abs=1e-6)
 
 
 def test_a_fit_ends_sparse_where_the_penalty_does_not() -> None:
