@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -13,6 +15,7 @@ from lightning_optim.averaging.averages import LAWA, Average
 from lightning_optim.averaging.shadow import Shadow
 from lightning_optim.averaging.sources import plain_name
 from lightning_optim.callback import OptimCallback
+from lightning_optim.fit import replaced
 from lightning_optim.slots import Slot
 
 
@@ -30,6 +33,28 @@ def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow) -> None:
         name: by_plain_name.get(plain_name(name), value) for name, value in saved.items()
     }
     checkpoint["averaging_state"] = {"n_averaged": torch.tensor(shadow.updates)}
+
+
+def leave_out_as_state_dict(strategy: Strategy) -> None:
+    """Let the next checkpoint that is written leave out of the raw weights what it leaves out of ``state_dict``.
+
+    A module that keeps a frozen base out of its files deletes it from ``state_dict`` in its own ``on_save_checkpoint``,
+    which comes after that of callbacks.
+    """
+    save = strategy.save_checkpoint
+    if getattr(save, "leaves_out", False):
+        return
+    back = contextlib.ExitStack()
+
+    def save_less(checkpoint: dict[str, Any], *args: Any, **options: Any) -> None:
+        back.close()
+        saved, raw = checkpoint.get("state_dict", {}), checkpoint.get("current_model_state", {})
+        if saved.keys() < raw.keys():  # not where the module has renamed its weights
+            checkpoint["current_model_state"] = {name: raw[name] for name in saved}
+        save(checkpoint, *args, **options)
+
+    save_less.leaves_out = True  # type: ignore[attr-defined]
+    back.enter_context(replaced(strategy, "save_checkpoint", save_less))
 
 
 def heir(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:

@@ -28,7 +28,6 @@ from lightning_optim.averaging.sources import (
     names_in,
     plain_name,
     same,
-    stay_finite_,
     trainable,
 )
 from lightning_optim.averaging.spectral import Estimates
@@ -131,7 +130,7 @@ class Shadow:
             if (kept := self.buffers.renew()) is not None:
                 _keep(self.buffers, self._of_buffers, kept)
             self._of_buffers.update_(self.buffers.tensors, step=step)
-            stay_finite_(self._of_buffers.averaged, self.buffers.tensors)
+            self.buffers.stay_finite_(self._of_buffers)
         self._estimates.restart_()
         self.fresh, self._agreed = False, None
 

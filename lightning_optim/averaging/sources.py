@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
+from lightning_optim.averaging.average import Average
 
 Names = dict[int, tuple[str, ...]]
 """The ``id`` of each parameter and saved buffer to its names, all of them if it is tied."""
@@ -99,6 +101,8 @@ class Buffers(Sources):
     def _prepare(self) -> None:
         self._places = [(source.owner, source.key) for source in self._sources]
         self._seen = [source.tensor for source in self._sources]
+        # Running statistics are finite as long as the weights are.
+        self._may_be_infinite = [i for i, (owner, _) in enumerate(self._places) if not isinstance(owner, _NormBase)]
         # Lazy buffers have no shape yet.
         self._shapes = [None if is_lazy(tensor) else tensor.shape for tensor in self._seen]
         super()._prepare()
@@ -115,6 +119,15 @@ class Buffers(Sources):
             self._prepare()
             return None
         return kept
+
+    def stay_finite_(self, average: Average) -> None:
+        """Replace what is not finite in the averages by the latest value, without asking the device for a value.
+
+        A mask with infinities has no mean, and neither has an extreme that starts at one: ∞ - ∞ is not a number.
+        """
+        if positions := self._may_be_infinite:
+            averaged = average.averaged
+            _stay_finite_([averaged[i] for i in positions], [self._tensors[i] for i in positions])
 
     def _still_fits(self, position: int, live: Tensor | None) -> bool:
         if live is None or not has_mean(live) or live.dtype != self._seen[position].dtype:
@@ -159,11 +172,7 @@ def same(one: list[nn.Parameter], other: list[nn.Parameter]) -> bool:
 
 
 @torch.no_grad()
-def stay_finite_(averaged: list[Tensor], latest: Iterable[Tensor]) -> None:
-    """Replace what is not finite in averaged buffers by the latest value, without asking the device for a value.
-
-    A mask with infinities has no mean, and neither has an extreme that starts at an infinity: ∞ - ∞ is not a number.
-    """
+def _stay_finite_(averaged: list[Tensor], latest: list[Tensor]) -> None:
     by_kind: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for mean, value in zip(tensors.local(averaged), tensors.local(latest), strict=True):
         means, values = by_kind.setdefault((mean.dtype, mean.device), ([], []))

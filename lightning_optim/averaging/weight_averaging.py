@@ -31,8 +31,8 @@ from lightning_optim.slots import Slot
 class WeightAveraging(AverageInUse):
     r"""Keep an average of the weights over the steps, and evaluate with it; the raw weights go on training.
 
-    Each parameter is averaged when *its* optimizer really stepped; frozen parameters are not copied. Integer and bool
-    buffers are the latest.
+    Each parameter is averaged when *its* optimizer really stepped; what was never trainable is not copied, and what was
+    averaged once is averaged on, also while it is frozen. Integer and bool buffers are the latest.
 
     With ``evaluate=True`` there is one truth, as soon as the average has started: the averaged weights are what
     validation sees, so what is monitored, what every checkpoint holds as ``state_dict`` (weights-only files too), what
@@ -60,7 +60,10 @@ class WeightAveraging(AverageInUse):
         buffers: What becomes of floating-point buffers, such as running statistics: ``"average"`` averages them like
             weights; ``"copy"`` uses the latest; ``"refresh"`` averages them, and estimates the statistics of BatchNorm
             anew before every use of an average that changed. ``None`` is ``"average"`` for an EMA, whose weights are
-            close to one another, and ``"refresh"`` for SWA and LAWA, which break down without it.
+            close to one another, and ``"refresh"`` for SWA and LAWA, which break down without it. A dictionary from
+            patterns of names to these: the first that matches decides, and ``"*"`` is the rest. Of that, known kinds
+            that are no means are found: scales of fake quantization, observers and masks of pruning are copied, and the
+            vectors of spectral normalization are estimated by power iteration.
         refresh_batches: How many batches a refresh takes, at most one pass over the data. ``None``: all.
         refresh_loader: Where they come from. Default: the training data, over an iterator of its own.
         evaluate: Whether validation and files use the average. Of several averages at most one may.
@@ -76,8 +79,9 @@ class WeightAveraging(AverageInUse):
 
     Raises:
         ValueError: If an argument is none of these.
-        MisconfigurationException: For two evaluated averages, beside Lightning's own averaging, for a fraction in a run
-            without a known end, or for statistics to refresh in a module without ``forward``.
+        MisconfigurationException: For a pattern of ``buffers`` that matches nothing, for two evaluated averages, beside
+            Lightning's own averaging, for a fraction in a run without a known end, or for statistics to refresh in a
+            module without ``forward``.
 
     Example::
 
@@ -269,6 +273,7 @@ class WeightAveraging(AverageInUse):
             return
         if self._saved_as_state_dict:
             interop.add_for_lightning(checkpoint, self._shadow)
+            interop.leave_out_as_state_dict(trainer.strategy)
         asks = self.fit is None or self.fit.ranks_answer
         if asks and (by_rank := state.gather_differing(self._shadow.of_rank(), trainer)):
             checkpoint["callbacks"][self.state_key]["by_rank"] = by_rank
