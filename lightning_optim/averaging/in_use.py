@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim import state, tensors
+from lightning_optim.averaging import pruning
 from lightning_optim.averaging.buffers import Treatments
 from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.refresh import RefreshesStatistics, data_group, in_training
@@ -125,7 +126,10 @@ class AverageInUse(RefreshesStatistics):
                 during.enter_context(self.averaged_weights(pl_module))
                 if raw:
                     during.enter_context(self.comparison.adding(trainer, self.steps, raw))
-                return run()
+                result = run()
+            # Without an average a validation would have left this behind, and it is what is pruned further.
+            pruning.apply_masks_(pl_module)
+            return result
 
         return evaluate
 

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_optim.averaging import pruning
 from lightning_optim.averaging.averages import LAWA, Average
 from lightning_optim.averaging.shadow import Shadow
 from lightning_optim.averaging.sources import plain_name
@@ -19,13 +20,18 @@ from lightning_optim.fit import replaced
 from lightning_optim.slots import Slot
 
 
-def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow) -> None:
+def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow, masks: dict[str, Tensor]) -> None:
     """Add the two entries from which Lightning's ``WeightAveraging`` resumes: all raw weights, and its counter.
 
     The raw tensors are those in our own state, so that the file grows by what is not averaged only. A sharded model has
     neither: Lightning's class refuses it.
+
+    Args:
+        checkpoint: What will be saved.
+        shadow: The average that it holds.
+        masks: Masks of weights whose pruning is permanent in checkpoints.
     """
-    saved, raw = checkpoint.get("state_dict", {}), shadow.raw()
+    saved, raw = (pruning.permanent(named, masks) for named in (checkpoint.get("state_dict", {}), shadow.raw()))
     if any(isinstance(value, DTensor) for value in raw.values()):
         return
     by_plain_name = {plain_name(name): value for name, value in raw.items()}

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_optim import tensors
 from lightning_optim.averaging.averages import Average
 from lightning_optim.averaging.buffers import Treated
+from lightning_optim.averaging.pruning import Pruned, apply_masks_, pruned_in
 from lightning_optim.averaging.sources import (
     Buffers,
     Source,
@@ -66,6 +67,8 @@ class Shadow:
         self._of_buffers.keep_wide = True
         self._estimates = Estimates(treated.vectors)
         self.inside = self.fresh = False
+        self._pruned: list[Pruned] = []
+        self._derived: list[tuple[Pruned, Any]] = []
         self._raw: dict[tuple[int, str], Tensor] = {}
         self._agreed: dict[tuple[int, str], Tensor] | None = None  # means over ranks of the present averages of buffers
         self._exchanged: list[tuple[Source, Tensor]] = []
@@ -121,6 +124,8 @@ class Shadow:
 
     def update_(self, index: int, step: int) -> None:
         """Take in the present weights of one optimizer, and with the first one the buffers."""
+        if not all(pruned.holds for pruned in self._pruned):
+            self.follow_pruning()
         average = self.averages[index]
         before = average.counters
         average.update_(self.sources[index].tensors, step=step)
@@ -134,10 +139,33 @@ class Shadow:
         self._estimates.restart_()
         self.fresh, self._agreed = False, None
 
+    @torch.no_grad()
+    def follow_pruning(self) -> None:
+        """Mask the averages of weights whose pruning was made permanent since this was called last.
+
+        The weights in the model were multiplied by their masks then. What is kept here is not in the model.
+        """
+        if (module := self.module) is None:
+            return
+        before, self._pruned = self._pruned, pruned_in(module)
+        now = {id(pruned.parameter) for pruned in self._pruned}
+        masks = {id(pruned.parameter): pruned.mask for pruned in before if id(pruned.parameter) not in now}
+        for sources, average in zip(self.sources, self.averages, strict=True):
+            if not masks or not average.started:
+                continue
+            for position, source in enumerate(sources):
+                if (mask := masks.get(id(source.parameter))) is not None:
+                    held = [average.averaged[position], *(remembered[position] for remembered in average.memory)]
+                    if source.place in self._raw:
+                        held.append(self._raw[source.place])
+                    for tensor in held:
+                        tensor.mul_(mask.to(tensor))
+
     def _look_up(self) -> None:
         """Renew all names."""
         if (module := self.module) is None:
             return
+        self.follow_pruning()
         names = names_in(module)
         for source in itertools.chain(*self.sources, self.buffers, self._estimates.sources()):
             source.look_up(names)
@@ -235,6 +263,7 @@ class Shadow:
         with uninterrupted():
             module = self._alive()
             tensors.reshard_(module)
+            self.follow_pruning()
             moving, done = self._exchanged if self.inside else list(self.pairs()), []
             try:
                 for source, average in moving:
@@ -248,10 +277,22 @@ class Shadow:
                 raise
             self.inside = not self.inside
             self._exchanged = moving if self.inside else []
+            self._exchange_derived()
             if self.inside:
                 self._stack.append(self)
             else:
                 self._stack.remove(self)
+
+    def _exchange_derived(self) -> None:
+        """Let pruned modules compute with the average from now on, or again with what they computed with before."""
+        if self.inside:
+            self._derived = [(pruned, pruned.derived) for pruned in self._pruned]
+            apply_masks_(self._alive())
+            return
+        for pruned, before in self._derived:
+            if pruned.holds:
+                pruned.derived = before
+        self._derived = []
 
     @property
     def estimated(self) -> bool:

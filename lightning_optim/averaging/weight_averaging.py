@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_optim import state
 from lightning_optim.averaging import buffers as kinds
-from lightning_optim.averaging import interop
+from lightning_optim.averaging import interop, pruning
 from lightning_optim.averaging.averages import Average
 from lightning_optim.averaging.batches import check_arguments
 from lightning_optim.averaging.buffers import Treated, Treatment, Treatments
@@ -154,6 +154,8 @@ class WeightAveraging(AverageInUse):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.evaluates:
+            pruning.refuse_within_validation(trainer.callbacks, type(self).__name__)
         if stage != "fit" or self.device is None or not isinstance(trainer.strategy, ModelParallelStrategy):
             return
         if self.device.type != trainer.strategy.root_device.type:
@@ -199,11 +201,18 @@ class WeightAveraging(AverageInUse):
         super().on_train_epoch_end(trainer, pl_module)
         # An epoch that `on_train_batch_start` or a later callback's stop cut short had no last batch's end.
         self._end_epoch(trainer)
+        self._follow_pruning()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self._follow_pruning()
         if self.apply_at_end or self.evaluates:
             self._settle(trainer, pl_module)
+
+    def _follow_pruning(self) -> None:
+        # Pruning ends in `on_train_end`. At the epoch's end or there, before or after us, its last masks are seen.
+        if self._shadow is not None:
+            self._shadow.follow_pruning()
 
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.apply_at_end or not self.started:
@@ -250,7 +259,14 @@ class WeightAveraging(AverageInUse):
         if self._shadow is None:
             return self._loaded or {}
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
-        return {**self._shadow.state(self._saved_as_state_dict), **comparison}
+        return {**pruning.permanent(self._shadow.state(self._saved_as_state_dict), self._masks()), **comparison}
+
+    def _masks(self) -> dict[str, Tensor]:
+        """Masks of weights that are pruned in the module, and whose pruning is permanent in checkpoints."""
+        module = None if self._shadow is None else self._shadow.module
+        if module is None or self.fit is None or not pruning.is_permanent_in_files(self.fit.trainer.callbacks):
+            return {}
+        return pruning.masks_by_name(module)
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._loaded = extra or None
@@ -272,7 +288,7 @@ class WeightAveraging(AverageInUse):
         if self._shadow is None:
             return
         if self._saved_as_state_dict:
-            interop.add_for_lightning(checkpoint, self._shadow)
+            interop.add_for_lightning(checkpoint, self._shadow, self._masks())
             interop.leave_out_as_state_dict(trainer.strategy)
         asks = self.fit is None or self.fit.ranks_answer
         if asks and (by_rank := state.gather_differing(self._shadow.of_rank(), trainer)):
