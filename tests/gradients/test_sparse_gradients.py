@@ -32,8 +32,9 @@ from lightning_optim import (
     ZClip,
     gradients_of,
 )
+from tests.machine.groups import Group
 from tests.machine.models import Batches
-from tests.machine.run import Recorder
+from tests.machine.run import LivingEnvironment, Recorder
 
 Index = list[list[int]]
 
@@ -254,6 +255,27 @@ def test_resumed_within_a_window(kind: Any, batch: int, tmp_path: Path) -> None:
             parameter.zero_()
     assert apart(whole, fit(again, *others(), ckpt=path)) == 0.0
     assert apart(whole, fit(kind(), *others())) == 0.0
+
+
+class Ranked(Words):
+    """Each rank has words of its own."""
+
+    def train_dataloader(self) -> Any:
+        return Batches([torch.tensor(WORDS[(place + self.global_rank) % 6]) for place in range(6)])  # type: ignore[misc]
+
+
+def on_two_ranks() -> float:
+    """A job: how far sparse and dense gradients train apart, where some words are in one rank's batch only."""
+    fitted = []
+    for sparse in (True, False):
+        others = [GradientMonitor(), GradientClipping([AGC(0.05), ClipByNorm(0.3)]), WeightAveraging(EMA(0.5))]
+        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "plugins": [LivingEnvironment()]}
+        fitted.append(fit(Ranked(sparse), GradientAccumulation(4), *others, **options))
+    return apart(*fitted)
+
+
+def test_under_ddp(group: Group) -> None:
+    assert max(group.run(on_two_ranks)) < 1e-6
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
