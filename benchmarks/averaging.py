@@ -7,7 +7,9 @@ in another, torch-ema, ema-pytorch, and the bare `torch._foreach_lerp_` on prepa
 shown are medians and medians of the ratios within a round. Three models: many small tensors, some middling, a few
 large.
 
-The mean of files is timed against reading their bytes, in processes of their own, so that anonymous memory is theirs.
+The mean of files is timed against loading the same files one after the other, in turn, in processes of their own, so
+that memory is theirs. Two measures of it: *anonymous* is what a process has asked for; *resident* has also the pages of
+mapped files, which the kernel takes back when others need them.
 """
 
 from __future__ import annotations
@@ -176,52 +178,51 @@ def write_files(folder: str, count: int) -> dict[str, list[str]]:
     return files
 
 
-def read_whole(paths: list[str]) -> None:
-    """Each file into memory of its own."""
+def load_each(paths: list[str]) -> None:
+    """Each file as a user would load it, one after the other; safetensors maps it, and reads what is copied."""
+    from safetensors.torch import load_file
+
     for path in paths:
-        Path(path).read_bytes()
+        if path.endswith(".safetensors"):
+            _ = {name: value.clone() for name, value in load_file(path).items()}
+        else:
+            torch.load(path)
 
 
-def read_blocks(paths: list[str]) -> None:
-    """The same memory for each 4 MB: no page of it is touched anew, and a processor's cache holds it."""
-    buffer = bytearray(4 << 20)
-    for path in paths:
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-def anonymous() -> float:
-    """The anonymous memory of this process in GB: mapped files are not in it."""
+def memory(kind: str) -> float:
+    """The memory of this process in GB: ``RssAnon`` is anonymous, ``VmRSS`` resident."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
+        if line.startswith(kind):
             return int(line.split()[1]) / 1e6
-    raise RuntimeError("no RssAnon in /proc/self/status")
+    raise RuntimeError(f"no {kind} in /proc/self/status")
 
 
 def measure(paths: list[str], rounds: int, cpu: bool, pipe: Any) -> None:
-    """In a process of its own: the times of the mean and of reading, in turn, and how far anonymous memory grew."""
+    """In a process of its own: the times of the mean and of loading, in turn, and how far memory grew in the first."""
     import threading
 
     torch.set_num_threads(1)
     clock = CLOCKS[cpu]
-    before, peak, over = anonymous(), [0.0], threading.Event()
+    average_checkpoints(paths[:1])  # once, so that code is loaded
+    kinds = ("RssAnon", "VmRSS")
+    before, over = {kind: memory(kind) for kind in kinds}, threading.Event()
+    peak = dict.fromkeys(kinds, 0.0)
 
     def watch() -> None:
-        while not over.wait(0.01):
-            peak[0] = max(peak[0], anonymous() - before)
+        while not over.wait(0.002):
+            peak.update({kind: max(peak[kind], memory(kind) - before[kind]) for kind in kinds})
 
     threading.Thread(target=watch, daemon=True).start()
-    average_checkpoints(paths)  # once, so that files are cached and code is loaded
+    average_checkpoints(paths)
     over.set()
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for run in (average_checkpoints, read_whole, read_blocks):
+        for run in (average_checkpoints, load_each):
             start = clock()
             kept = run(paths)
             times.setdefault(run.__name__, []).append(clock() - start)
             del kept  # to give a result's memory back is no part of making it
-    pipe.send((times, peak[0]))
+    pipe.send((times, peak))
 
 
 def files_table(rounds: int, count: int, cpu: bool) -> dict[str, dict[str, float]]:
@@ -236,13 +237,15 @@ def files_table(rounds: int, count: int, cpu: bool) -> dict[str, dict[str, float
                 there.close()
                 times, peak = here.recv()
                 process.join()
-                means = times.pop("average_checkpoints")
-                row = {"mean, s": statistics.median(means)}
-                for how, reads in times.items():
-                    row[f"{how}, s"] = statistics.median(reads)
-                    ratios = (mean / read for read, mean in zip(reads, means, strict=True))
-                    row[f"over {how}"] = statistics.median(ratios)
-                table[f"{len(some)} {kind}"] = {**row, "anonymous, GB": peak}
+                means, loads = times["average_checkpoints"], times["load_each"]
+                ratios = [mean / load for mean, load in zip(means, loads, strict=True)]
+                table[f"{len(some)} {kind}"] = {
+                    "mean, s": statistics.median(means),
+                    "loading, s": statistics.median(loads),
+                    "ratio": statistics.median(ratios),
+                    "anonymous, GB": peak["RssAnon"],
+                    "resident, GB": peak["VmRSS"],
+                }
     return table
 
 
@@ -251,6 +254,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--files", type=int, default=10)
     parser.add_argument("--cpu", action="store_true", help="time of the process, for a machine that others use too")
+    parser.add_argument("--only-files", action="store_true", help="leave out the updates")
     parser.add_argument("--json", help="also write the figures to this file")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -258,17 +262,17 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, Any] = {"updates": {}, "memory": {}}
     print("One EMA update: median in ms, and median of the ratio to the limit within a round\n")
-    for name in MODELS:
-        found, memory = updates(name, given.rounds, given.cpu)
-        figures["memory"][name] = memory
+    for name in [] if given.only_files else MODELS:
+        found, allocated = updates(name, given.rounds, given.cpu)
+        figures["memory"][name] = allocated
         row = {}
         for who, seconds in found.items():
             ratio = statistics.median(own / limit for own, limit in zip(seconds, found["limit"], strict=True))
             row[who] = {"ms": 1e3 * statistics.median(seconds), "ratio": ratio}
         figures["updates"][name] = row
         print(f"{name}: " + ", ".join(f"{who} {v['ms']:.2f} ({v['ratio']:.2f})" for who, v in row.items()))
-        print("    largest allocation: " + ", ".join(f"{what} {mb:.2f}" for what, mb in memory.items()))
-    print(f"\nThe mean of files of 102 MB against reading their bytes, {os.cpu_count()} cores, one thread\n")
+        print("    largest allocation: " + ", ".join(f"{what} {mb:.2f}" for what, mb in allocated.items()))
+    print(f"\nThe mean of files of 102 MB against loading them in turn, {os.cpu_count()} cores\n")
     figures["files"] = files_table(max(3, given.rounds // 6), given.files, given.cpu)
     for what, values in figures["files"].items():
         print(f"{what}: " + ", ".join(f"{column} {value:.2f}" for column, value in values.items()))
