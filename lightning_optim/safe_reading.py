@@ -67,10 +67,20 @@ def check(path: str | os.PathLike[str], weights_only: bool = True) -> None:
         _check(path, file, weights_only)
 
 
+def check_archive(path: str, file: IO[bytes], weights_only: bool = True) -> None:
+    """Refuse a file object that is a damaged archive, where ``path`` stands in the error; others are passed over."""
+    if file.read(len(_ZIP)) == _ZIP:
+        _check_archive(path, file, weights_only)
+
+
 def largest(path: str | os.PathLike[str]) -> int:
-    """The most bytes that tensors of this file may take in memory: more than any real file's, less than a bomb's."""
-    with _opened(os.fspath(path)) as file:
-        return max(_EXPANSION * file.seek(0, io.SEEK_END), _SMALL)
+    """The most bytes that tensors of a file or a folder may take in memory: more than any real one's, not a bomb's."""
+    if os.path.isdir(path):
+        size = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+    else:
+        with _opened(os.fspath(path)) as file:
+            size = file.seek(0, io.SEEK_END)
+    return max(_EXPANSION * size, _SMALL)
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:

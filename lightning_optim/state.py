@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_optim import safe_reading, tensors
+from lightning_optim.folder_reading import load_folder
 
 _ENTRY = "lightning_optim"
 _SHARD = "sharded_dtype"  # the key of a leaf that stands for a tensor in the folder
@@ -156,7 +157,7 @@ def load_weights_(module: LightningModule, path: str, weights_only: bool = True)
     tensors.reshard_(module)
     live = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     if os.path.isdir(path):
-        dcp.load({"state_dict": live}, checkpoint_id=path)  # into the live storage, shard by shard
+        load_folder({"state_dict": live}, path, weights_only)  # into the live storage, shard by shard
         return
     loaded = safe_reading.load(path, weights_only)
     saved = loaded.get("state_dict") if isinstance(loaded, dict) else None

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,6 +23,7 @@ from lightning_optim.averaging.checkpoints import RunningMean, StateDict
 from lightning_optim.averaging.refresh import RefreshesStatistics
 from lightning_optim.averaging.soup import stir
 from lightning_optim.averaging.validating import validate
+from lightning_optim.folder_reading import load_folder
 from lightning_optim.own_files import OwnFiles
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
@@ -238,7 +238,7 @@ def _reader(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Any:
         tensors.reshard_(pl_module)
         live = tensors.named_tensors(pl_module)
         found = {name: torch.empty_like(value) for name, value in live.items()}
-        dcp.load({"state_dict": found}, checkpoint_id=path)
+        load_folder({"state_dict": found}, path, weights_only=path not in own)
         return dict(zip(found, tensors.local(found.values()), strict=True))
 
     return read

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_optim import safe_reading
+from lightning_optim.folder_reading import check_folder, load_folder, reader_of
 
 Path: TypeAlias = tuple[Any, ...]  # the names on the way to a tensor; one for each level
 
@@ -51,7 +51,7 @@ def weights_in(
     """The weights of a file: see :func:`weights_key` for where they lie."""
     path = os.fspath(path)
     if os.path.isdir(path):
-        return _weights_of_folder(path)
+        return _weights_of_folder(path, weights_only)
     weights = weights_of(load_checkpoint(path, weights_only, check), path, key)
     _check_extent(path, weights)
     return weights
@@ -132,13 +132,18 @@ def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
         raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as the file has")
 
 
-def _weights_of_folder(path: str) -> dict[str, Tensor]:
+def _weights_of_folder(path: str, weights_only: bool) -> dict[str, Tensor]:
     """The whole tensors of a distributed checkpoint, read without process groups."""
-    described = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    found = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in described.items()
+    metadata = reader_of(path, weights_only).read_metadata()
+    check_folder(path, metadata, weights_only)
+    described = {
+        name: about
+        for name, about in metadata.state_dict_metadata.items()
         if name.startswith(_FOLDER) and isinstance(about, TensorStorageMetadata)
     }
-    dcp.load(found, checkpoint_id=path, no_dist=True)
+    total = sum(about.size.numel() * about.properties.dtype.itemsize for about in described.values())
+    if weights_only and total > safe_reading.largest(path):
+        raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as its files have")
+    found = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in described.items()}
+    load_folder(found, path, weights_only, no_dist=True)
     return {name.removeprefix(_FOLDER): tensor for name, tensor in found.items()}
