@@ -7,6 +7,7 @@ holds the outputs of one at a time.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +19,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_optim.tensors import accumulation_dtype
 
 Outputs: TypeAlias = Literal["values", "logits", "binary_logits", "probabilities"]
+
+_DIFFER = (
+    "The members' outputs differ in a part that cannot be averaged (it is not a floating-point tensor): return scores"
+    " and not labels, or name with `on` a submodule that does"
+)
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former from torch 2.7 on
 
 
 def combine(outputs: Iterable[Any], kind: Outputs, dim: int | None = None) -> Any:
@@ -212,19 +219,38 @@ def _add(total: Any, leaf: Any) -> Any:
     if _averages(total) and _averages(leaf):
         _check_shapes(total, leaf)
         return total + leaf
-    same = torch.equal(total, leaf) if isinstance(total, Tensor) and isinstance(leaf, Tensor) else total == leaf
-    if not same:
+    tensors = isinstance(total, Tensor) and isinstance(leaf, Tensor)
+    if tensors and _tracing():
         raise ValueError(
-            "The members' outputs differ in a part that cannot be averaged (it is not a floating-point tensor): return"
-            " scores and not labels, or name with `on` a submodule that does"
+            "The members' outputs have a part that cannot be averaged (it is not a floating-point tensor) and must be"
+            " the same of all members, which a traced program cannot see: use `torch.export`, or trace an ensemble of"
+            " members that return the rest alone"
         )
+    if tensors and _exporting():
+        # An exported program does not branch on values: it asserts where it runs.
+        _check_shapes(total, leaf)
+        torch._assert_async((total == leaf).all(), _DIFFER)
+    elif not (torch.equal(total, leaf) if tensors else total == leaf):
+        raise ValueError(_DIFFER)
     return total
 
 
 def _check_shapes(one: Tensor, other: Tensor) -> None:
     # Shapes that broadcast, such as [8] and [8, 1], would give something of a third shape.
-    if one.shape != other.shape:
+    if _shape(one) != _shape(other):
         raise ValueError(f"The members' outputs differ in shape: {list(one.shape)} and {list(other.shape)}")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    if not _tracing():
+        return tuple(tensor.shape)
+    with warnings.catch_warnings():  # while torch traces, sizes are tensors; that a check reads them changes nothing
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return tuple(map(int, tensor.shape))
+
+
+def _tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
 
 
 def _one_tensor(output: Any, kind: str) -> Tensor:
@@ -243,7 +269,7 @@ def _class_dim(logits: Tensor, dim: int | None) -> int:
             " [batch, class, …], `dim=-1` for [batch, …, class]"
         )
     dim = -1 if dim is None else dim
-    if logits.shape[dim] == 1:
+    if _shape(logits)[dim] == 1:
         raise ValueError(
             f"Logits of shape {list(logits.shape)} have one class, whose probability is 1 whatever its logit is:"
             ' `outputs="binary_logits"` is for one logit a decision'

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from lightning_optim.ensembling.combine import mutual_information, pairwise_disagreement
 
 Measure = Literal["pairwise", "mutual_information"]
+_SUM_TOLERANCE = 0.02  # of probabilities in bf16, each rounded to 1 part in 256
 
 
 class Disagreement(Metric):
@@ -31,15 +32,18 @@ class Disagreement(Metric):
     Args:
         measure: ``"pairwise"`` or ``"mutual_information"``.
         outputs: What floating-point predictions are: ``"probabilities"`` or ``"logits"``, of which
-            ``"mutual_information"`` is exact for the smallest probabilities too. Labels need nothing.
+            ``"mutual_information"`` is exact for the smallest probabilities too. It is not guessed: what is said to be
+            probabilities, and does not add up to 1 over the classes, is refused. Labels need nothing, and
+            ``"pairwise"`` is the same for both.
         kwargs: Of :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If an argument is not allowed; in ``update``, for predictions of less than two members, of a wrong
-            shape, or labels where probabilities are needed.
+            shape, labels where probabilities are needed, or scores that are no probabilities.
 
     ``update(predictions)`` takes the members in the first dimension: integer labels ``[M, batch, …]``, or probabilities
-    or logits ``[M, batch, class, …]``. States are sums, so that processes add up; pairs are counted in integers.
+    or logits ``[M, batch, class, …]``. States are sums, so that processes add up; pairs are counted in integers. Values
+    have no gradients.
 
     Example::
 
@@ -77,11 +81,17 @@ class Disagreement(Metric):
 
     def update(self, predictions: Tensor) -> None:
         """Add a batch of predictions, the members in the first dimension."""
+        predictions = predictions.detach()
         scores = predictions.is_floating_point()
         if predictions.ndim < (3 if scores else 2) or predictions.shape[0] < 2:
             raise ValueError(
                 "`predictions` are labels [members, batch, …] or scores [members, batch, class, …] of at least two"
                 f" members, got {predictions.dtype} of shape {list(predictions.shape)}"
+            )
+        if scores and predictions.shape[2] == 1:
+            raise ValueError(
+                f"`predictions` of shape {list(predictions.shape)} are scores of one class, on which all members agree:"
+                " of binary decisions give the labels, or the scores of both classes"
             )
         if self.measure == "pairwise":
             differing, pairs = pairwise_disagreement(predictions.argmax(2) if scores else predictions)
@@ -91,6 +101,11 @@ class Disagreement(Metric):
         if not scores:
             raise ValueError('`measure="mutual_information"` needs probabilities or logits, got labels')
         wide = predictions.to(torch.float32 if predictions.device.type == "mps" else torch.float64)
+        if self.outputs == "probabilities" and (((wide.sum(2) - 1).abs() > _SUM_TOLERANCE).any() or (wide < 0).any()):
+            raise ValueError(
+                "`predictions` are no probabilities: they do not add up to 1 over the classes, dimension 2. Set"
+                ' `outputs="logits"` for what comes before a softmax; of binary decisions give both classes'
+            )
         information = mutual_information(wide.log() if self.outputs == "probabilities" else wide.log_softmax(2), dim=2)
         self.total += information.sum().to(self.total.dtype)
         self.count += information.numel()

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lightning_optim.ensembling.combine import Outputs, combine
 
 _NAMES = ("members", "member_outputs", "from_checkpoints")  # what an ensemble has beside a member's own
+_OUTPUTS = {
+    "values": "for regression: averaged as they are",
+    "logits": "of classes that exclude each other, before the softmax",
+    "binary_logits": "one decision in each element, before the sigmoid",
+    "probabilities": "after a softmax or a sigmoid",
+}
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def gradient_free(call: _Call) -> _Call:
+    """Call without gradients; the result needs none.
+
+    An exported program cannot be saved where one ``no_grad`` lies within another, and a member may have its own. So
+    what torch compiles or exports runs as it is, and its result is detached.
+    """
+
+    @functools.wraps(call)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return tree_map_only(Tensor, Tensor.detach, call(*args, **kwargs))
+        with torch.no_grad():
+            return call(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 class Mean(nn.Module):
@@ -43,7 +72,7 @@ class Mean(nn.Module):
         self._running = False
         self.eval()
 
-    @torch.no_grad()
+    @gradient_free
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The mean of what the members return for these arguments."""
         self.calls += 1
@@ -157,11 +186,27 @@ def checked_members(members: Any) -> list[LightningModule]:
     return given
 
 
+def uncompile_(member: LightningModule) -> None:
+    """Give a member back the methods that a fit of ``torch.compile(member)`` replaced.
+
+    Those that Lightning left on the instance would call the module that was fitted, and of a copy not the copy.
+    """
+    if member._compiler_ctx is None:
+        return
+    to_uncompiled(member)
+    for name, method in list(vars(member).items()):
+        if isinstance(method, types.MethodType) and method.__func__ is getattr(type(member), name, None):
+            del member.__dict__[name]
+
+
 def check_arguments(outputs: Any, on: Any, dim: Any) -> None:
     """Raise if an argument of an ensemble is not allowed."""
-    if outputs not in get_args(Outputs):
-        raise ValueError(f"`outputs` is one of {list(get_args(Outputs))}, got {outputs!r}")
+    if not isinstance(outputs, str) or outputs not in _OUTPUTS:
+        meant = ", ".join(f"{name!r} ({meaning})" for name, meaning in _OUTPUTS.items())
+        raise ValueError(
+            f"`outputs` is one of {meant}, and is never guessed, since each has another mean; got {outputs!r}"
+        )
     if on is not None and (not isinstance(on, str) or not on):
         raise ValueError(f"`on` is the name of a submodule, or None for the members' own forward, got {on!r}")
-    if dim is not None and (not isinstance(dim, int) or outputs != "logits"):
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or outputs != "logits"):
         raise ValueError(f'`dim` is the dimension of the classes, an integer, with `outputs="logits"`, got {dim!r}')

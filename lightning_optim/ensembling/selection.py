@@ -86,12 +86,12 @@ class CostBenefit:
 
 
 def cost_benefit(
-    members: Sequence[LightningModule],
+    members: Sequence[LightningModule] | Ensemble,
     trainer: Trainer,
     data: Any = None,
     *,
     monitor: str,
-    outputs: Outputs = "values",
+    outputs: Outputs | None = None,
     on: str | None = None,
     dim: int | None = None,
     groups: int | None = None,
@@ -104,11 +104,12 @@ def cost_benefit(
     :math:`M \left(\binom{M}{2} + 1\right)` passes of one member.
 
     Args:
-        members: The members, as for :class:`~lightning_optim.Ensemble`. They are not changed.
+        members: The members, as for :class:`~lightning_optim.Ensemble`, which are copied; or an ``Ensemble``, the one
+            that will be used: it is evaluated itself, and has its own ``outputs``, ``on`` and ``dim``.
         trainer: Runs ``trainer.validate`` on each group, through the user's validation step.
         data: The validation data, as for ``trainer.validate``; ``None`` for the first member's own.
         monitor: The name under which the validation logs the metric.
-        outputs: As for :class:`~lightning_optim.Ensemble`.
+        outputs: As for :class:`~lightning_optim.Ensemble`, of which it has no default either.
         on: As for :class:`~lightning_optim.Ensemble`.
         dim: As for :class:`~lightning_optim.Ensemble`.
         groups: How many windows to try for each number at most; ``None`` for all. With 1 the curve is that of the
@@ -128,22 +129,34 @@ def cost_benefit(
         ...     def validation_step(self, batch, batch_idx):
         ...         self.log("loss", self(batch).square().mean())
         >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        >>> found = cost_benefit([Model(), Model(), Model()], Trainer(**quiet), monitor="loss")
+        >>> ensemble = Ensemble([Model(), Model(), Model()], outputs="values")
+        >>> found = cost_benefit(ensemble, Trainer(**quiet), monitor="loss")
         >>> [row.members for row in found.rows], found.rows[0].value > found.rows[2].value
         ([1, 2, 3], True)
     """
     if groups is not None and (not isinstance(groups, int) or groups < 1):
         raise ValueError(f"`groups` is the number of groups of one size, at least 1, or None for all, got {groups!r}")
-    ensemble = Ensemble(members, outputs=outputs, on=on, dim=dim)
+    ensemble = _ensemble_of(members, outputs, on, dim)
     watch = _Watch()
-    callbacks = trainer.callbacks
+    callbacks, active = trainer.callbacks, ensemble._mean.active
     trainer.callbacks = [*callbacks, watch]
     try:
         sizes = range(1, len(ensemble.members) + 1)
         rows = [_row(ensemble, size, groups, trainer, data, monitor, watch) for size in sizes]
     finally:
-        trainer.callbacks = callbacks
+        trainer.callbacks, ensemble._mean.active = callbacks, active
     return CostBenefit(monitor, tuple(rows))
+
+
+def _ensemble_of(members: Any, outputs: Outputs | None, on: str | None, dim: int | None) -> Ensemble:
+    ensemble = getattr(members, "_orig_mod", members)  # of `torch.compile(ensemble)`
+    if not isinstance(ensemble, Ensemble):
+        return Ensemble(members, outputs=outputs, on=on, dim=dim)
+    for name, given in {"outputs": outputs, "on": on, "dim": dim}.items():
+        own = getattr(ensemble._mean, name)
+        if given is not None and given != own:
+            raise ValueError(f"`{name}={given!r}`, but the Ensemble that is given has `{name}={own!r}`: leave it out")
+    return ensemble
 
 
 def _row(

@@ -62,6 +62,28 @@ def test_mutual_information_of_opposite_members_is_log_m() -> None:
     assert float(Disagreement("mutual_information")(torch.eye(4).view(4, 1, 4))) == pytest.approx(math.log(4))
 
 
+@pytest.mark.parametrize("measure", ["pairwise", "mutual_information"])
+def test_values_have_no_gradients(measure: str) -> None:
+    p = torch.randn(3, 8, 5, requires_grad=True).softmax(-1)
+    metric = Disagreement(measure)
+    assert not metric(p).requires_grad and not metric.is_differentiable
+    metric.update(p)
+    assert not metric.compute().requires_grad and not metric.total.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_of_many_classes_in_half_precision_are_probabilities(dtype: torch.dtype) -> None:
+    p = (3 * torch.randn(3, 50, 1000, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    exact = float(Disagreement("mutual_information")(p))
+    assert float(Disagreement("mutual_information")(p.to(dtype))) == pytest.approx(exact, rel=0.02)
+
+
+def test_members_that_diverged_give_nan() -> None:
+    p = torch.full((2, 3, 4), 0.25)
+    p[0, 0] = float("nan")
+    assert Disagreement("mutual_information")(p).isnan()
+
+
 def test_logits_in_half_precision_do_not_overflow() -> None:
     z = (40 * torch.randn(3, 100, 5, generator=torch.Generator().manual_seed(0))).half()
     expected = Disagreement("mutual_information", outputs="logits")(z.double())
@@ -106,6 +128,10 @@ def test_reset_pickle_and_plot() -> None:
         ({}, torch.zeros(3, dtype=torch.long), r"got torch.int64 of shape \[3\]"),
         ({}, torch.zeros(3, 5), "scores"),
         ({"measure": "mutual_information"}, torch.zeros(3, 5, dtype=torch.long), "needs probabilities"),
+        ({"measure": "mutual_information"}, torch.rand(3, 5, 4), 'no probabilities: .*`outputs="logits"`'),
+        ({"measure": "mutual_information"}, torch.tensor([1.5, -0.5]).expand(3, 5, 2), "no probabilities"),
+        ({}, torch.rand(3, 5, 1), "scores of one class"),
+        ({"measure": "mutual_information", "outputs": "logits"}, torch.rand(3, 5, 1), "scores of one class"),
     ],
 )
 def test_what_is_refused(arguments: dict[str, str], predictions: torch.Tensor | None, sentence: str) -> None:

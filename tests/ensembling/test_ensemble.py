@@ -103,7 +103,7 @@ class Asking(LightningModule):
 def test_members_know_the_trainer_and_nothing_has_gradients() -> None:
     models = [Asking(), Asking()]
     for on in (None, "net"):
-        ensemble = Ensemble(models, on=on)
+        ensemble = Ensemble(models, outputs="values", on=on)
         predicted = torch.cat(trainer().predict(ensemble, DataLoader(X, batch_size=64)))
         assert torch.allclose(predicted, X + (models[0].net(X) + models[1].net(X)) / 2, atol=1e-6)
         assert not ensemble(X.clone().requires_grad_()).requires_grad
@@ -164,7 +164,7 @@ def test_a_submodule_of_a_submodule_is_combined_and_the_rest_is_the_first_member
     models = [Deep(seed) for seed in range(3)]
     for model in models[1:]:
         model.model["body"] = models[0].model["body"]
-    ensemble = Ensemble(models, on="model.head")
+    ensemble = Ensemble(models, outputs="values", on="model.head")
     predicted = torch.cat(trainer().predict(ensemble, DataLoader(X, batch_size=64)))
     hidden = models[0].model["body"](X)
     assert torch.allclose(
@@ -177,7 +177,7 @@ def test_a_submodule_of_a_submodule_is_combined_and_the_rest_is_the_first_member
 
 
 def test_layers_of_one_member_beside_the_combined_call_are_warned_of() -> None:
-    ensemble = Ensemble([Deep(0), Deep(1)], on="model.head")
+    ensemble = Ensemble([Deep(0), Deep(1)], outputs="values", on="model.head")
     with pytest.warns(UserWarning, match=r"outside of the combined call .*\['model.body'\]"):
         trainer().predict(ensemble, DataLoader(X, batch_size=64))
 
@@ -216,11 +216,11 @@ def test_a_step_that_never_reaches_the_combined_call_is_an_error() -> None:
     with pytest.raises(MisconfigurationException, match=r"`validation_step` never reached `self\(…\)`.*'net'"):
         trainer().validate(ensemble, loader(), verbose=False)
     with pytest.raises(MisconfigurationException, match=r"`test_step` never reached `self.spare\(…\)`"):
-        trainer().test(Ensemble([Spare()], on="spare"), loader(), verbose=False)
+        trainer().test(Ensemble([Spare()], outputs="values", on="spare"), loader(), verbose=False)
     with pytest.raises(MisconfigurationException, match="`predict_step` never reached"):
-        Ensemble([Deep(0)]).predict_step(X, 0)
+        Ensemble([Deep(0)], outputs="values").predict_step(X, 0)
     with pytest.raises(MisconfigurationException, match="`forward` never reached"):
-        Ensemble([Spare()], on="spare")(X)
+        Ensemble([Spare()], outputs="values", on="spare")(X)
 
 
 def test_reaching_into_what_is_combined_is_an_error() -> None:
@@ -237,7 +237,7 @@ def test_reaching_into_what_is_combined_is_an_error() -> None:
         def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return self.head.out(self.head.body(batch))
 
-    ensemble = Ensemble([Inside(), Inside()], on="head")
+    ensemble = Ensemble([Inside(), Inside()], outputs="values", on="head")
     assert ensemble.head.classes == 3
     with pytest.raises(AttributeError, match=r"`self.head.out` would be the first member's alone.*on='head.out'"):
         trainer().predict(ensemble, DataLoader(X))
@@ -258,7 +258,7 @@ def test_an_architecture_that_is_made_in_configure_model() -> None:
         def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return self.net(batch)
 
-    ensemble = Ensemble([Late(1.0), Late(3.0)], on="net")
+    ensemble = Ensemble([Late(1.0), Late(3.0)], outputs="values", on="net")
     predicted = torch.cat(trainer().predict(ensemble, DataLoader(X, batch_size=64)))
     assert torch.allclose(predicted, 2.0 * X.sum(1, keepdim=True), atol=1e-5)
 
@@ -275,7 +275,7 @@ class Regression(LightningModule):
 
 def test_the_squared_error_is_the_members_less_their_ambiguity() -> None:
     models = [Regression(factor) for factor in (0.5, 1.0, 3.0)]
-    found = trainer().test(Ensemble(models, on="net"), loader(64), verbose=False)[0]["mse"]
+    found = trainer().test(Ensemble(models, outputs="values", on="net"), loader(64), verbose=False)[0]["mse"]
     singles = [trainer().test(model, loader(64), verbose=False)[0]["mse"] for model in models]
     outputs = torch.stack([model.net(X).detach() for model in models])
     ambiguity = float((outputs - outputs.mean(0)).square().mean())
@@ -310,6 +310,46 @@ def test_what_torch_has_compiled(compiled: str) -> None:
         warnings.filterwarnings("error", ".*(hooks|outside of the combined call)")
         assert trainer().validate(ensemble, loader(), verbose=False) == [pytest.approx(expected, rel=1e-5)]
     assert ensemble.ended == ["validation"]
+
+
+def test_members_that_were_fitted_compiled_are_all_called() -> None:
+    models = members()
+    for model in models:
+        trainer(max_epochs=1).fit(torch.compile(model, backend="eager"), loader())
+    assert "forward" in vars(models[0]), "Lightning leaves the compiled methods on the instance"
+    ensemble = Ensemble(models, outputs="logits")
+    assert torch.allclose(ensemble(X).exp(), mean_probabilities(models, X).float(), atol=1e-6)
+    assert trainer().test(ensemble, loader(), verbose=False) == [pytest.approx(expected_metrics(models), rel=1e-5)]
+    assert "forward" in vars(models[0]), "those given are left alone"
+    with torch.no_grad():
+        models[0].net[0].weight.zero_()
+    assert not torch.allclose(ensemble.members[0](X), models[0].eval()(X))
+
+
+class OnInstance(Classifier):
+    """Has its steps, and its forward, on the instance."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.forward, self.test_step = self.called, self.tested
+
+    def called(self, x: Tensor) -> Tensor:
+        return self.net(x) * 1.0
+
+    def tested(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self._evaluate(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("on", ["net", None])
+def test_methods_on_the_instance_reach_the_combined_call(on: str | None) -> None:
+    models = [OnInstance(seed) for seed in range(2)]
+    ensemble = Ensemble(models, outputs="logits", on=on)
+    for again in (ensemble, copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble))):
+        assert torch.allclose(again(X).exp(), mean_probabilities(models, X).float(), atol=1e-6)
+        assert trainer().test(again, loader(), verbose=False) == [pytest.approx(expected_metrics(models), rel=1e-5)]
+    models[0].test_step = lambda batch, batch_idx: models[0].net(batch[0])
+    with pytest.raises(MisconfigurationException, match="`test_step` never reached"):
+        trainer().test(Ensemble(models, outputs="logits", on=on), loader(), verbose=False)
 
 
 def test_an_ensemble_that_torch_has_compiled() -> None:
@@ -399,9 +439,9 @@ def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "evil": Evil()}, path)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        Ensemble.from_checkpoints(Classifier, [path])
+        Ensemble.from_checkpoints(Classifier, [path], outputs="logits")
     with pytest.raises(pytest.fail.Exception, match="unpickled"):
-        Ensemble.from_checkpoints(Classifier, [path], weights_only=False)
+        Ensemble.from_checkpoints(Classifier, [path], outputs="logits", weights_only=False)
 
 
 class Before26(Classifier):
@@ -417,11 +457,12 @@ def test_a_strangers_file_is_not_unpickled_by_an_older_lightning_either(tmp_path
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "evil": Evil()}, path)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        Ensemble.from_checkpoints(Before26, [path])
+        Ensemble.from_checkpoints(Before26, [path], outputs="logits")
     with pytest.raises(pytest.fail.Exception, match="unpickled"):
-        Ensemble.from_checkpoints(Before26, [path], weights_only=False)
+        Ensemble.from_checkpoints(Before26, [path], outputs="logits", weights_only=False)
     paths = checkpoints(tmp_path)
-    assert torch.equal(Ensemble.from_checkpoints(Before26, paths)(X), Ensemble.from_checkpoints(Classifier, paths)(X))
+    older, newer = (Ensemble.from_checkpoints(known, paths, outputs="logits") for known in (Before26, Classifier))
+    assert torch.equal(older(X), newer(X))
 
 
 def test_a_second_trainer_and_a_second_stage() -> None:
@@ -438,19 +479,29 @@ class Taken(LightningModule):
     members = 3
 
 
+OUTPUTS = "`outputs` is one of 'values' .*regression.*'logits' .*'binary_logits' .*'probabilities' .*never guessed"
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: Ensemble([]), "`members` is a list of at least one"),
         (lambda: Ensemble(Classifier()), "`members` is a list of at least one"),
         (lambda: Ensemble([nn.Linear(2, 2)]), "`members` are LightningModules, and no Ensembles, got a Linear"),
-        (lambda: Ensemble([Ensemble([Classifier()])]), "no Ensembles"),
+        (lambda: Ensemble([Ensemble([Classifier()], outputs="logits")]), "no Ensembles"),
         (lambda: Ensemble([Taken()]), r"Taken has \['members'\]"),
-        (lambda: Ensemble([Classifier()], outputs="votes"), "`outputs` is one of"),
-        (lambda: Ensemble([Classifier()], on=""), "`on` is the name"),
-        (lambda: Ensemble([Classifier()], on="nett"), r"`on='nett'` is no submodule of member 0.*near: \['net'"),
-        (lambda: Ensemble([Classifier()], dim=1), "`dim` is the dimension of the classes"),
-        (lambda: Ensemble.from_checkpoints(Classifier, []), "`members` is a list of at least one"),
+        (lambda: Ensemble([Classifier()]), OUTPUTS),
+        (lambda: Ensemble.from_checkpoints(Classifier, ["no file"]), OUTPUTS),
+        (lambda: Ensemble([Classifier()], outputs="votes"), f"{OUTPUTS}.*got 'votes'"),
+        (lambda: Ensemble([Classifier()], outputs=["logits"]), OUTPUTS),
+        (lambda: Ensemble([Classifier()], outputs="logits", on=""), "`on` is the name"),
+        (
+            lambda: Ensemble([Classifier()], outputs="logits", on="nett"),
+            r"`on='nett'` is no submodule of .*: \['net'",
+        ),
+        (lambda: Ensemble([Classifier()], outputs="values", dim=1), "`dim` is the dimension of the classes"),
+        (lambda: Ensemble([Classifier()], outputs="logits", dim=True), "`dim` is the dimension of the classes"),
+        (lambda: Ensemble.from_checkpoints(Classifier, [], outputs="logits"), "`paths` names at least one file"),
     ],
 )
 def test_what_is_refused(make: Any, sentence: str) -> None:

@@ -104,7 +104,7 @@ def test_cell(cell: Cell, group: Group) -> None:
 
 
 def validate_unsharded(cell: Cell) -> None:
-    make_trainer(cell, []).validate(Ensemble([Member(cell, 1)], on="net"), verbose=False)
+    make_trainer(cell, []).validate(Ensemble([Member(cell, 1)], outputs="values", on="net"), verbose=False)
 
 
 def test_fsdp2_of_members_that_shard_nothing_is_refused(group: Group) -> None:
@@ -116,7 +116,7 @@ def ensemble_of_sharded(cell: Cell) -> str:
     member = ShardedMember(cell, 1)
     make_trainer(cell, []).validate(member, verbose=False)
     with pytest.raises(ValueError, match="given whole, and this ShardedMember is sharded") as error:
-        Ensemble([member], on="net")
+        Ensemble([member], outputs="values", on="net")
     return str(error.value)
 
 

@@ -158,7 +158,7 @@ def test_each_member_is_the_fit_of_its_own_seed(tmp_path: Path) -> None:
         assert same([found], [model.state_dict()])
     a, _, c = weights(paths)
     assert not torch.equal(a["net.0.weight"], c["net.0.weight"])
-    assert Ensemble.from_checkpoints(Net, paths, on="net").members[1].hparams["width"] == 5
+    assert Ensemble.from_checkpoints(Net, paths, outputs="values", on="net").members[1].hparams["width"] == 5
 
 
 def test_the_seeds() -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import nll_loss
 
-from lightning_optim import cost_benefit
+from lightning_optim import Ensemble, cost_benefit
 from tests.ensembling.models import Classifier, data, loader, mean_probabilities, members, trainer
 
 X, Y = data().tensors
@@ -43,6 +43,20 @@ def test_one_group_of_each_number_is_the_given_order() -> None:
     assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_an_ensemble_the_curve_is_that_of_the_ensemble_itself(compiled: bool) -> None:
+    models = members()
+    served = Ensemble(models, outputs="logits", on="net")
+    given = torch.compile(served, backend="eager") if compiled else served
+    found = cost_benefit(given, trainer(), loader(), monitor="nll", outputs="logits", groups=1)
+    expected = by_hand(models, [[0], [0, 1], [0, 1, 2]])
+    assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-5)
+    assert trainer().validate(served, loader(), verbose=False)[0]["nll"] == pytest.approx(expected[2], rel=1e-5)
+    with pytest.raises(MisconfigurationException, match="is not logged"):
+        cost_benefit(served, trainer(), loader(), monitor="loss", groups=1)
+    assert len(served.member_outputs(X)) == 3, "all members take part again, after an error too"
+
+
 def test_memory_is_that_of_the_weights_and_what_is_shared_counts_once() -> None:
     models = [Classifier(seed=seed) for seed in range(2)]
     size = sum(t.numel() * t.element_size() for t in (*models[0].parameters(), *models[0].buffers())) / 1e6
@@ -71,6 +85,12 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="`groups` is the number of groups"):
         cost_benefit(members(), trainer(), loader(), monitor="nll", groups=0)
+    with pytest.raises(ValueError, match=r"`outputs` is one of 'values'.*'logits'.*'binary_logits'.*'probabilities'"):
+        cost_benefit(members(), trainer(), loader(), monitor="nll")
+    served = Ensemble(members(), outputs="logits", on="net")
+    for contradicts in ({"outputs": "values"}, {"on": "net.4"}, {"dim": 1}):
+        with pytest.raises(ValueError, match=r"but the Ensemble that is given has .*: leave it out"):
+            cost_benefit(served, trainer(), loader(), monitor="nll", **contradicts)
     of = trainer()
     with pytest.raises(MisconfigurationException, match=r"`monitor='loss'` is not logged in validation.*'nll'"):
         cost_benefit(members(), of, loader(), monitor="loss", outputs="logits", on="net")

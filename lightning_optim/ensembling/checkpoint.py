@@ -1,0 +1,253 @@
+"""What an ensemble's checkpoint holds beside the weights, and how the members are made of it again.
+
+The ensemble's ``state_dict`` holds the members' under ``members.0.…``, ``members.1.…``. Under ``"ensemble"`` there are
+the ensemble's own arguments and, for each member, its class and what its own checkpoint would hold beside the weights:
+hyper-parameters, and what its ``on_save_checkpoint`` adds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+_KEY = "ensemble"
+_PREFIX = "members."
+_HPARAMS, _HPARAMS_NAME, _HPARAMS_TYPE = (
+    LightningModule.CHECKPOINT_HYPER_PARAMS_KEY,
+    LightningModule.CHECKPOINT_HYPER_PARAMS_NAME,
+    LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE,
+)
+
+
+class Keys(NamedTuple):
+    """The names that ``load_state_dict`` did not find, and those that it did not need."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Members(nn.ModuleList):
+    """The members. Each is asked for its own ``state_dict``, since its class may save a part, or other names."""
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The members' states, numbered."""
+        if destination is None:
+            destination = OrderedDict()
+            destination._metadata = OrderedDict()
+        for index, member in enumerate(self):
+            own = member.state_dict(keep_vars=True) if keep_vars else member.state_dict()
+            destination.update({f"{prefix}{index}.{name}": value for name, value in own.items()})
+            if hasattr(destination, "_metadata"):
+                about = getattr(own, "_metadata", {})
+                destination._metadata.update({f"{prefix}{index}.{name}".rstrip("."): v for name, v in about.items()})
+        return destination
+
+
+def load_weights(members: nn.ModuleList, state: Mapping[str, Any], strict: bool, assign: bool) -> Keys:
+    """Let each member load its own weights.
+
+    Raises:
+        RuntimeError: If ``strict``, and a weight is missing or has another shape, or nobody needs it.
+    """
+    parts = [_part(state, index) for index in range(len(members))]
+    known = _joined(parts)
+    unexpected = [name for name in state if name not in known]
+    if strict and unexpected:
+        raise RuntimeError(f"An ensemble of {len(members)} members has no {unexpected[:3]}, of {len(unexpected)} such")
+    keys = Keys([], unexpected)
+    for index, (member, part) in enumerate(zip(members, parts, strict=True)):
+        try:
+            found = member.load_state_dict(part, strict=strict, **({"assign": True} if assign else {}))
+        except RuntimeError as error:
+            raise RuntimeError(f"Member {index}: {error}") from error
+        for all_names, names in zip(keys, found or ([], []), strict=True):
+            all_names += [f"{_PREFIX}{index}.{name}" for name in names]
+    return keys
+
+
+def save_members(members: nn.ModuleList, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Write into a checkpoint of the ensemble what a checkpoint of each member would hold.
+
+    Args:
+        members: The members.
+        arguments: The ensemble's own, beside ``members``.
+        checkpoint: What Lightning is about to write.
+    """
+    parts = []
+    member: Any
+    for index, member in enumerate(members):
+        parts.append(_with_hyper_parameters(member, _checkpoint_of(checkpoint, index)))
+        member.on_save_checkpoint(parts[-1])
+    if "state_dict" in checkpoint:
+        checkpoint["state_dict"] = _joined([part.pop("state_dict") for part in parts])
+    classes = [f"{type(member).__module__}:{type(member).__qualname__}" for member in members]
+    own = [{key: value for key, value in part.items() if value is not checkpoint.get(key)} for part in parts]
+    written = [{"class": name, "checkpoint": part} for name, part in zip(classes, own, strict=True)]
+    checkpoint[_KEY] = {**arguments, "members": written}
+
+
+def load_members(members: nn.ModuleList, checkpoint: dict[str, Any]) -> None:
+    """Let each member see its own checkpoint, and change it, before the weights are loaded."""
+    parts = [_checkpoint_of(checkpoint, index) for index in range(len(members))]
+    member: Any
+    for member, part in zip(members, parts, strict=True):
+        member.on_load_checkpoint(part)
+    if "state_dict" in checkpoint:
+        own = _joined([part["state_dict"] for part in parts])
+        # The rest is of members that this ensemble does not have, which loading the weights will say.
+        known = _joined([_part(checkpoint["state_dict"], index) for index in range(len(members))])
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in known} | own
+
+
+def read(path: Any, weights_only: bool) -> dict[str, Any]:
+    """The checkpoint of an ensemble, on the CPU.
+
+    Raises:
+        ValueError: If the file is broken, or holds more than tensors and plain values and ``weights_only`` is set.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, and loading that can run any code: pass"
+            f" `weights_only=False` if you trust it. ({error})"
+        ) from error
+    except (RuntimeError, EOFError, LookupError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint, or only a part of one ({type(error).__name__}: {error})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, and no checkpoint")
+    return loaded
+
+
+def arguments_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the ensemble that wrote the checkpoint; none if it is of something else."""
+    written = _written(checkpoint)
+    return {} if written is None else {name: written.get(name) for name in ("outputs", "on", "dim")}
+
+
+def _written(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """What :func:`save_members` wrote."""
+    written = checkpoint.get(_KEY)
+    return written if isinstance(written, dict) and isinstance(written.get("members"), list) else None
+
+
+def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: bool) -> list[type[LightningModule]]:
+    """The members' classes: those given, or, if the file is trusted, those that it names.
+
+    Raises:
+        ValueError: If the file is of no ensemble, or names no classes that could be imported, or is not trusted.
+    """
+    written = _written(checkpoint)
+    if written is None:
+        raise ValueError(
+            f"{path} is no checkpoint of an Ensemble: for members in files of their own there is"
+            " `Ensemble.from_checkpoints`; if an older version wrote it, give `members=` and `outputs=`"
+        )
+    names = [entry["class"] for entry in written["members"]]
+    if given is not None:
+        classes = list(given) if isinstance(given, Sequence) else [given] * len(names)
+        if len(classes) != len(names) or not all(map(_is_module_class, classes)):
+            raise ValueError(
+                f"`member_class` is a LightningModule's class, or a list of one for each of {len(names)} members, got"
+                f" {given!r}"
+            )
+        return classes
+    if weights_only:
+        raise ValueError(
+            f"{path} names its members' classes, {sorted(set(names))}, and nothing that a file names is called: pass"
+            " `member_class=`, or `weights_only=False` if you trust it"
+        )
+    return [_imported(path, name) for name in names]
+
+
+def _is_module_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, LightningModule)
+
+
+def _imported(path: Any, name: str) -> type[LightningModule]:
+    module, _, qualified = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualified.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path}: the members' class {name!r} is not found ({error}): pass `member_class=`") from error
+    if not _is_module_class(found):
+        raise ValueError(f"{path}: the members' class {name!r} is no LightningModule: pass `member_class=`")
+    return found
+
+
+def made_of(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningModule]], kwargs: Any) -> Any:
+    """The members that a checkpoint holds, each made by its own class's ``load_from_checkpoint``."""
+    members = []
+    for index, member_class in enumerate(classes):
+        part = io.BytesIO()
+        torch.save(_checkpoint_of(checkpoint, index), part)
+        part.seek(0)
+        try:
+            members.append(load_member(member_class, part, kwargs))
+        except TypeError as error:
+            raise ValueError(
+                f"{path}: member {index}, a {member_class.__name__}, cannot be made of the hyper-parameters that were"
+                f" saved ({error}): give its arguments here as keywords, or the members themselves, `members=[…]`"
+            ) from error
+    return members
+
+
+def load_member(member_class: type[LightningModule], file: Any, kwargs: dict[str, Any]) -> LightningModule:
+    """The model in a file, which is not unpickled unless ``weights_only=False`` says so."""
+    arguments: dict[str, Any] = {"weights_only": True, **kwargs}
+    known = "weights_only" in inspect.signature(member_class.load_from_checkpoint).parameters
+    if not known and arguments.pop("weights_only") and not isinstance(file, io.BytesIO):
+        # Lightning before 2.6 unpickles whatever there is: let torch refuse first.
+        torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return member_class.load_from_checkpoint(file, **arguments)
+
+
+# ---- the parts of members --------------------------------------------------------------------------------------------
+
+
+def _part(state: Mapping[str, Any], index: int) -> dict[str, Any]:
+    prefix = f"{_PREFIX}{index}."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{_PREFIX}{index}.{name}": value for index, part in enumerate(parts) for name, value in part.items()}
+
+
+def _checkpoint_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
+    """What a checkpoint of one member would hold. The hyper-parameters beside the members are the first member's."""
+    written = _written(checkpoint)
+    part = {key: value for key, value in checkpoint.items() if key != _KEY}
+    if written is not None and index < len(written["members"]):
+        part = _without_hyper_parameters(part) | written["members"][index]["checkpoint"]
+    if "state_dict" in checkpoint:
+        part["state_dict"] = _part(checkpoint["state_dict"], index)
+    return part
+
+
+def _with_hyper_parameters(member: LightningModule, part: dict[str, Any]) -> dict[str, Any]:
+    """As Lightning writes them into a checkpoint of this member."""
+    part = _without_hyper_parameters(part)
+    if not member.hparams:
+        return part
+    part[_HPARAMS] = dict(member.hparams) if isinstance(member.hparams, dict) else member.hparams
+    if hasattr(member, "_hparams_name"):
+        part[_HPARAMS_NAME] = member._hparams_name
+    if not isinstance(member.hparams, dict):
+        part[_HPARAMS_TYPE] = type(member.hparams)
+    return part
+
+
+def _without_hyper_parameters(part: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key not in (_HPARAMS, _HPARAMS_NAME, _HPARAMS_TYPE)}

@@ -1,0 +1,221 @@
+"""An ensemble's checkpoint: what is in it, and the ensemble that is made of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_optim import Ensemble
+from tests.ensembling.models import CLASSES, FEATURES, Classifier, data, loader, trainer
+
+X = data().tensors[0]
+
+
+class Plain(LightningModule):
+    """Saves no hyper-parameters; its default arguments are enough."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        self.log("mean", self(batch[0]).mean())
+
+
+class Wide(Plain):
+    """Has an argument of a name that the ensemble has too, and no default."""
+
+    def __init__(self, dim: int, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(FEATURES, dim), nn.Linear(dim, CLASSES))
+
+
+class Needs(Plain):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(FEATURES, width)
+
+
+class Adapter(Plain):
+    """Saves a part of its weights, by a ``state_dict`` without arguments, and notes in its hooks."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.base = nn.Linear(FEATURES, FEATURES)
+        nn.init.eye_(self.base.weight)
+        self.strict_loading = False
+        self.tag = f"tag {seed}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.base(x))
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        return {name: value for name, value in super().state_dict().items() if "base" not in name}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert sorted(checkpoint["state_dict"]) == ["net.bias", "net.weight"]
+        checkpoint["tag"] = self.tag
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert sorted(checkpoint["state_dict"]) == ["net.bias", "net.weight"]
+        self.tag = checkpoint["tag"]
+
+
+def saved(ensemble: Ensemble, folder: Path, **how: Any) -> Path:
+    of = trainer()
+    of.test(ensemble, loader(), verbose=False)
+    of.save_checkpoint(folder / "ensemble.ckpt", **how)
+    return folder / "ensemble.ckpt"
+
+
+MEMBERS = {
+    "plain": lambda: [Plain(1), Plain(2)],
+    "one": lambda: [Plain(1)],
+    "hyper-parameters": lambda: [Wide(5, seed=1), Wide(7, seed=2)],
+    "two classes": lambda: [Wide(5), Plain(3), Classifier(seed=4)],
+    "parts": lambda: [Adapter(1), Adapter(2)],
+}
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_ensemble_of_a_checkpoint_equals_the_one_that_was_saved(
+    name: str, weights_only: bool, tmp_path: Path
+) -> None:
+    on = None if name == "parts" else "net"
+    ensemble = Ensemble(MEMBERS[name](), outputs="logits", on=on, dim=-1)
+    path = saved(ensemble, tmp_path, weights_only=weights_only)
+    state = torch.random.get_rng_state()
+    trusted = Ensemble.load_from_checkpoint(path, weights_only=False)
+    classes = [type(member) for member in ensemble.members]
+    torch.random.set_rng_state(state)
+    named = Ensemble.load_from_checkpoint(path, member_class=classes)
+    for again in (trusted, named):
+        assert type(again) is type(ensemble) and [type(member) for member in again.members] == classes
+        assert (again._mean.outputs, again._mean.on, again._mean.dim) == ("logits", on, -1)
+        assert [dict(member.hparams) for member in again.members] == [dict(m.hparams) for m in ensemble.members]
+        expected, found = ensemble.state_dict(), again.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+        assert not again.training and not any(p.requires_grad for p in again.parameters())
+    if name != "parts":
+        assert torch.equal(trusted(X), ensemble(X)) and torch.equal(named(X), ensemble(X))
+    else:
+        assert [member.tag for member in named.members] == ["tag 1", "tag 2"]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_trainer_tests_from_it(name: str, tmp_path: Path) -> None:
+    ensemble = Ensemble(MEMBERS[name](), outputs="logits")
+    path = saved(ensemble, tmp_path)
+    expected = trainer().test(ensemble, loader(), verbose=False)
+    with torch.no_grad():
+        for member in ensemble.members:
+            member.net.apply(lambda layer: layer.weight.zero_() if isinstance(layer, nn.Linear) else None)
+    assert trainer().test(ensemble, loader(), verbose=False) != expected
+    assert trainer().test(ensemble, loader(), ckpt_path=path, verbose=False) == expected
+
+
+def test_members_that_are_given_and_arguments_in_place_of_those_in_the_file(tmp_path: Path) -> None:
+    ensemble = Ensemble([Needs(4), Needs(4)], outputs="logits")
+    path = saved(ensemble, tmp_path)
+    blank = [Needs(4), Needs(4)]
+    nn.init.zeros_(blank[0].net.weight)
+    loaded = Ensemble.load_from_checkpoint(path, members=blank)
+    assert torch.equal(loaded(X), ensemble(X))
+    assert not blank[0].net.weight.any(), "those given are copied"
+    other = Ensemble.load_from_checkpoint(path, member_class=Needs, width=4, outputs="values", on="net")
+    assert torch.equal(other(X), Ensemble(list(ensemble.members), outputs="values")(X))
+
+
+def test_a_subclass_and_a_class_that_was_made_at_run_time(tmp_path: Path) -> None:
+    class Served(Ensemble):
+        pass
+
+    path = saved(Ensemble([Plain(1)], outputs="logits"), tmp_path)
+    served = Served.load_from_checkpoint(path, member_class=Plain)
+    assert type(served).__bases__ == (Served, Plain)
+    assert type(type(served).load_from_checkpoint(path, member_class=Plain)) is type(served)
+    assert type(type(served)([Plain()], outputs="logits")) is type(served)
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        served.load_from_checkpoint(path)
+
+
+def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Local(Plain):
+        pass
+
+    def refused(sentence: str, path: Path, **arguments: Any) -> None:
+        with pytest.raises(ValueError, match=sentence) as raised:
+            Ensemble.load_from_checkpoint(path, **arguments)
+        assert str(path) in str(raised.value)
+
+    path = saved(Ensemble([Plain(1), Plain(2)], outputs="logits"), tmp_path)
+    refused(r"nothing that a file names is called: pass `member_class=`, or `weights_only=False`", path)
+    refused(r"nothing that a file names is called", path, weights_only=True)
+    with pytest.raises(ValueError, match="`member_class` is a LightningModule's class, or a list of one for each of 2"):
+        Ensemble.load_from_checkpoint(path, member_class=[Plain])
+    with pytest.raises(ValueError, match="`member_class` is a LightningModule's class"):
+        Ensemble.load_from_checkpoint(path, member_class=nn.Linear)
+    with pytest.raises(RuntimeError, match=r"An ensemble of 1 members has no \['members.1.net.weight'"):
+        Ensemble.load_from_checkpoint(path, members=[Plain()])
+    with pytest.raises(RuntimeError, match=r"Member 2: [^$]*Missing key"):
+        Ensemble.load_from_checkpoint(path, members=[Plain(), Plain(), Plain()])
+    monkeypatch.delattr(f"{__name__}.Plain")
+    refused(r"the members' class '.*:Plain' is not found .*: pass `member_class=`", path, weights_only=False)
+    path = saved(Ensemble([Local()], outputs="logits"), tmp_path)
+    refused(r"the members' class '.*Local' is not found .*: pass `member_class=`", path, weights_only=False)
+    path = saved(Ensemble([Needs(4)], outputs="logits"), tmp_path)
+    refused(r"member 0, a Needs, cannot be made of .*`members=", path, weights_only=False)
+
+
+def test_files_of_other_content(tmp_path: Path) -> None:
+    path = tmp_path / "other.ckpt"
+    of = trainer()
+    of.test(Plain(), loader(), verbose=False)
+    of.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint of an Ensemble: .*`Ensemble.from_checkpoints`"):
+        Ensemble.load_from_checkpoint(path, weights_only=False)
+    path.write_bytes(path.read_bytes()[:500])
+    for arguments in ({}, {"weights_only": False}, {"members": [Plain()], "outputs": "logits"}):
+        with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint, or only a part of one"):
+            Ensemble.load_from_checkpoint(path, **arguments)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("the file was unpickled",)
+
+
+def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "ensemble": Evil()}, path)
+    with pytest.raises(ValueError, match=r"evil.ckpt holds more than tensors .* pass `weights_only=False`"):
+        Ensemble.load_from_checkpoint(path, member_class=Plain)
+    with pytest.raises(pytest.fail.Exception, match="unpickled"):
+        Ensemble.load_from_checkpoint(path, weights_only=False)
+    torch.save({"state_dict": {}, "ensemble": {"members": [{"class": "os:getcwd", "checkpoint": {}}]}}, path)
+    with pytest.raises(ValueError, match="'os:getcwd' is no LightningModule"):
+        Ensemble.load_from_checkpoint(path, weights_only=False)
+
+
+def test_the_state_of_members_that_rename_or_leave_out(tmp_path: Path) -> None:
+    ensemble = Ensemble([Adapter(1), Plain(2)], outputs="logits")
+    assert list(ensemble.state_dict()) == [f"members.{i}.net.{name}" for i in range(2) for name in ("weight", "bias")]
+    held = nn.ModuleDict({"served": ensemble})
+    assert list(held.state_dict()) == [f"served.{name}" for name in ensemble.state_dict()]
+    assert ensemble.state_dict()._metadata["members.1.net"] == {"version": 1}
+    keys = ensemble.load_state_dict({"members.1.net.bias": torch.ones(CLASSES), "strange": torch.ones(1)}, strict=False)
+    assert keys.unexpected_keys == ["strange"]
+    assert "members.1.net.weight" in keys.missing_keys and "members.1.net.bias" not in keys.missing_keys
+    assert torch.equal(ensemble.members[1].net.bias, torch.ones(CLASSES))
