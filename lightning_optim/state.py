@@ -144,6 +144,8 @@ def drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set[
 def load_weights_(module: LightningModule, path: str, weights_only: bool = True) -> None:
     """Copy the ``state_dict`` of a checkpoint, a file or a folder, into the module, by name.
 
+    A tensor that cannot be written in place, such as an expanded one, is left as it is.
+
     Args:
         module: Under FSDP2 every rank gets its shards.
         path: What Lightning wrote.
@@ -155,7 +157,8 @@ def load_weights_(module: LightningModule, path: str, weights_only: bool = True)
             is copied.
     """
     tensors.reshard_(module)
-    live = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    writable = tensors.writable_tensors(module)
+    live = {n: tensor for n, tensor in tensors.named_tensors(module).items() if tensors.plain_name(n) in writable}
     if os.path.isdir(path):
         load_folder({"state_dict": live}, path, weights_only)  # into the live storage, shard by shard
         return

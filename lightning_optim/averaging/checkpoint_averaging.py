@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from lightning_optim import state, tensors
 from lightning_optim.averaging import reading
 from lightning_optim.averaging.batches import check_arguments
-from lightning_optim.averaging.batchnorm import statistics_layers
+from lightning_optim.averaging.buffers import Treated, treat
 from lightning_optim.averaging.checkpoints import RunningMean, StateDict
-from lightning_optim.averaging.refresh import RefreshesStatistics
+from lightning_optim.averaging.refresh import RefreshesStatistics, in_training
 from lightning_optim.averaging.soup import stir
 from lightning_optim.averaging.validating import validate
 from lightning_optim.folder_reading import load_folder
@@ -112,8 +112,13 @@ class CheckpointAveraging(RefreshesStatistics):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self.buffers == "refresh":
-            self.try_before_first_step(trainer, pl_module, statistics_layers(pl_module))
+        treated = self._treated(pl_module)
+        self.try_before_first_step(trainer, pl_module, treated.layers)
+        if any(norm.sharded for norm in treated.vectors):
+            raise MisconfigurationException(
+                "CheckpointAveraging estimates the vectors of spectral normalization anew for the mean, and no rank"
+                " holds the whole weight: train with DDP."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -161,6 +166,9 @@ class CheckpointAveraging(RefreshesStatistics):
             f" save_top_k={self.top})` keeps, and there is none with so many: add it to the callbacks."
         )
 
+    def _treated(self, pl_module: LightningModule) -> Treated:
+        return treat(pl_module, self.buffers, self.buffers, type(self).__name__)
+
     # ---- the mean ----------------------------------------------------------------------------------------------------
 
     def _mean(
@@ -172,9 +180,6 @@ class CheckpointAveraging(RefreshesStatistics):
         def score(weights: StateDict) -> float:
             try:
                 self._put_in(trainer, pl_module, weights)
-                if self.buffers == "refresh":
-                    self.estimate_statistics_(trainer, pl_module, seed=0)
-                    weights.update({n: b.clone() for n, b in pl_module.named_buffers() if n in weights})
                 metrics = validate(trainer)
             except Exception as error:
                 failed.append(error)
@@ -183,8 +188,8 @@ class CheckpointAveraging(RefreshesStatistics):
                 raise _NotLogged
             return float(metrics[checkpoint.monitor])
 
-        read = _reader(trainer, pl_module, self._running.own_files)
         try:
+            read = self._reader(trainer, pl_module, best=next(iter(scores)))
             if self.greedy:
                 soup = stir(list(scores.values()), list(scores), read, score, checkpoint.mode, barrier=0.1)
                 return soup, soup.kept, self._log(trainer, checkpoint, soup.score)
@@ -204,14 +209,28 @@ class CheckpointAveraging(RefreshesStatistics):
             rank_zero_warn(f"CheckpointAveraging ends with the best checkpoint: {error}")
         return {}, [], None
 
+    def _reader(self, trainer: Trainer, pl_module: LightningModule, best: str) -> Callable[[str], StateDict]:
+        """How a checkpoint's weights are read. Buffers that have no mean are those of the best one in all."""
+        read = _reading(trainer, pl_module, self._running.own_files)
+        first, averaged = read(best), {id(source.tensor) for source in self._treated(pl_module).averaged}
+        known = {name for name, tensor in tensors.named_tensors(pl_module).items() if id(tensor) in averaged}
+        known |= dict(pl_module.named_parameters(remove_duplicate=False)).keys()
+        plain = {tensors.plain_name(name) for name in known}
+        same = {name: value for name, value in first.items() if tensors.plain_name(name) not in plain}
+        return lambda path: {**(first if path == best else read(path)), **same}
+
     def _put_in(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
-        tensors.reshard_(pl_module)
-        live = _shards(pl_module)
-        whole = tensors.named_tensors(pl_module)
-        for name, value in weights.items():
-            if isinstance(value, Tensor) and name in live:
-                target = live[name] if live[name].shape == value.shape else whole[name]
-                tensors.copy_(target, value)
+        """Write a mean into the module, and what is estimated for it into both."""
+        _write_(pl_module, weights)
+        treated = self._treated(pl_module)
+        for norm in treated.vectors:
+            norm.estimate_()
+        self.estimate_statistics_(trainer, pl_module, seed=0, layers=in_training(treated.layers))
+        if treated.vectors or treated.layers:
+            live = _shards(pl_module)
+            buffers = {tensors.plain_name(name) for name, _ in pl_module.named_buffers()}
+            estimated = {n: live[p] for n in weights if (p := tensors.plain_name(n)) in buffers and p in live}
+            weights.update({name: value.clone() for name, value in estimated.items()})
 
     def _log(self, trainer: Trainer, checkpoint: ModelCheckpoint, score: float) -> float:
         name = f"averaging/{checkpoint.monitor}"
@@ -229,14 +248,14 @@ class _NotLogged(Exception):
     """The validation did not log the metric by which the checkpoints were chosen."""
 
 
-def _reader(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Any:
-    """How a checkpoint's weights are read: whole from a file, this rank's shards from a folder."""
+def _reading(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
+    """How a checkpoint is read: whole from a file, this rank's shards from a folder."""
     if not state.is_distributed(trainer):
         return lambda path: reading.weights_in(path, weights_only=path not in own)
 
     def read(path: str) -> StateDict:
         tensors.reshard_(pl_module)
-        live = tensors.named_tensors(pl_module)
+        live = {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
         found = {name: torch.empty_like(value) for name, value in live.items()}
         load_folder({"state_dict": found}, path, weights_only=path not in own)
         return dict(zip(found, tensors.local(found.values()), strict=True))
@@ -245,23 +264,29 @@ def _reader(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Any:
 
 
 def _shards(module: LightningModule) -> dict[str, Tensor]:
-    """The module's live tensors by name, of sharded ones this rank's part."""
-    live = tensors.named_tensors(module)
+    """The module's live tensors that can be written, by plain name; of sharded ones this rank's part."""
+    tensors.reshard_(module)
+    live = tensors.writable_tensors(module)
     return dict(zip(live, tensors.local(live.values()), strict=True))
+
+
+def _write_(module: LightningModule, weights: StateDict) -> None:
+    """Copy whole tensors, or this rank's shards, into the module."""
+    shards, whole = _shards(module), tensors.writable_tensors(module)
+    for name, value in weights.items():
+        plain = tensors.plain_name(name)
+        if isinstance(value, Tensor) and plain in shards:
+            tensors.copy_(shards[plain] if shards[plain].shape == value.shape else whole[plain], value)
 
 
 @contextlib.contextmanager
 def _kept(module: LightningModule) -> Iterator[None]:
     """Put the module's weights and buffers back afterwards."""
-    tensors.reshard_(module)
     kept = {name: tensor.clone() for name, tensor in _shards(module).items()}
     try:
         yield
     finally:
-        tensors.reshard_(module)
-        for name, tensor in _shards(module).items():
-            with torch.no_grad():
-                tensor.copy_(kept[name])
+        _write_(module, kept)
 
 
 def _free_path(directory: str, count: int) -> str:
