@@ -39,6 +39,11 @@ def bind(callback: OptimCallback) -> None:
             callback.__dict__[name] = Bound(callback, name, ours, on_itself)
 
 
+def is_overridden(callback: OptimCallback, name: str) -> bool:
+    """Whether a user's class, or the callback itself, has a method of its own in place of that of this package."""
+    return name in vars(callback) or not _is_ours(next(cls for cls in type(callback).__mro__ if name in vars(cls)))
+
+
 def without_bound(attributes: dict[str, Any]) -> dict[str, Any]:
     """The attributes of a callback as they were before :func:`bind`, for a copy, which a run of its own will bind."""
     attributes = {name: value for name, value in attributes.items() if name != "_done"}

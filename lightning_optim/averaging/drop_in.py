@@ -23,7 +23,8 @@ class EMAWeightAveraging(WeightAveraging):
     ``decay ** k``; ``update_starting_at_epoch=E`` leaves out the epochs before E (Lightning's averages from the first
     step on, and once more at the end of each epoch from E on); an average that never started is never used; steps that
     a GradScaler skipped do not count; the average is in fp32 for bf16 weights; integer buffers are the latest. All that
-    :class:`WeightAveraging` promises for files, exceptions and sharded models holds.
+    :class:`WeightAveraging` promises for files, exceptions and sharded models holds. A subclass that overrides
+    :meth:`should_update` is asked as by Lightning's, and each update then decays once.
 
     Args:
         device: Where the average is kept. Default: where the model is.
@@ -74,9 +75,10 @@ class EMAWeightAveraging(WeightAveraging):
         )
         self.update_starting_at_epoch = update_starting_at_epoch
 
-    def _due(self, trainer: Trainer, step: int) -> bool:
+    def _due(self, step: int) -> bool:
         assert isinstance(self.every, int)
-        late = self.update_starting_at_epoch is None or trainer.current_epoch >= self.update_starting_at_epoch
+        epoch = None if self.fit is None else self.fit.trainer.current_epoch
+        late = epoch is None or self.update_starting_at_epoch is None or epoch >= self.update_starting_at_epoch
         return late and step > self._start_step and (step - 1) % self.every == 0
 
 
@@ -91,7 +93,8 @@ class StochasticWeightAveraging(WeightAveraging):
 
     Args:
         swa_lrs: The rate, or one for each parameter group, to which the rates of the first averaged epoch are annealed.
-            ``None``: leave the rates alone. SWA wants one that stays high.
+            ``None``: leave the rates alone. SWA wants one that stays high. A group that is added later, by a
+            fine-tuning callback, is annealed from the rate it comes with, to the last of a list.
         swa_epoch_start: An integer E >= 1: from the E-th epoch on; a float: from ``int(f * max_epochs)``. Default 0.8.
         annealing_epochs: How many epochs the annealing takes, >= 0.
         annealing_strategy: ``"cos"`` or ``"linear"``.
@@ -163,7 +166,9 @@ class StochasticWeightAveraging(WeightAveraging):
 
     def reset(self) -> None:
         super().reset()
+        # Of each group the rate from which, and the epoch from which on, it is annealed.
         self._first_lrs: list[list[float]] = []
+        self._first_epochs: list[list[int]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -177,10 +182,12 @@ class StochasticWeightAveraging(WeightAveraging):
         super().on_fit_start(trainer, pl_module)
         if isinstance(self.swa_lrs, list):
             for optimizer in trainer.optimizers:
-                if len(self.swa_lrs) != len(optimizer.param_groups):
+                count, groups = len(self.swa_lrs), len(optimizer.param_groups)
+                # A run that is resumed may have groups that were added in its course: these get the last rate.
+                if not 0 < count <= groups or (count < groups and trainer.ckpt_path is None):
                     raise MisconfigurationException(
                         f"StochasticWeightAveraging(swa_lrs={self.swa_lrs}): give a number, or one rate for each of the"
-                        f" {len(optimizer.param_groups)} parameter groups of {type(optimizer).__name__}."
+                        f" {groups} parameter groups of {type(optimizer).__name__}."
                     )
 
     def first_epoch(self, trainer: Trainer) -> int:
@@ -190,35 +197,50 @@ class StochasticWeightAveraging(WeightAveraging):
             return max(int(trainer.max_epochs * self.swa_epoch_start) - 1, 0)
         return self.swa_epoch_start - 1
 
-    def _due_epoch(self, trainer: Trainer, step: int) -> bool:
-        return trainer.current_epoch >= self.first_epoch(trainer)
+    def _due_epoch(self, step: int, epoch: int) -> bool:
+        return epoch >= self.first_epoch(self._running.trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        since = trainer.current_epoch - self.first_epoch(trainer)
-        if self.swa_lrs is None or since < 0:
+        if self.swa_lrs is None or trainer.current_epoch < self.first_epoch(trainer):
             return
-        groups = [optimizer.param_groups for optimizer in trainer.optimizers]
-        if not self._first_lrs:
-            self._first_lrs = [[float(group["lr"]) for group in of_one] for of_one in groups]
-        part = min(1.0, since / self.annealing_epochs) if self.annealing_epochs else 1.0
-        share = self._anneal[self.annealing_strategy](part)
-        for of_one, first in zip(groups, self._first_lrs, strict=True):
-            wanted = self.swa_lrs if isinstance(self.swa_lrs, list) else [self.swa_lrs] * len(of_one)
-            for group, lr, begun in zip(of_one, wanted, first, strict=True):
+        self._look_at_groups(trainer)
+        for optimizer, lrs, epochs in zip(trainer.optimizers, self._first_lrs, self._first_epochs, strict=True):
+            # zip: not strict, since a group may have been taken away.
+            for place, (group, begun, epoch) in enumerate(zip(optimizer.param_groups, lrs, epochs, strict=False)):
+                part = (trainer.current_epoch - epoch) / self.annealing_epochs if self.annealing_epochs else 1.0
+                share = self._anneal[self.annealing_strategy](min(1.0, part))
                 # At each batch, since the user's schedule may have set it meanwhile: that one runs on underneath.
-                now = lr * share + begun * (1.0 - share)
+                now = self._wanted_lr(place) * share + begun * (1.0 - share)
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(now)
                 else:
                     group["lr"] = now
 
+    def _look_at_groups(self, trainer: Trainer) -> None:
+        """Remember the rate of each group when the annealing begins; one that is added later begins when it comes."""
+        first = self.first_epoch(trainer)
+        begins = trainer.current_epoch if self._first_lrs else first
+        for held in (self._first_lrs, self._first_epochs):
+            held.extend([] for _ in trainer.optimizers[len(held) :])
+        for optimizer, lrs, epochs in zip(trainer.optimizers, self._first_lrs, self._first_epochs, strict=True):
+            epochs += [first] * (len(lrs) - len(epochs))  # of a checkpoint that has rates alone
+            lrs += [float(group["lr"]) for group in optimizer.param_groups[len(lrs) :]]
+            epochs += [begins] * (len(lrs) - len(epochs))
+
+    def _wanted_lr(self, place: int) -> float:
+        if isinstance(self.swa_lrs, list):
+            return self.swa_lrs[min(place, len(self.swa_lrs) - 1)]
+        assert self.swa_lrs is not None
+        return self.swa_lrs
+
     def extra_state(self) -> dict[str, Any]:
         extra = super().extra_state()
-        return {**extra, "first_lrs": self._first_lrs} if self._first_lrs else extra
+        return {**extra, "first_lrs": self._first_lrs, "first_epochs": self._first_epochs} if self._first_lrs else extra
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
-        self._first_lrs = extra.get("first_lrs", [])
+        self._first_lrs = [list(lrs) for lrs in extra.get("first_lrs", [])]
+        self._first_epochs = [list(epochs) for epochs in extra.get("first_epochs", [])]
         super().load_extra_state(extra)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -98,7 +98,10 @@ def inherited(checkpoint: dict[str, Any], average: Average, key: str) -> dict[st
     ours = any("counters" in own for own in checkpoint.get("callbacks", {}).values() if isinstance(own, dict))
     known = not ours and not isinstance(average, LAWA)  # of which Lightning has no like
     updates = _updates(checkpoint.get("averaging_state", {})) if known else 0
-    return {"counters": [], "raw": raw, "averaged": {}, "updates_of_lightning": updates}
+    states = checkpoint.get("callbacks", {}).values()
+    asked = [[own["latest_update_step"], -1] for own in states if isinstance(own, dict) and "latest_update_step" in own]
+    state = {"counters": [], "raw": raw, "averaged": {}, "updates_of_lightning": updates}
+    return {**state, "asked": asked[0]} if asked else state
 
 
 def with_counters(loaded: dict[str, Any], steps: list[int]) -> dict[str, Any]:

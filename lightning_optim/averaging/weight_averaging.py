@@ -23,6 +23,7 @@ from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.in_use import AverageInUse
 from lightning_optim.averaging.refresh import in_training
 from lightning_optim.averaging.shadow import Shadow
+from lightning_optim.hooks import is_overridden
 from lightning_optim.launched import check_not_lost
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
@@ -149,6 +150,8 @@ class WeightAveraging(AverageInUse):
         self._loaded: dict[str, Any] | None = None
         self._layers: list[_BatchNorm] = []
         self._unfrozen = None
+        self._start_step = 0 if isinstance(self.start, float) else self.start
+        self._asked = [0, -1]  # the last step and the last epoch at which `should_update` said yes
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -166,12 +169,14 @@ class WeightAveraging(AverageInUse):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self._treated(pl_module)  # before a sanity check
         if self.evaluates:
             self._install(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._start_step = int(self.start * self._running.total) if isinstance(self.start, float) else self.start
+        if isinstance(self.start, float):
+            self._start_step = int(self.start * self._running.total)
         self.average.keep_in(self.dtype, self.device)
         treated = self._treated(pl_module)
         self._shadow, self._layers = Shadow(pl_module, trainer.optimizers, self.average, treated), treated.layers
@@ -185,22 +190,31 @@ class WeightAveraging(AverageInUse):
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
-        if self._due(trainer, self.steps[index]):
+        if not self._asks and self._due(self.steps[index]):
             self._update(index)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._asks:
+            if trainer.global_step > self._asked[0] and self.should_update(step_idx=trainer.global_step - 1):
+                self._asked[0] = trainer.global_step
+                self._update_all()
+            return
         loop = trainer.fit_loop.epoch_loop
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
         if loop.batch_progress.is_last_batch or loop._is_training_done or stops:
-            self._end_epoch(trainer)
+            self._end_epoch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        # An epoch that `on_train_batch_start` or a later callback's stop cut short had no last batch's end.
-        self._end_epoch(trainer)
+        if not self._asks:
+            # An epoch that `on_train_batch_start` or a later callback's stop cut short had no last batch's end.
+            self._end_epoch()
+        elif trainer.current_epoch > self._asked[1] and self.should_update(epoch_idx=trainer.current_epoch):
+            self._asked[1] = trainer.current_epoch
+            self._update_all()
         self._follow_pruning()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,24 +248,61 @@ class WeightAveraging(AverageInUse):
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
-    def _due(self, trainer: Trainer, step: int) -> bool:
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Decide whether to update after a step, or at the end of an epoch; override it to choose the moments.
+
+        An override is called as by Lightning's ``WeightAveraging``: at the end of each batch that stepped, with
+        ``step_idx``, and at the end of each training epoch, with ``epoch_idx``. Each update takes in the weights of all
+        optimizers and counts as one step, so that an EMA decays once, whatever lies between two updates. By default
+        ``start`` and ``every`` decide, step by step of each optimizer.
+
+        Args:
+            step_idx: The index of the last step, from 0, or ``None`` at the end of an epoch.
+            epoch_idx: The index of the epoch that ends, from 0, or ``None`` after a step.
+
+        Example::
+
+            >>> class Late(WeightAveraging):
+            ...     def should_update(self, step_idx=None, epoch_idx=None):
+            ...         return step_idx is not None and step_idx >= 100
+            >>> Late(EMA(0.99)).should_update(step_idx=100)
+            True
+            >>> WeightAveraging(EMA(0.99), start=5).should_update(step_idx=4)
+            False
+        """
+        if step_idx is not None:
+            return self._due(step_idx + 1)
+        return epoch_idx is not None and self._due_epoch(max(self.steps, default=self._start_step + 1), epoch_idx)
+
+    @property
+    def _asks(self) -> bool:
+        """Whether a user decides when to update."""
+        return is_overridden(self, "should_update")
+
+    def _due(self, step: int) -> bool:
         """Whether to update after this step of an optimizer."""
         since = step - self._start_step - 1
         return self.every != "epoch" and since >= 0 and since % self.every == 0
 
-    def _due_epoch(self, trainer: Trainer, step: int) -> bool:
+    def _due_epoch(self, step: int, epoch: int) -> bool:
         """Whether to update at the end of this epoch, with so many steps behind."""
         return self.every == "epoch" and step > self._start_step
 
-    def _end_epoch(self, trainer: Trainer) -> None:
+    def _end_epoch(self) -> None:
         for index, step in enumerate(self.steps):
-            if self._due_epoch(trainer, step):
+            if self._due_epoch(step, self._running.trainer.current_epoch):
                 self._update(index)
 
-    def _update(self, index: int) -> None:
+    def _update(self, index: int, step: int | None = None) -> None:
         assert self._shadow is not None
-        self._shadow.update_(index, self.steps[index])
+        self._shadow.update_(index, self.steps[index] if step is None else step)
         self._unfrozen = in_training(self._layers)
+
+    def _update_all(self) -> None:
+        """Take in all weights; to the average it is one step after the last update."""
+        assert self._shadow is not None
+        for index, average in enumerate(self._shadow.averages):
+            self._update(index, average.counters.get("last", self.steps[index] - 1) + 1)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -259,7 +310,9 @@ class WeightAveraging(AverageInUse):
         if self._shadow is None:
             return self._loaded or {}
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
-        return {**pruning.permanent(self._shadow.state(self._saved_as_state_dict), self._masks()), **comparison}
+        asked = {"asked": list(self._asked)} if self._asks else {}
+        averages = pruning.permanent(self._shadow.state(self._saved_as_state_dict), self._masks())
+        return {**averages, **comparison, **asked}
 
     def _masks(self) -> dict[str, Tensor]:
         """Masks of weights that are pruned in the module, and whose pruning is permanent in checkpoints."""
@@ -278,6 +331,7 @@ class WeightAveraging(AverageInUse):
     def _take_over(self, shadow: Shadow) -> None:
         if self._loaded is not None:
             loaded, self._loaded = dict(self._loaded), None
+            self._asked = list(loaded.get("asked", [0, -1]))
             if by_rank := loaded.pop("by_rank", None):
                 state.put_of_rank_(loaded, by_rank, self._running.trainer)
             shadow.load(interop.with_counters(loaded, self.steps))

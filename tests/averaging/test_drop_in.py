@@ -159,6 +159,58 @@ def test_the_rates_go_on_after_a_resume(tmp_path) -> None:
     assert_equal(snapshot(second), snapshot(whole))
 
 
+class Joined(Scheduled):
+    """A second parameter group joins in an epoch, with a rate of its own."""
+
+    joins = 2
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.net[2].parameters(), lr=0.1)
+        if self.trainer.ckpt_path is not None:
+            self._join(optimizer)
+        return optimizer
+
+    def _join(self, optimizer) -> None:
+        optimizer.add_param_group({"params": list(self.net[0].parameters()), "lr": 0.4})
+
+    def on_train_epoch_start(self) -> None:
+        optimizer = self.trainer.optimizers[0]
+        if self.current_epoch == self.joins and len(optimizer.param_groups) == 1:
+            self._join(optimizer)
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        self.rates = [*getattr(self, "rates", []), [group["lr"] for group in optimizer.param_groups]]
+
+
+@pytest.mark.parametrize("lrs", [0.02, [0.02], 0.2])
+@pytest.mark.parametrize("joins", [0, 2, 3])
+def test_a_group_that_is_added_later_is_annealed_from_the_rate_it_came_with(lrs, joins: int) -> None:
+    model = Joined()
+    model.joins = joins
+    fit(model, [StochasticWeightAveraging(lrs, swa_epoch_start=2, annealing_epochs=3)], max_epochs=7)
+    last = lrs if isinstance(lrs, float) else lrs[-1]
+    for group, first, begins in ((0, 0.1, 1), (1, 0.4, max(joins, 1))):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=first)
+        theirs = SWALR(optimizer, last, anneal_epochs=3)
+        for epoch in range(begins, 7):
+            assert model.rates[8 * epoch][group] == pytest.approx(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            theirs.step()
+    assert_close(snapshot(model), mean(model.trajectory[15::8]))
+
+
+@pytest.mark.parametrize("lrs", [0.02, [0.02]])
+def test_a_group_that_was_added_is_annealed_on_after_a_resume(tmp_path, lrs) -> None:
+    whole, resumed = Joined(), Joined()
+    for model, ckpt in ((whole, None), (resumed, tmp_path / "epoch=3.ckpt")):
+        callbacks = [StochasticWeightAveraging(lrs, swa_epoch_start=2, annealing_epochs=4)]
+        if model is whole:
+            callbacks.append(ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
+        fit(model, callbacks, max_epochs=7, ckpt=ckpt, enable_checkpointing=model is whole)
+    assert resumed.rates == whole.rates[32:]
+    assert_equal(snapshot(resumed), snapshot(whole))
+
+
 def test_a_function_in_place_of_the_mean() -> None:
     model = Model()
     callback = StochasticWeightAveraging(
