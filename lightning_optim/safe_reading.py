@@ -43,10 +43,12 @@ def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = 
     with _opened(path) as file:
         if check:
             _check(path, file, weights_only)
+        is_local = os.path.exists(path)
         with _sentence(path, weights_only):
             if is_safetensors(path):
-                return _load_safetensors(path)
-            is_local, records = os.path.exists(path), _records(file)
+                return _load_safetensors(path if is_local else file)
+            records = _records(file)
+        with _sentence(path, weights_only, is_whole=bool(records)):
             mmap = is_local and bool(records) and _are_stored(records)
             file.seek(0)
             loaded = torch.load(path if is_local else file, map_location="cpu", weights_only=weights_only, mmap=mmap)
@@ -75,11 +77,11 @@ def check_archive(path: str, file: IO[bytes], weights_only: bool = True) -> None
 
 def largest(path: str | os.PathLike[str]) -> int:
     """The most bytes that tensors of a file or a folder may take in memory: more than any real one's, not a bomb's."""
+    path = os.fspath(path)
     if os.path.isdir(path):
         size = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
     else:
-        with _opened(os.fspath(path)) as file:
-            size = file.seek(0, io.SEEK_END)
+        size = os.path.getsize(path) if os.path.exists(path) else get_filesystem(path).size(path)
     return max(_EXPANSION * size, _SMALL)
 
 
@@ -107,14 +109,19 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _sentence(path: str, weights_only: bool) -> Iterator[None]:
-    """Name the file in whatever torch, pickle, zipfile and safetensors raise of bytes that they do not expect."""
+def _sentence(path: str, weights_only: bool, is_whole: bool = False) -> Iterator[None]:
+    """Name the file in whatever torch, pickle, zipfile and safetensors raise of bytes that they do not expect.
+
+    Pickles have kinds of operands that are not read with ``weights_only``; but in a file without checksums an unknown
+    one is more likely a damage.
+    """
     try:
         yield
-    except ImportError:
-        raise
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{path}: {error}") from error
     except Exception as error:
-        if weights_only and isinstance(error, pickle.UnpicklingError) and "operand" not in str(error):
+        is_foreign = isinstance(error, pickle.UnpicklingError) and (is_whole or "operand" not in str(error))
+        if weights_only and is_foreign:
             raise _more_than_tensors(path, first_line(error)) from error
         raise ValueError(f"{path} is damaged, or no checkpoint ({first_line(error)})") from error
 
@@ -236,12 +243,10 @@ def _tensors(loaded: Any) -> Iterator[Tensor]:
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
 
-def _load_safetensors(path: str) -> dict[str, Tensor]:
+def _load_safetensors(source: str | IO[bytes]) -> dict[str, Tensor]:
+    """The tensors, of a local file mapped from the disk."""
     try:
-        from safetensors import safe_open
+        from safetensors.torch import load, load_file
     except ImportError as error:
-        raise ModuleNotFoundError(f"{path} needs `pip install safetensors`") from error
-    if not os.path.exists(path):
-        raise ValueError("a safetensors file must be on the local disk")
-    file: Any = safe_open(path, framework="pt")
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        raise ModuleNotFoundError("a .safetensors file needs `pip install safetensors`") from error
+    return load_file(source) if isinstance(source, str) else load(source.read())

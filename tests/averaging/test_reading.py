@@ -130,3 +130,33 @@ def test_a_header_of_odd_length(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f" * 2)
     assert average_checkpoints([path, path])["w"].tolist() == [1.0, 1.0]
+
+
+def test_files_that_are_not_on_the_local_disk(tmp_path: Path) -> None:
+    import fsspec
+
+    remote = fsspec.filesystem("memory")
+    states = [{"w": torch.full((3,), value)} for value in (1.0, 3.0, 5.0)]
+    for index, state in enumerate(states[:2]):
+        with remote.open(f"/files/{index}.ckpt", "wb") as file:
+            torch.save({"state_dict": state}, file)
+    with remote.open("/files/2.safetensors", "wb") as file:
+        save_file(states[2], tmp_path / "2.safetensors")
+        file.write((tmp_path / "2.safetensors").read_bytes())
+    paths = ["memory://files/0.ckpt", "memory://files/1.ckpt", "memory://files/2.safetensors"]
+    assert average_checkpoints(paths)["w"].tolist() == [3.0, 3.0, 3.0]
+    with remote.open("/files/1.ckpt", "wb") as file:
+        file.write(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"memory://files/1\.ckpt is no checkpoint"):
+        average_checkpoints(paths)
+    with pytest.raises(FileNotFoundError):
+        average_checkpoints(["memory://files/none.ckpt"])
+
+
+def test_another_protocol_of_pickle(tmp_path: Path) -> None:
+    """It is whole, and what torch reads with `weights_only=False` only."""
+    path = tmp_path / "a.ckpt"
+    torch.save({"w": torch.ones(2), "names": ["a"] * 3}, path, pickle_protocol=4)
+    with pytest.raises(ValueError, match=r"a\.ckpt holds more than tensors.* pass `weights_only=False`"):
+        average_checkpoints([path])
+    assert average_checkpoints([path], weights_only=False)["w"].tolist() == [1.0, 1.0]
