@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 
@@ -55,13 +56,13 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[str]:
         with _naming(path, beside):
             yield beside
             os.fsync(descriptor)
-        if os.path.exists(target):
-            with contextlib.suppress(OSError):  # another user's file, perhaps
-                os.chmod(beside, stat.S_IMODE(os.stat(target).st_mode))
-        if is_unnamed:
-            _name(descriptor, hidden, target)
-        else:
-            os.replace(hidden, target)
+            if os.path.exists(target):
+                with contextlib.suppress(OSError):  # another user's file, perhaps
+                    os.chmod(beside, stat.S_IMODE(os.stat(target).st_mode))
+            if is_unnamed:
+                _name(descriptor, hidden, target)
+            else:
+                os.replace(hidden, target)
         _sync_folder(folder)
     finally:
         os.close(descriptor)
@@ -101,11 +102,18 @@ def _path_of(descriptor: int) -> str:
 
 def _name(descriptor: int, hidden: str, target: str) -> None:
     """Give the unnamed file its name, at once if nothing has that name yet."""
-    try:
+    with contextlib.suppress(OSError):
         _link(descriptor, target)
-    except FileExistsError:
+        return
+    try:
         _link(descriptor, hidden)  # a link never replaces a file, a rename does
-        os.replace(hidden, target)
+    except OSError:  # a file system that cannot link what has no name
+        with open(_path_of(descriptor), "rb") as written, open(hidden, "xb") as copy:
+            shutil.copyfileobj(written, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        shutil.copymode(_path_of(descriptor), hidden)
+    os.replace(hidden, target)
 
 
 def _link(descriptor: int, path: str) -> None:

@@ -25,11 +25,17 @@ from lightning_optim.atomic_writing import write_atomically
 BEFORE = {"w": torch.full((5,), 7.0)}
 
 
-@pytest.fixture(params=["unnamed", "named"])
+@pytest.fixture(params=["unnamed", "copied", "named"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways: through a file without a name, and where a file system has no such files."""
+    """Through a file without a name, and where a file system cannot give it one, or has no such files."""
+
+    def cannot_link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
     if request.param == "named":
         monkeypatch.setattr(atomic_writing, "_open_unnamed", lambda folder: None)
+    elif request.param == "copied":
+        monkeypatch.setattr(atomic_writing, "_link", cannot_link)
     return request.param
 
 
@@ -58,7 +64,7 @@ def test_readers_see_the_old_or_the_new(way: str, tmp_path: Path) -> None:
     with path.open(), write_atomically(path) as beside:
         Path(beside).write_text("new")
         assert path.read_text() == "old"
-        assert len(os.listdir(tmp_path)) == (1 if way == "unnamed" else 2)
+        assert len(os.listdir(tmp_path)) == (2 if way == "named" else 1)
     with path.open() as later:
         assert later.read() == "new"
 
