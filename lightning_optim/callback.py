@@ -70,12 +70,10 @@ class OptimCallback(Callback):
     evaluates: bool = False
     """Whether validation uses weights that this callback holds."""
 
-    stays: ClassVar[frozenset[str]] = frozenset()
-    """Attributes that do not come back from a fit in other processes (``ddp_spawn``), such as a loader."""
-
     name: str | None = None
     fit: Fit | None = None
     launched_as: int | None = None  # the `id` of the callback of which this is a copy, in the process that made it
+    launched: bool = False  # whether the last fit ran in other processes
     lost: str = ""  # why the attributes of a fit in other processes did not come back
     _stage: str | None = None
     _done: Mapping[str, Any] = MappingProxyType({})  # Hooks of this turn whose part of ours is done, and its result.
@@ -128,6 +126,11 @@ class OptimCallback(Callback):
     def needs_total(self) -> bool:
         """Whether a schedule that is not constant, or a start given as a fraction, needs the run's length."""
         return False
+
+    @property
+    def stays(self) -> frozenset[str]:
+        """Attributes that stay in another process in which a fit ran (``ddp_spawn``): large ones, such as weights."""
+        return frozenset()
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -189,7 +192,7 @@ class OptimCallback(Callback):
         refuse_setup(self, trainer)
         self.fit = Fit.of(trainer)
         self.fit.members.append(self)
-        self.steps, self.lost = [], ""
+        self.steps, self.launched, self.lost = [], False, ""
         self.reset()
         _arrange(trainer)
 

@@ -3,7 +3,8 @@
 The launching process keeps its own callbacks, to which nothing has happened. Of the processes that trained, Lightning
 brings back the module's weights and ``trainer.callback_metrics``. Here the attributes of our callbacks come back too:
 process 0 writes them to a file, and sends its path with Lightning's results, through a pipe that is too small for more.
-When the launching process unpickles the results, its callbacks get the attributes, and the file is removed.
+When the launching process unpickles the results, its callbacks get the attributes, and the file is removed. Weights
+that callbacks hold beside the module's stay there, and an error says so where they are asked for.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class _Returned:
 
 
 def _write(callback: OptimCallback, origin: int | None, folder: Path) -> _Parcel:
-    out = {*callback.stays, "launched_as", "lost"}
+    out = {*callback.stays, "launched_as", "launched", "lost"}
     # A Trainer or a module of this process is no use in the other.
     sent = {
         name: value
@@ -92,6 +93,7 @@ def _receive(folder: str, parcels: Iterable[_Parcel]) -> None:
         callback = _here.get(parcel.origin or 0)
         if callback is None or type(callback).__qualname__ != parcel.kind:
             continue
+        callback.launched = True
         try:
             if parcel.failure:
                 raise RuntimeError(parcel.failure)
@@ -115,15 +117,30 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def check_not_lost(callback: OptimCallback) -> None:
-    """Raise if the callback's last fit ran in other processes, and what it holds did not come back.
+    """Raise if the callback's last fit ran in other processes, and its attributes did not come back.
 
     Raises:
         RuntimeError: With the reason, and what to do instead.
     """
     if callback.lost:
+        raise RuntimeError(f'{_reason(callback)} Train with `strategy="ddp"`, or load a checkpoint of that fit.')
+
+
+def check_weights_are_here(callback: OptimCallback, what: str, remedy: str) -> None:
+    """Raise if the callback's last fit ran in other processes, in which its weights stayed.
+
+    Args:
+        callback: The callback that is asked for weights.
+        what: Which weights these are.
+        remedy: Where else they are, or what to change, in a sentence.
+
+    Raises:
+        RuntimeError: With the remedy.
+    """
+    if callback.launched:
         raise RuntimeError(
-            f"{_reason(callback)} Load a checkpoint of that fit, use the module as the fit has left it, or train with"
-            ' `strategy="ddp"`.'
+            f"The fit ran in other processes (a strategy such as `ddp_spawn`), and {what} of {type(callback).__name__}"
+            f" stayed there: only the module's weights come back. {remedy}"
         )
 
 

@@ -66,7 +66,6 @@ class CheckpointAveraging(RefreshesStatistics):
     """
 
     slot = Slot.STOP
-    stays = frozenset({"refresh_loader"})
     touches = frozenset({"weights"})
     final_rank = 0
 
@@ -92,6 +91,10 @@ class CheckpointAveraging(RefreshesStatistics):
     @property
     def identity(self) -> dict[str, Any]:
         return {} if self.monitor is None else {"monitor": self.monitor}
+
+    @property
+    def stays(self) -> frozenset[str]:
+        return frozenset({"refresh_loader"})
 
     def reset(self) -> None:
         self.path = self.best_path = ""

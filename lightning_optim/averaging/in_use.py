@@ -23,7 +23,7 @@ from lightning_optim.averaging.shadow import Shadow, copied_into, raw_in
 from lightning_optim.averaging.sources import plain_name
 from lightning_optim.averaging.validating import validate
 from lightning_optim.fit import replaced
-from lightning_optim.launched import check_not_lost
+from lightning_optim.launched import check_weights_are_here
 
 
 class AverageInUse(RefreshesStatistics):
@@ -39,7 +39,7 @@ class AverageInUse(RefreshesStatistics):
     comparison: Comparison
     _shadow: Shadow | None
     _layers: list[_BatchNorm]  # whose statistics are estimated anew
-    _held: dict[str, Tensor]  # the average, in a copy of a callback and after a fit in other processes
+    _held: dict[str, Tensor]  # the average, in a copy of a callback
     _unfrozen: list[_BatchNorm] | None  # at the last update: the user may have put the module into eval mode since
 
     @property
@@ -55,9 +55,9 @@ class AverageInUse(RefreshesStatistics):
             module: The module that is or was trained, or another one with the same names, such as a copy.
 
         Raises:
-            RuntimeError: If the fit ran in other processes, and the average could not be brought back.
+            RuntimeError: If the fit ran in other processes (``ddp_spawn``), in which the average stayed.
         """
-        check_not_lost(self)
+        self._check_is_here()
         shadow = self._shadow
         if shadow is None:
             with copied_into(module, self._held):
@@ -112,7 +112,15 @@ class AverageInUse(RefreshesStatistics):
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """The averaged tensors by name; empty before the first update."""
+        self._check_is_here()
         return self._held if self._shadow is None else self._shadow.named()
+
+    def _check_is_here(self) -> None:
+        remedy = (
+            "Pass `apply_at_end=True`, with which the module ends with it, or read it out of a checkpoint of that fit"
+            " with `averaged_state_dict(path)`."
+        )
+        check_weights_are_here(self, "the average", remedy)
 
     def _evaluating(self, run: Callable[[], Any], trainer: Trainer, pl_module: LightningModule) -> Callable[[], Any]:
         """The validation loop, with the average in the module from its first hook to its last."""

@@ -94,7 +94,6 @@ class WeightAveraging(AverageInUse):
     """
 
     slot = Slot.AVERAGE
-    stays = frozenset({"refresh_loader"})
     touches = frozenset({"weights"})
 
     def __init__(
@@ -138,6 +137,10 @@ class WeightAveraging(AverageInUse):
     @property
     def identity(self) -> dict[str, Any]:
         return {"average": self.average.identity}
+
+    @property
+    def stays(self) -> frozenset[str]:
+        return frozenset({"refresh_loader", "_held", "_loaded"})
 
     @property
     def needs_total(self) -> bool:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_optim import state
 from lightning_optim.callback import OptimCallback
 from lightning_optim.figures import canvas
-from lightning_optim.launched import check_not_lost
+from lightning_optim.launched import check_not_lost, check_weights_are_here
 from lightning_optim.own_files import OwnFiles
 from lightning_optim.refusals import hides_weights
 from lightning_optim.slots import Slot
@@ -161,6 +161,10 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
             return {"monitor": self.monitor.identity}
         return {"monitor": self.monitor, "mode": self.mode}  # Lightning's own, so that its checkpoints resume here
 
+    @property
+    def stays(self) -> frozenset[str]:
+        return frozenset({"_keeper"} if self.dirpath is None else ())
+
     def reset(self) -> None:
         self.criterion.reset()
         if self._best_by is not None:
@@ -289,9 +293,16 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         from them. What does not fit, because the module has changed since, is left as it is, and named in a warning.
 
         Raises:
-            RuntimeError: If there is no best yet, or if the fit ran in other processes and the best did not come back.
+            RuntimeError: If there is no best yet, or if the fit ran in other processes (``ddp_spawn``), in whose memory
+                the best stayed.
         """
-        check_not_lost(self)
+        if not self.best_path:
+            check_weights_are_here(
+                self,
+                "the best weights",
+                "With `restore_best=True` the module that was trained ends with them; pass `dirpath=…` to keep them in"
+                " a checkpoint.",
+            )
         if not self._keeper.has_best:
             raise RuntimeError("There is no best yet: no check has improved, or `restore_best=False`.")
         if self._keeper.is_of(module) and (self.fit is None or self.fit.failed):
@@ -352,6 +363,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         Returns:
             The figure and its axes. It needs matplotlib.
         """
+        check_not_lost(self)
         figure, axes = canvas(axes)
         for name in self.criterion.monitors:
             axes.plot(range(1, len(self.history) + 1), [values[name] for values in self.history], label=name)
