@@ -10,14 +10,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
-import pickle
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+
+from lightning_optim import safe_reading
 
 _KEY = "ensemble"
 _PREFIX = "members."
@@ -109,22 +112,19 @@ def load_members(members: nn.ModuleList, checkpoint: dict[str, Any]) -> None:
 
 
 def read(path: Any, weights_only: bool) -> dict[str, Any]:
-    """The checkpoint of an ensemble, on the CPU.
+    """What a checkpoint holds, on the CPU.
 
     Raises:
-        ValueError: If the file is broken, or holds more than tensors and plain values and ``weights_only`` is set.
+        ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values and
+            ``weights_only`` is set.
     """
-    try:
+    if isinstance(path, str | os.PathLike):
+        _refuse_folder(path)
+        loaded = safe_reading.load(path, weights_only)
+    else:  # an open file
         loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, and loading that can run any code: pass"
-            f" `weights_only=False` if you trust it. ({error})"
-        ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint, or only a part of one ({type(error).__name__}: {error})") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, and no checkpoint")
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), Mapping):
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`")
     return loaded
 
 
@@ -194,7 +194,7 @@ def made_of(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningM
         torch.save(_checkpoint_of(checkpoint, index), part)
         part.seek(0)
         try:
-            members.append(load_member(member_class, part, kwargs))
+            members.append(_loaded(member_class, part, kwargs))
         except TypeError as error:
             raise ValueError(
                 f"{path}: member {index}, a {member_class.__name__}, cannot be made of the hyper-parameters that were"
@@ -203,14 +203,39 @@ def made_of(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningM
     return members
 
 
-def load_member(member_class: type[LightningModule], file: Any, kwargs: dict[str, Any]) -> LightningModule:
-    """The model in a file, which is not unpickled unless ``weights_only=False`` says so."""
+def load_member(member_class: type[LightningModule], path: str | Path, kwargs: dict[str, Any]) -> LightningModule:
+    """The model in a file, which is not unpickled unless ``weights_only=False`` says so.
+
+    Raises:
+        ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
+        RuntimeError: If its weights are not those of the class.
+        TypeError: If the class has arguments that are not in it.
+    """
     arguments: dict[str, Any] = {"weights_only": True, **kwargs}
-    known = "weights_only" in inspect.signature(member_class.load_from_checkpoint).parameters
-    if not known and arguments.pop("weights_only") and not isinstance(file, io.BytesIO):
-        # Lightning before 2.6 unpickles whatever there is: let torch refuse first.
-        torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    if os.path.exists(path):
+        if arguments["weights_only"]:
+            read(path, weights_only=True)
+        else:
+            _refuse_folder(path)
+            safe_reading.check(path, weights_only=False)
+    try:
+        return _loaded(member_class, path, arguments)
+    except (RuntimeError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _loaded(member_class: type[LightningModule], file: Any, arguments: dict[str, Any]) -> LightningModule:
+    if "weights_only" not in inspect.signature(member_class.load_from_checkpoint).parameters:
+        arguments = {name: value for name, value in arguments.items() if name != "weights_only"}  # before Lightning 2.6
     return member_class.load_from_checkpoint(file, **arguments)
+
+
+def _refuse_folder(path: str | os.PathLike[str]) -> None:
+    if os.path.isdir(path):
+        raise ValueError(
+            f"{path} is a folder, a distributed checkpoint, which Lightning loads through a Trainer's `ckpt_path` only:"
+            " `python -m lightning.pytorch.utilities.consolidate_checkpoint` makes a file of it"
+        )
 
 
 # ---- the parts of members --------------------------------------------------------------------------------------------

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_optim.atomic_writing import write_atomically
+from lightning_optim.safe_reading import check, first_line, load
 
 _KEY = "fit_members"
 
@@ -43,7 +44,7 @@ class Manifest:
         seed: The seed of the ensemble.
 
     Raises:
-        ValueError: If the folder holds members of another seed.
+        ValueError: If the folder holds members of another seed, or ``members.json`` is damaged.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -52,7 +53,7 @@ class Manifest:
         self._finished: dict[int, dict[str, Any]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
-            written = json.loads(self.file.read_text())
+            written = self._read()
             if written["seed"] != seed:
                 raise ValueError(
                     f"`seed={seed}`, but {folder} holds members of seed {written['seed']}: give that seed to go on with"
@@ -60,24 +61,45 @@ class Manifest:
                 )
             self._finished = {entry["index"]: entry for entry in written["members"]}
 
+    def _read(self) -> dict[str, Any]:
+        try:
+            written = json.loads(self.file.read_bytes())
+            indices = [entry["index"] for entry in written["members"]]
+            if not all(map(_is_count, [written["seed"], *indices])) or len(set(indices)) < len(indices):
+                raise ValueError("its seed and indices are no counts, or one is there twice")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{self.file} is no list of members, or only a part of one ({type(error).__name__}: {error}): delete"
+                " it, and the members are trained again, each from its last checkpoint; or give another `dirpath`"
+            ) from error
+        return dict(written)
+
     def path(self, index: int) -> Path:
         """The file of a member."""
         return self.folder / f"member-{index}.ckpt"
 
     def __contains__(self, index: int) -> bool:
-        return index in self._finished and self.path(index).exists()
+        """Whether a member is finished: the manifest says so, and its file is whole."""
+        if index not in self._finished or not self.path(index).exists():
+            return False
+        try:
+            check(self.path(index), weights_only=False)  # hyper-parameters may be anything; nothing is unpickled here
+        except ValueError as error:
+            rank_zero_warn(f"{error}: member {index} is trained again")
+            return False
+        return True
 
     def add(self, index: int, **about: Any) -> None:
         """A member is finished, and its file written. The manifest appears whole, or stays as it was."""
         name = self.path(index).name
         self._finished[index] = {"index": index, "seed": member_seed(self.seed, index), "file": name, **about}
         members = [self._finished[known] for known in sorted(self._finished)]
-        part = self.file.with_suffix(".part")
-        with part.open("w") as file:
+        with write_atomically(self.file) as beside, open(beside, "w") as file:
             json.dump({"seed": self.seed, "members": members}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.file)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class MemberMark(Callback):
@@ -106,9 +128,10 @@ class MemberMark(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = {"seed": self.seed, "index": self.index, "exact": _resumes_exactly(trainer)}
 
-    def marks(self, checkpoint: dict[str, Any]) -> bool:
+    def marks(self, checkpoint: Any) -> bool:
         """Whether a file is this member's, and a run that goes on from it ends as one that was never killed."""
-        return checkpoint.get(_KEY) == {"seed": self.seed, "index": self.index, "exact": True}
+        mark = {"seed": self.seed, "index": self.index, "exact": True}
+        return isinstance(checkpoint, dict) and checkpoint.get(_KEY) == mark
 
 
 def _resumes_exactly(trainer: Trainer) -> bool:
@@ -137,10 +160,25 @@ def last_checkpoint(trainer: Trainer, mark: MemberMark) -> Path | None:
     for path in sorted(path for folder in folders for path in Path(folder).glob("*.ckpt")):
         head = path / "meta.pt" if path.is_dir() else path  # a distributed checkpoint is a folder
         try:
-            checkpoint = torch.load(head, map_location="cpu", mmap=True, weights_only=True)
+            checkpoint = load(head, check=False)
         except Exception as error:
-            rank_zero_warn(f"{path} cannot be read, and is passed over: {type(error).__name__}: {error}")
+            _warn_of(path, error)
             continue
         if mark.marks(checkpoint):
             found.append((checkpoint["global_step"], path.name, path))
-    return max(found)[2] if found else None
+    # Reading whole files is dear: the checksums of the newest are compared, and of an older one if it is damaged.
+    return next((path for *_, path in sorted(found, reverse=True) if _is_whole(path)), None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        if path.is_file():
+            check(path)
+    except ValueError as error:
+        _warn_of(path, error)
+        return False
+    return True
+
+
+def _warn_of(path: Path, error: Exception) -> None:
+    rank_zero_warn(f"{path} cannot be read, and is passed over ({first_line(error)})")

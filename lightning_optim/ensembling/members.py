@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -18,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves
 
+from lightning_optim.atomic_writing import write_atomically
 from lightning_optim.ensembling.manifest import Manifest, MemberMark, last_checkpoint, member_seed
 from lightning_optim.resume import ExactResume
 from lightning_optim.tensors import reshard_
@@ -41,8 +44,8 @@ def fit_members(
     ``dirpath/member-{index}.ckpt``, and ``dirpath/members.json`` tells which are finished.
 
     **A run that is killed** and called again ends with the same members, bit for bit. A finished one is not trained
-    again. One that was under way goes on from the newest checkpoint that its Trainer's own ``ModelCheckpoint`` wrote,
-    if the run can be exact from there, else it starts again from its seed. To that end
+    again, unless its file is damaged. One that was under way goes on from the newest checkpoint that its Trainer's own
+    ``ModelCheckpoint`` wrote, if the run can be exact from there, else it starts again from its seed. To that end
     :class:`~lightning_optim.ExactResume` is added to a Trainer that has a ``ModelCheckpoint``, which writes to
     ``dirpath/member-{index}`` if it has no ``dirpath`` of its own. Exact are files from an epoch's end; and from the
     middle of one, if the training loaders save their position (``state_dict``, as torchdata's do).
@@ -69,7 +72,8 @@ def fit_members(
         The members' files in their order, for :meth:`Ensemble.from_checkpoints <lightning_optim.Ensemble>`.
 
     Raises:
-        ValueError: If an argument is not allowed, or ``dirpath`` holds members of another seed.
+        ValueError: If an argument is not allowed, ``dirpath`` holds members of another seed, or its ``members.json`` is
+            damaged.
 
     Example::
 
@@ -170,19 +174,30 @@ def _own(data: Any, index: int) -> Any:
         ) from error
 
 
+class _AtomicFile(CheckpointIO):
+    """Writes a checkpoint with ``torch.save``, whole or not at all, whatever the Trainer's own plugin does."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with write_atomically(path) as beside, open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError
+
+    def remove_checkpoint(self, path: Any) -> NoReturn:
+        raise NotImplementedError
+
+
 def _save(trainer: Trainer, path: Path) -> None:
-    """Write what the fit ended with; the file appears at once, or not at all."""
-    part = path.with_suffix(".part")
-    strategy = trainer.strategy
+    """Write what the fit ended with; the file is there when this returns, and appears at once, or not at all."""
+    strategy, writer = trainer.strategy, trainer.strategy.checkpoint_io
     distributed = isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
     try:
         if distributed:  # one file, which `load_from_checkpoint` reads, and no folder of shards
             strategy._save_distributed_checkpoint = False
-        trainer.save_checkpoint(part, weights_only=True)
+        strategy.checkpoint_io = _AtomicFile()
+        trainer.save_checkpoint(path, weights_only=True)
     finally:
+        strategy.checkpoint_io = writer
         if distributed:
             strategy._save_distributed_checkpoint = True
-    if trainer.is_global_zero:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)

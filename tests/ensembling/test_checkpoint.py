@@ -101,7 +101,9 @@ def test_the_ensemble_of_a_checkpoint_equals_the_one_that_was_saved(
     classes = [type(member) for member in ensemble.members]
     torch.random.set_rng_state(state)
     named = Ensemble.load_from_checkpoint(path, member_class=classes)
-    for again in (trusted, named):
+    with path.open("rb") as file:
+        opened = Ensemble.load_from_checkpoint(file, member_class=classes)
+    for again in (trusted, named, opened):
         assert type(again) is type(ensemble) and [type(member) for member in again.members] == classes
         assert (again._mean.outputs, again._mean.on, again._mean.dim) == ("logits", on, -1)
         assert [dict(member.hparams) for member in again.members] == [dict(m.hparams) for m in ensemble.members]
@@ -188,7 +190,7 @@ def test_files_of_other_content(tmp_path: Path) -> None:
         Ensemble.load_from_checkpoint(path, weights_only=False)
     path.write_bytes(path.read_bytes()[:500])
     for arguments in ({}, {"weights_only": False}, {"members": [Plain()], "outputs": "logits"}):
-        with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint, or only a part of one"):
+        with pytest.raises(ValueError, match=r"other.ckpt is damaged, or no checkpoint"):
             Ensemble.load_from_checkpoint(path, **arguments)
 
 

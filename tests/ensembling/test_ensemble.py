@@ -410,61 +410,6 @@ def test_it_is_saved_and_loaded_by_lightning(tmp_path: Path) -> None:
     assert found == expected
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    paths = []
-    for index, model in enumerate(members()):
-        of = trainer(max_epochs=1)
-        of.fit(model, loader())
-        paths.append(folder / f"{index}.ckpt")
-        of.save_checkpoint(paths[-1])
-    return paths
-
-
-def test_from_checkpoints(tmp_path: Path) -> None:
-    paths = checkpoints(tmp_path)
-    models = [Classifier.load_from_checkpoint(path) for path in paths]
-    ensemble = Ensemble.from_checkpoints(Classifier, map(str, paths), outputs="logits", on="net")
-    assert torch.allclose(ensemble(X).exp(), mean_probabilities(models, X).float(), atol=1e-6)
-    assert Ensemble.from_checkpoints(Classifier, paths, outputs="logits", seed=9).hparams["seed"] == 9
-
-
-class Evil:
-    """What a stranger's file may hold."""
-
-    def __reduce__(self) -> Any:
-        return pytest.fail, ("the file was unpickled",)
-
-
-def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
-    path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {}, "evil": Evil()}, path)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        Ensemble.from_checkpoints(Classifier, [path], outputs="logits")
-    with pytest.raises(pytest.fail.Exception, match="unpickled"):
-        Ensemble.from_checkpoints(Classifier, [path], outputs="logits", weights_only=False)
-
-
-class Before26(Classifier):
-    """Lightning before 2.6 does not know ``weights_only``, and unpickles whatever there is."""
-
-    @classmethod
-    def load_from_checkpoint(cls, path: Path, **kwargs: Any) -> Classifier:
-        assert "weights_only" not in kwargs
-        return Classifier.load_from_checkpoint(path, weights_only=False, **kwargs)
-
-
-def test_a_strangers_file_is_not_unpickled_by_an_older_lightning_either(tmp_path: Path) -> None:
-    path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {}, "evil": Evil()}, path)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        Ensemble.from_checkpoints(Before26, [path], outputs="logits")
-    with pytest.raises(pytest.fail.Exception, match="unpickled"):
-        Ensemble.from_checkpoints(Before26, [path], outputs="logits", weights_only=False)
-    paths = checkpoints(tmp_path)
-    older, newer = (Ensemble.from_checkpoints(known, paths, outputs="logits") for known in (Before26, Classifier))
-    assert torch.equal(older(X), newer(X))
-
-
 def test_a_second_trainer_and_a_second_stage() -> None:
     models = members()
     ensemble = Ensemble(models, outputs="logits", on="net")
