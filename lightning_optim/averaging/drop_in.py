@@ -88,8 +88,8 @@ class StochasticWeightAveraging(WeightAveraging):
     Different from Lightning's: the last epoch's end is in the mean, and weights from before ``swa_epoch_start`` are
     not; validation and every file use the average; it goes into the model also after an early stop and at
     ``max_steps``; the learning-rate schedule stays the user's unless ``swa_lrs`` is given, and then runs on
-    underneath; BatchNorm statistics are estimated by forward passes, without an epoch more and without a training step;
-    several optimizers and sharded models work.
+    underneath; BatchNorm statistics are estimated without an optimizer step, a hook or an epoch more; several
+    optimizers and sharded models work.
 
     Args:
         swa_lrs: The rate, or one for each parameter group, to which the rates of the first averaged epoch are annealed.

@@ -81,8 +81,8 @@ class WeightAveraging(AverageInUse):
     Raises:
         ValueError: If an argument is none of these.
         MisconfigurationException: For a pattern of ``buffers`` that matches nothing, for two evaluated averages, beside
-            Lightning's own averaging, for a fraction in a run without a known end, or for statistics to refresh in a
-            module without ``forward``.
+            Lightning's own averaging, for a fraction in a run without a known end, or for statistics to refresh that
+            ``training_step`` cannot estimate; the message says what to do.
 
     Example::
 

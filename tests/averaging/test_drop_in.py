@@ -96,7 +96,7 @@ def test_swa_has_the_end_of_an_epoch_that_was_cut_short(hook: str, first: bool, 
     assert_close(snapshot(model), mean([model.trajectory[end] for end in ends]))
 
 
-def test_swa_runs_no_training_step_for_statistics_and_no_epoch_more() -> None:
+def test_swa_estimates_statistics_without_a_step_and_an_epoch_more() -> None:
     model, alone = Model(make=norm_net), Model(make=norm_net)
     torch.manual_seed(1)
     run = fit(model, [StochasticWeightAveraging(swa_epoch_start=1)], max_epochs=3)
