@@ -104,7 +104,7 @@ def _content(last: str, mean: dict[Any, Any], key: str | None, weights_only: boo
     """
     loaded = {} if safe_reading.is_safetensors(last) else reading.load_checkpoint(last, weights_only)
     is_lightning = "pytorch-lightning_version" in loaded
-    where = reading.STATE_DICT if os.path.isdir(last) else reading.weights_key(loaded, last, key)
+    where = key or reading.STATE_DICT if os.path.isdir(last) else reading.weights_key(loaded, last, key)
     if where is None or (os.path.isdir(last) and not is_lightning):
         return mean, []
     kept, left_out = {}, []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
@@ -98,13 +99,13 @@ def average_checkpoints(
     names = [os.fspath(path) for path in paths]
     given = _checked(weights, len(names))
     mean = RunningMean()
-    files = zip(_checked_ahead(names, weights_only), given, strict=True)
-    for (path, is_checked), weight in shown(files, len(names), progress):
-        mean.add(reading.weights_in(path, weights_only, key, check=not is_checked), weight, path)
+    with contextlib.closing(_checked_ahead(names, weights_only)) as files:
+        for (path, is_checked), weight in shown(zip(files, given, strict=True), len(names), progress):
+            mean.add(reading.weights_in(path, weights_only, key, check=not is_checked), weight, path)
     return mean.finish()
 
 
-def _checked_ahead(names: Sequence[str], weights_only: bool) -> Iterator[tuple[str, bool]]:
+def _checked_ahead(names: Sequence[str], weights_only: bool) -> Generator[tuple[str, bool], None, None]:
     """Each file, and whether it is checked: while one is averaged, the checksums of the next are computed beside."""
     with ThreadPoolExecutor(max_workers=1) as beside:
         check = beside.submit(_check, names[0], weights_only)

@@ -117,7 +117,7 @@ def describe(path: Path, weights_only: bool = True, key: str | None = None) -> I
     path = os.fspath(path)
     checkpoint = reading.load_checkpoint(path, weights_only)
     if os.path.isdir(path):
-        weights = reading.weights_in(path, weights_only)
+        weights = reading.weights_in(path, weights_only, key)
     else:
         weights = reading.weights_of(checkpoint, path, key)
     if "pytorch-lightning_version" not in checkpoint:

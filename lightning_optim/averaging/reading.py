@@ -16,7 +16,6 @@ from lightning_optim.folder_reading import check_folder, load_folder, reader_of
 Path: TypeAlias = tuple[Any, ...]  # the names on the way to a tensor; one for each level
 
 STATE_DICT = "state_dict"
-_FOLDER = f"{STATE_DICT}."  # what Lightning puts before each name in a distributed checkpoint
 _OTHERS = ("model", "model_state_dict", "ema")  # where other training loops put their weights
 _DEPTH, _MAPPINGS = 32, 1_000_000
 
@@ -51,7 +50,7 @@ def weights_in(
     """The weights of a file: see :func:`weights_key` for where they lie."""
     path = os.fspath(path)
     if os.path.isdir(path):
-        return _weights_of_folder(path, weights_only)
+        return _weights_of_folder(path, weights_only, key)
     weights = weights_of(load_checkpoint(path, weights_only, check), path, key)
     _check_extent(path, weights)
     return weights
@@ -132,18 +131,26 @@ def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
         raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as the file has")
 
 
-def _weights_of_folder(path: str, weights_only: bool) -> dict[str, Tensor]:
+def _weights_of_folder(path: str, weights_only: bool, key: str | None) -> dict[str, Tensor]:
     """The whole tensors of a distributed checkpoint, read without process groups."""
     metadata = reader_of(path, weights_only).read_metadata()
     check_folder(path, metadata, weights_only)
-    described = {
-        name: about
-        for name, about in metadata.state_dict_metadata.items()
-        if name.startswith(_FOLDER) and isinstance(about, TensorStorageMetadata)
-    }
+    described = {n: a for n, a in metadata.state_dict_metadata.items() if isinstance(a, TensorStorageMetadata)}
     total = sum(about.size.numel() * about.properties.dtype.itemsize for about in described.values())
     if weights_only and total > safe_reading.largest(path):
         raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as its files have")
-    found = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in described.items()}
+    # Of {"state_dict": {"w": …}} a folder holds "state_dict.w".
+    levels: dict[str, dict[str, Tensor]] = {}
+    for name in described:
+        top, dot, rest = name.partition(".")
+        if dot:
+            levels.setdefault(top, {})[rest] = torch.empty(0)
+    where = weights_key(levels, path, key)
+    prefix = "" if where is None else f"{where}."
+    found = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in described.items()
+        if name.startswith(prefix)
+    }
     load_folder(found, path, weights_only, no_dist=True)
-    return {name.removeprefix(_FOLDER): tensor for name, tensor in found.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}

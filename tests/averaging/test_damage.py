@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_optim import average_checkpoints, cli, greedy_soup, safe_reading
+from tests.averaging.memory import peak_over_start
 
 _generator = torch.Generator().manual_seed(0)
 STATE = {
@@ -222,19 +223,6 @@ def test_no_advice_to_trust_what_is_only_broken(tmp_path: Path) -> None:
 # ---- bombs -----------------------------------------------------------------------------------------------------------
 
 
-def _peak_over_start(action: Callable[[], Any]) -> float:
-    """How far resident memory grew during a call, in MB: /proc can set the peak back."""
-
-    def read(name: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-    Path("/proc/self/clear_refs").write_text("5")
-    start = read("VmRSS")
-    action()
-    return read("VmHWM") - start
-
-
 def _overlapping() -> bytes:
     """An archive of 1 MB: the records of its 64 tensors are one and the same."""
     written = io.BytesIO()
@@ -289,7 +277,7 @@ def test_a_bomb_takes_no_more_than_twice_its_size(what: str, tmp_path: Path) -> 
             average_checkpoints([path, path])
 
     refused()  # once, so that all code is loaded
-    assert _peak_over_start(refused) < 2 * path.stat().st_size / 1e6 + 8
+    assert peak_over_start(refused) < 2 * path.stat().st_size / 1e6 + 8
 
 
 def test_names_without_end(tmp_path: Path) -> None:

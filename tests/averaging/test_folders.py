@@ -46,6 +46,21 @@ def test_the_mean_of_folders(folder: Path, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "out.ckpt")["state_dict"]["w"].tolist() == [1.0] * 40
 
 
+def test_folders_of_other_training_loops(tmp_path: Path) -> None:
+    one, other = {"w": torch.ones(2)}, {"w": torch.full((2,), 5.0)}
+    contents = {
+        "model": ({"model": one, "optimizer": {"w": torch.zeros(2)}}, None, 1.0),
+        "whole": (one, None, 1.0),
+        "key": ({"state_dict": one, "teacher": other}, "teacher", 5.0),
+    }
+    for name, (content, key, value) in contents.items():
+        dcp.save(content, checkpoint_id=tmp_path / name, no_dist=True)
+        mean = average_checkpoints([tmp_path / name] * 2, key=key)
+        assert {n: v.tolist() for n, v in mean.items()} == {"w": [value, value]}
+    with pytest.raises(ValueError, match=r"key has no weights under `student`; there are \['state_dict', 'teacher'\]"):
+        average_checkpoints([tmp_path / "key"], key="student")
+
+
 class Harmful:
     def __init__(self, path: Path) -> None:
         self.path = str(path)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_optim import average_checkpoints, average_weights
+from tests.averaging.memory import peak_over_start
 from tests.averaging.models import assert_equal
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.int32]
@@ -101,6 +102,18 @@ def test_ties_that_differ(tmp_path: Path) -> None:
         torch.save(state, path)
     for order in (1, -1):
         assert_equal(average_checkpoints(paths[::order]), {"a": weight + 0.5, "b": weight + 1.5})
+
+
+@pytest.mark.parametrize(("kind", "count"), [("ckpt", 3), ("ckpt", 12), ("safetensors", 12)])
+def test_memory_is_the_mean_and_one_file(kind: str, count: int, tmp_path: Path) -> None:
+    """Also of resident memory, in which the pages of mapped files count."""
+    generator, paths = torch.Generator().manual_seed(0), []
+    for index in range(count):
+        state = {f"layer{layer}": torch.randn(1 << 16, generator=generator) for layer in range(32)}  # 8 MB
+        paths.append(tmp_path / f"{index}.{kind}")
+        save_file(state, paths[-1]) if kind == "safetensors" else torch.save({"state_dict": state}, paths[-1])
+    average_checkpoints(paths[:2])
+    assert peak_over_start(lambda: average_checkpoints(paths)) < 2.5 * 8.4
 
 
 class Harmful:
