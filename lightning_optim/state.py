@@ -6,6 +6,7 @@ rank, with shapes that agree and values that are wrong.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_optim import safe_reading, tensors
+from lightning_optim.fit import replaced
 from lightning_optim.folder_reading import load_folder
 
 _ENTRY = "lightning_optim"
@@ -118,17 +120,41 @@ def is_distributed(trainer: Trainer) -> bool:
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
-def left_out(checkpoint: dict[str, Any], module: nn.Module) -> set[str]:
-    """Return the plain names of the frozen tensors that a finished checkpoint's ``state_dict`` leaves out.
+def leave_out(
+    strategy: Strategy,
+    module: nn.Module,
+    key: str,
+    parts: Sequence[str],
+    tell: Callable[[set[str]], None] | None = None,
+) -> None:
+    """Leave out of the next checkpoint's callback state the frozen tensors that its ``state_dict`` leaves out.
 
-    Empty where it holds nothing at all: of a sharded model's gathered weights only rank 0 has any.
+    Call it in ``on_save_checkpoint``. The module's own hook, in which it may leave weights out, comes after those of
+    callbacks: what it left out is known when the strategy writes the checkpoint.
+
+    Args:
+        strategy: The Trainer's.
+        module: The module whose checkpoint it is.
+        key: The callback's ``state_key``.
+        parts: Keys of its state, each with a dictionary of name to tensor.
+        tell: Gets the plain names of the tensors, if there are any.
     """
-    saved = {tensors.plain_name(name) for name in checkpoint.get("state_dict", {})}
-    return tensors.frozen_names(module) - saved if saved else set()
+    save, back = strategy.save_checkpoint, contextlib.ExitStack()
+
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        back.close()
+        saved = {tensors.plain_name(name) for name in checkpoint.get("state_dict", {})}
+        # Of a sharded model's gathered weights only rank 0 has any.
+        if names := tensors.frozen_names(module) - saved if saved else set():
+            _drop(checkpoint, key, parts, names)
+            if tell is not None:
+                tell(names)
+        save(checkpoint, *args, **kwargs)
+
+    back.enter_context(replaced(strategy, "save_checkpoint", save_checkpoint))
 
 
-def drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set[str]) -> None:
-    """Take these tensors out of some parts of a callback's state, each a dictionary of name to tensor."""
+def _drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set[str]) -> None:
     held = checkpoint.get("callbacks", {}).get(key, {})
     for part in held.keys() & set(parts):
         held[part] = {name: value for name, value in held[part].items() if tensors.plain_name(name) not in names}

@@ -23,6 +23,7 @@ from lightning_optim.averaging.checkpoints import RunningMean, StateDict
 from lightning_optim.averaging.refresh import RefreshesStatistics, in_training
 from lightning_optim.averaging.soup import stir
 from lightning_optim.averaging.validating import validate
+from lightning_optim.displaced import Displaced
 from lightning_optim.folder_reading import load_folder
 from lightning_optim.own_files import OwnFiles
 from lightning_optim.schedules import check_number
@@ -100,6 +101,7 @@ class CheckpointAveraging(RefreshesStatistics):
         self.path = self.best_path = ""
         self.score: float | None = None
         self.kept: list[str] = []
+        self._displaced = Displaced()
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -115,6 +117,7 @@ class CheckpointAveraging(RefreshesStatistics):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._displaced.resume_(pl_module)
         treated = self._treated(pl_module)
         self.try_before_first_step(trainer, pl_module, treated.layers)
         if any(norm.sharded for norm in treated.vectors):
@@ -149,13 +152,27 @@ class CheckpointAveraging(RefreshesStatistics):
         if not self.best_path:
             return False
         is_own = self.best_path in self._running.own_files
+        self._displaced.keep_raw(pl_module)
         try:
             state.load_weights_(pl_module, self.best_path, weights_only=not is_own)
         except (OSError, ValueError) as error:
             rank_zero_warn(f"CheckpointAveraging leaves the module as it is: the best checkpoint is not read: {error}")
             self.best_path = ""
+            self._displaced.resume_(pl_module)
             return False
         return True
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        return self._displaced.extra_state()
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._displaced.load_extra_state(extra)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state.leave_out(trainer.strategy, pl_module, self.state_key, ("raw",))
 
     def _checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
         for callback in trainer.checkpoint_callbacks:

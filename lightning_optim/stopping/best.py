@@ -15,28 +15,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_optim import tensors
+from lightning_optim.copies import copies_of, exchange_, fitting, localized
+from lightning_optim.displaced import Displaced, on_cpu
 from lightning_optim.fit import evaluated_state
 from lightning_optim.interrupts import uninterrupted
 from lightning_optim.own_files import OwnFiles
-from lightning_optim.stopping.copies import copies_of, exchange_, fitting, folded, listed, localized, misfits
+from lightning_optim.stopping.misfits import folded, listed, misfits
 from lightning_optim.stopping.stored import Stored
 
 
-class Keeper(abc.ABC):
+class Keeper(Displaced, abc.ABC):
     """Keeps the evaluated weights of one check until better ones come, and the raw weights once the best is restored.
-
-    After a fit the trained module holds the best, while the optimizers' state belongs to the raw weights. A checkpoint
-    that is written then needs both: the best is its ``state_dict``, and the raw weights are in :meth:`extra_state`.
 
     Attributes:
         left_out: Plain names of the frozen parameters that checkpoints leave out, and so does the best.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.left_out: set[str] = set()
-        self._in_module = False
-        self._module: weakref.ref[nn.Module] | None = None  # the trained one
-        self._raw: dict[str, Tensor] = {}  # what the best has displaced from it
 
     @abc.abstractmethod
     def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
@@ -65,11 +62,7 @@ class Keeper(abc.ABC):
     def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
         """Put the best into the module's tensors, and what these held into ``_raw``."""
 
-    @abc.abstractmethod
-    def _take_(self, live: dict[str, Tensor]) -> None:
-        """Put ``_raw`` into the module's tensors, which hold the best."""
-
-    def notice_unfrozen(self) -> None:  # noqa: B027 (not all leave anything out)
+    def notice_unfrozen(self) -> None:
         """Copy parameters that were left out because they were frozen, and that the next step will move."""
 
     @torch.no_grad()
@@ -83,53 +76,13 @@ class Keeper(abc.ABC):
         with uninterrupted():
             self._place_(module, live)
         self._in_module, self._module = True, weakref.ref(module)
-        for name in tensors.frozen_names(module) & self._raw.keys():
-            # As it was at the best check: a checkpoint need not hold it twice.
-            if not tensors.any_sharded([live[name]]) and torch.equal(live[name].cpu(), self._raw[name]):
-                del self._raw[name]
-
-    @torch.no_grad()
-    def resume_(self, module: nn.Module) -> None:
-        """When training starts: put the raw weights in, if the checkpoint was written when the best was restored."""
-        tensors.reshard_(module)
-        self._module, live = weakref.ref(module), tensors.writable_tensors(module)
-        if self._in_module:
-            self._raw = localized(self._raw, live)
-            with uninterrupted():
-                self._take_(live)
-            self._in_module, self._raw = False, {}
-
-    def is_of(self, module: nn.Module) -> bool:
-        """Whether ``module`` is the one that was trained."""
-        return self._module is not None and self._module() is module
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold; DTensors for a sharded module."""
-        placed = {"raw": self._placed(self._raw)} if self._in_module else {}
-        return {"in_module": self._in_module, "left_out": sorted(self.left_out), **placed}
+        return {**super().extra_state(), "left_out": sorted(self.left_out)}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
-        """Take over what :meth:`extra_state` returned."""
-        self._in_module, self.left_out = extra.get("in_module", False), set(extra.get("left_out", ()))
-        self._raw = _on_cpu(extra.get("raw", {}))
-
-    def _placed(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The held shards of a sharded module, as DTensors."""
-        module = self._module() if self._module is not None else None
-        if module is None or not held:
-            return dict(held)
-        tensors.reshard_(module)
-        live, placed = tensors.writable_tensors(module), {}
-        for name, kept in held.items():
-            like = live.get(name, kept)
-            (shard,) = tensors.local([like])
-            ours = like is not shard and kept.shape == shard.shape
-            placed[name] = tensors.placed_as(kept.to(shard.device), like) if ours else kept
-        return placed
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy holds no module."""
-        return {**self.__dict__, "_module": None}
+        super().load_extra_state(extra)
+        self.left_out = set(extra.get("left_out", ()))
 
 
 class InMemory(Keeper):
@@ -221,7 +174,7 @@ class InMemory(Keeper):
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         super().load_extra_state(extra)
-        self._best = _on_cpu(extra.get("best", {}))
+        self._best = on_cpu(extra.get("best", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the best itself, wherever it lies."""
@@ -303,9 +256,6 @@ class InDirectory(Keeper):
             raise
         _warn_of_misfits(module, live, stored.shapes, fits)
 
-    def _take_(self, live: dict[str, Tensor]) -> None:
-        exchange_(live, {name: self._raw[name] for name in fitting(live, self._raw)})
-
     def extra_state(self) -> dict[str, Any]:
         return {**super().extra_state(), "best_path": self.path}
 
@@ -323,10 +273,6 @@ def _version(tensor: Tensor) -> int:
     """What grows when the tensor is written to."""
     (shard,) = tensors.local([tensor])
     return -1 if shard.is_inference() else shard._version
-
-
-def _on_cpu(saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {tensors.plain_name(name): tensors.local([kept])[0].cpu() for name, kept in saved.items()}
 
 
 def _rename(beside: str, path: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,12 +186,6 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         OptimCallback.setup(self, trainer, pl_module, stage)
         LightningEarlyStopping.setup(self, trainer, pl_module, stage)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        OptimCallback.on_fit_start(self, trainer, pl_module)
-        if self.restore_best:
-            strategy = trainer.strategy
-            self._running.replace(strategy, "save_checkpoint", self._saving(strategy.save_checkpoint, pl_module))
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         OptimCallback.on_train_start(self, trainer, pl_module)
         # After an average, which may lie over the best in a checkpoint that was written after a fit.
@@ -343,17 +336,6 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
             self._keeper = new
         self._keeper.keep(trainer, left_out)
 
-    def _saving(self, save: Callable[..., None], module: LightningModule) -> Callable[..., None]:
-        """Write a checkpoint without frozen weights in the best, if its ``state_dict`` has none either."""
-
-        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            if frozen := state.left_out(checkpoint, module):
-                self._left_out = frozen
-                state.drop(checkpoint, self.state_key, ("best", "raw"), frozen)
-            save(checkpoint, *args, **kwargs)
-
-        return save_checkpoint
-
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """What was monitored over the checks, and which check was the best.
 
@@ -385,6 +367,10 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         }
         # Lightning's keys too: our state key is its own, and its class fails on a state that lacks one.
         return {**LightningEarlyStopping.state_dict(self), **ours, **self._keeper.extra_state()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        OptimCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
+        state.leave_out(trainer.strategy, pl_module, self.state_key, ("best", "raw"), self._left_out.update)
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         if "criterion" in extra:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from lightning_optim import safe_reading, tensors
-from lightning_optim.stopping.copies import folded
+from lightning_optim.folder_reading import load_folder, reader_of
+from lightning_optim.stopping.misfits import folded
 
 _PREFIX = "state_dict."
 
@@ -31,7 +31,7 @@ class Stored:
     @staticmethod
     def at(path: str, live: Mapping[str, Tensor], weights_only: bool) -> Stored:
         """Open a checkpoint for a module with these tensors."""
-        return _folder(path) if os.path.isdir(path) else _file(path, live, weights_only)
+        return _folder(path, weights_only) if os.path.isdir(path) else _file(path, live, weights_only)
 
 
 def _file(path: str, live: Mapping[str, Tensor], weights_only: bool) -> Stored:
@@ -46,14 +46,14 @@ def _file(path: str, live: Mapping[str, Tensor], weights_only: bool) -> Stored:
     return Stored({name: tensor.shape for name, tensor in saved.items()}, copy_into_)
 
 
-def _folder(path: str) -> Stored:
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+def _folder(path: str, weights_only: bool) -> Stored:
+    entries = reader_of(path, weights_only).read_metadata().state_dict_metadata
     keys = {key.removeprefix(_PREFIX): entry for key, entry in entries.items() if key.startswith(_PREFIX)}
     shapes = {key: entry.size for key, entry in keys.items() if hasattr(entry, "size")}
     names = {tensors.plain_name(key): key for key in shapes}
 
     def copy_into_(targets: Mapping[str, Tensor]) -> None:
         # Into the live storage, shard by shard.
-        dcp.load({"state_dict": {names[name]: target for name, target in targets.items()}}, checkpoint_id=path)
+        load_folder({"state_dict": {names[name]: target for name, target in targets.items()}}, path, weights_only)
 
     return Stored({name: shapes[key] for name, key in names.items()}, copy_into_)

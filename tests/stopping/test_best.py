@@ -252,9 +252,9 @@ def test_a_frozen_base_is_not_in_checkpoints(kind: Any, average: bool, tmp_path:
     trainer = fit(module, callback, saver, *callbacks, max_epochs=3, enable_checkpointing=True)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     trained = {name for name in module.seen[0] if not name.startswith("base")}
-    assert {frozenset(names_of_best(path)) for path in tmp_path.glob("epoch*.ckpt")} == {frozenset(trained)}
+    assert {frozenset(names_of_best(path)) for path in tmp_path.glob("*.ckpt")} == {frozenset(trained)}
     moving = {"base.1.running_mean", "base.1.running_var", "base.1.num_batches_tracked"}
-    assert names_of_best(tmp_path / "after.ckpt") == trained | moving, "statistics of a frozen layer move"
+    assert {*callback.state_dict()["raw"]} == trained | moving, "statistics of a frozen layer move"
     assert same(weights(module), module.seen[1])
 
 
@@ -319,7 +319,7 @@ def test_a_base_that_is_unfrozen_later(in_directory: bool, resumed: bool, tmp_pa
         again = Unfreezing([3.0, 1.0, 2.0, 2.0])
         again.base.load_state_dict(module.base.state_dict())
         others = [stopping(tmp_path, in_directory), after(2, unfreeze)]
-        fit(again, *others, ckpt_path=tmp_path / "epoch=1.ckpt", **options)
+        fit(again, *others, ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=4)
         assert same(weights(again), module.seen[1])
 
 

@@ -180,6 +180,7 @@ def test_reset_forgets_everything(criterion: Criterion) -> None:
     fresh = criterion.state_dict()
     _feed(criterion, [1.0, 2.0])
     assert criterion.state_dict() != fresh
+    criterion.improved, criterion.reason = True, "It was so."
     criterion.reset()
     assert criterion.state_dict() == fresh
     assert not criterion.improved

@@ -251,6 +251,7 @@ def test_the_reason(make: Any, scores: list[float], reason: str, message: str) -
     assert running.current_epoch == len(scores)
     assert stop.stopped_epoch == len(scores) - 1
     assert stop.stopping_reason is EarlyStoppingReason[reason]
+    assert (stop.best_check == -1) == isinstance(stop.criterion, Own), "it never says what is the best"
     assert re.search(message, stop.stopping_reason_message)
 
 

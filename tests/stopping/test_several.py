@@ -62,6 +62,35 @@ def test_state_goes_on_where_it_was() -> None:
     assert [second.update(values) for values in metrics] == expected
 
 
+def test_states_are_found_by_what_the_criteria_are() -> None:
+    """Whatever else is in the list on resume; of two alike the first has the first state."""
+    first = AnyOf([Plateau("a", patience=1), Threshold("a", 1.0), Plateau("a", patience=9)])
+    for value in (5.0, 6.0, 3.0, 7.0):
+        first.update({"a": value})
+    assert [criterion.wait for criterion in (first.criteria[0], first.criteria[2])] == [1, 0]
+    second = AnyOf([Plateau("b"), Plateau("a", patience=2), Plateau("a", patience=3), Threshold("c", 1.0)])
+    second.load_state_dict(first.state_dict())
+    assert [(one.best, one.wait) for one in second.criteria[:3]] == [(float("inf"), 0), (3.0, 1), (3.0, 0)]
+    assert second.criteria[3].best == float("inf")
+
+
+def test_identity_is_that_of_the_criteria() -> None:
+    one, other = AllOf([Plateau("a"), Plateau("b")]), AllOf([Plateau("a"), Plateau("c")])
+    assert one.identity == AllOf([Plateau("a", patience=9), Plateau("b")]).identity != other.identity
+
+
+def test_one_criterion_is_enough() -> None:
+    for make in (AnyOf, AllOf):
+        assert make([Threshold("a", 2.0)]).update({"a": 1.0})
+    assert AnyOf([Plateau("a")]).k == 1
+
+
+def test_only_those_that_say_so_give_a_reason() -> None:
+    two = AtLeast(1, [Threshold("a", 0.0), Threshold("a", 2.0), Plateau("a")])
+    assert two.update({"a": 1.0})
+    assert two.reason == "Stopping threshold reached: 'a' = 1.0 < 2.0."
+
+
 @pytest.mark.parametrize("k", [0, 4, 1.5, True])
 def test_wrong_k(k: int) -> None:
     with pytest.raises(ValueError, match="`k"):

@@ -1,11 +1,11 @@
-"""Copies of a module's tensors on the CPU, by name: made, exchanged with the module, and fitted to one that changed."""
+"""Copies of a module's tensors on the CPU, by name: made, and exchanged with the module's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_optim import tensors
 
@@ -52,15 +52,6 @@ def localized(held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[st
     return parts
 
 
-def folded(held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the held tensors for a module whose pruning was made permanent since: weights times their masks."""
-    names = {name.removesuffix("_orig") for name in held if name.endswith("_orig") and name not in live}
-    pruned = {name for name in names if name in live and f"{name}_mask" in held}
-    products = {name: held[f"{name}_orig"] * held[f"{name}_mask"] for name in pruned}
-    parts = {f"{name}{part}" for name in pruned for part in ("_orig", "_mask")}
-    return {name: kept for name, kept in held.items() if name not in parts} | products
-
-
 @torch.no_grad()
 def exchange_(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Exchange the module's tensors with held ones that fit, in place; return what the module had."""
@@ -85,24 +76,3 @@ def exchange_(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[st
             had[name] = shard.detach().to("cpu", copy=True)
             shard.copy_(kept)
     return had
-
-
-def misfits(live: Mapping[str, Tensor], module: nn.Module, held: Iterable[str], fits: Iterable[str]) -> str:
-    """Say which held tensors do not fit a module that has changed, and which of it are not held; empty if none.
-
-    Frozen tensors need not be held.
-    """
-    held, named = set(held), {tensors.plain_name(name) for name in tensors.named_tensors(module)}
-    parts = {
-        "the module has no longer": held - named,
-        "the best check had no": live.keys() - held - tensors.frozen_names(module),
-        "of another shape by now:": (held & live.keys()) - set(fits),
-    }
-    return "; ".join(f"{what} {listed(names)}" for what, names in parts.items() if names)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return the names in a list, of many the first."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
-    return f"{ordered[:8]}{more}"
