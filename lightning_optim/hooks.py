@@ -32,11 +32,18 @@ def guard(cls: type[OptimCallback]) -> None:
 def bind(callback: OptimCallback) -> None:
     """Put our own part before each hook that a user overrides, in a subclass, a mixin or on the callback itself."""
     for name in _HOOKS:
-        defined = [cls for cls in type(callback).__mro__ if name in vars(cls)]
-        ours = next((vars(cls)[name] for cls in defined if _is_ours(cls)), None)
+        ours, theirs = _parts(type(callback), name)
         on_itself = callback.__dict__.get(name)
-        if ours is not None and not isinstance(on_itself, Bound) and (on_itself or not _is_ours(defined[0])):
+        if ours is not None and not isinstance(on_itself, Bound) and (on_itself or theirs):
             callback.__dict__[name] = Bound(callback, name, ours, on_itself)
+
+
+def _parts(kind: type, name: str) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+    """A hook as this package defines it, and as another class does: a subclass, or one beside ours (a mixin)."""
+    package = next(cls for cls in kind.__mro__ if _is_ours(cls)).__mro__
+    ours = next((vars(cls)[name] for cls in package if _is_ours(cls) and name in vars(cls)), None)
+    theirs = next((vars(cls)[name] for cls in kind.__mro__ if cls not in package and name in vars(cls)), None)
+    return ours, theirs
 
 
 def is_overridden(callback: OptimCallback, name: str) -> bool:
@@ -74,8 +81,9 @@ class Bound:
         result = self._ours(callback, *args, **kwargs)
         callback._done = {**done, self._name: result}
         try:
-            theirs = self.on_itself or getattr(type(callback), self._name).__get__(callback)
-            said = theirs(*args, **kwargs)
+            of_class = _parts(type(callback), self._name)[1]
+            theirs = self.on_itself or (of_class and functools.partial(of_class, callback))
+            said = theirs(*args, **kwargs) if theirs else None
         finally:
             callback._done = done
         return {**result, **(said or {})} if isinstance(result, dict) else said

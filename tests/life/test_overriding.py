@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim import L2, AutoClip, GradientClipping, OptimCallback, WeightRegularization, hooks
@@ -114,6 +114,22 @@ def test_wherever_it_is_overridden(hook: str, where: str) -> None:
     assert own.heard == own.steps[0] == 8
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_beside_another_callback_of_lightning(ours_first: bool) -> None:
+    """Both classes' hooks run, in either order of the bases."""
+    bases = (OptimCallback, Timer) if ours_first else (Timer, OptimCallback)
+
+    def init(self: Any) -> None:
+        OptimCallback.__init__(self)
+        Timer.__init__(self)
+
+    both = type("Both", bases, {"__init__": init})()
+    fit(BY_NAME["plain"], STEPS, callbacks=[both])
+    assert both.steps == [8]
+    assert both.time_elapsed("train") > 0.0
+    assert both.fit is None
 
 
 def test_a_copy_is_overridden_too() -> None:
