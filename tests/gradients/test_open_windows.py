@@ -116,7 +116,7 @@ class Saving(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(module: Any, n: int, *callbacks: Callback, weight_by: Any = "batch", ckpt: Any = None) -> dict[str, Tensor]:
+def fit(module: Any, n: Any, *callbacks: Callback, weight_by: Any = "batch", ckpt: Any = None) -> dict[str, Tensor]:
     """The weights and what else is trained, after two epochs."""
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     accumulation = GradientAccumulation(n, weight_by=weight_by)
@@ -126,7 +126,7 @@ def fit(module: Any, n: int, *callbacks: Callback, weight_by: Any = "batch", ckp
     return {name: tensor.detach().clone() for name, tensor in {**dict(module.named_parameters()), **loose}.items()}
 
 
-def assert_resumed(kind: Any, n: int, batch: int, path: Path, weight_by: Any = "batch") -> None:
+def assert_resumed(kind: Any, n: Any, batch: int, path: Path, weight_by: Any = "batch") -> None:
     whole = fit(kind(), n, Saving(path, batch), weight_by=weight_by)
     undisturbed = fit(kind(), n, weight_by=weight_by)
     resumed = fit(kind(), n, weight_by=weight_by, ckpt=path)
@@ -140,6 +140,12 @@ def assert_resumed(kind: Any, n: int, batch: int, path: Path, weight_by: Any = "
 def test_weighted_windows(kind: Any, batch: int, tmp_path: Path) -> None:
     """The unit of the weights goes on: in windows that are open, and in one that begins after the file."""
     assert_resumed(kind, 3, batch, tmp_path / "a.ckpt", weight_by=lambda batch: batch[1] * 1.1)
+
+
+@pytest.mark.parametrize("batch", [10, 12, 13, 17])
+def test_a_size_that_changes_by_epoch(batch: int, tmp_path: Path) -> None:
+    """A resume in the middle of an epoch begins with that epoch's size: Lightning calls no start of an epoch."""
+    assert_resumed(Lines, {0: 2, 1: 4}, batch, tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("kind", [Adapter, Loose])

@@ -144,6 +144,18 @@ def test_a_window_with_silent_batches(at: tuple[int, ...], steps: int, precision
     assert hearing.steps == fitted.module.changes == [steps]
 
 
+def test_a_window_that_never_closed_is_forgotten() -> None:
+    """Lightning zeroes its gradients when the next one begins: that one's mean is over its own micro-batches."""
+
+    def weights(at: tuple[int, ...]) -> dict[str, Tensor]:
+        cell = Cell("automatic", "16-mixed", "single", "4short")
+        fitted = fit(BY_NAME["plain"], cell, type("Silent", (Silent,), {"at": at}), callbacks=[GradientAccumulation(4)])
+        assert fitted.ours[0].steps == [2]
+        return fitted.outcome.final
+
+    assert not differences(weights((3,)), weights((0, 1, 2, 3)))
+
+
 @pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 def test_a_callback_that_is_new_on_resume_learns_how_far_the_run_is(kind: Any, tmp_path: Path) -> None:
     """From another one of ours, which knows of a dropped step; else from Lightning's count, of all optimizers."""
