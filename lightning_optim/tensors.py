@@ -242,10 +242,11 @@ def writable_tensors(module: nn.Module) -> dict[str, Tensor]:
 
     Left out are expanded tensors, whose elements share memory, sparse ones, and lazy parameters without data.
     """
-    return {plain_name(name): tensor for name, tensor in named_tensors(module).items() if _is_writable(tensor)}
+    return {plain_name(name): tensor for name, tensor in named_tensors(module).items() if is_writable(tensor)}
 
 
-def _is_writable(tensor: Tensor) -> bool:
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written in place: no two of its elements share memory, and it has data."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return False
     return all(stride or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -59,6 +59,8 @@ class ModuleState:
         self._module = module
         self._records: dict[int, tuple[str, _Record]] = {}
         self._walk(module, "self")
+        writable = [r for _, r in self._records.values() if isinstance(r, _OfTensor) and r.writable]
+        self._written, self._values = [r.ours for r in writable], [r.values for r in writable]
 
     def watch(self) -> None:
         """Look, from here on, at what cannot be put back: iterators that are held as attributes."""
@@ -69,7 +71,10 @@ class ModuleState:
     def put_back(self) -> list[str]:
         """Put back whatever changed; return the names of what cannot be put back."""
         tensors.reshard_(self._module)
-        return [name for name, record in self._records.values() if not record.put_back()]
+        with torch.no_grad():
+            if self._written:
+                torch._foreach_copy_(self._written, self._values)  # to compare them would wait for the device
+            return [name for name, record in self._records.values() if not record.put_back()]
 
     def close(self) -> None:
         """Give the parameters their gradients again."""
@@ -195,51 +200,51 @@ _NOTHING = _Nothing()
 
 
 class _OfTensor:
-    """Storage, values, gradient and ``requires_grad`` of a tensor."""
+    """Storage, values, gradient and ``requires_grad`` of a tensor.
+
+    Attributes:
+        ours: The storage as a tensor with a version counter of its own, so that a graph that saved the tensor is still
+            good after the values were put back; it stays known if somebody assigns ``tensor.data``.
+        writable: Whether values can be copied into it.
+        values: A copy of the values, if they can.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.requires_grad = tensor, tensor.requires_grad
         self.grad = tensor.grad if tensor.is_leaf else None
         if self.grad is not None:
             tensor.grad = None  # what is added to it meanwhile goes to another one
-        # The same storage, which stays known if somebody assigns `tensor.data`, with a version counter of its own.
         self.data = tensor.data
-        (ours,) = tensors.local([self.data])
-        self.values = ours.clone()
+        (self.ours,) = tensors.local([self.data])
+        self.writable = tensors.is_writable(self.ours) and not self.ours.is_inference()
+        self.values = self.ours.clone() if self.writable else self.ours
+        self.version = _version(tensor)
 
     def put_back(self) -> bool:
-        try:
-            self._put_back()
-        except (RuntimeError, TypeError, NotImplementedError):  # an expanded tensor, say, which takes no values
-            return False
-        return True
-
-    @torch.no_grad()
-    def _put_back(self) -> None:
+        """Put back all but the values of what is writable, which are written together with others."""
         tensor = self.tensor
-        ours, now = tensors.local([self.data, tensor.data])
-        if _place(now) != _place(ours):
+        (now,) = tensors.local([tensor.data])
+        if _place(now) != _place(self.ours):
             tensor.data = self.data
-        if not _equal(ours, self.values):
-            ours.copy_(self.values)
         if tensor.is_leaf:
             if tensor.requires_grad != self.requires_grad:
                 tensor.requires_grad_(self.requires_grad)
             if tensor.grad is not None:
                 tensor.grad = None
+        return self.writable or _version(tensor) == self.version
 
     def close(self) -> None:
         if self.grad is not None:
             self.tensor.grad = self.grad
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     place = tensor.data_ptr() if tensor.layout is torch.strided else None
     return tensor.dtype, tensor.device, tensor.shape, place
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.layout is torch.strided and torch.equal(one, other)
 
 
 class _OfArray:
