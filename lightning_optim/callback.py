@@ -106,6 +106,19 @@ class OptimCallback(Callback):
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned. Called before or after ``on_fit_start``, by strategy."""
 
+    def rank_state(self) -> dict[str, Tensor]:
+        """Tensors of :meth:`extra_state` that each rank has of its own, such as statistics of its batches, by path.
+
+        The path of ``extra["seen"]["mean"]`` is ``"seen/mean"``. The other ranks' are stored beside rank 0's where they
+        differ, and each rank gets its own back; with another number of ranks, each gets the mean. DTensors and what is
+        equal on all ranks need no path here.
+        """
+        return {}
+
+    def displaced(self) -> dict[str, Tensor]:
+        """Tensors of the module, by plain name, in whose place this callback has put others for a while."""
+        return {}
+
     def reset(self) -> None:
         """Forget an earlier fit. Called in ``setup("fit")``, before any state is loaded."""
 
@@ -152,13 +165,21 @@ class OptimCallback(Callback):
             self.load_extra_state(extra)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put sharded state into a distributed checkpoint, beside the optimizers' shards."""
+        """Put sharded state into a distributed checkpoint, beside the optimizers' shards, and what ranks differ in."""
         state.save_shards(self.extra_state, trainer, checkpoint, self.state_key)
+        self._save_ranks(trainer, checkpoint)
+
+    def _save_ranks(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        own = type(self).rank_state is not OptimCallback.rank_state
+        if own and (self.fit is None or self.fit.ranks_answer):
+            state.save_ranks(self.rank_state(), trainer, checkpoint, self.state_key)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read sharded state back from a distributed checkpoint."""
+        """Read sharded state back from a distributed checkpoint, and take what this rank had."""
         if self._stage == "fit":
             state.load_shards(trainer, pl_module, checkpoint, self.state_key)
+            state.load_ranks(trainer, checkpoint, self.state_key)
+            self._running.loaded(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy that is pickled belongs to no running fit, and takes no model with it.

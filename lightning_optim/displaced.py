@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_optim import tensors
 from lightning_optim.copies import copies_of, exchange_, fitting, localized
@@ -55,6 +56,23 @@ class Displaced:
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint must hold; DTensors for a sharded module."""
         return {"in_module": True, "raw": self._placed(self._raw)} if self._in_module else {}
+
+    @property
+    def displaced(self) -> dict[str, Tensor]:
+        """The raw weights, by plain name, while the module holds others."""
+        return self._raw if self._in_module else {}
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """What of :meth:`extra_state` each rank has of its own, by path: buffers, which are not sharded."""
+        return self._of_buffers("raw", self.displaced)
+
+    def _of_buffers(self, part: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        module = self._module() if self._module is not None else None
+        if module is None or not held:
+            return {}
+        live = tensors.writable_tensors(module)
+        own = {name for name, tensor in live.items() if not isinstance(tensor, nn.Parameter | DTensor)}
+        return {f"{part}/{name}": kept for name, kept in held.items() if name in own}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""

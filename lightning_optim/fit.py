@@ -58,6 +58,7 @@ class Fit:
         self._undo = contextlib.ExitStack()
         self._started = self._begun = self._ended = self._failed = self._saving = False
         self._total: int | float | None = None
+        self._rounded: dict[str, Any] = {}
         self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
         self.own_files = OwnFiles()
         self.replace(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
@@ -78,6 +79,7 @@ class Fit:
         if self._started:
             return
         self._started = True
+        self._restore_rounded()
         warn_unsharded(self.trainer)
         send_back(self.trainer, self.members)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -96,6 +98,7 @@ class Fit:
         if self._begun:
             return
         self._begun = True
+        self._restore_rounded()
         count = len(self.trainer.optimizers)
         # Of a file that holds no state of ours, Lightning's count of calls is the best there is.
         known = any(member.steps for member in self.members)
@@ -103,6 +106,25 @@ class Fit:
         steps = [max((m.steps[i] for m in self.members if i < len(m.steps)), default=floor) for i in range(count)]
         for member in self.members:
             member.steps = list(steps)
+
+    def loaded(self, checkpoint: dict[str, Any]) -> None:
+        """At ``on_load_checkpoint``: keep the weights of a checkpoint that the module has rounded.
+
+        Lightning restores weights before it converts the module: with ``precision="64-true"`` it loads what is in fp64
+        into the fp32 of the module's constructor.
+        """
+        saved = checkpoint.get("state_dict", {})
+        live = self.trainer.lightning_module.state_dict()
+        if not self._started and any(_rounds(saved.get(name), tensor) for name, tensor in live.items()):
+            self._rounded = saved
+
+    def _restore_rounded(self) -> None:
+        """Load the kept weights again, if the module has been converted to what holds them."""
+        module = self.trainer.lightning_module
+        saved, live = self._rounded, module.state_dict() if self._rounded else {}
+        if saved and not any(_rounds(saved.get(name), tensor) for name, tensor in live.items()):
+            self.trainer.strategy.load_model_state_dict({"state_dict": saved}, strict=module.strict_loading)
+            self._rounded = {}
 
     def end(self, pl_module: LightningModule) -> None:
         """At ``on_fit_end``, when every file is written: one callback of ours decides what the module ends with."""
@@ -217,6 +239,12 @@ class Fit:
         if self._total is None:
             self._total = total_steps(self.trainer)
         return self._total
+
+
+def _rounds(saved: Any, live: Any) -> bool:
+    """Whether a saved tensor loses bits in the dtype of the module's."""
+    both = isinstance(saved, Tensor) and isinstance(live, Tensor)
+    return both and torch.promote_types(saved.dtype, live.dtype) != live.dtype
 
 
 @contextlib.contextmanager

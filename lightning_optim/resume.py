@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_optim import resume_state
 from lightning_optim.callback import OptimCallback
+from lightning_optim.resume_buffers import Buffers
 from lightning_optim.resume_loops import Resume
 
 
@@ -73,11 +75,12 @@ class ExactResume(OptimCallback):
     _trainer: weakref.ref[Trainer] | None = None
     _loaded: dict[str, Any] | None = None
     _before_validation: tuple[dict[str, Any], dict[str, int]] | None = None
+    _buffers: Buffers | None = None
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        self._loaded = self._before_validation = None
+        self._loaded = self._before_validation = self._buffers = None
 
     def extra_state(self) -> dict[str, Any]:
         """Every rank's state, gathered: Lightning stores what rank 0 returns."""
@@ -95,7 +98,12 @@ class ExactResume(OptimCallback):
         if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = [mine] * trainer.world_size
             torch.distributed.all_gather_object(ranks, mine)
-        return {"validation": validation, "ranks": ranks}
+        unsaved = {} if self._buffers is None else self._buffers.unsaved()
+        return {"validation": validation, "ranks": ranks, "buffers": unsaved}
+
+    def rank_state(self) -> dict[str, Tensor]:
+        held = {} if self._loaded is not None or self._buffers is None else self._buffers.of_rank()
+        return {f"buffers/{name}": buffer for name, buffer in held.items()}
 
     def _rank_state(self, trainer: Trainer, validation: str | None) -> dict[str, Any]:
         moment, touched = resume_state.moment(trainer), set()
@@ -113,7 +121,8 @@ class ExactResume(OptimCallback):
         self._loaded = extra if extra.get("ranks") else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Nothing: none of this is sharded, and asking for it again would gather it again."""
+        """Add the buffers in which ranks differ. None of the rest is sharded: to ask for it again would gather it."""
+        self._save_ranks(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
@@ -122,7 +131,7 @@ class ExactResume(OptimCallback):
             self._running.replace(trainer, "num_sanity_val_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_trainer": None}
+        return {**super().__getstate__(), "_trainer": None, "_buffers": None}
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -135,6 +144,7 @@ class ExactResume(OptimCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         fit_loop, val_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+        self._buffers = Buffers(trainer)
         # When the fit loop is run, all state is restored and nothing has begun. No hook comes at that moment.
         run, validate = fit_loop.run, val_loop.run
         self._running.replace(fit_loop, "run", lambda: self._run(trainer, run))

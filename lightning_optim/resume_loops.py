@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_optim import resume_state
+from lightning_optim.resume_buffers import set_buffers_
 
 
 class Place(enum.Enum):
@@ -35,6 +36,7 @@ class Resume:
         place: Where the file was written. Lightning's counters tell, up to how far a validation was.
         validation: ``"running"`` or ``"done"`` if the file was written in one.
         mine: This rank's state; ``None`` if the file has none for it.
+        buffers: This rank's buffers that differ from those of the module's ``state_dict``, or are not in it.
     """
 
     def __init__(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
@@ -42,6 +44,7 @@ class Resume:
         self.trainer = trainer
         self.known = saved is not None
         self.mine: dict[str, Any] | None = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
+        self.buffers: dict[str, Any] = saved.get("buffers", {}) if saved is not None else {}
         self.validation: str | None = saved["validation"] if saved is not None else None
         self.place = self._find_place()
         self.within_epoch = self.place not in (Place.BETWEEN_EPOCHS, Place.EPOCH_END)
@@ -145,6 +148,7 @@ class Resume:
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed if self.within_epoch else 0
         resume_state.set_rebuilt_(self.trainer, self.mine["loaders"]["rebuilt"])
         resume_state.set_logged_state_(self.trainer, self.mine["logged"], done)
+        set_buffers_(self.trainer, self.buffers)
         resume_state.set_moment_(self.trainer, self.mine["moment"])
         if self.place is Place.EPOCH_END:
             self._end_epoch()

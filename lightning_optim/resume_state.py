@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 # A file names a reduction by its place here: what a file says is never looked up among all functions.
 _REDUCTIONS = (torch.mean, torch.sum, torch.max, torch.min, sum, max, min)
+_BROADCASTS = "require_forward_param_sync"
 _SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _META = (
     "fx",
@@ -69,10 +70,12 @@ def set_random_state_(state: dict[str, Any]) -> None:
 
 
 def moment(trainer: Trainer) -> dict[str, Any]:
-    """What a validation changes: the generators, also those that loaders own, and the count of its batches."""
+    """What a validation changes: generators, those of loaders too, the count of its batches, whether DDP broadcasts."""
     generators = [[generator.get_state() for generator in _generators(loop)] for loop in _loops(trainer)]
     validated = dict(trainer.fit_loop.epoch_loop.val_loop._seen_batches_per_dataloader)
-    return {"random": random_state(), "generators": generators, "validated": validated}
+    # DDP broadcasts buffers at the first forward after a backward, and not within a window that accumulates.
+    broadcasts = getattr(trainer.strategy.model, _BROADCASTS, None)
+    return {"random": random_state(), "generators": generators, "validated": validated, "broadcasts": broadcasts}
 
 
 def set_moment_(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -84,6 +87,8 @@ def set_moment_(trainer: Trainer, state: dict[str, Any]) -> None:
             val_loop.setup_data()
             trainer.training = True
         val_loop._seen_batches_per_dataloader.update(state["validated"])
+    if state.get("broadcasts") is not None and hasattr(trainer.strategy.model, _BROADCASTS):
+        setattr(trainer.strategy.model, _BROADCASTS, state["broadcasts"])
     for loop, saved in zip(_loops(trainer), state["generators"], strict=True):
         for generator, generator_state in zip(_generators(loop), saved, strict=False):
             generator.set_state(generator_state.cpu())

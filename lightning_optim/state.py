@@ -25,6 +25,7 @@ from lightning_optim.fit import replaced
 from lightning_optim.folder_reading import load_folder
 
 _ENTRY = "lightning_optim"
+_RANKS = "of_each_rank"  # what ranks differ in, in a callback's state
 _SHARD = "sharded_dtype"  # the key of a leaf that stands for a tensor in the folder
 
 
@@ -79,34 +80,44 @@ def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[s
         _at(state, parent)[name] = value
 
 
-def gather_differing(ours: dict[str, Tensor], trainer: Trainer) -> list[dict[str, Tensor]]:
-    """Gather the tensors in which ranks differ, such as running statistics: a dictionary for each rank, on rank 0.
+def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """Add the tensors in which ranks differ to a callback's state in a checkpoint: a dictionary for each rank.
 
-    To be called on all ranks. The list is empty if all agree, if there is one process, and on the other ranks.
+    To be called on all ranks. What is large and equal on all ranks is not gathered.
 
     Args:
-        ours: Plain tensors that this rank holds, by name.
+        ours: Plain tensors that this rank holds, by their paths in the state.
         trainer: The Trainer.
+        checkpoint: What will be written.
+        key: The callback's.
     """
     if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return []
+        return
     digests: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(digests, {name: _digest(tensor) for name, tensor in ours.items()})
-    names = {name for theirs in digests for name in theirs if any(theirs[name] != other.get(name) for other in digests)}
-    if not names:
-        return []
+    dist.all_gather_object(digests, {path: _digest(tensor) for path, tensor in ours.items()})
+    paths = {path for theirs in digests for path in theirs if any(theirs[path] != each.get(path) for each in digests)}
+    if not paths:
+        return
     everyone: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-    dist.gather_object({name: tensor.detach().cpu() for name, tensor in ours.items() if name in names}, everyone)
-    return everyone or []
+    dist.gather_object({path: tensor.detach().cpu() for path, tensor in ours.items() if path in paths}, everyone)
+    if everyone is not None:
+        checkpoint["callbacks"].setdefault(key, {})[_RANKS] = everyone
 
 
-def put_of_rank_(tree: dict[str, Any], by_rank: list[dict[str, Tensor]], trainer: Trainer) -> None:
-    """Put what this rank had into a loaded state, by path; the mean over ranks if there were more ranks, or fewer."""
+def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """Put what this rank had into the callback's state; the mean over ranks if there were more of them, or fewer."""
+    state = checkpoint.get("callbacks", {}).get(key)
+    by_rank = state.pop(_RANKS, None) if isinstance(state, dict) else None
+    if not by_rank:
+        return
     same = len(by_rank) == trainer.world_size
     for path, tensor in by_rank[trainer.global_rank if same else 0].items():
-        parent, name = path.rsplit("/", 1)
-        mean = tensor if same else torch.stack([theirs[path].double() for theirs in by_rank]).mean(0)
-        _at(tree, parent)[name] = mean.to(tensor.dtype)
+        *parents, name = path.split("/")
+        tree = state
+        for parent in parents:
+            tree = tree.setdefault(parent, {})
+        others = [theirs[path] for theirs in by_rank if path in theirs and theirs[path].shape == tensor.shape]
+        tree[name] = tensor if same else torch.stack([other.double() for other in others]).mean(0).to(tensor.dtype)
 
 
 def _digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:

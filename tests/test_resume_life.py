@@ -136,3 +136,31 @@ def test_random_state_is_plain_and_whole(draw: Callable[[], Any], tmp_path: Path
     expected = draw()
     set_random_state_(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == expected
+
+
+# ---- what no state_dict holds ----------------------------------------------------------------------------------------
+
+
+class NetWithUnsavedBuffers(Net):
+    """Scales its loss by a running mean, which grows once, and by a constant; no ``state_dict`` holds them."""
+
+    def __init__(self) -> None:
+        super().__init__(random=False)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_buffer("recent", None, persistent=False)
+        self.register_buffer("constant", torch.full((3, 1), 0.5).expand(3, 4), persistent=False)
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        recent = [] if self.recent is None else list(self.recent)
+        self.recent = torch.stack([*recent[-3:], loss.detach()])
+        self.scale.lerp_(self.recent.mean(), 0.1)
+        return loss * self.scale * self.constant.mean()
+
+
+def test_buffers_that_no_state_dict_holds(path: Path) -> None:
+    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 8, path)], net=NetWithUnsavedBuffers))
+    saved = torch.load(path, weights_only=True)["callbacks"]["ExactResume"]["buffers"]
+    assert set(saved) == {"scale", "recent"}, "the constant is made anew"
+    resumed = fit([ExactResume()], path=path, seed=2, net=NetWithUnsavedBuffers)
+    assert difference(resumed, fit([], net=NetWithUnsavedBuffers)) == ""

@@ -167,6 +167,12 @@ class CheckpointAveraging(RefreshesStatistics):
     def extra_state(self) -> dict[str, Any]:
         return self._displaced.extra_state()
 
+    def rank_state(self) -> dict[str, Tensor]:
+        return self._displaced.rank_state()
+
+    def displaced(self) -> dict[str, Tensor]:
+        return self._displaced.displaced
+
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._displaced.load_extra_state(extra)
 

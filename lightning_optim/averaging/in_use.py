@@ -129,8 +129,9 @@ class AverageInUse(RefreshesStatistics):
             if self._running.average is not self:
                 return run()
             raw = validate(trainer, run) if self.compare and self.started else {}
+            if self.started:
+                _share_raw_buffers(trainer)
             with contextlib.ExitStack() as during:
-                during.callback(_expect_raw_buffers, trainer)
                 during.enter_context(self.averaged_weights(pl_module))
                 if raw:
                     during.enter_context(self.comparison.adding(trainer, self.steps, raw))
@@ -197,14 +198,22 @@ class AverageInUse(RefreshesStatistics):
         self._agree()
         return super().state_dict()
 
+    def rank_state(self) -> dict[str, Tensor]:
+        return {} if self._shadow is None else self._shadow.of_rank()
 
-def _expect_raw_buffers(trainer: Trainer) -> None:
-    """Let DDP broadcast rank 0's buffers at the next forward: it does so once after each backward.
+    def displaced(self) -> dict[str, Tensor]:
+        inside = self._shadow is not None and self._shadow.inside
+        return {plain_name(name): raw for name, raw in self._shadow.raw().items()} if inside else {}  # type: ignore[union-attr]
 
-    In a validation it has broadcast those of the average.
+
+def _share_raw_buffers(trainer: Trainer) -> None:
+    """Broadcast rank 0's buffers if DDP is about to: it does so at the first forward after a backward.
+
+    Within a validation of the average it would not find the raw ones.
     """
-    if isinstance(trainer.strategy.model, DistributedDataParallel):
-        trainer.strategy.model.require_forward_param_sync = True
+    model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel) and model._check_sync_bufs_pre_fwd():  # type: ignore[no-untyped-call]
+        model._sync_buffers()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow, masks: dict[st
         masks: Masks of weights whose pruning is permanent in checkpoints.
     """
     saved, raw = (pruning.permanent(named, masks) for named in (checkpoint.get("state_dict", {}), shadow.raw()))
-    if any(isinstance(value, DTensor) for value in raw.values()):
-        return
+    if any(isinstance(source.parameter, DTensor) for sources in shadow.sources for source in sources):
+        return  # also before the average has started, when there are no raw tensors
     by_plain_name = {plain_name(name): value for name, value in raw.items()}
     checkpoint["current_model_state"] = {
         name: by_plain_name.get(plain_name(name), value) for name, value in saved.items()

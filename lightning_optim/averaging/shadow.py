@@ -247,7 +247,7 @@ class Shadow:
         """Return this rank's own averages of buffers where uses see a mean over ranks, by their paths in the state."""
         self._look_up()
         agreed, average = self._agreed or {}, self._of_buffers
-        held = {"/averaged": average.averaged} | {f"/memory/0/{i}": kept for i, kept in enumerate(average.memory)}
+        held = {"averaged": average.averaged} | {f"memory/0/{i}": kept for i, kept in enumerate(average.memory)}
         return {
             f"{path}/{source.name}": tensor
             for path, kept in held.items()

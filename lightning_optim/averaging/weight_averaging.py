@@ -333,23 +333,16 @@ class WeightAveraging(AverageInUse):
 
     def _take_over(self, shadow: Shadow) -> None:
         if self._loaded is not None:
-            loaded, self._loaded = dict(self._loaded), None
+            loaded, self._loaded = self._loaded, None
             self._asked = list(loaded.get("asked", [0, -1]))
-            if by_rank := loaded.pop("by_rank", None):
-                state.put_of_rank_(loaded, by_rank, self._running.trainer)
             shadow.load(interop.with_counters(loaded, self.steps))
             self.comparison.load(loaded.get("comparison", []))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._shadow is None:
-            return
-        if self._saved_as_state_dict:
+        if self._saved_as_state_dict and self._shadow is not None:
             interop.add_for_lightning(checkpoint, self._shadow, self._masks())
             interop.leave_out_as_state_dict(trainer.strategy)
-        asks = self.fit is None or self.fit.ranks_answer
-        if asks and (by_rank := state.gather_differing(self._shadow.of_rank(), trainer)):
-            checkpoint["callbacks"][self.state_key]["by_rank"] = by_rank
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)

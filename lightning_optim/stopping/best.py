@@ -172,6 +172,9 @@ class InMemory(Keeper):
     def extra_state(self) -> dict[str, Any]:
         return {**super().extra_state(), "best": self._placed(self._best)}
 
+    def rank_state(self) -> dict[str, Tensor]:
+        return super().rank_state() | self._of_buffers("best", self._best)
+
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         super().load_extra_state(extra)
         self._best = on_cpu(extra.get("best", {}))

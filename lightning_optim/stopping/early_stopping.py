@@ -372,6 +372,12 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         OptimCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
         state.leave_out(trainer.strategy, pl_module, self.state_key, ("best", "raw"), self._left_out.update)
 
+    def rank_state(self) -> dict[str, Tensor]:
+        return self._keeper.rank_state()
+
+    def displaced(self) -> dict[str, Tensor]:
+        return self._keeper.displaced
+
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         if "criterion" in extra:
             self.criterion.load_state_dict(extra["criterion"])

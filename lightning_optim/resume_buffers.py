@@ -1,0 +1,92 @@
+"""What an exact resume needs of buffers beside the module's ``state_dict``: those of each rank, and those not in it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_optim.callback import OptimCallback
+from lightning_optim.tensors import plain_name
+
+
+class Buffers:
+    """The plain buffers that training uses, by plain name.
+
+    Lightning's checkpoints hold one rank's persistent buffers. Of non-persistent ones, those that change in training
+    are state too; the others, such as masks and position codes, the module makes by itself, and they may be large.
+
+    Args:
+        trainer: A Trainer at ``on_fit_start``.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._made = {
+            name: (weakref.ref(buffer), _version(buffer))
+            for name, owner, key, buffer in _present(trainer.lightning_module)
+            if key in owner._non_persistent_buffers_set
+        }
+
+    def of_rank(self) -> dict[str, Tensor]:
+        """Live storage of all that a checkpoint must hold, wherever callbacks have put it."""
+        trainer = self._trainer()
+        if trainer is None:
+            return {}
+        found = {
+            name: buffer
+            for name, owner, key, buffer in _present(trainer.lightning_module)
+            if key not in owner._non_persistent_buffers_set or self._has_changed(name, buffer)
+        }
+        for callback in trainer.callbacks:
+            displaced = callback.displaced() if isinstance(callback, OptimCallback) else {}
+            found |= {name: tensor for name, tensor in displaced.items() if name in found}
+        return found
+
+    def unsaved(self) -> dict[str, Tensor]:
+        """Copies of those that no ``state_dict`` holds."""
+        trainer = self._trainer()
+        present = [] if trainer is None else list(_present(trainer.lightning_module))
+        hidden = {name for name, owner, key, _ in present if key in owner._non_persistent_buffers_set}
+        return {name: buffer.detach().cpu().clone() for name, buffer in self.of_rank().items() if name in hidden}
+
+    def _has_changed(self, name: str, buffer: Tensor) -> bool:
+        made, version = self._made.get(name, (lambda: None, 0))
+        return made() is not buffer or version != _version(buffer)
+
+
+@torch.no_grad()
+def set_buffers_(trainer: Trainer, saved: dict[str, Tensor]) -> None:
+    """Put back buffers by plain name, into the storage that is there if it has their shape."""
+    present = {name: (owner, key) for name, owner, key in _places(trainer.lightning_module)}
+    for name, value in saved.items():
+        owner, key = present.get(name, (None, ""))
+        live = None if owner is None else owner._buffers[key]
+        if owner is None:
+            continue
+        if live is None or live.shape != value.shape:
+            device = trainer.strategy.root_device if live is None else live.device
+            owner._buffers[key] = value.to(device, copy=True)
+        elif not torch.equal(live.cpu(), value):  # what is not writable, an expanded one, has not changed
+            live.copy_(value)
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for prefix, owner in module.named_modules():
+        for key in owner._buffers:
+            yield plain_name(f"{prefix}.{key}" if prefix else key), owner, key
+
+
+def _present(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    for name, owner, key in _places(module):
+        buffer = owner._buffers[key]
+        if buffer is not None and not isinstance(buffer, DTensor):
+            yield name, owner, key, buffer
+
+
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
