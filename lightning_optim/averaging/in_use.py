@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from lightning_optim import state, tensors
 from lightning_optim.averaging import pruning
@@ -233,6 +233,6 @@ def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
         for callback in trainer.callbacks:
             own = "state_dict" in vars(callback) or type(callback).state_dict is not Callback.state_dict
             if own and not isinstance(callback, AverageInUse):
-                kept = apply_to_collection(callback.state_dict(), Tensor, copied)
+                kept = tree_map_only(Tensor, copied, callback.state_dict())
                 back.enter_context(replaced(callback, "state_dict", lambda kept=kept: kept))
         yield
