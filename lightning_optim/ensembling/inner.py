@@ -174,8 +174,13 @@ def checked_members(members: Any) -> list[LightningModule]:
     if not given:
         raise ValueError(f"`members` is a list of at least one LightningModule, got {type(members).__name__}")
     for member in given:
-        if not isinstance(member, LightningModule) or isinstance(member.__dict__.get("_mean"), Mean):
-            raise ValueError(f"`members` are LightningModules, and no Ensembles, got a {type(member).__name__}")
+        if not isinstance(member, LightningModule):
+            raise ValueError(f"`members` are LightningModules, got a {type(member).__name__}")
+        if isinstance(member.__dict__.get("_mean"), Mean):
+            raise ValueError(
+                f"`members` are LightningModules, and no Ensembles, got a {type(member).__name__}: give the members of"
+                " all of them, `[*one.members, *other.members]`"
+            )
         if any(isinstance(module, FSDPModule) for module in member.modules()):
             raise ValueError(
                 f"`members` are given whole, and this {type(member).__name__} is sharded: make it anew, load its"

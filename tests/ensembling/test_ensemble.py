@@ -293,6 +293,21 @@ def test_half_precision_is_combined_in_fp32(precision: str) -> None:
     assert all(p.dtype is torch.float32 for model in models for p in model.parameters())
 
 
+def test_plain_calls_in_half_precision() -> None:
+    models = [model.half() for model in members()]
+    found = Ensemble(models, outputs="logits")(X.half())
+    assert found.dtype is torch.float32
+    each = torch.stack([model.eval()(X.half()).double().softmax(1) for model in models])
+    assert torch.allclose(found, each.mean(0).log().float(), atol=1e-5)
+
+
+def test_the_members_of_two_ensembles_are_one() -> None:
+    models = members()
+    two = Ensemble(models[:2], outputs="logits"), Ensemble(models[2:], outputs="logits")
+    joined = Ensemble([*two[0].members, *two[1].members], outputs="logits")
+    assert torch.equal(joined(X), Ensemble(models, outputs="logits")(X))
+
+
 @pytest.mark.parametrize("compiled", ["member", "submodule", "in place"])
 def test_what_torch_has_compiled(compiled: str) -> None:
     models = members()
@@ -432,8 +447,11 @@ OUTPUTS = "`outputs` is one of 'values' .*regression.*'logits' .*'binary_logits'
     [
         (lambda: Ensemble([]), "`members` is a list of at least one"),
         (lambda: Ensemble(Classifier()), "`members` is a list of at least one"),
-        (lambda: Ensemble([nn.Linear(2, 2)]), "`members` are LightningModules, and no Ensembles, got a Linear"),
-        (lambda: Ensemble([Ensemble([Classifier()], outputs="logits")]), "no Ensembles"),
+        (lambda: Ensemble([nn.Linear(2, 2)]), "`members` are LightningModules, got a Linear"),
+        (
+            lambda: Ensemble([Ensemble([Classifier()], outputs="logits")]),
+            r"no Ensembles, .*\[\*one.members",
+        ),
         (lambda: Ensemble([Taken()]), r"Taken has \['members'\]"),
         (lambda: Ensemble([Classifier()]), OUTPUTS),
         (lambda: Ensemble.from_checkpoints(Classifier, ["no file"]), OUTPUTS),

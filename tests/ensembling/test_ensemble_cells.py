@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
@@ -101,6 +103,26 @@ def test_cell(cell: Cell, group: Group) -> None:
     for seeds in ((SEEDS[0],), SEEDS[:2], SEEDS[1:]):
         effect = abs(by_hand(cell.whole, seeds)["val_loss"] - expected["val_loss"])
         assert effect >= 20 * cell.value_tolerance, "one member, or a missing one, must show"
+
+
+def save(cell: Cell, path: Path) -> None:
+    """A job: a sharded ensemble writes a checkpoint of whole tensors, and tests from it."""
+    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    trainer = make_trainer(cell, [], strategy=strategy)
+    expected = trainer.validate(Ensemble(build(cell), outputs="logits", on="net"), verbose=False)
+    trainer.save_checkpoint(path)
+    again = [ShardedMember(cell, seed + 10) for seed in SEEDS]
+    assert trainer.validate(Ensemble(again, outputs="logits", on="net"), ckpt_path=path, verbose=False) == expected
+
+
+def test_a_sharded_ensemble_is_saved_whole(group: Group, tmp_path: Path) -> None:
+    cell = Cell("automatic", "32-true", "fsdp2", "1")
+    group.run(save, cell, tmp_path / "ensemble.ckpt")
+    members = [Member(cell.whole, seed) for seed in SEEDS]
+    blank = [Member(cell.whole, seed + 10) for seed in SEEDS]
+    loaded = Ensemble.load_from_checkpoint(tmp_path / "ensemble.ckpt", members=blank)
+    x = problem.validation_batch()[0]
+    assert torch.equal(loaded.net(x), Ensemble(members, outputs="logits", on="net").net(x))
 
 
 def validate_unsharded(cell: Cell) -> None:
