@@ -220,6 +220,8 @@ def _add(total: Any, leaf: Any) -> Any:
         _check_shapes(total, leaf)
         return total + leaf
     tensors = isinstance(total, Tensor) and isinstance(leaf, Tensor)
+    if _averages(total) or _averages(leaf) or type(total) is not type(leaf):
+        raise ValueError(_DIFFER)
     if tensors and _tracing():
         raise ValueError(
             "The members' outputs have a part that cannot be averaged (it is not a floating-point tensor) and must be"

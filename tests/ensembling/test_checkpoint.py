@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ class Wide(Plain):
         super().__init__(seed)
         self.save_hyperparameters()
         self.net = nn.Sequential(nn.Linear(FEATURES, dim), nn.Linear(dim, CLASSES))
+
+
+class Renames(Plain):
+    """Writes its weights under other names."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"old.{name}": value for name, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert sorted(checkpoint["state_dict"]) == ["old.net.bias", "old.net.weight"]
+        checkpoint["state_dict"] = {n.removeprefix("old."): value for n, value in checkpoint["state_dict"].items()}
 
 
 class Needs(Plain):
@@ -85,7 +97,12 @@ MEMBERS = {
     "hyper-parameters": lambda: [Wide(5, seed=1), Wide(7, seed=2)],
     "two classes": lambda: [Wide(5), Plain(3), Classifier(seed=4)],
     "parts": lambda: [Adapter(1), Adapter(2)],
+    "other names": lambda: [Renames(1), Plain(2)],
 }
+
+
+class Config(UserDict):  # type: ignore[type-arg]
+    """Hyper-parameters that are no dictionary, as OmegaConf's."""
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -209,6 +226,17 @@ def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "ensemble": {"members": [{"class": "os:getcwd", "checkpoint": {}}]}}, path)
     with pytest.raises(ValueError, match="'os:getcwd' is no LightningModule"):
         Ensemble.load_from_checkpoint(path, weights_only=False)
+
+
+def test_hyper_parameters_of_another_type_are_written_as_lightning_writes_them() -> None:
+    ensemble = Ensemble([Plain(), Wide(5)], outputs="logits")
+    ensemble.members[0]._set_hparams({"seed": 3})
+    ensemble.members[1]._hparams = Config(dim=5)
+    checkpoint: dict[str, Any] = {"hyper_parameters": {"seed": 3}}
+    ensemble.on_save_checkpoint(checkpoint)
+    parts = [member["checkpoint"] for member in checkpoint["ensemble"]["members"]]
+    assert parts[0] == {"hyper_parameters": {"seed": 3}} and type(parts[0]["hyper_parameters"]) is dict
+    assert parts[1] == {"hyper_parameters": {"dim": 5}, "hparams_name": "kwargs", "hparams_type": Config}
 
 
 def test_the_state_of_members_that_rename_or_leave_out(tmp_path: Path) -> None:
