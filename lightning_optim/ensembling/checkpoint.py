@@ -59,7 +59,7 @@ def load_weights(members: nn.ModuleList, state: Mapping[str, Any], strict: bool,
     """Let each member load its own weights.
 
     Raises:
-        RuntimeError: If ``strict``, and a weight is missing or has another shape, or nobody needs it.
+        RuntimeError: If a weight has another shape; if ``strict``, also if one is missing, or nobody needs it.
     """
     parts = [_part(state, index) for index in range(len(members))]
     known = _joined(parts)
@@ -69,7 +69,9 @@ def load_weights(members: nn.ModuleList, state: Mapping[str, Any], strict: bool,
     keys = Keys([], unexpected)
     for index, (member, part) in enumerate(zip(members, parts, strict=True)):
         try:
-            found = member.load_state_dict(part, strict=strict, **({"assign": True} if assign else {}))
+            # A member that saves a part has `strict_loading = False`, which is not said of the others.
+            is_strict = strict and bool(member.strict_loading)
+            found = member.load_state_dict(part, strict=is_strict, **({"assign": True} if assign else {}))
         except RuntimeError as error:
             raise RuntimeError(f"Member {index}: {error}") from error
         for all_names, names in zip(keys, found or ([], []), strict=True):

@@ -322,6 +322,17 @@ class Ensemble(LightningModule):
         """Take over what :meth:`state_dict` returned."""
         return load_weights(self.members, state_dict, strict, assign)
 
+    @property
+    def strict_loading(self) -> bool:
+        """Whether any member loads strictly; each does so, or not, for itself."""
+        return any(bool(member.strict_loading) for member in self.members)
+
+    @strict_loading.setter
+    def strict_loading(self, strict_loading: bool) -> None:
+        member: Any
+        for member in self.members:
+            member.strict_loading = strict_loading
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Each member's ``on_save_checkpoint``, and what :meth:`load_from_checkpoint` needs."""
         about = {"outputs": self._mean.outputs, "on": self._mean.on, "dim": self._mean.dim}

@@ -239,6 +239,22 @@ def test_hyper_parameters_of_another_type_are_written_as_lightning_writes_them()
     assert parts[1] == {"hyper_parameters": {"dim": 5}, "hparams_name": "kwargs", "hparams_type": Config}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_that_one_member_saves_a_part_does_not_make_the_others_lenient(order: int, tmp_path: Path) -> None:
+    ensemble = Ensemble([Adapter(1), Plain(2)][::order], outputs="logits")
+    path = saved(ensemble, tmp_path)
+    again = Ensemble([Adapter(1), Plain(3)][::order], outputs="logits")
+    trainer().test(again, loader(), ckpt_path=path, verbose=False)
+    assert torch.equal(again(X), ensemble(X))
+    checkpoint = torch.load(path)
+    del checkpoint["state_dict"][f"members.{[Adapter, Plain][::order].index(Plain)}.net.bias"]
+    torch.save(checkpoint, path)
+    with pytest.raises(RuntimeError, match=r"Missing key.*net.bias"):
+        trainer().test(again, loader(), ckpt_path=path, verbose=False)
+    again.strict_loading = False
+    trainer().test(again, loader(), ckpt_path=path, verbose=False)
+
+
 def test_the_state_of_members_that_rename_or_leave_out(tmp_path: Path) -> None:
     ensemble = Ensemble([Adapter(1), Plain(2)], outputs="logits")
     assert list(ensemble.state_dict()) == [f"members.{i}.net.{name}" for i in range(2) for name in ("weight", "bias")]
