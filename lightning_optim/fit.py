@@ -132,7 +132,8 @@ class Fit:
             return
         self._ended = True
         ranked = sorted((m for m in self.members if m.final_rank is not None), key=lambda m: m.final_rank or 0)
-        any(member.write_final_(pl_module) for member in ranked)
+        if any(member.write_final_(pl_module) for member in ranked):
+            self.average = None  # checkpoints of hooks that come later hold what the module holds, as after the fit
 
     def fail(self) -> None:
         """At ``on_exception``: close as late as in a fit that ends well.

@@ -19,7 +19,7 @@ from lightning_optim.averaging import pruning
 from lightning_optim.averaging.buffers import Treatments
 from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.refresh import RefreshesStatistics, data_group, in_training
-from lightning_optim.averaging.shadow import Shadow, copied_into, raw_in
+from lightning_optim.averaging.shadow import Shadow, raw_in
 from lightning_optim.averaging.sources import plain_name
 from lightning_optim.averaging.validating import validate
 from lightning_optim.fit import replaced
@@ -60,12 +60,14 @@ class AverageInUse(RefreshesStatistics):
         self._check_is_here()
         shadow = self._shadow
         if shadow is None:
-            with copied_into(module, self._held):
+            with _copied_into(module, self._held):
                 yield
         elif not shadow.started:
             yield
         elif module is not shadow.module:
-            with shadow.copied_into(module):
+            if shadow.module is not None:
+                shadow.estimate_()
+            with _copied_into(module, shadow.named()):
                 yield
         elif shadow.inside:
             yield
@@ -236,3 +238,21 @@ def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
                 kept = tree_map_only(Tensor, copied, callback.state_dict())
                 back.enter_context(replaced(callback, "state_dict", lambda kept=kept: kept))
         yield
+
+
+@contextlib.contextmanager
+def _copied_into(module: nn.Module, averaged: dict[str, Tensor]) -> Iterator[None]:
+    """Context manager: a module with the names of ``averaged``, compiled or not, holds these weights."""
+    averaged = {plain_name(name): average for name, average in averaged.items()}
+    named = {plain_name(name): tensor for name, tensor in tensors.named_tensors(module).items()}
+    live = {name: tensor for name, tensor in named.items() if name in averaged}
+    if missing := sorted(averaged.keys() - live.keys()):
+        raise ValueError(f"{type(module).__name__} has no {missing[:3]}, of which there are averages")
+    raw = {name: tensor.detach().clone() for name, tensor in live.items()}
+    try:
+        for name, tensor in live.items():
+            tensors.copy_(tensor, averaged[name])
+        yield
+    finally:
+        for name, tensor in live.items():
+            tensors.copy_(tensor, raw[name])

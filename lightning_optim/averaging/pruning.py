@@ -32,12 +32,12 @@ class Pruned:
     mask: Tensor
 
     @property
-    def derived(self) -> Any:
+    def product(self) -> Any:
         """The product with which the module computes: an attribute, made anew before each forward."""
         return vars(self.owner).get(self.hook._tensor_name)
 
-    @derived.setter
-    def derived(self, value: Any) -> None:
+    @product.setter
+    def product(self, value: Any) -> None:
         setattr(self.owner, self.hook._tensor_name, value)
 
     @property
@@ -59,11 +59,41 @@ def pruned_in(module: nn.Module) -> list[Pruned]:
     return found
 
 
+class Pruning:
+    """The pruning of one module as a run goes on: what is pruned, and the products with which the module computes."""
+
+    def __init__(self) -> None:
+        self._pruned: list[Pruned] = []
+        self._before: list[tuple[Pruned, Any]] = []
+
+    @property
+    def changed(self) -> bool:
+        """Whether a mask that was seen last is no longer in use."""
+        return not all(pruned.holds for pruned in self._pruned)
+
+    def ended(self, module: nn.Module) -> dict[int, Tensor]:
+        """Return the masks, by the ``id`` of the parameter, of pruning made permanent since this was called last."""
+        before, self._pruned = self._pruned, pruned_in(module)
+        now = {id(pruned.parameter) for pruned in self._pruned}
+        return {id(pruned.parameter): pruned.mask for pruned in before if id(pruned.parameter) not in now}
+
+    def exchange_products(self, module: nn.Module, averaged: bool) -> None:
+        """Let the module compute with the average that was put in, or again with what it computed with before."""
+        if averaged:
+            self._before = [(pruned, pruned.product) for pruned in self._pruned]
+            apply_masks_(module)
+            return
+        for pruned, before in self._before:
+            if pruned.holds:
+                pruned.product = before
+        self._before = []
+
+
 @torch.no_grad()
 def apply_masks_(module: nn.Module) -> None:
     """Compute the product of each pruned weight and its mask anew, as a forward would."""
     for pruned in pruned_in(module):
-        pruned.derived = pruned.hook.apply_mask(pruned.owner)  # type: ignore[no-untyped-call]
+        pruned.product = pruned.hook.apply_mask(pruned.owner)  # type: ignore[no-untyped-call]
 
 
 def masks_by_name(module: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_optim import tensors
 from lightning_optim.averaging.averages import Average
 from lightning_optim.averaging.buffers import Treated
-from lightning_optim.averaging.pruning import Pruned, apply_masks_, pruned_in
+from lightning_optim.averaging.pruning import Pruning
 from lightning_optim.averaging.sources import (
     Buffers,
     Source,
@@ -67,8 +67,7 @@ class Shadow:
         self._of_buffers.keep_wide = True
         self._estimates = Estimates(treated.vectors)
         self.inside = self.fresh = False
-        self._pruned: list[Pruned] = []
-        self._derived: list[tuple[Pruned, Any]] = []
+        self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}
         self._agreed: dict[tuple[int, str], Tensor] | None = None  # means over ranks of the present averages of buffers
         self._exchanged: list[tuple[Source, Tensor]] = []
@@ -124,7 +123,7 @@ class Shadow:
 
     def update_(self, index: int, step: int) -> None:
         """Take in the present weights of one optimizer, and with the first one the buffers."""
-        if not all(pruned.holds for pruned in self._pruned):
+        if self._pruning.changed:
             self.follow_pruning()
         average = self.averages[index]
         before = average.counters
@@ -147,9 +146,7 @@ class Shadow:
         """
         if (module := self.module) is None:
             return
-        before, self._pruned = self._pruned, pruned_in(module)
-        now = {id(pruned.parameter) for pruned in self._pruned}
-        masks = {id(pruned.parameter): pruned.mask for pruned in before if id(pruned.parameter) not in now}
+        masks = self._pruning.ended(module)
         for sources, average in zip(self.sources, self.averages, strict=True):
             if not masks or not average.started:
                 continue
@@ -277,22 +274,11 @@ class Shadow:
                 raise
             self.inside = not self.inside
             self._exchanged = moving if self.inside else []
-            self._exchange_derived()
+            self._pruning.exchange_products(module, self.inside)
             if self.inside:
                 self._stack.append(self)
             else:
                 self._stack.remove(self)
-
-    def _exchange_derived(self) -> None:
-        """Let pruned modules compute with the average from now on, or again with what they computed with before."""
-        if self.inside:
-            self._derived = [(pruned, pruned.derived) for pruned in self._pruned]
-            apply_masks_(self._alive())
-            return
-        for pruned, before in self._derived:
-            if pruned.holds:
-                pruned.derived = before
-        self._derived = []
 
     @property
     def estimated(self) -> bool:
@@ -350,14 +336,6 @@ class Shadow:
                 (self._agreed or {}).pop((id(layer), key), None)
                 tensors.copy_(average, value)
                 tensors.copy_(live, average)
-
-    @contextlib.contextmanager
-    def copied_into(self, module: nn.Module) -> Iterator[None]:
-        """Within this, another module with the same names, compiled or not, holds the averaged weights."""
-        if self.module is not None:
-            self.estimate_()
-        with copied_into(module, self.named()):
-            yield
 
     # ---- in a checkpoint ---------------------------------------------------------------------------------------------
 
@@ -500,24 +478,6 @@ def _copies(sources: Sources, average: Average, saved: dict[str, Tensor]) -> lis
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.cpu(), other.detach().cpu())
-
-
-@contextlib.contextmanager
-def copied_into(module: nn.Module, averaged: dict[str, Tensor]) -> Iterator[None]:
-    """Context manager: a module with the names of ``averaged``, compiled or not, holds these weights."""
-    averaged = _by_plain_name(averaged)
-    named = _by_plain_name(tensors.named_tensors(module))
-    live = {name: tensor for name, tensor in named.items() if name in averaged}
-    if missing := sorted(averaged.keys() - live.keys()):
-        raise ValueError(f"{type(module).__name__} has no {missing[:3]}, of which there are averages")
-    raw = {name: tensor.detach().clone() for name, tensor in live.items()}
-    try:
-        for name, tensor in live.items():
-            tensors.copy_(tensor, averaged[name])
-        yield
-    finally:
-        for name, tensor in live.items():
-            tensors.copy_(tensor, raw[name])
 
 
 @contextlib.contextmanager

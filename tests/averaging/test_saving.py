@@ -245,6 +245,31 @@ def test_a_mean_of_checkpoints_is_in_the_module_when_it_is_saved(tmp_path) -> No
     assert_equal(model.saved[-1], saved)
 
 
+@pytest.mark.parametrize("dirpath", [None, "best"])
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_file_of_a_hook_after_the_end_holds_what_the_module_holds(tmp_path, stops: bool, dirpath: str | None) -> None:
+    class Scripted(Keeping):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", (3.0, 1.0, 2.0, 4.0)[self.current_epoch])
+
+    class AtTheEnd(Callback):
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+    def callbacks() -> list[Callback]:
+        stop = EarlyStopping("val_loss", patience=9, dirpath=dirpath and str(tmp_path / dirpath))
+        return [averaging(), *([stop] if stops else [])]
+
+    fit(model := Scripted(), [*callbacks(), AtTheEnd()], max_epochs=3)
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert_equal(saved["state_dict"], snapshot(model))
+    assert_equal(model.saved[-1], snapshot(model))
+    fit(resumed := Scripted(), callbacks(), ckpt=tmp_path / "one.ckpt", max_epochs=4)
+    fit(whole := Scripted(), callbacks(), max_epochs=4)
+    assert_equal(resumed.trajectory[-1], whole.trajectory[-1])
+    assert_equal(snapshot(resumed), snapshot(whole))
+
+
 def test_outside_of_a_save_the_module_holds_raw_weights() -> None:
     class Looks(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
