@@ -99,10 +99,30 @@ def test_a_policy_sees_what_it_chose(selection: dict[str, Any], shapes: list[tup
     assert (spy.norm is None) == bool(selection), "a norm of all gradients is not that of some"
 
 
+class Largest(Callback):
+    """The largest element of the gradients of each step, after clipping."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.seen += [max(float(grad.abs().max()) for grad in grads)] if grads else []
+
+
 def test_a_policy_after_one_that_acted_gets_no_norm() -> None:
     spy = Spy(1.0)
     _fit(GradientClipping([ClipByNorm(0.5), spy]))
     assert spy.norm is None
+
+
+def test_a_norm_of_another_kind_is_not_taken_for_ones_own() -> None:
+    """The first policy's norm is known, and does nothing: the second one goes by the largest element."""
+    alone, second = Largest(), Largest()
+    _fit(GradientClipping(ClipByNorm(0.05, norm_type=math.inf)), alone)
+    _fit(GradientClipping([ClipByNorm(1e6), ClipByNorm(0.05, norm_type=math.inf)]), second)
+    assert alone.seen == second.seen
+    assert max(alone.seen) == pytest.approx(0.05, rel=1e-4)
 
 
 def test_a_pattern_without_a_match_is_refused() -> None:
@@ -231,6 +251,13 @@ def test_the_first_steps_are_no_spikes() -> None:
     clipping = GradientClipping(0.5, spike=1.5)
     _fit(clipping, Spikes({5}, 50.0), max_epochs=2)
     assert clipping.skipped == [0]
+
+
+def test_no_scale_cures_a_spike() -> None:
+    """Under a GradScaler too spikes in a row are counted, and end the run."""
+    cell = Cell("automatic", "16-mixed", "single", "1")
+    with pytest.raises(RuntimeError, match="2 steps in a row of SGD would be skipped"):
+        _fit(GradientClipping(0.5, spike=5.0, max_consecutive_skips=1), Spikes({14, 15}, 50.0), cell, max_epochs=5)
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise", "ignore"])
