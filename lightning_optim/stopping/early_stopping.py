@@ -172,6 +172,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
         self._asked_to_stop = self._ends_anyway = False  # the latter: at the word of somebody else
+        self._training = False
         self.history: list[dict[str, float]] = []
         self.best_check = -1
         self._check_on_train_epoch_end = self.check_on_train_epoch_end
@@ -190,6 +191,8 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         OptimCallback.on_train_start(self, trainer, pl_module)
         # After an average, which may lie over the best in a checkpoint that was written after a fit.
         self._keeper.resume_(pl_module)
+        self._training = True
+        self._asked_to_stop = self._asked_to_stop and trainer.should_stop  # a resumed run asks again
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._keeper.notice_unfrozen()
@@ -238,15 +241,15 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         if stop:
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason, self.stopping_reason_message = self._reason()
-            by_another = any(other.stopping_reason_message for other in others)
-            self._ends_anyway = self._ends_anyway or (trainer.should_stop and not asked and not by_another)
+            alone = not any(map(_asked_to_stop, others))
+            self._ends_anyway = self._ends_anyway or (trainer.should_stop and not asked and alone)
             trainer.should_stop = True
         elif asked and improved:
             # Asked for before `min_epochs` or `min_steps`, which did not let it happen; the metric has improved since.
             self.stopped_epoch, self.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
             self.stopping_reason_message = None
             ends = any(getattr(callback, "_ends_anyway", False) for callback in [self, *others])
-            trainer.should_stop = ends or any(other.stopping_reason_message for other in others)
+            trainer.should_stop = ends or any(map(_asked_to_stop, others))
             asked = False
         self._asked_to_stop = asked or stop
         if self.verbose and (said := self.criterion.reason or self._improvement()):
@@ -394,6 +397,14 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         directory, file = os.path.split(path)
         self._keeper = InDirectory(directory, file.removesuffix(".ckpt"), self._own_files) if path else InMemory()
         self._keeper.load_extra_state(extra)
+        if self._training:  # a learning-rate finder restores what was before its trials, the module first
+            self._keeper.resume_(self._running.trainer.lightning_module)
+
+
+def _asked_to_stop(callback: LightningEarlyStopping) -> bool:
+    if isinstance(callback, EarlyStopping):
+        return callback._asked_to_stop
+    return callback.stopping_reason_message is not None
 
 
 def _criterion(

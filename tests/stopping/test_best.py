@@ -323,6 +323,15 @@ def test_a_base_that_is_unfrozen_later(in_directory: bool, resumed: bool, tmp_pa
         assert same(weights(again), module.seen[1])
 
 
+def test_a_base_that_is_unfrozen_before_the_best(tmp_path: Path) -> None:
+    """What earlier checkpoints left out is in the best as soon as it trains."""
+    module, saver = Adapted([3.0, 2.0, 2.0, 1.0, 4.0]), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    unfreeze = after(2, lambda module: module.base.requires_grad_(True))
+    fit(module, EarlyStopping("val_loss"), saver, unfreeze, max_epochs=5, enable_checkpointing=True)
+    assert not torch.equal(module.seen[4]["base.0.weight"], module.seen[3]["base.0.weight"])
+    assert same(weights(module), module.seen[3])
+
+
 # ---- copies, and other modules ---------------------------------------------------------------------------------------
 
 
@@ -369,6 +378,43 @@ def test_restoring_again_when_the_module_was_changed_since(in_directory: bool, t
     else:
         with pytest.warns(UserWarning, match=r"lie in this module .*\['net.0.weight'\] were changed .*dirpath"):
             callback.restore_best_(module)
+
+
+@each_place
+def test_into_another_module_what_fits_is_copied(in_directory: bool, tmp_path: Path) -> None:
+    module, callback = Buffered(bank=torch.ones(2)), stopping(tmp_path, in_directory)
+    fit(module, callback, max_epochs=3)
+    other = Scripted()
+    with pytest.warns(UserWarning, match=r"the module has no longer \['bank'\]"):
+        callback.restore_best_(other)
+    assert same(weights(other) | {"bank": module.bank}, module.seen[0])
+
+
+def test_a_rename_that_was_killed_leaves_the_new_one(tmp_path: Path) -> None:
+    module, callback = Scripted(WORSE), stopping(tmp_path, True)
+    fit(module, callback, max_epochs=3)
+    os.rename(callback.best_path, f"{callback.best_path}.new")
+    other = Scripted()
+    callback.restore_best_(other)
+    assert same(weights(other), module.seen[0])
+
+
+def test_a_copy_from_disk_that_fails_halfway_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Scripted):
+        def on_train_end(self) -> None:
+            copied: list[Any] = []
+
+            def copy_(target: Tensor, source: Tensor) -> None:
+                copied.append(target.copy_(source))
+                if len(copied) == 2:
+                    raise RuntimeError("a broken disk")
+
+            monkeypatch.setattr("lightning_optim.tensors.copy_", copy_)
+
+    module = Failing(WORSE)
+    with pytest.warns(UserWarning, match="keeps its last weights.*a broken disk"):
+        fit(module, stopping(tmp_path, True), max_epochs=3)
+    assert same(weights(module), module.seen[2])
 
 
 def test_nothing_to_restore() -> None:

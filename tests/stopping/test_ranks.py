@@ -143,6 +143,29 @@ def test_a_file_written_after_a_fit(
         assert end == (True, [True], True, True, 1)
 
 
+def going_back() -> Any:
+    stop = EarlyStopping("val_loss", patience=9)
+
+    class GoingBack(Sharded):
+        def on_validation_end(self) -> None:
+            super().on_validation_end()
+            if len(self.validated) == 3:
+                stop.restore_best_(self)
+                self.went_back = whole(self)
+                self.predicted = self.net(torch.ones(1, 3))
+
+    module, straight = GoingBack(SCORES), Sharded(SCORES)
+    fit(module, stop, **two(sharding(False), max_epochs=3))
+    fit(straight, EarlyStopping("val_loss"), **two(sharding(False), max_epochs=2))
+    predicted = straight.net(torch.ones(1, 3))
+    return same(module.went_back, module.validated[1]), torch.equal(module.predicted, predicted)
+
+
+def test_restore_after_a_validation_of_a_sharded_model(group: Group) -> None:
+    """Its root is still gathered then: what is copied into shards must be what the next forward uses."""
+    assert group.run(going_back) == [(True, True)] * 2
+
+
 class ShardedAdapted(Sharded):
     """Its checkpoints leave out a frozen base, until it trains."""
 

@@ -236,3 +236,35 @@ def test_a_best_that_cannot_be_read_does_not_lose_the_run(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"best\.ckpt"):
         callback.restore_best_(module)
     assert same(weights(module), module.last)
+
+
+def test_a_stop_of_an_earlier_run_is_no_stop_of_this_one(tmp_path: Path) -> None:
+    """A run that is resumed with more patience may take back a stop that was asked for before `min_epochs`."""
+    scores = {"val_loss": [1.0, 1.0, 1.0, 2.0, 0.5, 0.4, 0.3], "other": [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]}
+    first = [EarlyStopping("val_loss", patience=9), EarlyStopping("other", patience=1)]
+    running = fit(Scripted(scores), *first, max_epochs=7)
+    assert running.current_epoch == 2
+    running.save_checkpoint(tmp_path / "after.ckpt")
+    patient = [EarlyStopping("val_loss", patience=2), EarlyStopping("other", patience=9)]
+    trainer = fit(Scripted(scores), *patient, min_epochs=5, max_epochs=7, ckpt_path=tmp_path / "after.ckpt")
+    assert trainer.current_epoch == 7
+    assert patient[0].stopping_reason_message is None
+
+
+def test_state_that_is_restored_in_the_middle_of_a_fit(tmp_path: Path) -> None:
+    """As by a learning-rate finder, after its trials."""
+
+    class Restoring(Scripted):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 2:
+                torch.save(callback.state_dict(), tmp_path / "state.pt")
+                callback.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+    for dirpath in (None, tmp_path / "best"):
+        whole, module, callback = Scripted(EARLIER), Restoring(EARLIER), stopping(dirpath)
+        fit(whole, stopping(None))
+        trainer = fit(module, callback)
+        assert same(weights(module), weights(whole))
+        assert len(callback.history) == 5
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+        assert "raw" in callback.state_dict()
