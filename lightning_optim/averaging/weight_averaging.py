@@ -265,6 +265,7 @@ class WeightAveraging(AverageInUse):
 
         Example::
 
+            >>> from lightning_optim import EMA, WeightAveraging
             >>> class Late(WeightAveraging):
             ...     def should_update(self, step_idx=None, epoch_idx=None):
             ...         return step_idx is not None and step_idx >= 100
