@@ -40,7 +40,7 @@ class AverageInUse(RefreshesStatistics):
     _shadow: Shadow | None
     _layers: list[_BatchNorm]  # whose statistics are estimated anew
     _held: dict[str, Tensor]  # the average, in a copy of a callback
-    _unfrozen: list[_BatchNorm] | None  # at the last update: the user may have put the module into eval mode since
+    _unfrozen: list[_BatchNorm] | None  # at the last update, so that an estimate does not depend on when it is made
 
     @property
     def started(self) -> bool:
@@ -102,7 +102,8 @@ class AverageInUse(RefreshesStatistics):
             return
         trainer = self.fit.trainer
         pl_module = trainer.lightning_module
-        layers = in_training(self._layers) if pl_module.training else self._unfrozen
+        now = in_training(self._layers) if pl_module.training else self._layers
+        layers = now if self._unfrozen is None else self._unfrozen
         self.estimate_statistics_(trainer, pl_module, seed=shadow.updates, layers=layers, write=shadow.take_statistics)
         shadow.fresh = True
 

@@ -23,6 +23,7 @@ from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.in_use import AverageInUse
 from lightning_optim.averaging.refresh import in_training
 from lightning_optim.averaging.shadow import Shadow
+from lightning_optim.averaging.sources import plain_name
 from lightning_optim.hooks import is_overridden
 from lightning_optim.launched import check_not_lost
 from lightning_optim.schedules import check_number
@@ -316,7 +317,15 @@ class WeightAveraging(AverageInUse):
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
         asked = {"asked": list(self._asked)} if self._asks else {}
         averages = pruning.permanent(self._shadow.state(self._saved_as_state_dict), self._masks())
-        return {**averages, **comparison, **asked}
+        return {**averages, **comparison, **asked, **self._unfrozen_by_name()}
+
+    def _unfrozen_by_name(self) -> dict[str, list[str]]:
+        """Names of the BatchNorm layers that were not frozen at the last update."""
+        module = None if self._shadow is None else self._shadow.module
+        if self._unfrozen is None or module is None:
+            return {}
+        unfrozen = {id(layer) for layer in self._unfrozen}
+        return {"unfrozen": [plain_name(name) for name, layer in module.named_modules() if id(layer) in unfrozen]}
 
     def _masks(self) -> dict[str, Tensor]:
         """Masks of weights that are pruned in the module, and whose pruning is permanent in checkpoints."""
@@ -336,6 +345,11 @@ class WeightAveraging(AverageInUse):
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
             self._asked = list(loaded.get("asked", [0, -1]))
+            if "unfrozen" in loaded and (module := shadow.module) is not None:
+                named = {plain_name(name): layer for name, layer in module.named_modules()}
+                self._unfrozen = [
+                    layer for layer in self._layers if any(layer is named.get(n) for n in loaded["unfrozen"])
+                ]
             shadow.load(interop.with_counters(loaded, self.steps))
             self.comparison.load(loaded.get("comparison", []))
 

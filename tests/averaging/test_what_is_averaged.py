@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import WeightAveraging as TheirAveraging
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, WeightAveraging
-from tests.averaging.models import Model, assert_close, assert_equal, ema, fit, mean, snapshot
+from tests.averaging.models import Model, assert_close, assert_equal, ema, fit, mean, norm_net, snapshot
 
 DECAY = 0.8
 AVERAGES = [EMA(DECAY, warmup=None), SWA(), LAWA(12)]
@@ -187,6 +188,28 @@ def test_weights_that_lightnings_average_has_and_that_are_frozen_now_are_average
     fit(model, [callback], ckpt=tmp_path / "one.ckpt", max_epochs=4)
     assert_close(snapshot(model), mean(first.trajectory + model.trajectory))
     assert len(callback.averaged_state()) == 6
+
+
+def test_statistics_of_a_layer_that_was_frozen_are_not_estimated_after_a_resume(tmp_path: Path) -> None:
+    """The resumed run is built with the layer in training mode, and has no step left."""
+
+    class Freezes(Model):
+        def __init__(self) -> None:
+            super().__init__(make=norm_net)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.current_epoch >= 1:
+                self.net[1].eval()
+            self.net[3].eval()  # dropout
+
+    def run(*callbacks: Callback, **changes: Any) -> dict[str, Tensor]:
+        model, average = Freezes(), averaging(average=SWA(), every=5, evaluate=False)
+        fit(model, [average, *callbacks], max_epochs=3, **changes)
+        return {**average.averaged_state(), **snapshot(model)}
+
+    files = ModelCheckpoint(tmp_path, filename="one", every_n_train_steps=24)
+    whole = run(files, enable_checkpointing=True)
+    assert_equal(run(ckpt=tmp_path / "one.ckpt"), whole)
 
 
 # ---- buffers that change ----
