@@ -21,6 +21,7 @@ from lightning_optim import tensors
 from lightning_optim.launched import send_back
 from lightning_optim.own_files import OwnFiles
 from lightning_optim.refusals import warn_unsharded
+from lightning_optim.restored import Restored
 from lightning_optim.slots import Slot
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Fit:
         self._undo = contextlib.ExitStack()
         self._started = self._begun = self._ended = self._failed = self._saving = False
         self._total: int | float | None = None
-        self._rounded: dict[str, Any] = {}
+        self._restored, self._load_seen = Restored(trainer), False
         self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
         self.own_files = OwnFiles()
         self.replace(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
@@ -79,7 +80,7 @@ class Fit:
         if self._started:
             return
         self._started = True
-        self._restore_rounded()
+        self._restored.start()
         warn_unsharded(self.trainer)
         send_back(self.trainer, self.members)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -98,7 +99,7 @@ class Fit:
         if self._begun:
             return
         self._begun = True
-        self._restore_rounded()
+        self._restored.begin(any(member.gathers_ranks for member in self.members))
         count = len(self.trainer.optimizers)
         # Of a file that holds no state of ours, Lightning's count of calls is the best there is.
         known = any(member.steps for member in self.members)
@@ -108,23 +109,11 @@ class Fit:
             member.steps = list(steps)
 
     def loaded(self, checkpoint: dict[str, Any]) -> None:
-        """At ``on_load_checkpoint``: keep the weights of a checkpoint that the module has rounded.
-
-        Lightning restores weights before it converts the module: with ``precision="64-true"`` it loads what is in fp64
-        into the fp32 of the module's constructor.
-        """
-        saved = checkpoint.get("state_dict", {})
-        live = self.trainer.lightning_module.state_dict()
-        if not self._started and any(_rounds(saved.get(name), tensor) for name, tensor in live.items()):
-            self._rounded = saved
-
-    def _restore_rounded(self) -> None:
-        """Load the kept weights again, if the module has been converted to what holds them."""
-        module = self.trainer.lightning_module
-        saved, live = self._rounded, module.state_dict() if self._rounded else {}
-        if saved and not any(_rounds(saved.get(name), tensor) for name, tensor in live.items()):
-            self.trainer.strategy.load_model_state_dict({"state_dict": saved}, strict=module.strict_loading)
-            self._rounded = {}
+        """At ``on_load_checkpoint``, before the fit starts or, with sharded weights, after. Whoever calls first."""
+        if self._load_seen or self._begun:
+            return
+        self._load_seen = True
+        self._restored.loaded(checkpoint)
 
     def end(self, pl_module: LightningModule) -> None:
         """At ``on_fit_end``, when every file is written: one callback of ours decides what the module ends with."""
@@ -240,12 +229,6 @@ class Fit:
         if self._total is None:
             self._total = total_steps(self.trainer)
         return self._total
-
-
-def _rounds(saved: Any, live: Any) -> bool:
-    """Whether a saved tensor loses bits in the dtype of the module's."""
-    both = isinstance(saved, Tensor) and isinstance(live, Tensor)
-    return both and torch.promote_types(saved.dtype, live.dtype) != live.dtype
 
 
 @contextlib.contextmanager

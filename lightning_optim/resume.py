@@ -29,6 +29,9 @@ class ExactResume(OptimCallback):
       does not load them at an epoch's end, nor if ``configure_optimizers`` used ``trainer.estimated_stepping_batches``;
     * what ``self.log(…, on_epoch=True)`` and torchmetrics have gathered in the epoch, and the values that callbacks
       monitor;
+    * buffers in which ranks differ, such as the statistics of BatchNorm under FSDP2: Lightning saves one rank's;
+    * non-persistent buffers that have changed since the fit started. Other attributes of the module are in no
+      checkpoint, unless its ``on_save_checkpoint`` puts them there;
 
     and the resumed run first does what the killed one was about to do when it had written the file: log the batch,
     validate, step a ``ReduceLROnPlateau``, end the epoch. A file from the middle of a validation runs all of that

@@ -94,7 +94,7 @@ def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, 
     if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
         return
     digests: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(digests, {path: _digest(tensor) for path, tensor in ours.items()})
+    dist.all_gather_object(digests, {path: digest(tensor) for path, tensor in ours.items()})
     paths = {path for theirs in digests for path in theirs if any(theirs[path] != each.get(path) for each in digests)}
     if not paths:
         return
@@ -120,7 +120,8 @@ def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
         tree[name] = tensor if same else torch.stack([other.double() for other in others]).mean(0).to(tensor.dtype)
 
 
-def _digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+def digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    """Return what is the same for two plain tensors only if these are equal, bit for bit."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(data, digest_size=16).digest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader
 
-from lightning_optim import EMA, LAWA, EarlyStopping, GradientAccumulation, WeightAveraging, state
+from lightning_optim import (
+    EMA,
+    LAWA,
+    EarlyStopping,
+    GradientAccumulation,
+    GradientClipping,
+    WeightAveraging,
+    state,
+)
 from lightning_optim.resume import ExactResume
 from tests.machine.groups import Group
 from tests.machine.run import LivingEnvironment, share_mesh
@@ -98,6 +107,36 @@ def in_a_window() -> list[Any]:
 def test_buffers_within_a_window(group: Group, tmp_path: Path) -> None:
     """Within a window DDP broadcasts no buffers, and no more does the resumed run."""
     assert group.run(resumes, tmp_path, in_a_window, "ddp", ["batch-2", "batch-3"]) == [[], []]
+
+
+def warnings_on_resume(folder: Path, strategy: str, exact: bool) -> list[str]:
+    """A job: what is said about buffers when a run resumes."""
+
+    def callbacks() -> list[Any]:
+        return [GradientClipping(1.0), WeightAveraging(EMA(0.9)), *([ExactResume()] if exact else [])]
+
+    run([*callbacks(), Save(folder)], strategy=strategy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(callbacks(), folder / f"epoch-{EPOCH}", strategy)
+    return [str(warning.message) for warning in caught if "buffers of one rank" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "exact", "count"),
+    [
+        ("fsdp2, a folder", False, 1),
+        ("fsdp2, a folder", True, 0),
+        ("ddp that broadcasts no buffers", False, 1),
+        ("ddp", False, 0),
+    ],
+)
+def test_warns_of_lost_buffers(strategy: str, exact: bool, count: int, group: Group, tmp_path: Path) -> None:
+    said, by_others = group.run(warnings_on_resume, tmp_path, strategy, exact)
+    assert len(said) == count and not by_others
+    assert all(
+        "['body.1.running_mean', 'body.1.running_var']" in text and "Add `ExactResume()`" in text for text in said
+    )
 
 
 # ---- averages --------------------------------------------------------------------------------------------------------
