@@ -38,19 +38,19 @@ class OwnFiles:
 
     def add(self, path: str | os.PathLike[str]) -> None:
         """Note that this process has written a file or a folder."""
-        self._paths.add(_place(path))
+        self._paths.add(resolved(path))
 
     def rename(self, path: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
         """Note that what was written to ``path`` is at ``new`` now."""
         if path in self:
-            self._paths.discard(_place(path))
+            self._paths.discard(resolved(path))
             self.add(new)
 
     def __contains__(self, path: str | os.PathLike[str]) -> bool:
-        return _place(path) in self._paths
+        return resolved(path) in self._paths
 
 
-def _place(path: str | os.PathLike[str]) -> str:
-    """The same for all names of a local file; links may change."""
+def resolved(path: str | os.PathLike[str]) -> str:
+    """The one name of a local file or folder that has several, through links or from where a process runs."""
     name = os.fspath(path)
     return name if "://" in name else os.path.realpath(name)

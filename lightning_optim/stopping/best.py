@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import re
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_optim.copies import copies_of, exchange_, fitting, localized
 from lightning_optim.displaced import Displaced, on_cpu
 from lightning_optim.fit import evaluated_state
 from lightning_optim.interrupts import uninterrupted
-from lightning_optim.own_files import OwnFiles
+from lightning_optim.own_files import OwnFiles, resolved
 from lightning_optim.stopping.misfits import folded, listed, misfits
 from lightning_optim.stopping.stored import Stored
 
@@ -208,15 +209,16 @@ class InDirectory(Keeper):
 
     @property
     def place(self) -> str:
-        return self.directory.rstrip("/")
+        return resolved(self.directory.rstrip("/") or "/")
 
     @property
     def has_best(self) -> bool:
         return bool(self.path)
 
     def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
-        if not self.path:
-            self.path = trainer.strategy.broadcast(self._free_path())
+        if not self._may_replace(self.path):
+            self.path = self._free_path()
+        self.path = trainer.strategy.broadcast(self.path)
         beside = f"{self.path}.new"
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
@@ -225,11 +227,17 @@ class InDirectory(Keeper):
         self._own_files.rename(beside, self.path)
         self._module = weakref.ref(trainer.lightning_module)
 
+    def _may_replace(self, path: str) -> bool:
+        """Whether this run, or an earlier part of it, wrote ``path``; a checkpoint may name anybody's file."""
+        directory, name = os.path.split(path)
+        is_named_so = re.fullmatch(rf"{re.escape(self.stem)}(-v\d+)?\.ckpt", name)
+        return path in self._own_files or (bool(is_named_so) and resolved(directory) == self.place)
+
     def _free_path(self) -> str:
         """A name that no earlier run has used: its best is not ours to overwrite."""
         get_filesystem(self.directory).makedirs(self.directory, exist_ok=True)
         path, version = os.path.join(self.directory, f"{self.stem}.ckpt"), 0
-        while get_filesystem(path).exists(path):
+        while any(get_filesystem(path).exists(name) for name in (path, f"{path}.new")):
             version += 1
             path = os.path.join(self.directory, f"{self.stem}-v{version}.ckpt")
         return path

@@ -337,6 +337,8 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         new = self._new_keeper()
         if self._keeper.place != new.place:  # what was loaded is from a run with another `dirpath`
             self._keeper = new
+        elif isinstance(self._keeper, InDirectory) and self.dirpath is not None:
+            self._keeper.directory = self.dirpath  # by the name that the user gives it
         self._keeper.keep(trainer, left_out)
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
@@ -394,8 +396,8 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         self.stopping_reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
         self.stopping_reason_message = extra.get("stopping_reason_message")
         path = extra.get("best_path", "")
-        directory, file = os.path.split(path)
-        self._keeper = InDirectory(directory, file.removesuffix(".ckpt"), self._own_files) if path else InMemory()
+        directory = os.path.dirname(path)
+        self._keeper = InDirectory(directory, self.name or "best", self._own_files) if path else InMemory()
         self._keeper.load_extra_state(extra)
         if self._training:  # a learning-rate finder restores what was before its trials, the module first
             self._keeper.resume_(self._running.trainer.lightning_module)
