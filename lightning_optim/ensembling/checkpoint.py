@@ -125,9 +125,10 @@ def read(path: Any, weights_only: bool) -> dict[str, Any]:
         loaded = safe_reading.load(path, weights_only)
     else:  # an open file
         loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), Mapping):
-        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`")
-    return loaded
+    state = loaded.get("state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`, of names with weights")
+    return dict(loaded)
 
 
 def arguments_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +140,12 @@ def arguments_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def _written(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """What :func:`save_members` wrote."""
     written = checkpoint.get(_KEY)
-    return written if isinstance(written, dict) and isinstance(written.get("members"), list) else None
+    members = written.get("members") if isinstance(written, dict) else None
+    return written if isinstance(members, list) and members and all(map(_is_member, members)) else None
+
+
+def _is_member(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("class"), str) and isinstance(entry.get("checkpoint"), dict)
 
 
 def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: bool) -> list[type[LightningModule]]:

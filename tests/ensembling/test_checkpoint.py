@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lightning_optim import Ensemble
 from tests.ensembling.models import CLASSES, FEATURES, Classifier, data, loader, trainer
+from tests.ensembling.models import members as build
 
 X = data().tensors[0]
+NAMES = ("weight", "bias")
 
 
 class Plain(LightningModule):
@@ -84,6 +86,14 @@ class Adapter(Plain):
         self.tag = checkpoint["tag"]
 
 
+class Whole(Adapter):
+    """Is asked for its variables too."""
+
+    def state_dict(self, keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+        state = nn.Module.state_dict(self, keep_vars=keep_vars)
+        return {name: value for name, value in state.items() if "base" not in name}
+
+
 def saved(ensemble: Ensemble, folder: Path, **how: Any) -> Path:
     of = trainer()
     of.test(ensemble, loader(), verbose=False)
@@ -143,6 +153,21 @@ def test_a_trainer_tests_from_it(name: str, tmp_path: Path) -> None:
             member.net.apply(lambda layer: layer.weight.zero_() if isinstance(layer, nn.Linear) else None)
     assert trainer().test(ensemble, loader(), verbose=False) != expected
     assert trainer().test(ensemble, loader(), ckpt_path=path, verbose=False) == expected
+
+
+def test_it_is_saved_and_loaded_by_lightning(tmp_path: Path) -> None:
+    ensemble = Ensemble(build(), outputs="logits", on="net")
+    of = trainer()
+    expected = of.validate(ensemble, loader(), verbose=False)
+    of.save_checkpoint(tmp_path / "ensemble.ckpt")
+    blank = [Classifier(8), Classifier(12), Classifier(8)]
+    arguments = {"outputs": "logits", "on": "net"}
+    loaded = Ensemble.load_from_checkpoint(tmp_path / "ensemble.ckpt", members=blank, **arguments)
+    assert torch.equal(loaded(X), ensemble(X))
+    found = trainer().validate(
+        Ensemble(blank, **arguments), loader(), ckpt_path=tmp_path / "ensemble.ckpt", verbose=False
+    )
+    assert found == expected
 
 
 def test_members_that_are_given_and_arguments_in_place_of_those_in_the_file(tmp_path: Path) -> None:
@@ -223,6 +248,13 @@ def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
         Ensemble.load_from_checkpoint(path, member_class=Plain)
     with pytest.raises(pytest.fail.Exception, match="unpickled"):
         Ensemble.load_from_checkpoint(path, weights_only=False)
+    for entry in (3, {}, {"class": "os:getcwd"}, {"class": 3, "checkpoint": {}}, {"class": "a:b", "checkpoint": 3}):
+        torch.save({"state_dict": {}, "ensemble": {"members": [entry]}}, path)
+        with pytest.raises(ValueError, match=r"evil.ckpt is no checkpoint of an Ensemble"):
+            Ensemble.load_from_checkpoint(path, weights_only=False)
+    torch.save({"state_dict": {3: torch.ones(1)}}, path)
+    with pytest.raises(ValueError, match=r"evil.ckpt is no checkpoint of Lightning"):
+        Ensemble.load_from_checkpoint(path, weights_only=False)
     torch.save({"state_dict": {}, "ensemble": {"members": [{"class": "os:getcwd", "checkpoint": {}}]}}, path)
     with pytest.raises(ValueError, match="'os:getcwd' is no LightningModule"):
         Ensemble.load_from_checkpoint(path, weights_only=False)
@@ -256,11 +288,16 @@ def test_that_one_member_saves_a_part_does_not_make_the_others_lenient(order: in
 
 
 def test_the_state_of_members_that_rename_or_leave_out(tmp_path: Path) -> None:
-    ensemble = Ensemble([Adapter(1), Plain(2)], outputs="logits")
-    assert list(ensemble.state_dict()) == [f"members.{i}.net.{name}" for i in range(2) for name in ("weight", "bias")]
+    ensemble = Ensemble([Whole(1), Plain(2)], outputs="logits")
+    assert list(ensemble.state_dict()) == [f"members.{i}.net.{name}" for i in range(2) for name in NAMES]
     held = nn.ModuleDict({"served": ensemble})
     assert list(held.state_dict()) == [f"served.{name}" for name in ensemble.state_dict()]
     assert ensemble.state_dict()._metadata["members.1.net"] == {"version": 1}
+    kept = ensemble.state_dict(keep_vars=True)["members.1.net.weight"]
+    assert kept is ensemble.members[1].net.weight
+    given = {f"members.1.net.{name}": torch.zeros_like(ensemble.members[1].net.get_parameter(name)) for name in NAMES}
+    ensemble.load_state_dict({**ensemble.state_dict(), **given}, assign=True)
+    assert ensemble.members[1].net.weight.data_ptr() == given["members.1.net.weight"].data_ptr()
     keys = ensemble.load_state_dict({"members.1.net.bias": torch.ones(CLASSES), "strange": torch.ones(1)}, strict=False)
     assert keys.unexpected_keys == ["strange"]
     assert "members.1.net.weight" in keys.missing_keys and "members.1.net.bias" not in keys.missing_keys

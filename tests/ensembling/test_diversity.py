@@ -129,6 +129,7 @@ def test_reset_pickle_and_plot() -> None:
         ({}, torch.zeros(3, 5), "scores"),
         ({"measure": "mutual_information"}, torch.zeros(3, 5, dtype=torch.long), "needs probabilities"),
         ({"measure": "mutual_information"}, torch.rand(3, 5, 4), 'no probabilities: .*`outputs="logits"`'),
+        ({"measure": "mutual_information"}, torch.full((3, 5, 4), 0.275), "no probabilities"),
         ({"measure": "mutual_information"}, torch.tensor([1.5, -0.5]).expand(3, 5, 2), "no probabilities"),
         ({}, torch.rand(3, 5, 1), "scores of one class"),
         ({"measure": "mutual_information", "outputs": "logits"}, torch.rand(3, 5, 1), "scores of one class"),

@@ -6,7 +6,6 @@ import copy
 import pickle
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +107,7 @@ def test_members_know_the_trainer_and_nothing_has_gradients() -> None:
         assert torch.allclose(predicted, X + (models[0].net(X) + models[1].net(X)) / 2, atol=1e-6)
         assert not ensemble(X.clone().requires_grad_()).requires_grad
         assert not any(output.requires_grad for output in ensemble.member_outputs(X.clone().requires_grad_()))
+    assert not ensemble.net(X.clone().requires_grad_()).requires_grad, "the combined call itself, in a step"
 
 
 def test_all_members_are_in_eval_mode_whatever_is_done() -> None:
@@ -410,21 +410,6 @@ def test_pickle_deepcopy_and_state() -> None:
     assert torch.equal(blank(X), ensemble(X))
 
 
-def test_it_is_saved_and_loaded_by_lightning(tmp_path: Path) -> None:
-    ensemble = Ensemble(members(), outputs="logits", on="net")
-    of = trainer()
-    expected = of.validate(ensemble, loader(), verbose=False)
-    of.save_checkpoint(tmp_path / "ensemble.ckpt")
-    blank = [Classifier(8), Classifier(12), Classifier(8)]
-    arguments = {"outputs": "logits", "on": "net"}
-    loaded = Ensemble.load_from_checkpoint(tmp_path / "ensemble.ckpt", members=blank, **arguments)
-    assert torch.equal(loaded(X), ensemble(X))
-    found = trainer().validate(
-        Ensemble(blank, **arguments), loader(), ckpt_path=tmp_path / "ensemble.ckpt", verbose=False
-    )
-    assert found == expected
-
-
 def test_a_second_trainer_and_a_second_stage() -> None:
     models = members()
     ensemble = Ensemble(models, outputs="logits", on="net")
@@ -462,6 +447,7 @@ OUTPUTS = "`outputs` is one of 'values' .*regression.*'logits' .*'binary_logits'
             lambda: Ensemble([Classifier()], outputs="logits", on="nett"),
             r"`on='nett'` is no submodule of .*: \['net'",
         ),
+        (lambda: Ensemble([Classifier()], outputs="values", on="zzz"), r"near: \['net', 'net.0', 'net.1'\]"),
         (lambda: Ensemble([Classifier()], outputs="values", dim=1), "`dim` is the dimension of the classes"),
         (lambda: Ensemble([Classifier()], outputs="logits", dim=True), "`dim` is the dimension of the classes"),
         (lambda: Ensemble.from_checkpoints(Classifier, [], outputs="logits"), "`paths` names at least one file"),

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import nll_loss
 
 from lightning_optim import Ensemble, cost_benefit
+from lightning_optim.ensembling.selection import _windows
 from tests.ensembling.models import Classifier, data, loader, mean_probabilities, members, trainer
 
 X, Y = data().tensors
@@ -33,6 +34,7 @@ def test_the_metric_over_the_number_of_members() -> None:
         expected = [sum(values) / len(values), min(values), max(values)]
         assert [row.value, row.lowest, row.highest] == pytest.approx(expected, rel=1e-5)
         assert row.seconds > 0
+    assert len(models[0].seen) == 0 and [len(_windows(3, size)) for size in (1, 2, 3)] == [3, 3, 1]
     assert found.rows[0].value > found.rows[1].value > found.rows[2].value
 
 
@@ -75,6 +77,8 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [line.split()[0] for line in lines] == ["1", "2", "3"] and len({len(line) for line in lines}) == 1
     figure, axes = found.plot()
     assert axes.get_ylabel() == "nll" and axes.lines[0].get_ydata().tolist() == [row.value for row in found.rows]
+    assert len(axes.collections) == 1, "the range over the groups"
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [row.seconds for row in found.rows]
     figure.savefig(tmp_path / "cost.png")
     assert found.plot(axes)[1] is axes
     monkeypatch.setitem(sys.modules, "matplotlib", None)
