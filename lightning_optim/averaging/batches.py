@@ -30,12 +30,13 @@ def batches_beside(
         count: How many; ``None``: all. Never more than the loader has.
         seed: Seed of all draws within, so that a resumed run sees the same batches. Afterwards all random state is as
             before.
-        group: The ranks that shall get equally many batches: as many as each of them has.
+        group: The ranks that train on different data, and shall get equally many batches: as many as each of them has.
     """
     if loader is None:
         loader, count = _training_data(trainer), _limit(trainer, count)
     with isolate_rng(), _draws_kept(loader) as generators:
-        _seed(seed + trainer.global_rank, generators)
+        # Ranks that hold parts of one model see one batch.
+        _seed(seed + (0 if group is None else dist.get_rank(group)), generators)
         with contextlib.closing(_take(loader, count, group)) as batches:
             yield batches
 

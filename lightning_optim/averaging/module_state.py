@@ -58,7 +58,10 @@ class ModuleState:
         tensors.reshard_(module)
         self._module = module
         self._records: dict[int, tuple[str, _Record]] = {}
-        self._walk(module, "self")
+        # A queue and no recursion: what hangs together like a list of links can be deeper than Python's stack.
+        self._found: deque[tuple[Any, str]] = deque([(module, "self")])
+        while self._found:
+            self._take_in(*self._found.popleft())
         writable = [r for _, r in self._records.values() if isinstance(r, _OfTensor) and r.writable]
         self._written, self._values = [r.ours for r in writable], [r.values for r in writable]
 
@@ -84,7 +87,7 @@ class ModuleState:
 
     # ---- finding -----------------------------------------------------------------------------------------------------
 
-    def _walk(self, value: Any, name: str) -> None:
+    def _take_in(self, value: Any, name: str) -> None:
         if _is_constant(value) or id(value) in self._records:
             return
         if isinstance(value, Tensor):
@@ -96,27 +99,26 @@ class ModuleState:
         elif is_generator(value):
             self._remember(value, name, _OfGenerator(value))
         elif isinstance(value, _CONTAINERS):
-            self._walk_container(value, name)
+            self._take_in_container(value, name)
         elif isinstance(value, tuple | frozenset):
-            for index, item in enumerate([] if _only_numbers(value) else value):
-                self._walk(item, f"{name}[{index}]")
-        elif isinstance(value, nn.Module) or (_has_attributes(value) and _is_data(value, set())):
-            self._walk_attributes(value, name)
+            self._found += [(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        elif isinstance(value, nn.Module) or (_has_attributes(value) and _is_data(value)):
+            self._take_in_attributes(value, name)
         elif _has_attributes(value):
             self._remember(value, f"{name} ({type(value).__name__})", _OfObject(value))
 
     def _remember(self, value: Any, name: str, record: _Record) -> None:
         self._records[id(value)] = name, record
 
-    def _walk_container(self, value: Any, name: str) -> None:
+    def _take_in_container(self, value: Any, name: str) -> None:
         self._remember(value, name, _OfContainer(value))
         if isinstance(value, dict | list | deque) and not _only_numbers(_values(value)):
             for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-                self._walk_item(value, key, item, f"{name}[{key!r}]")
+                self._find(value, key, item, f"{name}[{key!r}]")
         if getattr(value, "__dict__", None):  # of a subclass
-            self._walk_attributes(value, name)
+            self._take_in_attributes(value, name)
 
-    def _walk_attributes(self, owner: Any, name: str) -> None:
+    def _take_in_attributes(self, owner: Any, name: str) -> None:
         attributes = vars(owner)
         if not isinstance(owner, _CONTAINERS):
             self._remember(owner, name, _NOTHING)
@@ -125,17 +127,16 @@ class ModuleState:
             if isinstance(owner, nn.Module) and key in ("_parameters", "_buffers", "_modules"):
                 if isinstance(item, dict):
                     self._remember(item, name, _OfContainer(item))
-                for its_name, its_value in list(item.items()):
-                    self._walk(its_value, f"{name}.{its_name}")
+                self._found += [(its_value, f"{name}.{its_name}") for its_name, its_value in item.items()]
             else:
-                self._walk_item(attributes, key, item, f"{name}.{key}")
+                self._find(attributes, key, item, f"{name}.{key}")
 
-    def _walk_item(self, holder: Any, key: Any, item: Any, name: str) -> None:
+    def _find(self, holder: Any, key: Any, item: Any, name: str) -> None:
         iterates = not _is_constant(item) and isinstance(item, Iterator) and not isinstance(item, _LEFT_ALONE)
-        if iterates and not (_has_attributes(item) and _is_data(item, set())):
+        if iterates and not (_has_attributes(item) and _is_data(item)):
             self._remember(item, name, _OfIterator(holder, key, item))
         else:
-            self._walk(item, name)
+            self._found.append((item, name))
 
 
 def _is_constant(value: Any) -> bool:
@@ -156,22 +157,27 @@ def _values(container: Any) -> Any:
 
 def _has_attributes(value: Any) -> bool:
     """Whether it is an object with attributes of its own, of a class of the user or of some third package."""
-    library = value.__class__.__module__.split(".")[0] in _LIBRARIES
+    library = str(value.__class__.__module__).split(".")[0] in _LIBRARIES
     known = isinstance(value, _LEFT_ALONE) or (library and not isinstance(value, _NAMESPACES))
     return not known and hasattr(value, "__dict__")
 
 
-def _is_data(value: Any, seen: set[int]) -> bool:
+def _is_data(value: Any) -> bool:
     """Whether it holds nothing but values that can be put back: no lock, connection or process of anything."""
-    if _is_constant(value) or id(value) in seen or is_generator(value):
-        return True
-    if _is_array(value) or isinstance(value, (Tensor, nn.Module, *_LEFT_ALONE)):
-        return True
-    seen.add(id(value))
-    if isinstance(value, (*_CONTAINERS, tuple, frozenset)):
-        values = _values(value)
-        return _only_numbers(values) or all(_is_data(item, seen) for item in values)
-    return _has_attributes(value) and _is_data(vars(value), seen)
+    seen, waiting = set[int](), [value]
+    while waiting:
+        item = waiting.pop()
+        known = _is_constant(item) or id(item) in seen or is_generator(item) or _is_array(item)
+        if known or isinstance(item, (Tensor, nn.Module, *_LEFT_ALONE)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, (*_CONTAINERS, tuple, frozenset)):
+            waiting += [] if _only_numbers(_values(item)) else _values(item)
+        elif _has_attributes(item):
+            waiting += vars(item).values()
+        else:
+            return False
+    return True
 
 
 def _is_array(value: Any) -> bool:

@@ -123,6 +123,19 @@ def test_a_change_is_put_back(change: Callable[[Any], Any]) -> None:
     assert _seen(module) == before
 
 
+def test_attributes_may_be_deep() -> None:
+    module: Any = nn.Linear(1, 1)
+    module.chain, module.links = types.SimpleNamespace(next=None, value=0), []
+    for value in range(3000):
+        module.chain, module.links = types.SimpleNamespace(next=module.chain, value=value), [module.links]
+    state = ModuleState(module)
+    last = module.chain
+    while last.next is not None:
+        last = last.next
+    last.value = 1
+    assert state.put_back() == [] and last.value == 0
+
+
 def test_a_graph_from_before_is_still_good() -> None:
     module = nn.Linear(2, 2)
     loss = module(torch.randn(3, 2)).square().sum()
@@ -174,7 +187,7 @@ def test_what_cannot_be_put_back_is_named() -> None:
     state.watch()
     assert [letter for letter in module.names["all"][0]] == ["a", "b", "c"]
     module.sparse.zero_()
-    assert state.put_back() == ["self.names['all'][0]", "self.sparse"]
+    assert sorted(state.put_back()) == ["self.names['all'][0]", "self.sparse"]
     assert module.names["all"][0] is letters
 
 
