@@ -58,6 +58,7 @@ class ModuleState:
         tensors.reshard_(module)
         self._module = module
         self._records: dict[int, tuple[str, _Record]] = {}
+        self._data: set[int] = set()  # of objects that hold nothing but what can be put back
         # A queue and no recursion: what hangs together like a list of links can be deeper than Python's stack.
         self._found: deque[tuple[Any, str]] = deque([(module, "self")])
         while self._found:
@@ -102,7 +103,7 @@ class ModuleState:
             self._take_in_container(value, name)
         elif isinstance(value, tuple | frozenset):
             self._found += [(item, f"{name}[{index}]") for index, item in enumerate(value)]
-        elif isinstance(value, nn.Module) or (_has_attributes(value) and _is_data(value)):
+        elif isinstance(value, nn.Module) or (_has_attributes(value) and _is_data(value, self._data)):
             self._take_in_attributes(value, name)
         elif _has_attributes(value):
             self._remember(value, f"{name} ({type(value).__name__})", _OfObject(value))
@@ -133,7 +134,7 @@ class ModuleState:
 
     def _find(self, holder: Any, key: Any, item: Any, name: str) -> None:
         iterates = not _is_constant(item) and isinstance(item, Iterator) and not isinstance(item, _LEFT_ALONE)
-        if iterates and not (_has_attributes(item) and _is_data(item)):
+        if iterates and not (_has_attributes(item) and _is_data(item, self._data)):
             self._remember(item, name, _OfIterator(holder, key, item))
         else:
             self._found.append((item, name))
@@ -162,13 +163,17 @@ def _has_attributes(value: Any) -> bool:
     return not known and hasattr(value, "__dict__")
 
 
-def _is_data(value: Any) -> bool:
-    """Whether it holds nothing but values that can be put back: no lock, connection or process of anything."""
+def _is_data(value: Any, known: set[int]) -> bool:
+    """Whether it holds nothing but values that can be put back: no lock, connection or process of anything.
+
+    If so, the ``id`` of all that it holds is added to ``known``, which is not looked at again.
+    """
     seen, waiting = set[int](), [value]
     while waiting:
         item = waiting.pop()
-        known = _is_constant(item) or id(item) in seen or is_generator(item) or _is_array(item)
-        if known or isinstance(item, (Tensor, nn.Module, *_LEFT_ALONE)):
+        if id(item) in known or id(item) in seen or _is_constant(item) or is_generator(item) or _is_array(item):
+            continue
+        if isinstance(item, (Tensor, nn.Module, *_LEFT_ALONE)):
             continue
         seen.add(id(item))
         if isinstance(item, (*_CONTAINERS, tuple, frozenset)):
@@ -177,6 +182,7 @@ def _is_data(value: Any) -> bool:
             waiting += vars(item).values()
         else:
             return False
+    known |= seen
     return True
 
 
