@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,3 +81,14 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Whether two sets of weights are equal, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def after(epoch: int, act: Callable[[Any], None]) -> Callback:
+    """Changes the module when an epoch begins."""
+
+    class Acting(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == epoch:
+                act(pl_module)
+
+    return Acting()

@@ -114,6 +114,16 @@ def test_a_stop_stays_when_it_does_not(scores: list[float]) -> None:
     assert stop.stopped_epoch == 3
 
 
+def test_only_an_improvement_takes_a_stop_back() -> None:
+    stop = EarlyStopping(Threshold("val_loss", 0.5))
+    assert fit(Scripted([1.0, 0.4, 0.6, 0.6, 0.6, 0.6]), stop, min_epochs=4, max_epochs=6).current_epoch == 4
+    assert stop.stopped_epoch == 1
+    either = AnyOf([Threshold("val_loss", 0.5), Plateau("other", patience=9)])
+    scores = {"val_loss": [1.0, 0.4, 0.6, 0.6, 0.6, 0.6], "other": [5.0, 5.0, 5.0, 4.0, 4.0, 4.0]}
+    stop = EarlyStopping(either, best_by="other")
+    assert fit(Scripted(scores), stop, min_epochs=4, max_epochs=6).current_epoch == 6
+
+
 class Ending(Callback):
     """Asks for an end by itself, in some epoch."""
 
@@ -134,11 +144,11 @@ def test_what_others_asked_for_is_not_taken_back(scores: list[float]) -> None:
 
 @pytest.mark.parametrize("other", [EarlyStopping, theirs.EarlyStopping])
 def test_what_another_early_stopping_asked_for_is_not_taken_back(other: Any) -> None:
-    scores = {"val_loss": [1.0, 2.0, 0.8, 0.7, 0.6, 0.5], "other": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}
+    scores = {"val_loss": [1.0, 0.9, 2.0, 0.5, 0.4, 0.3], "other": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}
     stops = [EarlyStopping("val_loss", patience=1), other("other", patience=1)]
     for callbacks in (stops, stops[::-1]):
         assert fit(Scripted(scores), *callbacks, min_epochs=4, max_epochs=6).current_epoch == 4
-    scores["other"] = [1.0, 1.0, 0.9, 0.8, 0.7, 0.6]
+    scores["other"] = [1.0, 0.9, 0.9, 0.8, 0.7, 0.6]
     if other is EarlyStopping:
         assert fit(Scripted(scores), *stops, min_epochs=4, max_epochs=6).current_epoch == 6
 
