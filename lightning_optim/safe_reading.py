@@ -23,6 +23,7 @@ from torch import Tensor, nn
 _ZIP = b"PK\x03\x04"
 _OLD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the first number in a file from before torch 1.6
 _PIECE = 1 << 20
+_FOLDER = 0x10  # of a record's attributes, in the way of DOS
 _EXPANSION = 16  # weights of few digits are compressed to a third, those of a pruned model to a tenth
 _SMALL = 4 << 20
 
@@ -174,6 +175,9 @@ def _check_sizes(path: str, records: Sequence[zipfile.ZipInfo], size: int, weigh
         is_stored = record.compress_type == zipfile.ZIP_STORED
         if not is_stored and record.compress_type != zipfile.ZIP_DEFLATED:
             raise ValueError(f"{path} is compressed in a way that torch does not read (its record {record.filename!r})")
+        # torch reads nothing of a record that is marked as a folder, and takes what lay in memory for its values.
+        if record.file_size and (record.is_dir() or record.external_attr & _FOLDER):
+            raise ValueError(f"{path} is damaged: its record {record.filename!r} is marked as a folder")
         is_larger = is_stored and record.file_size != record.compress_size
         if is_larger or record.header_offset + record.compress_size > end:
             raise ValueError(f"{path} is damaged: its record {record.filename!r} does not fit into it")
