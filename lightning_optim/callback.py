@@ -204,7 +204,6 @@ class OptimCallback(Callback):
             self.fit.close()  # whoever handled the exception never came to the Trainer's own teardown
         if self._taken(trainer):
             if stage == "fit":
-                self._leave_nested()
                 raise taken(self)
             return
         self._stage = stage

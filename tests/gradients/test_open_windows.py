@@ -116,11 +116,13 @@ class Saving(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(module: Any, n: Any, *callbacks: Callback, weight_by: Any = "batch", ckpt: Any = None) -> dict[str, Tensor]:
-    """The weights and what else is trained, after two epochs."""
+def fit(
+    module: Any, n: Any, *callbacks: Callback, weight_by: Any = "batch", ckpt: Any = None, epochs: int = 2
+) -> dict[str, Tensor]:
+    """The weights and what else is trained, at the end."""
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     accumulation = GradientAccumulation(n, weight_by=weight_by)
-    trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, callbacks=[accumulation, *callbacks], **quiet)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[accumulation, *callbacks], **quiet)
     trainer.fit(module, ckpt_path=ckpt)
     loose = {f"loose {place}": tensor for place, tensor in enumerate(getattr(module, "loose", []))}
     return {name: tensor.detach().clone() for name, tensor in {**dict(module.named_parameters()), **loose}.items()}
@@ -140,6 +142,22 @@ def assert_resumed(kind: Any, n: Any, batch: int, path: Path, weight_by: Any = "
 def test_weighted_windows(kind: Any, batch: int, tmp_path: Path) -> None:
     """The unit of the weights goes on: in windows that are open, and in one that begins after the file."""
     assert_resumed(kind, 3, batch, tmp_path / "a.ckpt", weight_by=lambda batch: batch[1] * 1.1)
+
+
+class Nothing(Lines):
+    """The first window of three has no weight at all, and so a gradient of zero."""
+
+    weights = (0, 0, 0, 3, 2, 5, 4, 1, 6, 2)
+
+
+def test_a_window_without_weight_moves_nothing() -> None:
+    class Rest(Nothing):
+        def train_dataloader(self) -> Any:
+            return Batches(super().train_dataloader().batches[3:])
+
+    # In one epoch: in the next one the momentum moves on.
+    whole, rest = (fit(kind(), 3, weight_by=lambda batch: batch[1], epochs=1) for kind in (Nothing, Rest))
+    assert all(torch.allclose(whole[name], rest[name], atol=1e-6) for name in rest)
 
 
 @pytest.mark.parametrize("batch", [10, 12, 13, 17])

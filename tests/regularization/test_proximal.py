@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_optim import Linear, ProximalL1, WeightRegularization
+from lightning_optim import L2, Linear, ProximalL1, WeightRegularization
 
 
 def test_soft_threshold_by_hand() -> None:
@@ -70,6 +70,31 @@ def test_in_a_fit_the_schedule_counts_the_steps_before() -> None:
     Trainer(max_steps=5, barebones=True, callbacks=[WeightRegularization(term)]).fit(model)
     left = [2.0 - 0.5 * sum(strengths[: step + 1]) for step in range(5)]
     assert model.largest == pytest.approx(left, abs=1e-6)
+
+
+class Thawing(BoringModel):
+    """A layer that the optimizer holds from the start, frozen in the first of two epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = torch.nn.Linear(2, 2).requires_grad_(False)
+        self.after: list[torch.Tensor] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.other.requires_grad_(self.current_epoch == 1)
+
+    def on_train_epoch_end(self) -> None:
+        self.after.append(self.other.weight.detach().clone())
+
+
+@pytest.mark.parametrize("term", [L2(0.1), ProximalL1(0.1)], ids=repr)
+def test_what_is_frozen_is_left_alone_until_it_thaws(term: Any) -> None:
+    """Also without a gradient of its own: a penalty gives it one when it is trainable."""
+    model = Thawing()
+    before = model.other.weight.detach().clone()
+    Trainer(max_epochs=2, limit_train_batches=2, barebones=True, callbacks=[WeightRegularization(term)]).fit(model)
+    assert torch.equal(model.after[0], before)
+    assert (model.after[1].abs() < before.abs()).all()
 
 
 def test_a_fit_ends_sparse_where_the_penalty_does_not() -> None:
