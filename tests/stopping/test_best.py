@@ -139,27 +139,38 @@ def test_tied_weights_that_are_no_longer_tied(in_directory: bool, tmp_path: Path
     fit(module, callback, max_epochs=3)
     assert same(weights(module), module.seen[0])
     assert module.net[4].weight is module.net[3].weight
+    raw = [callback.state_dict()["raw"][f"net.{index}.weight"] for index in (3, 4)]
+    assert torch.equal(raw[0], module.seen[2]["net.3.weight"])
+    assert raw[0].data_ptr() == raw[1].data_ptr()
     module = Tied()
     fit(module, callback, after(1, untie), max_epochs=3)
     assert same(weights(module), module.seen[0])
     assert module.net[4].weight is not module.net[3].weight
     raw = callback.state_dict()["raw"]
+    later = Tied()
+    later.scores = {"val_loss": [3.0, 2.0, 1.0, 4.0]}
+    fit(later, callback, after(2, untie), max_epochs=4)
+    assert same(weights(later), later.seen[2]), "each has a copy of its own from then on"
     assert torch.equal(raw["net.4.weight"], module.seen[2]["net.4.weight"])
     assert not torch.equal(raw["net.4.weight"], raw["net.3.weight"])
 
 
 @each_place
-def test_a_module_in_another_precision(in_directory: bool, tmp_path: Path) -> None:
-    class Halved(Scripted):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_module_in_another_precision(dtype: torch.dtype, in_directory: bool, tmp_path: Path) -> None:
+    class Converted(Scripted):
         def on_train_end(self) -> None:
-            self.half()
+            self.to(dtype)
+            with torch.no_grad():
+                self.net[0].weight.mul_(1 + torch.finfo(dtype).eps)
+            self.raw = weights(self)
 
-    module = Halved(WORSE)
+    module = Converted(WORSE)
     callback = stopping(tmp_path, in_directory)
     fit(module, callback, max_epochs=3)
-    assert same(weights(module), {name: tensor.half() for name, tensor in module.seen[0].items()})
-    raw = callback.state_dict()["raw"]
-    assert same(raw, {name: tensor.half() for name, tensor in module.seen[2].items()})
+    assert same(weights(module), {name: tensor.to(dtype) for name, tensor in module.seen[0].items()})
+    assert same(callback.state_dict()["raw"], module.raw)
+    assert {tensor.dtype for tensor in callback.state_dict()["raw"].values()} == {dtype}
 
 
 # ---- what cannot be written ------------------------------------------------------------------------------------------

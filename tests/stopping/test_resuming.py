@@ -110,6 +110,23 @@ def test_a_second_fit_goes_on_from_the_best() -> None:
     assert same(weights(first), first.seen[3]), "the first check of the second fit was its best"
 
 
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_the_same_trainer_resumes_its_own_file(in_directory: bool, tmp_path: Path) -> None:
+    """Module, callback and Trainer are those of the first fit: what they hold of it is not taken for the file's."""
+    whole, module = Scripted(EARLIER), Scripted(EARLIER)
+    fit(whole, stopping(None))
+    callback = stopping(tmp_path / "best" if in_directory else None)
+    trainer = fit(module, callback, max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    with torch.no_grad():
+        module.net[0].weight.zero_()
+    trainer.fit_loop.max_epochs = 5
+    loaders = trainer.train_dataloader, trainer.val_dataloaders
+    trainer.fit(module, *loaders, ckpt_path=tmp_path / "after.ckpt")
+    assert same(module.seen[-1], whole.seen[-1])
+    assert same(weights(module), weights(whole))
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_file_written_after_an_exception_and_the_best(trained: bool, tmp_path: Path) -> None:
     """`restore_best_` keeps the raw weights of the trained module; into another one it copies."""
