@@ -25,7 +25,11 @@ from lightning_optim.averaging.sources import (
     Buffers,
     Source,
     Sources,
+    all_of,
+    by_plain_name,
+    copies_of,
     has_mean,
+    keep,
     names_in,
     plain_name,
     same,
@@ -108,7 +112,7 @@ class Shadow:
         for sources, average in zip(self.sources, self.averages, strict=True):
             kept = [place for place, source in enumerate(sources) if id(source.parameter) in names]
             if len(kept) < len(sources):
-                _keep(sources, average, kept)
+                keep(sources, average, kept)
         for place, reference in enumerate(self._optimizers):
             self._add(place, trainable(reference()) if reference() is not None else [], names)  # type: ignore[arg-type]
 
@@ -132,7 +136,7 @@ class Shadow:
             return  # no step was made since the last update
         if index == 0 and len(self.buffers):
             if (kept := self.buffers.renew()) is not None:
-                _keep(self.buffers, self._of_buffers, kept)
+                keep(self.buffers, self._of_buffers, kept)
             self._of_buffers.update_(self.buffers.tensors, step=step)
             self.buffers.stay_finite_(self._of_buffers)
         self._estimates.restart_()
@@ -388,7 +392,7 @@ class Shadow:
         """Take over the average from a state, else from the model, which has the file's; then raw weights go in."""
         module = self._alive()
         named = {plain_name(name): tensor for name, tensor in tensors.named_tensors(module).items()}
-        raw, averaged = _by_plain_name(state["raw"]), _by_plain_name(state["averaged"])
+        raw, averaged = by_plain_name(state["raw"]), by_plain_name(state["averaged"])
         recorded = self._add_recorded(state, raw, averaged, named)
         self._look_up()
         if "buffers" in state or any(state["counters"]):
@@ -401,8 +405,8 @@ class Shadow:
             remembered = state.get("memory", {}).get(str(index), {})
             parts = [(self.sources[index], self.averages[index])]
             for sources, average in [*parts, (self.buffers, self._of_buffers)] if index == 0 else parts:
-                memory = [_copies(sources, average, remembered[str(place)]) for place in range(len(remembered))]
-                average.load(counters, _copies(sources, average, saved), memory)
+                memory = [copies_of(sources, average, remembered[str(place)]) for place in range(len(remembered))]
+                average.load(counters, copies_of(sources, average, saved), memory)
         self.fresh, self._agreed = state.get("fresh", False), None
         self._estimates.load(averaged, state.get("estimated", False))
         for name, tensor in named.items():
@@ -418,7 +422,7 @@ class Shadow:
     ) -> set[str]:
         """Average all parameters of which a state holds an average, frozen or not; return the names of all it holds."""
         names = names_in(self._alive())
-        held = {id(p): i for i, o in reversed(list(enumerate(self._optimizers))) for p in _all_of(o())}
+        held = {id(p): i for i, o in reversed(list(enumerate(self._optimizers))) for p in all_of(o())}
         if "names" in state:
             for index, of_one in enumerate(state["names"][: len(self.averages)]):
                 found = [named.get(plain_name(name)) for name in of_one]
@@ -443,37 +447,7 @@ class Shadow:
             names = [plain_name(source.name) for source in left]
             rank_zero_info(f"The checkpoint holds no average of these buffers, which stay the latest: {names}")
             kept = [position for position, source in enumerate(self.buffers) if source not in left]
-            _keep(self.buffers, self._of_buffers, kept)
-
-
-def _by_plain_name(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {plain_name(name): value for name, value in named.items()}
-
-
-def _all_of(optimizer: Optimizer | None) -> list[nn.Parameter]:
-    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _keep(sources: Sources, average: Average, positions: list[int]) -> None:
-    """Go on with the average of some tensors, and forget that of the others."""
-    if average.started:
-        averaged, memory = average.averaged, average.memory
-        kept = [[remembered[i] for i in positions] for remembered in memory]
-        average.load(average.counters, [averaged[i] for i in positions], kept)
-    sources.keep(positions)
-
-
-def _copies(sources: Sources, average: Average, saved: dict[str, Tensor]) -> list[Tensor]:
-    """What a state holds of some tensors, and the model's for the rest."""
-    saved = _by_plain_name(saved)
-    copies = []
-    for source in sources:
-        own = average.copy_of(source.tensor)
-        value = next((saved[plain_name(name)] for name in source.names if plain_name(name) in saved), None)
-        if value is not None and value.shape == own.shape:
-            tensors.copy_(own, value)
-        copies.append(own)
-    return copies
+            keep(self.buffers, self._of_buffers, kept)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

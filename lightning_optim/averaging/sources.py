@@ -161,14 +161,46 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def by_plain_name(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace each name by its plain one."""
+    return {plain_name(name): value for name, value in named.items()}
+
+
+def all_of(optimizer: Optimizer | None) -> list[nn.Parameter]:
+    """Return the parameters of an optimizer, frozen or not; none if it is gone."""
+    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def trainable(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters of the optimizer that are trainable now: fine-tuning callbacks add, freeze and unfreeze some."""
+    """Return the parameters that are trainable now: fine-tuning callbacks add, freeze and unfreeze some."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def same(one: list[nn.Parameter], other: list[nn.Parameter]) -> bool:
     """Whether both lists hold the same parameters."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def keep(sources: Sources, average: Average, positions: list[int]) -> None:
+    """Go on with the average of some tensors, and forget that of the others."""
+    if average.started:
+        averaged, memory = average.averaged, average.memory
+        kept = [[remembered[i] for i in positions] for remembered in memory]
+        average.load(average.counters, [averaged[i] for i in positions], kept)
+    sources.keep(positions)
+
+
+def copies_of(sources: Sources, average: Average, saved: dict[str, Tensor]) -> list[Tensor]:
+    """Copy what a state holds of some tensors, and the model's for the rest."""
+    saved = by_plain_name(saved)
+    copies = []
+    for source in sources:
+        own = average.copy_of(source.tensor)
+        value = next((saved[plain_name(name)] for name in source.names if plain_name(name) in saved), None)
+        if value is not None and value.shape == own.shape:
+            tensors.copy_(own, value)
+        copies.append(own)
+    return copies
 
 
 @torch.no_grad()
