@@ -260,6 +260,16 @@ def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
         Ensemble.load_from_checkpoint(path, weights_only=False)
 
 
+def test_a_trusted_file_may_hold_hyper_parameters_of_any_kind(tmp_path: Path) -> None:
+    ensemble = Ensemble([Wide(5), Wide(7)], outputs="logits")
+    ensemble.members[1].hparams["anything"] = tmp_path
+    path = saved(ensemble, tmp_path)
+    loaded = Ensemble.load_from_checkpoint(path, weights_only=False)
+    assert torch.equal(loaded(X), ensemble(X))
+    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+        Ensemble.load_from_checkpoint(path, member_class=Wide)
+
+
 def test_hyper_parameters_of_another_type_are_written_as_lightning_writes_them() -> None:
     ensemble = Ensemble([Plain(), Wide(5)], outputs="logits")
     ensemble.members[0]._set_hparams({"seed": 3})
@@ -298,6 +308,10 @@ def test_the_state_of_members_that_rename_or_leave_out(tmp_path: Path) -> None:
     given = {f"members.1.net.{name}": torch.zeros_like(ensemble.members[1].net.get_parameter(name)) for name in NAMES}
     ensemble.load_state_dict({**ensemble.state_dict(), **given}, assign=True)
     assert ensemble.members[1].net.weight.data_ptr() == given["members.1.net.weight"].data_ptr()
+    with pytest.raises(RuntimeError, match=r"Member 1: [^$]*Missing key"):
+        ensemble.load_state_dict({"members.1.net.bias": torch.ones(CLASSES)})
+    with pytest.raises(RuntimeError, match=r"has no \['strange'\], of 1 such"):
+        ensemble.load_state_dict({**ensemble.state_dict(), "strange": torch.ones(1)})
     keys = ensemble.load_state_dict({"members.1.net.bias": torch.ones(CLASSES), "strange": torch.ones(1)}, strict=False)
     assert keys.unexpected_keys == ["strange"]
     assert "members.1.net.weight" in keys.missing_keys and "members.1.net.bias" not in keys.missing_keys

@@ -182,6 +182,12 @@ def test_layers_of_one_member_beside_the_combined_call_are_warned_of() -> None:
         trainer().predict(ensemble, DataLoader(X, batch_size=64))
 
 
+def test_layers_of_one_member_after_the_combined_call_are_warned_of() -> None:
+    ensemble = Ensemble([Deep(0), Deep(1)], outputs="values", on="model.body")
+    with pytest.warns(UserWarning, match=r"outside of the combined call .*\['model.head'\]"):
+        trainer().predict(ensemble, DataLoader(X, batch_size=64))
+
+
 def test_a_member_of_another_class_has_its_own_submodule_called() -> None:
     class Other(LightningModule):
         def __init__(self) -> None:
@@ -238,6 +244,7 @@ def test_reaching_into_what_is_combined_is_an_error() -> None:
             return self.head.out(self.head.body(batch))
 
     ensemble = Ensemble([Inside(), Inside()], outputs="values", on="head")
+    ensemble.members[1].head.classes = 4
     assert ensemble.head.classes == 3
     with pytest.raises(AttributeError, match=r"`self.head.out` would be the first member's alone.*on='head.out'"):
         trainer().predict(ensemble, DataLoader(X))
@@ -261,6 +268,7 @@ def test_an_architecture_that_is_made_in_configure_model() -> None:
     ensemble = Ensemble([Late(1.0), Late(3.0)], outputs="values", on="net")
     predicted = torch.cat(trainer().predict(ensemble, DataLoader(X, batch_size=64)))
     assert torch.allclose(predicted, 2.0 * X.sum(1, keepdim=True), atol=1e-5)
+    assert len(list(ensemble.parameters())) == 4 and not any(p.requires_grad for p in ensemble.parameters())
 
 
 class Regression(LightningModule):
@@ -389,6 +397,7 @@ def test_members_that_were_trained_leave_their_trainer_and_metrics_behind() -> N
         trainer(max_epochs=1).fit(model, loader(), loader())
         model.metrics.update(torch.randn(5, 3), torch.zeros(5, dtype=torch.long))
     ensemble = Ensemble(models, outputs="logits", on="net")
+    assert ensemble._trainer is None
     found = trainer().validate(ensemble, loader(), verbose=False)
     assert found == [pytest.approx(expected_metrics(models), rel=1e-5)]
     assert models[0].trainer is not ensemble.trainer
