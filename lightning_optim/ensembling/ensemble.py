@@ -379,6 +379,8 @@ def _body(ensemble: type[Ensemble], member: type[LightningModule], on_instance: 
         step = getattr(member, name)
         if name == "predict_step" or name in on_instance or step is not getattr(LightningModule, name):
             body[name] = _checked(name, step)
+        if name in on_instance:
+            del body[name].__wrapped__  # where Lightning would see its own step, and take it for none
     if ensemble.forward is Ensemble.forward:
         body["forward"] = _forward_like(member)
     return {**body, "_made_of": (ensemble, member, on_instance)}

@@ -211,6 +211,8 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path, monkeypatch: pyte
         Ensemble.load_from_checkpoint(path, member_class=[Plain])
     with pytest.raises(ValueError, match="`member_class` is a LightningModule's class"):
         Ensemble.load_from_checkpoint(path, member_class=nn.Linear)
+    with pytest.raises(ValueError, match="`outputs` is one of"):
+        Ensemble.load_from_checkpoint(path, member_class=Plain, outputs="votes")
     with pytest.raises(RuntimeError, match=r"An ensemble of 1 members has no \['members.1.net.weight'"):
         Ensemble.load_from_checkpoint(path, members=[Plain()])
     with pytest.raises(RuntimeError, match=r"Member 2: [^$]*Missing key"):
