@@ -28,7 +28,7 @@ class OptimCallback(Callback):
 
     * :attr:`steps` counts the real steps of each optimizer, also over a resume.
     * What it remembers is in :meth:`extra_state` and :meth:`load_extra_state`: tensors and plain values. DTensors are
-      gathered when they are saved.
+      gathered when they are saved; plain tensors in which ranks differ are named by :meth:`rank_state`.
     * Gradients in ``on_before_optimizer_step`` are whole, averaged over ranks and unscaled, also for a fused optimizer
       under a GradScaler. Take them with :func:`gradients_of`.
     * What it installs with ``self.fit.replace(object, "name", value)`` is put back at the end, and after an exception.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PACKAGE = __name__.partition(".")[0]
 _OF_LIGHTNING = {name for name, value in vars(Callback).items() if inspect.isfunction(value) and name[0] != "_"}
 # To override the hook of a step means to change what is done to the step.
-_HOOKS = _OF_LIGHTNING - {"on_before_optimizer_step"} | {"reset", "extra_state", "load_extra_state"}
+_HOOKS = _OF_LIGHTNING - {"on_before_optimizer_step"} | {"reset", "extra_state", "load_extra_state", "rank_state"}
 
 
 def guard(cls: type[OptimCallback]) -> None:

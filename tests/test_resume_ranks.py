@@ -20,6 +20,7 @@ from lightning_optim import (
     EarlyStopping,
     GradientAccumulation,
     GradientClipping,
+    OptimCallback,
     WeightAveraging,
     state,
 )
@@ -198,6 +199,42 @@ def test_an_average_changes_no_raw_statistics(group: Group) -> None:
     """DDP broadcasts buffers at a validation's first forward, and would find those of the average there."""
     for with_average, without in zip(group.run(raw_buffers, True), group.run(raw_buffers, False), strict=True):
         assert all(torch.equal(with_average[name], buffer) for name, buffer in without.items())
+
+
+# ---- a user's callback -----------------------------------------------------------------------------------------------
+
+
+class Seen(OptimCallback):
+    """A user's: the sum of the inputs that this rank has seen, and the number of batches, which is the same on all."""
+
+    def reset(self) -> None:
+        self.total, self.count = torch.zeros(()), 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.total, self.count = self.total + batch[0].sum(), self.count + 1
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"seen": {"total": self.total}, "count": self.count}
+
+    def rank_state(self) -> dict[str, torch.Tensor]:
+        return {"seen/total": self.total}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self.total, self.count = extra["seen"]["total"], extra["count"]
+
+
+def seen_by_rank(folder: Path) -> tuple[list[float], list[int]]:
+    """A job: the sums of the whole run and of the resumed one."""
+    whole, resumed = Seen(), Seen()
+    run([ExactResume(), whole, Save(folder)])
+    run([ExactResume(), resumed], folder / "batch-4")
+    return [float(whole.total), float(resumed.total)], [whole.count, resumed.count]
+
+
+def test_rank_state_of_a_users_callback(group: Group, tmp_path: Path) -> None:
+    (first, counts), (second, _) = group.run(seen_by_rank, tmp_path)
+    assert first[0] == first[1] != second[0] == second[1]
+    assert counts == [18, 18]
 
 
 # ---- another number of ranks -----------------------------------------------------------------------------------------
