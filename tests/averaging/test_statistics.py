@@ -91,6 +91,16 @@ class BuiltInTheStep(Plain):
         return self.loss(x, batch["y"])
 
 
+class WritesToTheBatch(Plain):
+    """The batch is the dataset's own: what is written stays there."""
+
+    def train_dataloader(self):
+        return _named("x")
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch["x"].mul_(1.1), batch["y"])
+
+
 class SeveralLoaders(Plain):
     def train_dataloader(self):
         return CombinedLoader({"few": data(2, seed=5), "many": [data(8, seed=0), data(8, seed=0)]}, "max_size_cycle")
@@ -343,7 +353,7 @@ def test_statistics_are_those_of_the_averaged_weights(kind: type[Plain], average
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("kind", KINDS + CHANGES)
+@pytest.mark.parametrize("kind", [*KINDS, *CHANGES, WritesToTheBatch])
 def test_the_run_is_that_without_a_refresh(kind: type[Plain], accumulate: int) -> None:
     _, refreshed = _run(kind, WeightAveraging(SWA()), accumulate_grad_batches=accumulate)
     _, copied = _run(kind, WeightAveraging(SWA(), buffers="copy"), accumulate_grad_batches=accumulate)

@@ -179,6 +179,23 @@ def test_what_a_hook_prepares_is_there() -> None:
     _assert_own_statistics(model)
 
 
+def test_what_a_step_logs_goes_nowhere() -> None:
+    heard = []
+
+    class Heard(Model):
+        def log(self, name, *args, **kwargs):
+            heard.append(name)
+            super().log(name, *args, **kwargs)
+
+        def training_step(self, batch, batch_idx):
+            self.log("one", 1.0)
+            self.log_dict({"two": 2.0})
+            return super().training_step(batch, batch_idx)
+
+    fit(Heard(make=norm_net), [WeightAveraging(SWA())], max_epochs=1)
+    assert [name for name in heard if name != "val_loss"] == ["one", "two"] * 8
+
+
 def test_a_resumed_run_is_tried_too(tmp_path) -> None:
     path = str(tmp_path / "first.ckpt")
     fit(Model(make=norm_net), [WeightAveraging(SWA())], max_epochs=1).save_checkpoint(path)
