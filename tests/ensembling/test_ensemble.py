@@ -183,8 +183,9 @@ def test_layers_of_one_member_beside_the_combined_call_are_warned_of() -> None:
 
 def test_layers_of_one_member_after_the_combined_call_are_warned_of() -> None:
     ensemble = Ensemble([Deep(0), Deep(1)], outputs="values", on="model.body")
-    with pytest.warns(UserWarning, match=r"outside of the combined call .*\['model.head'\]"):
-        trainer().predict(ensemble, DataLoader(X, batch_size=64))
+    with pytest.warns(UserWarning, match=r"outside of the combined call .*\['model.head'\]") as warned:
+        trainer().predict(ensemble, DataLoader(X, batch_size=8))
+    assert sum("outside of the combined call" in str(warning.message) for warning in warned) == 1
 
 
 def test_a_member_of_another_class_has_its_own_submodule_called() -> None:
@@ -245,6 +246,8 @@ def test_reaching_into_what_is_combined_is_an_error() -> None:
     ensemble = Ensemble([Inside(), Inside()], outputs="values", on="head")
     ensemble.members[1].head.classes = 4
     assert ensemble.head.classes == 3
+    with pytest.raises(AttributeError, match=r"`self.net.weight` would be the first member's alone"):
+        _ = Ensemble([Regression(1.0)], outputs="values", on="net").net.weight
     with pytest.raises(AttributeError, match=r"`self.head.out` would be the first member's alone.*on='head.out'"):
         trainer().predict(ensemble, DataLoader(X))
 
