@@ -29,6 +29,8 @@ def select(
     module: nn.Module,
     on: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
+    *,
+    required: bool = True,
 ) -> dict[str, nn.Parameter]:
     """Choose parameters by name, by the type of the module that owns them, or by a predicate.
 
@@ -38,6 +40,7 @@ def select(
             predicate ``(name, parameter) -> bool``, or a list of these. ``None`` takes the parameters with two
             dimensions or more: weights of layers, and neither biases nor the scales of normalization layers.
         exclude: What to leave out, in the same terms.
+        required: Whether each glob and each class must match something.
 
     Returns:
         Name to parameter in the model's order; a tied parameter once. Frozen parameters are in it: whoever acts on the
@@ -55,11 +58,12 @@ def select(
         ['0.weight', '0.bias']
     """
     named = {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters(remove_duplicate=False)}
-    chosen = set(named) if on is None else _matches(module, named, on, "on")
+    chosen = set(named) if on is None else _matches(module, named, on, "on", required)
     if on is None:
         chosen = {name for name in chosen if not is_lazy(named[name]) and dimensions(named[name]) >= 2}
     if exclude is not None:
-        out = {id(named[name]) for name in _matches(module, named, exclude, "exclude")}  # under any name of a tied one
+        left_out = _matches(module, named, exclude, "exclude", required)
+        out = {id(named[name]) for name in left_out}  # under any name of a tied one
         chosen = {name for name in chosen if id(named[name]) not in out}
     unique = {id(p): (name, p) for name, p in reversed(named.items()) if name in chosen}
     return {name: p for name, p in named.items() if unique.get(id(p), (None,))[0] == name}
@@ -71,7 +75,11 @@ def dimensions(parameter: Tensor) -> int:
 
 
 def _matches(
-    module: nn.Module, named: dict[str, nn.Parameter], selectors: Selector | Sequence[Selector], argument: str
+    module: nn.Module,
+    named: dict[str, nn.Parameter],
+    selectors: Selector | Sequence[Selector],
+    argument: str,
+    required: bool,
 ) -> set[str]:
     found: set[str] = set()
     for selector in selectors if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]:
@@ -87,7 +95,7 @@ def _matches(
         else:
             found |= {name for name, p in named.items() if not is_lazy(p) and selector(name, p)}
             continue
-        if not hits:
+        if required and not hits:
             text = selector if isinstance(selector, str) else selector.__name__
             near = difflib.get_close_matches(text, known, n=3, cutoff=0.3) or known[:3]
             raise ValueError(f"`{argument}={text!r}` matches no parameter of {type(module).__name__}; near: {near}")
@@ -102,6 +110,8 @@ def _becomes(kind: type[nn.Module]) -> type[nn.Module]:
 
 class Selection:
     """What :func:`select` chooses of a module, chosen again when lazy parameters have got their shape.
+
+    :meth:`follow` also chooses again when parameters came that were not there before.
 
     Args:
         module: The model.
@@ -126,13 +136,24 @@ class Selection:
         exclude: Selector | Sequence[Selector] | None = None,
     ) -> None:
         self._module, self._on, self._exclude = module, on, exclude
-        self._choose()
+        self._choose(required=True)
 
-    def _choose(self) -> None:
-        chosen = select(self._module, self._on, self._exclude)
+    def _choose(self, required: bool = False) -> None:
+        # A model may lose in the middle of a run what a glob matched at its start.
+        chosen = select(self._module, self._on, self._exclude, required=required)
+        self._seen: list[Tensor] = list(self._module.parameters())  # held, so that no other tensor gets their ids
+        self._known = set(map(id, self._seen))
         self._waiting = [parameter for parameter in self._module.parameters() if is_lazy(parameter)]
         self._ids = {id(parameter) for parameter in chosen.values()}
         self._existing = self._ids - {id(parameter) for parameter in self._waiting}
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Choose again if some of an optimizer's parameters are new to the module, such as those of a replaced head."""
+        if not self._known.issuperset(map(id, parameters)):
+            reshard_(self._module)
+            self._choose()
+            self._seen += parameters  # the optimizer may hold tensors that the module does not
+            self._known.update(map(id, parameters))
 
     @property
     def ids(self) -> set[int]:

@@ -187,6 +187,7 @@ class GradientClipping(OptimCallback):
                 continue
             some_weights, some_grads, chosen = weights, grads, None
             if selection is not None:
+                selection.follow(weights)
                 chosen = selection.ids
                 pairs = [(w, g) for w, g in zip(weights, grads, strict=True) if id(w) in chosen]
                 some_weights, some_grads = [w for w, _ in pairs], [g for _, g in pairs]

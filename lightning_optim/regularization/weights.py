@@ -98,8 +98,10 @@ class WeightRegularization(OptimCallback):
         index = trainer.optimizers.index(optimizer)
         step, total = self.steps[index], self._running.total
         logs = self.logs_now(trainer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for label, term, chosen in zip(self._labels, self._copies[index], self._chosen, strict=True):
-            weights = [p for group in optimizer.param_groups for p in _trainable(group, chosen)]
+            chosen.follow(parameters)
+            weights = _trainable(parameters, chosen)
             if not weights or not isinstance(term, Penalty):
                 continue
             if logs:
@@ -115,7 +117,7 @@ class WeightRegularization(OptimCallback):
         for term, chosen in zip(self._copies[index], self._chosen, strict=True):
             if isinstance(term, Proximal):
                 for group in optimizer.param_groups:
-                    term.project_(_trainable(group, chosen), lr=float(group["lr"]), step=step, total=total)
+                    term.project_(_trainable(group["params"], chosen), lr=float(group["lr"]), step=step, total=total)
 
     def extra_state(self) -> dict[str, Any]:
         return {"terms": self._copies.state_dict()}
@@ -127,9 +129,9 @@ class WeightRegularization(OptimCallback):
         return {**super().__getstate__(), "_chosen": [], "_looked_up": set()}
 
 
-def _trainable(group: dict[str, Any], chosen: Selection) -> list[Tensor]:
+def _trainable(parameters: Sequence[Tensor], chosen: Selection) -> list[Tensor]:
     ids = chosen.existing
-    return [p for p in group["params"] if id(p) in ids and p.requires_grad]
+    return [p for p in parameters if id(p) in ids and p.requires_grad]
 
 
 def _gradient_of(parameter: Tensor) -> Tensor:
