@@ -78,7 +78,7 @@ def fit(module: Net, *callbacks: Callback, **options: Any) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if not name.startswith("never")}
 
 
-def same(make: Any) -> None:
+def assert_same(make: Any) -> None:
     """Lazy and plain layers train to the same weights, other ones than without the callbacks."""
     lazy, plain, without = fit(Net(True), *make()), fit(Net(False), *make()), fit(Net(False))
     assert all(torch.equal(lazy[name], plain[name]) for name in plain)
@@ -102,13 +102,13 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("term", [L1, L2, ProximalL1])
 def test_terms(term: Any, selection: str) -> None:
-    same(lambda: [WeightRegularization(term(0.1, **SELECTIONS[selection]))])
+    assert_same(lambda: [WeightRegularization(term(0.1, **SELECTIONS[selection]))])
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_clipping(selection: str) -> None:
     chosen = SELECTIONS[selection]
-    same(lambda: [GradientClipping([ClipByNorm(0.05, **chosen), AGC(0.01, **chosen)])])
+    assert_same(lambda: [GradientClipping([ClipByNorm(0.05, **chosen), AGC(0.01, **chosen)])])
 
 
 @pytest.mark.parametrize("policy", [Centralize(), AutoClip(10.0, scope="tensor", on=nn.LazyConv2d), ClipByNorm(0.1)])
@@ -117,7 +117,7 @@ def test_all_of_the_callbacks_together(policy: Any) -> None:
         windows = GradientAccumulation(2, weight_by=lambda batch: float(batch[0][0, 0, 0, 0].abs()))
         return [GradientMonitor("parameter"), GradientClipping(policy), WeightRegularization(L2(0.1)), windows]
 
-    same(make)
+    assert_same(make)
 
 
 def test_the_logged_penalty_is_that_of_the_step() -> None:
@@ -161,7 +161,7 @@ def test_what_matches_nothing_is_refused_before_the_first_step(make: Any, wrong:
 @pytest.mark.parametrize("rates", [{"conv": 1.0}, {"norm": 1.0, "*": 0.0}, {"c*": 1.0, "*": 0.0}])
 def test_inserted_dropout(rates: dict[str, float]) -> None:
     """From the first batch on, after the same layers: a normalization is none, unless it is named."""
-    same(lambda: [ScheduledDropout(rates, insert=True)])
+    assert_same(lambda: [ScheduledDropout(rates, insert=True)])
 
 
 def test_a_glob_of_dropout_takes_layers_and_no_normalization() -> None:
