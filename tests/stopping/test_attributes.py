@@ -113,6 +113,17 @@ def test_what_is_best_may_be_said_later() -> None:
     assert stop.best_check == 3
 
 
+def test_what_is_best_must_be_said_before_it_is_kept() -> None:
+    stop = EarlyStopping(AllOf([Plateau("one"), Plateau("other")]), restore_best=False)
+    with pytest.raises(ValueError, match="`best_by=None` leaves open"):
+        stop.restore_best = True
+    stop.best_by = "one"
+    stop.restore_best = True
+    with pytest.raises(ValueError, match="`best_by=None` leaves open"):
+        stop.best_by = None
+    assert (stop.restore_best, stop.best_by) == (True, "one")
+
+
 def test_where_to_check_may_be_said_later() -> None:
     stop = EarlyStopping("val_loss", check_on_train_epoch_end=False)
     stop.check_on_train_epoch_end = True
