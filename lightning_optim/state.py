@@ -151,16 +151,28 @@ def leave_out(
         parts: Keys of its state, each with a dictionary of name to tensor.
         tell: Gets the plain names of the tensors, if there are any.
     """
-    save, back = strategy.save_checkpoint, contextlib.ExitStack()
 
-    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        back.close()
+    def edit(checkpoint: dict[str, Any]) -> None:
         saved = {tensors.plain_name(name) for name in checkpoint.get("state_dict", {})}
         # Of a sharded model's gathered weights only rank 0 has any.
         if names := tensors.frozen_names(module) - saved if saved else set():
             _drop(checkpoint, key, parts, names)
             if tell is not None:
                 tell(names)
+
+    edit_before_write(strategy, edit)
+
+
+def edit_before_write(strategy: Strategy, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Call ``edit`` with the next checkpoint, once, when the strategy is about to write it.
+
+    Every ``on_save_checkpoint`` has run then; the module's own comes after those of callbacks.
+    """
+    save, back = strategy.save_checkpoint, contextlib.ExitStack()
+
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        back.close()
+        edit(checkpoint)
         save(checkpoint, *args, **kwargs)
 
     back.enter_context(replaced(strategy, "save_checkpoint", save_checkpoint))

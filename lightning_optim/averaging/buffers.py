@@ -16,7 +16,8 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_optim.averaging import spectral
 from lightning_optim.averaging.batchnorm import statistics_layers
-from lightning_optim.averaging.sources import Names, Source, has_mean, names_in, plain_name
+from lightning_optim.averaging.sources import Names, Source, has_mean, names_in
+from lightning_optim.tensors import plain_name
 
 Treatment: TypeAlias = Literal["average", "copy", "refresh"]
 Treatments: TypeAlias = Treatment | Mapping[str, Treatment]

@@ -20,10 +20,10 @@ from lightning_optim.averaging.buffers import Treatments
 from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.refresh import RefreshesStatistics, data_group, in_training
 from lightning_optim.averaging.shadow import Shadow, raw_in
-from lightning_optim.averaging.sources import plain_name
 from lightning_optim.averaging.validating import validate
 from lightning_optim.fit import replaced
 from lightning_optim.launched import check_weights_are_here
+from lightning_optim.tensors import plain_name
 
 
 class AverageInUse(RefreshesStatistics):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from lightning_optim.averaging import pruning
 from lightning_optim.averaging.averages import LAWA, Average
 from lightning_optim.averaging.shadow import Shadow
-from lightning_optim.averaging.sources import plain_name
 from lightning_optim.callback import OptimCallback
-from lightning_optim.fit import replaced
 from lightning_optim.slots import Slot
+from lightning_optim.state import edit_before_write
+from lightning_optim.tensors import plain_name
 
 
 def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow, masks: dict[str, Tensor]) -> None:
@@ -47,20 +46,13 @@ def leave_out_as_state_dict(strategy: Strategy) -> None:
     A module that keeps a frozen base out of its files deletes it from ``state_dict`` in its own ``on_save_checkpoint``,
     which comes after that of callbacks.
     """
-    save = strategy.save_checkpoint
-    if getattr(save, "leaves_out", False):
-        return
-    back = contextlib.ExitStack()
 
-    def save_less(checkpoint: dict[str, Any], *args: Any, **options: Any) -> None:
-        back.close()
+    def edit(checkpoint: dict[str, Any]) -> None:
         saved, raw = checkpoint.get("state_dict", {}), checkpoint.get("current_model_state", {})
         if saved.keys() < raw.keys():  # not where the module has renamed its weights
             checkpoint["current_model_state"] = {name: raw[name] for name in saved}
-        save(checkpoint, *args, **options)
 
-    save_less.leaves_out = True  # type: ignore[attr-defined]
-    back.enter_context(replaced(strategy, "save_checkpoint", save_less))
+    edit_before_write(strategy, edit)
 
 
 def heir(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:

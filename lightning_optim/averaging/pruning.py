@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_optim.averaging.sources import plain_name
+from lightning_optim.tensors import plain_name
 
 _RENAMED, _MASK = "_orig", "_mask"
 

@@ -31,12 +31,12 @@ from lightning_optim.averaging.sources import (
     has_mean,
     keep,
     names_in,
-    plain_name,
     same,
     trainable,
 )
 from lightning_optim.averaging.spectral import Estimates
 from lightning_optim.interrupts import uninterrupted
+from lightning_optim.tensors import plain_name
 
 _inside: WeakKeyDictionary[nn.Module, list[Shadow]] = WeakKeyDictionary()
 """Whose averages lie in a module, each over those before it."""

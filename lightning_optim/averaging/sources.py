@@ -156,14 +156,9 @@ def names_in(module: nn.Module) -> Names:
     return found
 
 
-def plain_name(name: str) -> str:
-    """The name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
-
-
 def by_plain_name(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace each name by its plain one."""
-    return {plain_name(name): value for name, value in named.items()}
+    return {tensors.plain_name(name): value for name, value in named.items()}
 
 
 def all_of(optimizer: Optimizer | None) -> list[nn.Parameter]:
@@ -196,7 +191,9 @@ def copies_of(sources: Sources, average: Average, saved: dict[str, Tensor]) -> l
     copies = []
     for source in sources:
         own = average.copy_of(source.tensor)
-        value = next((saved[plain_name(name)] for name in source.names if plain_name(name) in saved), None)
+        value = next(
+            (saved[tensors.plain_name(name)] for name in source.names if tensors.plain_name(name) in saved), None
+        )
         if value is not None and value.shape == own.shape:
             tensors.copy_(own, value)
         copies.append(own)

@@ -14,7 +14,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_optim import tensors
-from lightning_optim.averaging.sources import Source, plain_name
+from lightning_optim.averaging.sources import Source
+from lightning_optim.tensors import plain_name
 
 _ITERATIONS = 50  # the estimate of the largest singular value is right to some percent even where the next one is close
 

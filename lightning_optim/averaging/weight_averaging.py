@@ -23,11 +23,11 @@ from lightning_optim.averaging.comparison import Comparison
 from lightning_optim.averaging.in_use import AverageInUse
 from lightning_optim.averaging.refresh import in_training
 from lightning_optim.averaging.shadow import Shadow
-from lightning_optim.averaging.sources import plain_name
 from lightning_optim.hooks import is_overridden
 from lightning_optim.launched import check_not_lost
 from lightning_optim.schedules import check_number
 from lightning_optim.slots import Slot
+from lightning_optim.tensors import plain_name
 
 
 class WeightAveraging(AverageInUse):
