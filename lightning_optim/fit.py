@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
@@ -276,7 +277,7 @@ def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:
     """The weights and buffers that a validation would use now, by their names in the model's ``state_dict``.
 
     These are an average's once it has started and is the evaluated one, else the module's. The tensors are live
-    storage, not copies: whoever keeps them copies them. Under FSDP2 they are DTensors.
+    storage: copy what you keep. Under FSDP2 they are DTensors. Lazy parameters without data are left out.
 
     Example::
 
@@ -289,8 +290,8 @@ def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:
     fit = _fits.get(trainer)
     averaged = fit.average.averaged_state() if fit is not None and fit.average is not None else {}
     tensors.reshard_(trainer.lightning_module)
-    own = {name: tensor.detach() for name, tensor in tensors.named_tensors(trainer.lightning_module).items()}
-    return {**own, **averaged}
+    named = tensors.named_tensors(trainer.lightning_module).items()
+    return {**{name: tensor.detach() for name, tensor in named if not is_lazy(tensor)}, **averaged}
 
 
 def total_steps(trainer: Trainer) -> int | float:

@@ -97,6 +97,7 @@ class RefreshesStatistics(OptimCallback):
             if waiting and self in trainer.callbacks and not any(map(is_lazy, lazy)) and in_training(layers):
                 waiting = False
                 self._try(trainer, pl_module, in_training(layers))
+            lazy.clear()  # a parameter that the first step does not use is not made by a trial either
             return run(*args, **kwargs)
 
         self._running.replace(loop, "run", try_and_run)

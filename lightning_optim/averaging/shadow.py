@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
@@ -66,6 +67,7 @@ class Shadow:
         self.averages = [copy.deepcopy(average) for _ in optimizers]
         self.sources = [Sources() for _ in optimizers]
         self._trainable: list[list[nn.Parameter]] = [[] for _ in optimizers]
+        self._lazy: list[nn.Parameter] = []
         self.buffers = Buffers(treated.averaged if optimizers else ())
         self._of_buffers = copy.deepcopy(average)
         self._of_buffers.keep_wide = True
@@ -105,9 +107,10 @@ class Shadow:
         """Average what became trainable, and no longer what left the model; call it before the optimizer steps."""
         optimizer = self._optimizers[index]()
         now = [] if optimizer is None else trainable(optimizer)
-        if same(now, self._trainable[index]):
+        if same(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
             return
         self._trainable[index] = now
+        self._lazy = [parameter for parameter in self._alive().parameters() if is_lazy(parameter)]
         names = names_in(self._alive())
         for sources, average in zip(self.sources, self.averages, strict=True):
             kept = [place for place, source in enumerate(sources) if id(source.parameter) in names]
@@ -119,7 +122,7 @@ class Shadow:
     def _add(self, index: int, parameters: Sequence[nn.Parameter], names: dict[int, tuple[str, ...]]) -> None:
         """Average parameters with an optimizer from now on: those of the model that are averaged with none so far."""
         known = {id(source.parameter) for sources in self.sources for source in sources}
-        new = {id(p): p for p in parameters if id(p) in names and id(p) not in known}.values()
+        new = {id(p): p for p in parameters if id(p) in names and id(p) not in known and not is_lazy(p)}.values()
         if new:
             self.sources[index].extend([Source(p, names=names[id(p)]) for p in new])
             if self.averages[index].started:
@@ -134,9 +137,11 @@ class Shadow:
         average.update_(self.sources[index].tensors, step=step)
         if average.counters == before:
             return  # no step was made since the last update
-        if index == 0 and len(self.buffers):
+        if index == 0:
             if (kept := self.buffers.renew()) is not None:
                 keep(self.buffers, self._of_buffers, kept)
+            if (ready := self.buffers.ready()) and self._of_buffers.started:
+                self._of_buffers.extend(ready)
             self._of_buffers.update_(self.buffers.tensors, step=step)
             self.buffers.stay_finite_(self._of_buffers)
         self._estimates.restart_()

@@ -96,15 +96,22 @@ class Sources:
 
 
 class Buffers(Sources):
-    """Buffers that are averaged: as long as each has the shape and the dtype that it had at the first update."""
+    """Buffers that are averaged: as long as each has the shape and the dtype that it had at the first update.
+
+    Lazy buffers are added when they have got their shape (:meth:`ready`).
+    """
+
+    def __init__(self, sources: Iterable[Source] = ()) -> None:
+        listed = list(sources)
+        self._lazy = [source for source in listed if is_lazy(source.tensor)]
+        super().__init__(source for source in listed if source not in self._lazy)
 
     def _prepare(self) -> None:
         self._places = [(source.owner, source.key) for source in self._sources]
         self._seen = [source.tensor for source in self._sources]
         # Running statistics are finite as long as the weights are.
         self._may_be_infinite = [i for i, (owner, _) in enumerate(self._places) if not isinstance(owner, _NormBase)]
-        # Lazy buffers have no shape yet.
-        self._shapes = [None if is_lazy(tensor) else tensor.shape for tensor in self._seen]
+        self._shapes = [tensor.shape for tensor in self._seen]
         super()._prepare()
 
     def renew(self) -> list[int] | None:
@@ -120,6 +127,14 @@ class Buffers(Sources):
             return None
         return kept
 
+    def ready(self) -> list[Tensor]:
+        """Add the lazy buffers that have got their shape since this was called last, and return them."""
+        found = [source for source in self._lazy if source.live is not None and not is_lazy(source.live)]
+        if found:
+            self._lazy = [source for source in self._lazy if source not in found]
+            self.extend(found)
+        return [source.tensor for source in found]
+
     def stay_finite_(self, average: Average) -> None:
         """Replace what is not finite in the averages by the latest value, without asking the device for a value.
 
@@ -132,7 +147,7 @@ class Buffers(Sources):
     def _still_fits(self, position: int, live: Tensor | None) -> bool:
         if live is None or not has_mean(live) or live.dtype != self._seen[position].dtype:
             return False
-        return self._shapes[position] in (None, live.shape)
+        return self._shapes[position] == live.shape
 
 
 def has_mean(buffer: Tensor) -> bool:
