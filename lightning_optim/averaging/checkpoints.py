@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lightning_optim import safe_reading
+from lightning_optim import safe_reading, tensors
 from lightning_optim.averaging import reading
 from lightning_optim.averaging.average import kept_dtype
 
@@ -128,8 +129,8 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
     if count == 0:
         raise ValueError("there is nothing to average")
     given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(given) != count or not all(math.isfinite(w) and w >= 0.0 for w in given) or sum(given) == 0.0:
-        raise ValueError(f"`weights` must be {count} numbers >= 0, not all zero, got {weights!r}")
+    if len(given) != count or not all(math.isfinite(w) and w >= 0.0 for w in given) or not 0.0 < sum(given) < math.inf:
+        raise ValueError(f"`weights` must be {count} numbers >= 0, not all zero, with a finite sum, got {weights!r}")
     return given
 
 
@@ -218,14 +219,30 @@ _CHUNK = 1 << 20  # elements of the temporary where dtypes differ
 
 
 def _move_(mean: Tensor, value: Tensor, share: float) -> None:
+    if not share:
+        return
     if share == 1.0:
         mean.copy_(value)  # all before had no weight
-    elif share and mean.dtype == value.dtype:
-        mean.lerp_(value.to(mean.device), share)
-    elif share:
-        pieces = (torch.split(tensor, _CHUNK) for tensor in (mean.view(-1), value.reshape(-1)))
-        for some, other in zip(*pieces, strict=True):
-            some.lerp_(other.to(mean.device, mean.dtype), share)
+        return
+    pieces = (torch.split(tensor, _CHUNK) for tensor in _flat_parts(mean, value))
+    for some, piece in zip(*pieces, strict=True):
+        other = piece.to(some.device, some.dtype)
+        if some.sum().isfinite():
+            some.lerp_(other, share)
+        else:  # `lerp` subtracts, and of infinities that is no number
+            weighted = some * (1.0 - share) + other * share
+            some.copy_(torch.where(some.isfinite(), some.lerp(other, share), weighted))
+
+
+def _flat_parts(mean: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as vectors, of sharded ones this process's part; that of the mean is live storage."""
+    if isinstance(value, DTensor) and isinstance(mean, DTensor) and value.placements == mean.placements:
+        ours, theirs = mean.to_local(), value.to_local()
+    else:
+        (ours,) = tensors.local([mean])
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        theirs = tensors.part_of(full.to(ours.device), mean)
+    return ours.view(-1), theirs.reshape(-1)
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -245,8 +262,11 @@ def ties(state: Mapping[Any, Any]) -> dict[Any, Any]:
     first: dict[Any, Any] = {}
     found = {}
     for name, value in state.items():
-        if _has_mean(value) and value.numel():
-            place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if not _has_mean(value) or value.layout is not torch.strided:
+            continue
+        (part,) = tensors.local([value])  # a DTensor itself has no address
+        if part.numel():
+            place = (part.data_ptr(), value.shape, value.stride(), value.dtype)
             if place in first:
                 found[name] = first[place]
             else:
