@@ -78,15 +78,22 @@ class Bound:
         callback = self._callback()
         assert callback is not None
         done = callback._done
-        result = self._ours(callback, *args, **kwargs)
-        callback._done = {**done, self._name: result}
+        # Of a call within the user's part of another, such as a second validation, ours is to be done again.
+        callback._done = {name: result for name, result in done.items() if name != self._name}
         try:
-            of_class = _parts(type(callback), self._name)[1]
-            theirs = self.on_itself or (of_class and functools.partial(of_class, callback))
+            result = self._ours(callback, *args, **kwargs)
+            callback._done = {**done, self._name: result}
+            theirs = self.on_itself or _of_class(callback, self._name)
             said = theirs(*args, **kwargs) if theirs else None
         finally:
             callback._done = done
         return {**result, **(said or {})} if isinstance(result, dict) else said
+
+
+def _of_class(callback: OptimCallback, name: str) -> Callable[..., Any] | None:
+    """The user's hook, bound to the callback as Python binds it: it may be a class method, or partial."""
+    of_class: Any = _parts(type(callback), name)[1]
+    return of_class.__get__(callback, type(callback)) if hasattr(of_class, "__get__") else of_class
 
 
 def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:

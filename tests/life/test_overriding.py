@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,46 @@ def test_beside_another_callback_of_lightning(ours_first: bool) -> None:
     assert both.steps == [8]
     assert both.time_elapsed("train") > 0.0
     assert both.fit is None
+
+
+class _Called:
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def __call__(self, *args: Any) -> None:
+        self.seen.append(args)
+
+
+@pytest.mark.parametrize("kind", ["static", "class", "partial", "object"])
+def test_whatever_kind_of_method_it_is(kind: str) -> None:
+    """It gets the arguments that Python gives a method of this kind."""
+    seen: list[Any] = []
+    note = _Called(seen)
+    hook, before = {
+        "static": (staticmethod(note), 0),
+        "class": (classmethod(lambda cls, *args: note(*args)), 0),
+        "partial": (functools.partialmethod(lambda self, tag, *args: note(tag, *args), "tag"), 1),
+        "object": (note, 0),
+    }[kind]
+    own = type("Own", (GradientClipping,), {"on_train_start": hook})(0.1)
+    fit(BY_NAME["plain"], STEPS, callbacks=[own])
+    assert [len(args) - before for args in seen] == [2]
+    assert own.steps == [8]
+
+
+def test_ours_is_done_again_in_a_call_within_the_same_hook() -> None:
+    """As of a validation that a user's hook of a validation starts."""
+    places: list[int] = []
+
+    class Again(GradientClipping):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.on_train_batch_start(trainer, pl_module, batch, 77)
+                places.append(self._batch_idx)
+
+    fit(BY_NAME["plain"], STEPS, callbacks=[Again(0.1)])
+    assert places
+    assert set(places) == {77}
 
 
 def test_a_copy_is_overridden_too() -> None:
