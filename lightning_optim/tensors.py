@@ -136,24 +136,31 @@ class Selection:
         exclude: Selector | Sequence[Selector] | None = None,
     ) -> None:
         self._module, self._on, self._exclude = module, on, exclude
+        self._foreign: dict[int, Tensor] = {}  # what optimizers hold and the module does not
         self._choose(required=True)
 
     def _choose(self, required: bool = False) -> None:
         # A model may lose in the middle of a run what a glob matched at its start.
         chosen = select(self._module, self._on, self._exclude, required=required)
-        self._seen: list[Tensor] = list(self._module.parameters())  # held, so that no other tensor gets their ids
-        self._known = set(map(id, self._seen))
+        self._seen = {id(parameter): parameter for parameter in self._module.parameters()}  # held: no id is used again
+        self._known = self._seen.keys() | self._foreign.keys()
         self._waiting = [parameter for parameter in self._module.parameters() if is_lazy(parameter)]
         self._ids = {id(parameter) for parameter in chosen.values()}
         self._existing = self._ids - {id(parameter) for parameter in self._waiting}
 
-    def follow(self, parameters: Sequence[Tensor]) -> None:
-        """Choose again if some of an optimizer's parameters are new to the module, such as those of a replaced head."""
-        if not self._known.issuperset(map(id, parameters)):
-            reshard_(self._module)
-            self._choose()
-            self._seen += parameters  # the optimizer may hold tensors that the module does not
-            self._known.update(map(id, parameters))
+    def follow(self, parameters: Sequence[Tensor]) -> bool:
+        """Choose again if some of an optimizer's parameters are new to the module, such as those of a replaced head.
+
+        Returns:
+            Whether it did.
+        """
+        if self._known.issuperset(map(id, parameters)):
+            return False
+        reshard_(self._module)
+        self._choose()
+        self._foreign |= {id(tensor): tensor for tensor in parameters if id(tensor) not in self._known}
+        self._known |= self._foreign.keys()
+        return True
 
     @property
     def ids(self) -> set[int]:

@@ -89,7 +89,7 @@ class WeightRegularization(OptimCallback):
         for term in self.terms:
             refuse_parts(term, tensors.select(pl_module, term.on, term.exclude).values())
             self._chosen.append(Selection(pl_module, term.on, term.exclude))
-        self._looked_up = {id(m.weight) for m in pl_module.modules() if isinstance(m, _LOOKED_UP) and m.sparse}
+        self._looked_up = _looked_up(pl_module)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -100,7 +100,8 @@ class WeightRegularization(OptimCallback):
         logs = self.logs_now(trainer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for label, term, chosen in zip(self._labels, self._copies[index], self._chosen, strict=True):
-            chosen.follow(parameters)
+            if chosen.follow(parameters):
+                self._looked_up = _looked_up(pl_module)
             weights = _trainable(parameters, chosen)
             if not weights or not isinstance(term, Penalty):
                 continue
@@ -127,6 +128,11 @@ class WeightRegularization(OptimCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_chosen": [], "_looked_up": set()}
+
+
+def _looked_up(module: nn.Module) -> set[int]:
+    """The ``id`` of each weight whose gradient is sparse: without one, no row was looked up."""
+    return {id(m.weight) for m in module.modules() if isinstance(m, _LOOKED_UP) and m.sparse}
 
 
 def _trainable(parameters: Sequence[Tensor], chosen: Selection) -> list[Tensor]:

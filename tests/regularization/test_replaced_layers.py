@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import L1, L2, ClipByNorm, GradientClipping, ProximalL1, WeightRegularization
+from lightning_optim.tensors import Selection
 
 
 class Replaces(LightningModule):
@@ -102,3 +103,49 @@ def test_a_layer_that_goes_is_no_error() -> None:
 
     got = trained(Goes(), WeightRegularization(L2(0.05, on="head.weight")))
     assert got["last.weight"].isfinite().all()
+
+
+def test_a_replaced_embedding_is_penalized_where_it_is_looked_up() -> None:
+    """A batch without any look-up leaves its gradient missing, as of the embedding that was there at the start."""
+
+    class Words(Replaces):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(5, 4, sparse=True)
+            self.found: list[Any] = []
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.words = nn.Embedding(7, 4, sparse=True)
+                self.trainer.optimizers[0].param_groups[0]["params"] = list(self.parameters())
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            words = self.words(torch.tensor([1])) if batch_idx % 2 else 0.0
+            return mse_loss(self.head(self.body(batch[0] + words)), batch[1])
+
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            grad = self.words.weight.grad
+            self.found.append(None if grad is None else grad.layout)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Words()
+    trained(module, WeightRegularization(L2(0.05, on="*")))
+    assert set(module.found) == {None, torch.sparse_coo}
+
+
+def test_tensors_that_are_not_the_modules_cost_no_choice_in_each_step() -> None:
+    """Of several optimizers each may hold some, such as temperatures."""
+    module = nn.Linear(2, 1)
+    asked: list[str] = []
+
+    def predicate(name: str, parameter: nn.Parameter) -> bool:
+        asked.append(name)
+        return name == "weight"
+
+    selection = Selection(module, predicate)
+    one, other = [*module.parameters(), nn.Parameter(torch.ones(1))], [nn.Parameter(torch.ones(1))]
+    assert [selection.follow(held) for held in (one, other, one, other, one)] == [True, True, False, False, False]
+    assert asked == ["weight", "bias"] * 3
+    assert selection.ids == {id(module.weight)}
