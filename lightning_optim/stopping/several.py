@@ -59,12 +59,24 @@ class AtLeast(Criterion):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of each criterion that was there; one that is new on resume begins there."""
-        saved = list(state["criteria"])
+        saved = self._with_identities(state["criteria"])
         for criterion in self.criteria:
             found = next((entry for entry in saved if entry[0] == criterion.identity), None)
             if found is not None:
                 saved.remove(found)
                 criterion.load_state_dict(found[1])
+
+    def _with_identities(self, saved: list[Any]) -> list[Any]:
+        """Add the identities to the states of a checkpoint of an earlier version, which holds them in order only."""
+        if all(isinstance(entry, list | tuple) for entry in saved):
+            return list(saved)
+        if [sorted(entry) for entry in saved] != [sorted(criterion.state_dict()) for criterion in self.criteria]:
+            raise ValueError(
+                f"This checkpoint of an earlier version holds the states of {len(saved)} criteria in their order, and"
+                f" they are not those of {[criterion.identity for criterion in self.criteria]}: resume with the same"
+                " criteria in the same order."
+            )
+        return [(criterion.identity, entry) for criterion, entry in zip(self.criteria, saved, strict=True)]
 
 
 class AllOf(AtLeast):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from lightning_optim import AllOf, AnyOf, AtLeast, EarlyStopping, Plateau, Threshold
+from lightning_optim import AllOf, AnyOf, AtLeast, EarlyStopping, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.criteria import Criterion
 
 A = (5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0)
@@ -110,3 +112,24 @@ def test_several_monitors_need_to_know_what_is_best() -> None:
         EarlyStopping(AllOf(two))
     assert EarlyStopping(AllOf(two), restore_best=False).criterion.monitors == ("a", "b")
     assert EarlyStopping(AllOf(two), best_by=["a", "b"]).best_by == ["a", "b"]
+
+
+def without_identities(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as the first version wrote it: each criterion's in its order, also of nested ones."""
+    return {"criteria": [without_identities(s) if "criteria" in s else s for _, s in state["criteria"]]}
+
+
+def test_a_checkpoint_of_the_first_version_is_taken_over() -> None:
+    def nested() -> AllOf:
+        return AllOf([AnyOf([NonFinite("a"), Threshold("b", 2.0), Plateau("a", patience=2)]), Plateau("b", mode="max")])
+
+    old, new = nested(), nested()
+    old.update({"a": 3.0, "b": 1.0})
+    old.update({"a": 4.0, "b": 3.0})
+    new.load_state_dict(without_identities(old.state_dict()))
+    assert new.state_dict() == old.state_dict()
+    two, other = AnyOf([Plateau("a")]), AnyOf([Plateau("a"), Threshold("a", 1.0)])
+    with pytest.raises(ValueError, match=r"earlier version.*same criteria"):
+        other.load_state_dict(without_identities(two.state_dict()))
+    with pytest.raises(ValueError, match=r"earlier version.*same criteria"):
+        AnyOf([NonFinite("a")]).load_state_dict(without_identities(two.state_dict()))
