@@ -28,3 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if any("group" in getattr(item, "fixturenames", ()) for item in items):
         groups.start_server()
     groups.settle()
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's ``seed_everything`` leaves its seed in the environment, and a launched process starts with it."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
