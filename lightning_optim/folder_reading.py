@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 
 from lightning_optim import safe_reading
 
+_LARGEST = 1 << 63
 _METADATA = "torch.distributed.checkpoint.metadata"
 _DESCRIPTIONS = {
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
@@ -71,6 +72,7 @@ def check_folder(path: str, metadata: Metadata, weights_only: bool) -> None:
     Raises:
         ValueError: If something is damaged or missing, or lies elsewhere.
     """
+    _check_descriptions(os.path.join(path, ".metadata"), metadata)
     inside = os.path.realpath(path)
     for info in metadata.storage_data.values():
         file = os.path.join(inside, info.relative_path)
@@ -78,13 +80,48 @@ def check_folder(path: str, metadata: Metadata, weights_only: bool) -> None:
             raise ValueError(f"{path} names a file outside of it: {info.relative_path!r}")
         try:
             with open(file, "rb") as shards:
+                is_whole = info.offset + info.length <= shards.seek(0, io.SEEK_END)
                 shards.seek(info.offset)
-                content = shards.read(info.length)
+                content = shards.read(info.length) if is_whole else b""
         except OSError as error:
             raise ValueError(f"{path} is damaged ({safe_reading.first_line(error)})") from error
-        if len(content) != info.length:
+        if not is_whole:
             raise ValueError(f"{path} is damaged: {info.relative_path!r} is shorter than it was")
         safe_reading.check_archive(file, io.BytesIO(content), weights_only)
+
+
+def _check_descriptions(path: str, metadata: Metadata) -> None:
+    """Refuse metadata whose parts do not make up each tensor: torch would return what lay in memory for the rest.
+
+    Args:
+        path: The file of the metadata, for the error.
+        metadata: What it holds.
+
+    Raises:
+        ValueError: If it does not fit together.
+    """
+    try:
+        for name, about in metadata.state_dict_metadata.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{name!r} is no name")
+            if not isinstance(about, BytesStorageMetadata):
+                _check_parts(name, about)
+        for info in metadata.storage_data.values():
+            if "\0" in info.relative_path or not 0 <= info.offset <= info.offset + info.length < _LARGEST:
+                raise ValueError(f"{info} is no place in a file")
+    except Exception as error:  # of any kind: each entry may be anything
+        raise ValueError(f"{path} is damaged, or hostile ({safe_reading.first_line(error)})") from error
+
+
+def _check_parts(name: str, about: TensorStorageMetadata) -> None:
+    numbers = 0
+    for offsets, sizes in {(part.offsets, part.sizes) for part in about.chunks}:  # replicated ones may be there twice
+        limits = zip(offsets, sizes, about.size, strict=True)
+        if not all(offset >= 0 and size >= 0 and offset + size <= whole for offset, size, whole in limits):
+            raise ValueError(f"a part of {name} lies outside of it")
+        numbers += sizes.numel()
+    if numbers != about.size.numel() or not isinstance(about.properties.dtype, torch.dtype):
+        raise ValueError(f"the parts of {name} do not make it up")
 
 
 def _read(path: str) -> Metadata:
@@ -97,6 +134,7 @@ def _read(path: str) -> Metadata:
         raise ValueError(f"{path} is damaged, or hostile ({safe_reading.first_line(error)})") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path} is no metadata of a checkpoint, but a {type(metadata).__name__}")
+    _check_descriptions(path, metadata)
     return metadata
 
 

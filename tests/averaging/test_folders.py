@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import struct
@@ -100,6 +101,56 @@ def test_metadata_of_another_kind(what: str, folder: Path, capsys: pytest.Captur
         said = capsys.readouterr().err
         assert f"{folder}/.metadata is " in said and said.count("\n") == 1
     assert not hasattr(Metadata, "evil")
+
+
+def _of_places(**changes: Any) -> Any:
+    def change(metadata: Metadata) -> None:
+        for index, info in metadata.storage_data.items():
+            metadata.storage_data[index] = dataclasses.replace(info, **changes)
+
+    return change
+
+
+def _of_weight(**changes: Any) -> Any:
+    def change(metadata: Metadata) -> None:
+        for name, value in changes.items():
+            setattr(metadata.state_dict_metadata["state_dict.w"], name, value)
+
+    return change
+
+
+def _of_whole(**changes: Any) -> Any:
+    return lambda metadata: metadata.__dict__.update(changes)
+
+
+DESCRIPTIONS = {
+    "larger": _of_weight(size=torch.Size([400])),
+    "smaller": _of_weight(size=torch.Size([4])),
+    "negative": _of_weight(size=torch.Size([-40])),
+    "no parts": _of_weight(chunks=[]),
+    "of no dtype": _of_weight(properties=3),
+    "a tuple": _of_weight(size=(40, 1)),
+    "longer": _of_places(length=1 << 62),
+    "far": _of_places(offset=1 << 70),
+    "before": _of_places(offset=-5),
+    "text": _of_places(length="a"),
+    "no path": _of_places(relative_path=3),
+    "no name of a file": _of_places(relative_path="a\0b"),
+    "nowhere": _of_whole(storage_data=None),
+    "a list": _of_whole(state_dict_metadata=[1]),
+    "numbers": _of_whole(state_dict_metadata={3: None}),
+}
+
+
+@pytest.mark.parametrize("weights_only", [True, False], ids=["weights only", "trusted"])
+@pytest.mark.parametrize("what", DESCRIPTIONS)
+def test_descriptions_that_do_not_fit_together(what: str, weights_only: bool, folder: Path) -> None:
+    """torch would return what lay in memory for the numbers that no file holds, or take memory for a length."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    DESCRIPTIONS[what](metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=rf"^{folder}(/\.metadata)? is damaged"):
+        average_checkpoints([folder], weights_only=weights_only)
 
 
 def test_folders_that_are_damaged(folder: Path, tmp_path: Path) -> None:
