@@ -27,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return int(given.run(given))
-    except (OSError, ValueError, ImportError) as error:
-        said = str(error)
-    except Exception as error:  # of files with contents that nobody thought of
-        said = f"{', '.join(given.files)}: {safe_reading.first_line(error)}"
+    except Exception as error:  # of any kind: of files with contents that nobody thought of
+        said = str(error) if isinstance(error, OSError | ValueError | ImportError) else safe_reading.first_line(error)
+    paths = [*given.files, *([given.output] if "output" in given else [])]
+    if not any(path in said for path in paths):
+        said = f"{', '.join(given.files)}: {said}"
     print(f"lightning-optim: {_on_one_line(said)}", file=sys.stderr)
     return 1
 

@@ -8,6 +8,7 @@ not read; its format before torch 1.6 and safetensors have none, so that other v
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -100,11 +101,18 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
-    if os.path.exists(path):
-        with open(path, "rb") as file:
+    if os.path.isfile(path) or os.path.isdir(path):
+        with open(path, "rb") as file:  # of a folder the error says that it is one
             yield file
+    elif os.path.exists(path):
+        raise OSError(errno.EINVAL, "this is no regular file, and a checkpoint is read more than once", path)
     else:
-        with get_filesystem(path).open(path, "rb") as remote:
+        try:
+            remote = get_filesystem(path).open(path, "rb")
+        except (ValueError, ImportError) as error:  # no such protocol, or its package is not there
+            kind = ImportError if isinstance(error, ImportError) else ValueError
+            raise kind(f"{path}: {error}") from error
+        with remote:
             whole = io.BytesIO(remote.read())  # it is read twice, and comes over a network once
         yield whole
 

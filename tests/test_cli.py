@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,15 @@ def _lightning(**more: Any) -> dict[str, Any]:
         (_lightning(callbacks={"W{'average': 'a\nb\x1b[31m'}": UPDATES}), 4),
         (_lightning(callbacks={"a": {**UPDATES, "averaged": 5}}), 3),
         (_lightning(averaging_state=3, epoch=torch.ones(40, 40), callbacks={}), 3),
+        (_lightning(callbacks={"a": {**UPDATES, "counters": torch.ones(2)}}), 3),
+        (_lightning(callbacks={"a": {**UPDATES, "raw": torch.ones(3)}}), 3),
+        (_lightning(callbacks={"a": {**UPDATES, "counters": [{"updates": float("inf"), "first": 1, "last": 1}]}}), 3),
+        (_lightning(callbacks={"a": {**UPDATES, "averaged": {"w": 3}}}), 3),
     ],
-    ids=["list", "counters", "number", "long", "deep", "set", "control characters", "averaged", "averaging state"],
+    ids=[
+        *["list", "counters", "number", "long", "deep", "set", "control characters", "averaged", "averaging state"],
+        *["counters of another kind", "raw", "infinite", "averaged numbers"],
+    ],
 )
 def test_inspect_of_odd_contents(content: Any, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     torch.save(content, tmp_path / "odd.ckpt")
@@ -189,9 +197,30 @@ def test_inspect_of_odd_contents(content: Any, lines: int, tmp_path: Path, capsy
     assert printed.replace("\n", "").isprintable()
 
 
+@pytest.mark.parametrize("updates", ["many", None, torch.ones(2)], ids=["text", "none", "several"])
+def test_the_file_is_named_whatever_is_wrong_in_it(updates: Any, tmp_path: Path, capsys) -> None:
+    torch.save(_lightning(averaging_state={"n_averaged": updates}), tmp_path / "odd.ckpt")
+    assert cli.main(["inspect", str(tmp_path / "odd.ckpt")]) == 1
+    assert capsys.readouterr().err.startswith(f"lightning-optim: {tmp_path}/odd.ckpt: ")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe", "unknown-protocol://file.ckpt"])
+def test_what_is_no_file_is_named(path: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    for command in (["inspect", path], ["average", path, "-o", "out.ckpt"]):
+        assert cli.main(command) == 1
+        assert path in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "out", "named"),
     [
+        (
+            {"w": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])},
+            "out.ckpt",
+            "in.ckpt: w is a nested tensor",
+        ),
         ({"w": torch.ones(3).to_sparse()}, "out.ckpt", "in.ckpt"),
         ({"w": torch.ones(3, dtype=torch.complex128)}, "out.safetensors", "out.safetensors"),
         (_lightning(state_dict={1: torch.ones(3)}), "out.safetensors", "out.safetensors"),
@@ -200,7 +229,7 @@ def test_inspect_of_odd_contents(content: Any, lines: int, tmp_path: Path, capsy
         ([torch.ones(3)], "out.ckpt", "in.ckpt"),
         ({"w\n\x1b[31m": torch.ones(3).to_sparse()}, "out.ckpt", "in.ckpt"),
     ],
-    ids=["sparse", "complex128", "names", "stride 0", "folder", "list", "control characters"],
+    ids=["nested", "sparse", "complex128", "names", "stride 0", "folder", "list", "control characters"],
 )
 def test_averages_of_odd_contents(
     content: Any, out: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture

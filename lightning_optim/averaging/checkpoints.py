@@ -262,7 +262,7 @@ def ties(state: Mapping[Any, Any]) -> dict[Any, Any]:
     first: dict[Any, Any] = {}
     found = {}
     for name, value in state.items():
-        if not _has_mean(value) or value.layout is not torch.strided:
+        if not _has_mean(value) or value.layout is not torch.strided or value.is_nested:
             continue
         (part,) = tensors.local([value])  # a DTensor itself has no address
         if part.numel():

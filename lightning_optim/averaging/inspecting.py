@@ -57,17 +57,17 @@ def _found(key: str, state: Any) -> Found | None:
     """The average in a callback's state; ``None`` if it is another callback's, or there were no updates."""
     try:
         counters = [{name: int(counter[name]) for name in _COUNTS} for counter in state["counters"] if counter]
-        raw, averaged = state["raw"], dict(state["averaged"])
-    except (KeyError, TypeError, ValueError):
+        is_evaluated, averaged = bool(state["raw"]), dict(state["averaged"])
+    except Exception:  # of any kind: another callback's state may be anything
         return None
-    if not counters:
+    if not counters or not all(isinstance(tensor, Tensor) for tensor in averaged.values()):
         return None
     identity = _identity(key)
     return Found(
         key,
         str(identity.get("average", "")),
         identity.get("name"),
-        bool(raw),
+        is_evaluated,
         max(counter["updates"] for counter in counters),
         min(counter["first"] for counter in counters),
         max(counter["last"] for counter in counters),

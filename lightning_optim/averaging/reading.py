@@ -124,7 +124,8 @@ def _refuse_endless(loaded: Mapping[Any, Any], path: str) -> None:
 
 def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
     """Refuse tensors that repeat what is in the file so often that their mean would not fit into memory."""
-    values = [value for _, value in leaves(weights) if isinstance(value, Tensor) and value.layout is torch.strided]
+    tensors = [value for _, value in leaves(weights) if isinstance(value, Tensor)]
+    values = [value for value in tensors if value.layout is torch.strided and not value.is_nested]
     views = {(value.data_ptr(), value.shape, value.stride(), value.dtype): value.numel() for value in values}
     total = sum(count * dtype.itemsize for (*_, dtype), count in views.items())
     if total > safe_reading.largest(path):
