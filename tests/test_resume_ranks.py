@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_optim import (
     EMA,
     LAWA,
+    SWA,
     EarlyStopping,
     GradientAccumulation,
     GradientClipping,
@@ -24,6 +25,7 @@ from lightning_optim import (
     WeightAveraging,
     state,
 )
+from lightning_optim.averaging.batchnorm import statistics_layers
 from lightning_optim.resume import ExactResume
 from tests.machine.groups import Group
 from tests.machine.run import LivingEnvironment, share_mesh
@@ -151,9 +153,26 @@ def averaged_with_memory() -> list[Any]:
     return [WeightAveraging(LAWA(2), start=2, buffers="average"), ExactResume()]
 
 
+class FreezesStatistics(Callback):
+    """From the second epoch on BatchNorm is frozen."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.current_epoch:
+            statistics_layers(pl_module)[0].eval()
+
+
+def averaged_after_an_estimate() -> list[Any]:
+    return [FreezesStatistics(), WeightAveraging(SWA()), ExactResume()]
+
+
 @pytest.mark.parametrize(
     ("strategy", "callbacks"),
-    [("ddp", averaged), ("fsdp2, a folder", averaged), ("fsdp2, a file", averaged_with_memory)],
+    [
+        ("ddp", averaged),
+        ("fsdp2, a folder", averaged),
+        ("fsdp2, a file", averaged_with_memory),
+        ("fsdp2, a folder", averaged_after_an_estimate),
+    ],
 )
 def test_averaged_statistics_of_ranks(
     strategy: str, callbacks: Callable[[], list[Any]], group: Group, tmp_path: Path

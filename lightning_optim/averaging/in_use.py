@@ -69,8 +69,11 @@ class AverageInUse(RefreshesStatistics):
                 shadow.estimate_()
             with _copied_into(module, shadow.named()):
                 yield
-        elif shadow.inside:
+        elif shadow.uppermost:
             yield
+        elif shadow.inside:  # and another one over it
+            with raw_in(module), self.averaged_weights(module):
+                yield
         else:
             self._agree()
             with shadow.in_model():

@@ -75,7 +75,10 @@ class Shadow:
         self.inside = self.fresh = False
         self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}
-        self._agreed: dict[tuple[int, str], Tensor] | None = None  # means over ranks of the present averages of buffers
+        # What uses see in place of the averages of buffers, which go on as they are: their means over ranks, and
+        # statistics that were estimated for the present weights.
+        self._agreed: dict[tuple[int, str], Tensor] | None = None
+        self._estimated: dict[tuple[int, str], Tensor] = {}
         self._exchanged: list[tuple[Source, Tensor]] = []
         _inside[module] = []
         for index in range(len(optimizers)):
@@ -145,7 +148,7 @@ class Shadow:
             self._of_buffers.update_(self.buffers.tensors, step=step)
             self.buffers.stay_finite_(self._of_buffers)
         self._estimates.restart_()
-        self.fresh, self._agreed = False, None
+        self.fresh, self._agreed, self._estimated = False, None, {}
 
     @torch.no_grad()
     def follow_pruning(self) -> None:
@@ -204,7 +207,11 @@ class Shadow:
             raw = next((lain[place] for lain in displaced if place in lain), live)
             if self.inside and place not in self._raw:
                 average = next((lain[place] for lain in above if place in lain), live)
-            yield source, raw, (self._agreed or {}).get(place, average)
+            yield source, raw, self._used(place, average)
+
+    def _used(self, place: tuple[int, str], average: Tensor) -> Tensor:
+        """The tensor that uses of the average see, of one that lies at a place in the model."""
+        return self._estimated.get(place, (self._agreed or {}).get(place, average))
 
     @property
     def _stack(self) -> list[Shadow]:
@@ -254,12 +261,18 @@ class Shadow:
         self._look_up()
         agreed, average = self._agreed or {}, self._of_buffers
         held = {"averaged": average.averaged} | {f"memory/0/{i}": kept for i, kept in enumerate(average.memory)}
-        return {
+        found = {
             f"{path}/{source.name}": tensor
             for path, kept in held.items()
             for source, tensor in zip(self.buffers if average.started else (), kept, strict=True)
-            if source.names and source.place in agreed
+            if source.names and source.place in agreed and not (path == "averaged" and source.place in self._estimated)
         }
+        return found | {f"own/{name}": tensor for name, tensor in self._own().items()}
+
+    def _own(self) -> dict[str, Tensor]:
+        """The averages of statistics where uses see an estimate."""
+        held = zip(self.buffers, self._of_buffers.averaged, strict=True) if self._estimated else ()
+        return {source.name: mean for source, mean in held if source.names and source.place in self._estimated}
 
     # ---- in and out of the model -------------------------------------------------------------------------------------
 
@@ -273,16 +286,20 @@ class Shadow:
             moving, done = self._exchanged if self.inside else list(self.pairs()), []
             try:
                 for source, average in moving:
-                    self._swap_(source, average)
+                    self._swap_(source, average, self.inside)
                     done.append((source, average))
                 if not self.inside and not self._estimates.done:
                     self._estimates.estimate_({source.place for source, _ in moving})
             except BaseException:
                 for source, average in done:
-                    self._swap_(source, average)
+                    self._swap_(source, average, not self.inside)
+                if not self.inside:
+                    self._raw = {}
                 raise
             self.inside = not self.inside
             self._exchanged = moving if self.inside else []
+            if not self.inside:
+                self._raw = {}
             self._pruning.exchange_products(module, self.inside)
             if self.inside:
                 self._stack.append(self)
@@ -314,18 +331,18 @@ class Shadow:
                 if self.inside:
                     self.exchange_()
 
-    def _swap_(self, source: Source, average: Tensor) -> None:
+    def _swap_(self, source: Source, average: Tensor, leaving: bool) -> None:
+        """Put one average into the model; or if it is leaving, the raw tensor, which stays known until all are back."""
         live, place = source.live, source.place
         if live is None or live.shape != average.shape:  # the model has changed while the average was in it
             self._raw.pop(place, None)
             return
-        average = (self._agreed or {}).get(place, average)
-        (ours,), (theirs,) = tensors.local([average]), tensors.local([live])
+        (ours,), (theirs,) = tensors.local([self._used(place, average)]), tensors.local([live])
         if place in self._raw:
-            theirs.copy_(self._raw.pop(place))
+            theirs.copy_(self._raw[place] if leaving else ours)
         elif source.owner is None and ours.dtype == theirs.dtype and ours.device == theirs.device:
             tensors.exchange_(ours, theirs)
-        elif self.inside:  # the module was moved to another device meanwhile
+        elif leaving:  # the module was moved to another device meanwhile
             kept = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(kept)
@@ -336,15 +353,15 @@ class Shadow:
 
     @torch.no_grad()
     def take_statistics(self, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-        """While the average is in the model: let a layer and the average have statistics that were estimated anew."""
+        """While the average is in the model: let a layer, and later uses, have statistics that were estimated anew."""
         places = {source.place: average for source, average in self._exchanged}
         for key, value in (("running_mean", mean), ("running_var", variance)):
             live = layer._buffers[key]
             assert live is not None
             if (average := places.get((id(layer), key))) is not None:
-                (self._agreed or {}).pop((id(layer), key), None)
-                tensors.copy_(average, value)
-                tensors.copy_(live, average)
+                estimate = self._estimated[id(layer), key] = torch.empty_like(average)
+                tensors.copy_(estimate, value)
+                tensors.copy_(live, estimate)
 
     # ---- in a checkpoint ---------------------------------------------------------------------------------------------
 
@@ -367,6 +384,7 @@ class Shadow:
             "counters": [average.counters for average in self.averages],
             "raw": raw,
             "averaged": averaged,
+            "own": self._own(),
             "memory": self._memory(),
             "fresh": self.fresh,
             "estimated": self._estimates.done,
@@ -398,6 +416,7 @@ class Shadow:
         module = self._alive()
         named = {plain_name(name): tensor for name, tensor in tensors.named_tensors(module).items()}
         raw, averaged = by_plain_name(state["raw"]), by_plain_name(state["averaged"])
+        own = by_plain_name(state.get("own", {}))
         recorded = self._add_recorded(state, raw, averaged, named)
         self._look_up()
         if "buffers" in state or any(state["counters"]):
@@ -406,13 +425,16 @@ class Shadow:
             if not counters:
                 continue
             # What the file's average did not have is as it was in training.
-            saved = {name: value for name, value in raw.items() if name not in recorded} | averaged
+            saved = {name: value for name, value in raw.items() if name not in recorded} | averaged | own
             remembered = state.get("memory", {}).get(str(index), {})
             parts = [(self.sources[index], self.averages[index])]
             for sources, average in [*parts, (self.buffers, self._of_buffers)] if index == 0 else parts:
                 memory = [copies_of(sources, average, remembered[str(place)]) for place in range(len(remembered))]
                 average.load(counters, copies_of(sources, average, saved), memory)
         self.fresh, self._agreed = state.get("fresh", False), None
+        with_estimate = [s for s in self.buffers if own.keys() & set(map(plain_name, s.names))]
+        estimates = copies_of(with_estimate, self._of_buffers, averaged)
+        self._estimated = {source.place: value for source, value in zip(with_estimate, estimates, strict=True)}
         self._estimates.load(averaged, state.get("estimated", False))
         for name, tensor in named.items():
             if (value := raw.pop(name, None)) is not None and value.shape == tensor.shape:

@@ -200,7 +200,7 @@ def keep(sources: Sources, average: Average, positions: list[int]) -> None:
     sources.keep(positions)
 
 
-def copies_of(sources: Sources, average: Average, saved: dict[str, Tensor]) -> list[Tensor]:
+def copies_of(sources: Iterable[Source], average: Average, saved: dict[str, Tensor]) -> list[Tensor]:
     """Copy what a state holds of some tensors, and the model's for the rest."""
     saved = by_plain_name(saved)
     copies = []

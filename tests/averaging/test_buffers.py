@@ -327,6 +327,28 @@ def test_a_run_that_saves_and_validates_ends_as_one_that_does_not(
     assert_equal(run(Saves(tmp_path / "one.ckpt"), val_check_interval=2), run(limit_val_batches=0))
 
 
+@pytest.mark.parametrize("average", [SWA(), EMA(DECAY)], ids=repr)
+def test_statistics_that_were_estimated_are_not_averaged_on_when_the_layer_is_frozen(
+    tmp_path: Path, average: Any
+) -> None:
+    class Freezing(Model):
+        def __init__(self) -> None:
+            super().__init__(make=lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)))
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step >= 12:
+                self.net[1].eval()
+
+    def run(*callbacks: Callback, **changes: Any) -> dict[str, Tensor]:
+        model, ours = Freezing(), averaging(average=average, buffers="refresh")
+        fit(model, [ours, *callbacks], max_epochs=2, **changes)
+        return ours.averaged_state() | {"raw": model.trajectory[-1]["net.1.running_mean"]}
+
+    quiet = run(limit_val_batches=0)
+    assert_equal(run(Saves(tmp_path / "one.ckpt", 0), val_check_interval=2), quiet)
+    assert_equal(run(ckpt=tmp_path / "one.ckpt"), quiet)
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", "float32"), ("32-true", "bfloat16")])
 def test_estimated_statistics_have_the_wider_precision(precision: Any, dtype: str) -> None:
     class Plain(Model):

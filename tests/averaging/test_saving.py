@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
 from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, WeightAveraging
+from lightning_optim.averaging.shadow import Shadow
 from tests.averaging.models import Model, assert_close, assert_equal, data, differ, ema, fit, norm_net, snapshot
 
 DECAY = 0.8
@@ -178,6 +179,52 @@ def test_several_averages_whichever_lies_in_the_module(tmp_path, within, dtype) 
     assert_equal(exports.seen[0], saved["state_dict"])
     assert_equal(saved["current_model_state"], model.trajectory[-1])
     assert torch.equal(saved["callbacks"]["Exports"]["first"]["of"][0], model.trajectory[-1]["net.0.weight"])
+
+
+def test_an_average_that_another_one_covers_comes_to_the_top() -> None:
+    one, other = averaging(), averaging(average=SWA(), evaluate=False)
+
+    class Nests(Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            first = snapshot(pl_module)
+            with other.averaged_weights(pl_module):
+                second = snapshot(pl_module)
+                assert differ(first, second)
+                with one.averaged_weights(pl_module):
+                    assert_equal(snapshot(pl_module), first)
+                assert_equal(snapshot(pl_module), second)
+            assert_equal(snapshot(pl_module), first)
+
+    model = Model()
+    fit(model, [one, other, Nests()])
+    assert_close(snapshot(model), ema(model.trajectory, DECAY))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float32"])
+def test_a_way_back_that_fails_can_be_gone_again(monkeypatch, dtype) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            raw, swap, calls = snapshot(pl_module), Shadow._swap_, []
+
+            def swap_until(shadow: Shadow, *arguments: Any) -> None:
+                calls.append(arguments)
+                if len(calls) == 4:
+                    raise MemoryError
+                swap(shadow, *arguments)
+
+            with callback.averaged_weights(pl_module):
+                mean = snapshot(pl_module)
+            with pytest.raises(MemoryError), callback.averaged_weights(pl_module), monkeypatch.context() as patch:
+                averaged = snapshot(pl_module)
+                patch.setattr(Shadow, "_swap_", swap_until)
+                callback._shadow.exchange_()
+            assert_equal(snapshot(pl_module), raw)  # at the end of the context it is tried again
+            assert_equal(averaged, mean)
+            with callback.averaged_weights(pl_module):
+                assert_equal(snapshot(pl_module), mean)
+
+    callback = averaging(dtype=dtype)
+    fit(Model(make=norm_net), [callback, Fails()], max_epochs=1, limit_train_batches=2)
 
 
 def test_an_average_that_is_not_evaluated_stays_out(tmp_path) -> None:
