@@ -232,6 +232,8 @@ def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
     live = {tensor.untyped_storage().data_ptr() for tensor in exchanged}
 
     def copied(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:  # a sparse gradient of an open window, say: it has no storage
+            return tensor
         (shard,) = tensors.local([tensor])
         return tensor.detach().clone() if shard.untyped_storage().data_ptr() in live else tensor
 

@@ -12,8 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, WeightAveraging
+from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, GradientAccumulation, WeightAveraging
 from lightning_optim.averaging.shadow import Shadow
 from tests.averaging.models import Model, assert_close, assert_equal, data, differ, ema, fit, norm_net, snapshot
 
@@ -139,6 +140,33 @@ def test_what_another_thread_writes_is_what_was_in_the_module(tmp_path) -> None:
         saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
         assert_equal(saved["state_dict"], seen)
         assert_equal(saved["current_model_state"], model.trajectory[step - 1])
+
+
+def test_a_state_that_has_no_storage_is_saved_beside_an_average(tmp_path) -> None:
+    class Sparse(Callback):
+        state_key = "sparse"
+        held = torch.eye(3).to_sparse()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"held": self.held}
+
+    class Embeds(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(5, 1, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self.table(torch.tensor([batch_idx % 5])).square().sum()
+
+    class Within(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.fit_loop.batch_idx}.ckpt")  # windows are open after most
+
+    fit(Embeds(), [averaging(), GradientAccumulation(3), Sparse(), Within()], max_epochs=1)
+    states = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"]
+    window = next(state for name, state in states.items() if name.startswith("GradientAccumulation"))
+    assert any(isinstance(one, Tensor) and one.is_sparse for one in tree_leaves(window))
+    assert torch.equal(states["sparse"]["held"].to_dense(), torch.eye(3))
 
 
 def test_a_checkpoint_that_is_made_but_not_saved_holds_the_average(tmp_path) -> None:
