@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import os
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -220,7 +223,8 @@ class InDirectory(Keeper):
             self.path = self._free_path()
         self.path = trainer.strategy.broadcast(self.path)
         beside = f"{self.path}.new"
-        trainer.save_checkpoint(beside)
+        with _writing_at_once(trainer.strategy):
+            trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
             _rename(beside, self.path)
         trainer.strategy.barrier("the best checkpoint is renamed")
@@ -284,6 +288,20 @@ def _version(tensor: Tensor) -> int:
     """What grows when the tensor is written to."""
     (shard,) = tensors.local([tensor])
     return -1 if shard.is_inference() else shard._version
+
+
+@contextlib.contextmanager
+def _writing_at_once(strategy: Strategy) -> Iterator[None]:
+    """Context manager: a checkpoint is complete when ``save_checkpoint`` returns, also under `AsyncCheckpointIO`."""
+    writer = strategy.checkpoint_io
+    if not isinstance(writer, AsyncCheckpointIO) or writer.checkpoint_io is None:
+        yield
+        return
+    strategy.checkpoint_io = writer.checkpoint_io
+    try:
+        yield
+    finally:
+        strategy.checkpoint_io = writer
 
 
 def _rename(beside: str, path: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
 
 from lightning_optim import EarlyStopping
@@ -271,6 +273,34 @@ def test_a_rename_that_was_killed_leaves_the_new_one(tmp_path: Path) -> None:
     other = Scripted()
     callback.restore_best_(other)
     assert same(weights(other), module.seen[0])
+
+
+class _Late(TorchCheckpointIO):
+    """A disk that is slow, and in the end full."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        time.sleep(0.05)
+        self.room -= 1
+        if self.room < 0:
+            Path(path).write_bytes(b"half of")
+            raise OSError("no space left")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_under_asynchronous_writing(tmp_path: Path) -> None:
+    """The file is renamed when it is complete; one that is not never replaces an earlier best."""
+    module, callback = Scripted([3.0, 2.0, 1.0]), stopping(tmp_path, True)
+    fit(module, callback, plugins=[AsyncCheckpointIO(_Late(3))], max_epochs=3)
+    assert os.listdir(tmp_path / "best") == ["best.ckpt"]
+    assert same(weights(module), module.seen[2])
+    module, callback = Scripted([3.0, 2.0, 1.0]), EarlyStopping("val_loss", dirpath=str(tmp_path / "full"))
+    with pytest.raises(OSError, match="no space left"):
+        fit(module, callback, plugins=[AsyncCheckpointIO(_Late(1))], max_epochs=3)
+    callback.restore_best_(module)
+    assert same(weights(module), module.seen[0])
 
 
 def test_a_copy_from_disk_that_fails_halfway_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
