@@ -219,7 +219,7 @@ def load_member(member_class: type[LightningModule], path: str | Path, kwargs: d
         RuntimeError: If its weights are not those of the class.
         TypeError: If the class has arguments that are not in it.
     """
-    arguments: dict[str, Any] = {"weights_only": True, **kwargs}
+    arguments: dict[str, Any] = {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
     if os.path.exists(path):
         if arguments["weights_only"]:
             read(path, weights_only=True)

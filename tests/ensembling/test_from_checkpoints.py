@@ -43,8 +43,9 @@ class Evil:
 def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "evil": Evil()}, path)
-    with pytest.raises(ValueError, match=r"evil.ckpt holds more than tensors .* pass `weights_only=False`"):
-        Ensemble.from_checkpoints(Classifier, [path], outputs="logits")
+    for unsaid in ({}, {"weights_only": None}, {"weights_only": 0}):
+        with pytest.raises(ValueError, match=r"evil.ckpt holds more than tensors .* pass `weights_only=False`"):
+            Ensemble.from_checkpoints(Classifier, [path], outputs="logits", **unsaid)
     with pytest.raises(pytest.fail.Exception, match="unpickled"):
         Ensemble.from_checkpoints(Classifier, [path], outputs="logits", weights_only=False)
 
