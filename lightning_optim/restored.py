@@ -78,10 +78,11 @@ def _buffers_of_ranks(trainer: Trainer) -> dict[str, Any]:
     if trainer.world_size == 1 or _shares_buffers(trainer):
         return {}
     return {
-        tensors.plain_name(f"{prefix}.{key}" if prefix else key): state.digest(buffer)
-        for prefix, owner in trainer.lightning_module.named_modules()
-        for key, buffer in owner._buffers.items()
-        if buffer is not None and key not in owner._non_persistent_buffers_set and _may_differ(owner, buffer)
+        name: state.digest(buffer)
+        for name, owner, key in tensors.buffer_places(trainer.lightning_module)
+        if (buffer := owner._buffers[key]) is not None
+        and key not in owner._non_persistent_buffers_set
+        and _may_differ(owner, buffer)
     }
 
 

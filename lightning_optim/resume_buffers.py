@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_optim import tensors
 from lightning_optim.callback import OptimCallback
-from lightning_optim.tensors import plain_name
 
 
 class Buffers:
@@ -27,7 +27,7 @@ class Buffers:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)
         self._made = {
-            name: (weakref.ref(buffer), _version(buffer))
+            name: (weakref.ref(buffer), tensors.version(buffer))
             for name, owner, key, buffer in _present(trainer.lightning_module)
             if key in owner._non_persistent_buffers_set
         }
@@ -56,13 +56,13 @@ class Buffers:
 
     def _has_changed(self, name: str, buffer: Tensor) -> bool:
         made, version = self._made.get(name, (lambda: None, 0))
-        return made() is not buffer or version != _version(buffer)
+        return made() is not buffer or version != tensors.version(buffer)
 
 
 @torch.no_grad()
 def set_buffers_(trainer: Trainer, saved: dict[str, Tensor]) -> None:
     """Put back buffers by plain name, into the storage that is there if it has their shape."""
-    present = {name: (owner, key) for name, owner, key in _places(trainer.lightning_module)}
+    present = {name: (owner, key) for name, owner, key in tensors.buffer_places(trainer.lightning_module)}
     for name, value in saved.items():
         owner, key = present.get(name, (None, ""))
         live = None if owner is None else owner._buffers[key]
@@ -75,18 +75,8 @@ def set_buffers_(trainer: Trainer, saved: dict[str, Tensor]) -> None:
             live.copy_(value)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    for prefix, owner in module.named_modules():
-        for key in owner._buffers:
-            yield plain_name(f"{prefix}.{key}" if prefix else key), owner, key
-
-
 def _present(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    for name, owner, key in _places(module):
+    for name, owner, key in tensors.buffer_places(module):
         buffer = owner._buffers[key]
         if buffer is not None and not isinstance(buffer, DTensor):
             yield name, owner, key, buffer
-
-
-def _version(buffer: Tensor) -> int:
-    return 0 if buffer.is_inference() else buffer._version

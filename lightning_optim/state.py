@@ -218,7 +218,7 @@ def load_weights_(module: LightningModule, path: str, weights_only: bool = True)
         raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`")
     found = {}
     for name, tensor in live.items():
-        key = name if name in saved else name.replace("_orig_mod.", "")
+        key = name if name in saved else tensors.plain_name(name)
         if key in saved:
             if getattr(saved[key], "shape", None) != tensor.shape:
                 raise ValueError(f"{path} is of another model: its {key} does not have the shape {tuple(tensor.shape)}")

@@ -57,7 +57,7 @@ def select(
         >>> list(select(model, on="*", exclude=nn.LayerNorm))
         ['0.weight', '0.bias']
     """
-    named = {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters(remove_duplicate=False)}
+    named = {plain_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     chosen = set(named) if on is None else _matches(module, named, on, "on", required)
     if on is None:
         chosen = {name for name in chosen if not is_lazy(named[name]) and dimensions(named[name]) >= 2}
@@ -258,6 +258,19 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
             if buffer is not None and key not in owner._non_persistent_buffers_set:
                 named[f"{prefix}.{key}" if prefix else key] = buffer
     return named
+
+
+def buffer_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the plain name of each buffer, or of the place of one that is ``None``, its owner, and its key there."""
+    for prefix, owner in module.named_modules():
+        for key in owner._buffers:
+            yield plain_name(f"{prefix}.{key}" if prefix else key), owner, key
+
+
+def version(tensor: Tensor) -> int:
+    """Return a number that grows when the tensor is written to in place; -1 for an inference tensor, which has none."""
+    (shard,) = local([tensor])
+    return -1 if shard.is_inference() else shard._version
 
 
 def plain_name(name: str) -> str:

@@ -6,7 +6,6 @@ import argparse
 import functools
 import io
 import mmap
-import operator
 import pathlib
 import sys
 import types
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_optim import tensors
 from lightning_optim.averaging.batches import generator_state, is_generator, set_generator_state_
+from lightning_optim.averaging.sources import same
 
 _NUMBERS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None))
 _CONSTANTS = (*_NUMBERS, range, slice, type, Enum, pathlib.PurePath, torch.dtype, torch.device)
@@ -230,7 +230,7 @@ class _OfTensor:
         (self.ours,) = tensors.local([self.data])
         self.writable = tensors.is_writable(self.ours) and not self.ours.is_inference()
         self.values = self.ours.clone() if self.writable else self.ours
-        self.version = _version(tensor)
+        self.version = tensors.version(tensor)
 
     def put_back(self) -> bool:
         """Put back all but the values of what is writable, which are written together with others."""
@@ -243,15 +243,11 @@ class _OfTensor:
                 tensor.requires_grad_(self.requires_grad)
             if tensor.grad is not None:
                 tensor.grad = None
-        return self.writable or _version(tensor) == self.version
+        return self.writable or tensors.version(tensor) == self.version
 
     def close(self) -> None:
         if self.grad is not None:
             self.tensor.grad = self.grad
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -293,13 +289,13 @@ class _OfContainer:
     def put_back(self) -> bool:
         held = self.container
         if isinstance(held, dict):
-            if not (_same(held, self.items) and _same(held.values(), self.items.values())):
+            if not (same(held, self.items) and same(held.values(), self.items.values())):
                 kind: Any = OrderedDict if isinstance(held, OrderedDict) else dict
                 kind.clear(held)
                 for key, item in self.items.items():
                     kind.__setitem__(held, key, item)
         elif isinstance(held, list):
-            if not _same(held, self.items):
+            if not same(held, self.items):
                 list.__setitem__(held, slice(None), self.items)
         elif isinstance(held, set):
             set.clear(held)
@@ -310,11 +306,6 @@ class _OfContainer:
         else:
             held[:] = bytes(self.items)
         return True
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether both hold the very same objects, in one order."""
-    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 class _OfObject:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +155,10 @@ def has_mean(buffer: Tensor) -> bool:
     """Decide by the kind of tensor whether a buffer can be averaged; no value is read.
 
     Integers, bools and 8-bit floats, which are codes, have no mean. Elements of an expanded tensor share memory, and
-    torch refuses to write to it.
+    torch refuses to write to it; a sparse one may have other elements each time.
     """
     continuous = buffer.dtype.itemsize > 1 and (buffer.dtype.is_floating_point or buffer.dtype.is_complex)
-    if not continuous or is_lazy(buffer):
-        return continuous
-    return all(stride or size <= 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+    return continuous and (is_lazy(buffer) or tensors.is_writable(buffer))
 
 
 def names_in(module: nn.Module) -> Names:
@@ -186,8 +185,8 @@ def trainable(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
-def same(one: list[nn.Parameter], other: list[nn.Parameter]) -> bool:
-    """Whether both lists hold the same parameters."""
+def same(one: Collection[Any], other: Collection[Any]) -> bool:
+    """Whether both hold the very same objects, in one order."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 

@@ -112,7 +112,7 @@ class GradientMonitor(OptimCallback):
         found = (cb for cb in trainer.callbacks if isinstance(cb, GradientClipping))
         self._clipping = next(found, None)
         tensors.reshard_(pl_module)
-        names = {id(p): name.replace("_orig_mod.", "") for name, p in pl_module.named_parameters()}
+        names = {id(p): tensors.plain_name(name) for name, p in pl_module.named_parameters()}
         if self.level == "module":
             names = {key: name.rpartition(".")[0] or "root" for key, name in names.items()}
         self._names = names

@@ -144,7 +144,7 @@ class InMemory(Keeper):
         _warn_of_misfits(module, live, best, fits)
 
     def _warn_if_changed(self) -> None:
-        changed = [name for name, tensor in self._lent.items() if self._versions[name] != _version(tensor)]
+        changed = [name for name, tensor in self._lent.items() if self._versions[name] != tensors.version(tensor)]
         if changed:
             rank_zero_warn(
                 f"The best weights lie in this module since the fit ended, and {listed(changed)} were changed there"
@@ -158,7 +158,7 @@ class InMemory(Keeper):
         self._best = {name: kept for name, kept in best.items() if name not in fits}
         self._raw = exchange_(live, {name: best[name] for name in fits})
         self._lent = {name: live[name] for name in fits}
-        self._versions = {name: _version(tensor) for name, tensor in self._lent.items()}
+        self._versions = {name: tensors.version(tensor) for name, tensor in self._lent.items()}
 
     def _take_(self, live: dict[str, Tensor]) -> None:
         moved = {name: self._raw[name] for name in fitting(live, self._raw)}
@@ -282,12 +282,6 @@ class InDirectory(Keeper):
 def _warn_of_misfits(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: list[str]) -> None:
     if said := misfits(live, module, held, fits):
         rank_zero_warn(f"Not all of the best weights are restored: {said}. The rest of the module is left as it is.")
-
-
-def _version(tensor: Tensor) -> int:
-    """What grows when the tensor is written to."""
-    (shard,) = tensors.local([tensor])
-    return -1 if shard.is_inference() else shard._version
 
 
 @contextlib.contextmanager
