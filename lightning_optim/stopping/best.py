@@ -212,7 +212,7 @@ class InDirectory(Keeper):
 
     @property
     def place(self) -> str:
-        return resolved(self.directory.rstrip("/") or "/")
+        return resolved(self.directory).rstrip("/") or "/"
 
     @property
     def has_best(self) -> bool:

@@ -122,11 +122,13 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         log_rank_zero_only: bool = False,
         *,
         restore_best: bool = True,
-        dirpath: str | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
         best_by: str | dict[str, float] | list[str] | None = None,
         name: str | None = None,
     ) -> None:
         OptimCallback.__init__(self, name)
+        if dirpath is not None and not isinstance(dirpath, str | os.PathLike):
+            raise ValueError(f"`dirpath={dirpath!r}` must be the path of a directory, or None for a copy in memory")
         self._monitor, self._mode = monitor, mode
         plateau = {"patience": patience, "min_delta": min_delta}
         bounds = {"stopping_threshold": stopping_threshold, "divergence_threshold": divergence_threshold}
@@ -331,14 +333,14 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
     def _new_keeper(self) -> Keeper:
         if self.dirpath is None:
             return InMemory()
-        return InDirectory(self.dirpath, self.name or "best", self._own_files)
+        return InDirectory(os.fspath(self.dirpath), self.name or "best", self._own_files)
 
     def _keep(self, trainer: Trainer, left_out: list[str]) -> None:
         new = self._new_keeper()
         if self._keeper.place != new.place:  # what was loaded is from a run with another `dirpath`
             self._keeper = new
-        elif isinstance(self._keeper, InDirectory) and self.dirpath is not None:
-            self._keeper.directory = self.dirpath  # by the name that the user gives it
+        elif isinstance(self._keeper, InDirectory) and isinstance(new, InDirectory):
+            self._keeper.directory = new.directory  # by the name that the user gives it
         self._keeper.keep(trainer, left_out)
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:

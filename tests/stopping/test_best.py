@@ -347,3 +347,20 @@ def test_an_interrupt_waits_until_the_best_is_whole(tmp_path: Path) -> None:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(module, callback, max_epochs=3)
     assert same(weights(module), module.seen[0])
+
+
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_directory_may_be_a_path_or_the_current_one(kind: Any, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for directory in ("best", "best/", ""):
+        module = Scripted([3.0, 2.0, 1.0])
+        fit(module, callback := EarlyStopping("val_loss", dirpath=kind(directory)), max_epochs=3)
+        assert same(weights(module), module.seen[2])
+        os.remove(callback.best_path)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("directory", [3, True, b"best", ["best"]], ids=str)
+def test_what_is_no_directory_is_refused(directory: Any) -> None:
+    with pytest.raises(ValueError, match=r"`dirpath=.*` must be the path of a directory, or None for"):
+        EarlyStopping("val_loss", dirpath=directory)
