@@ -48,7 +48,12 @@ def average_weights(
         >>> average_weights([one, other], weights=[2, 1])["weight"]
         tensor([[2.]])
     """
-    states = [item.state_dict() if isinstance(item, nn.Module) else item for item in models_or_state_dicts]
+    items = list(models_or_state_dicts) if isinstance(models_or_state_dicts, Iterable) else [models_or_state_dicts]
+    if wrong := [item for item in items if not isinstance(item, nn.Module | Mapping)]:
+        raise ValueError(
+            f"`models_or_state_dicts` must be a list of modules or state dicts, got a {type(wrong[0]).__name__} in it"
+        )
+    states = [item.state_dict() if isinstance(item, nn.Module) else item for item in items]
     mean = RunningMean()
     for index, (state, weight) in enumerate(zip(states, _checked(weights, len(states)), strict=True)):
         mean.add(state, weight, f"model {index}")
@@ -97,13 +102,25 @@ def average_checkpoints(
         >>> average_checkpoints(paths)
         {'weight': tensor([2.5000])}
     """
-    names = [os.fspath(path) for path in paths]
+    names = listed(paths)
     given = _checked(weights, len(names))
     mean = RunningMean()
     with contextlib.closing(_checked_ahead(names, weights_only)) as files:
         for (path, is_checked), weight in shown(zip(files, given, strict=True), len(names), progress):
             mean.add(reading.weights_in(path, weights_only, key, check=not is_checked), weight, path)
     return mean.finish()
+
+
+def listed(paths: Sequence[Path]) -> list[str]:
+    """The names of files, of which one alone is no list.
+
+    Raises:
+        ValueError: If these are no paths.
+    """
+    is_one = isinstance(paths, str | bytes | os.PathLike)
+    if is_one or not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise ValueError(f"`paths` must be a list of paths, got {paths!r}")
+    return [os.fspath(path) for path in paths]
 
 
 def _checked_ahead(names: Sequence[str], weights_only: bool) -> Generator[tuple[str, bool], None, None]:
@@ -128,7 +145,10 @@ def _check(name: str, weights_only: bool) -> bool:
 def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
     if count == 0:
         raise ValueError("there is nothing to average")
-    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    try:
+        given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        given = []
     if len(given) != count or not all(math.isfinite(w) and w >= 0.0 for w in given) or not 0.0 < sum(given) < math.inf:
         raise ValueError(f"`weights` must be {count} numbers >= 0, not all zero, with a finite sum, got {weights!r}")
     return given

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_optim.averaging import reading
-from lightning_optim.averaging.checkpoints import Path, RunningMean, StateDict, shown
+from lightning_optim.averaging.checkpoints import Path, RunningMean, StateDict, listed, shown
 
 
 class Soup(dict[str, Any]):
@@ -69,9 +68,9 @@ def greedy_soup(
     """
     if mode not in ("min", "max"):
         raise ValueError(f'`mode` must be "min" or "max", got {mode!r}')
-    names = [os.fspath(path) for path in paths]
+    names = listed(paths)
     if not names or (scores is not None and len(scores) != len(names)):
-        raise ValueError(f"there must be files, and as many `scores` if any, got {names} and {scores!r}")
+        raise ValueError(f"`paths` must name files, and `scores`, if given, one for each; got {names} and {scores!r}")
 
     def read(name: str) -> StateDict:
         return reading.weights_in(name, weights_only, key)

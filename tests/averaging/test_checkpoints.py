@@ -260,9 +260,10 @@ def test_models_without_a_common_basin_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"paths": []}, "there must be files"),
+        ({"paths": []}, "`paths` must name files"),
+        ({"paths": "a.ckpt"}, r"`paths` must be a list of paths, got 'a.ckpt'"),
         ({"mode": "best"}, '`mode` must be "min" or "max", got \'best\''),
-        ({"scores": [1.0]}, "as many `scores` if any"),
+        ({"scores": [1.0]}, "`scores`, if given, one for each"),
         ({"score": lambda state: float("nan")}, "scores must be finite"),
     ],
 )

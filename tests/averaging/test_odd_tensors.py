@@ -1,8 +1,9 @@
-"""Means of weights that are sharded, infinite or sparse."""
+"""Means of weights that are sharded, infinite or sparse, and of what are no weights."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
-from lightning_optim import EMA, WeightAveraging, average_weights, averaged_state_dict
+from lightning_optim import EMA, WeightAveraging, average_checkpoints, average_weights, averaged_state_dict
 from tests.machine.groups import Group
 
 
@@ -71,3 +72,21 @@ def test_the_average_in_a_checkpoint_of_a_model_with_a_sparse_buffer(tmp_path) -
 def test_weights_whose_sum_is_too_large_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`weights` must be 2 numbers >= 0, not all zero, with a finite sum, got"):
         average_weights([{"a": torch.ones(1)}] * 2, [1e308, 1e308])
+
+
+@pytest.mark.parametrize("weights", ["ab", [[1], [2]], [None, 1], 3], ids=str)
+def test_weights_that_are_no_numbers_are_refused(weights: Any) -> None:
+    with pytest.raises(ValueError, match="`weights` must be 2 numbers >= 0"):
+        average_weights([{"a": torch.ones(1)}] * 2, weights)
+
+
+@pytest.mark.parametrize("models", [3, [None], ["a.ckpt"], [{"a": torch.ones(1)}, 3]], ids=str)
+def test_what_is_no_model_is_refused(models: Any) -> None:
+    with pytest.raises(ValueError, match="`models_or_state_dicts` must be a list of modules or state dicts, got a"):
+        average_weights(models)
+
+
+@pytest.mark.parametrize("paths", ["a.ckpt", Path("a.ckpt"), [3], [None]], ids=str)
+def test_paths_that_are_none_are_refused(paths: Any) -> None:
+    with pytest.raises(ValueError, match="`paths` must be a list of paths, got"):
+        average_checkpoints(paths)
