@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _on_one_line(text: str) -> str:
-    """The text without line breaks and control characters, which a file may have put into its names."""
+    """Escape line breaks and control characters, which a file may have put into its names."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -87,7 +87,7 @@ def _average(given: argparse.Namespace) -> int:
 
 
 def _check_output(path: str, force: bool) -> None:
-    """Refuse before anything is read what would be refused when it is written."""
+    """Refuse an output that could not be written, before anything is read."""
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: give the name of a file")
     if os.path.lexists(path) and not force:
@@ -98,10 +98,11 @@ def _check_output(path: str, force: bool) -> None:
 
 
 def _content(last: str, mean: dict[Any, Any], key: str | None, weights_only: bool) -> tuple[dict[Any, Any], list[str]]:
-    """The last file with the mean in the place of its weights, and the names of what is left out.
+    """Return the last file with the mean in the place of its weights, and the names of its entries that are left out.
 
-    Of a Lightning checkpoint its training state is left out, so that ``load_from_checkpoint`` finds the module's
-    arguments and nothing of one file alone; of another whatever else holds tensors, such as an optimizer's state.
+    A Lightning checkpoint loses its training state, so that ``load_from_checkpoint`` finds the module's arguments and
+    nothing that belongs to one file alone. Another file loses all other entries with tensors, such as an optimizer's
+    state.
     """
     loaded = {} if safe_reading.is_safetensors(last) else reading.load_checkpoint(last, weights_only)
     is_lightning = "pytorch-lightning_version" in loaded

@@ -28,7 +28,7 @@ class Displaced:
         self._raw: dict[str, Tensor] = {}
 
     def is_of(self, module: nn.Module) -> bool:
-        """Whether ``module`` is the one that was trained."""
+        """Return whether ``module`` is the one that was trained."""
         return self._module is not None and self._module() is module
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class Displaced:
         exchange_(live, {name: self._raw[name] for name in fitting(live, self._raw)})
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold; DTensors for a sharded module."""
+        """Return the state for a checkpoint; DTensors for a sharded module."""
         return {"in_module": True, "raw": self._placed(self._raw)} if self._in_module else {}
 
     @property
@@ -63,7 +63,7 @@ class Displaced:
         return self._raw if self._in_module else {}
 
     def rank_state(self) -> dict[str, Tensor]:
-        """What of :meth:`extra_state` each rank has of its own, by path: buffers, which are not sharded."""
+        """Return the tensors of :meth:`extra_state` in which ranks differ, by path: buffers, which are not sharded."""
         return self._of_buffers("raw", self.displaced)
 
     def _of_buffers(self, part: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class Displaced:
         self._in_module, self._raw = extra.get("in_module", False), on_cpu(extra.get("raw", {}))
 
     def _placed(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The held shards of a sharded module, as DTensors."""
+        """Return the held shards of a sharded module as DTensors."""
         module = self._module() if self._module is not None else None
         if module is None or not held:
             return dict(held)

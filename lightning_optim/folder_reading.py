@@ -49,7 +49,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def reader_of(path: str | os.PathLike[str], weights_only: bool) -> dcp.FileSystemReader:
-    """The reader of a folder that is trusted or not."""
+    """Return the reader for a folder: torch's own if the folder is trusted, else :class:`SafeReader`."""
     return SafeReader(path) if weights_only else dcp.FileSystemReader(path)
 
 

@@ -1,4 +1,4 @@
-"""Hooks that a subclass overrides without `super()`: what the classes of this package do there is done all the same."""
+"""Hooks that a subclass overrides without `super()`: the package's own part runs all the same."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bind(callback: OptimCallback) -> None:
 
 
 def _parts(kind: type, name: str) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-    """A hook as this package defines it, and as another class does: a subclass, or one beside ours (a mixin)."""
+    """Find a hook as this package defines it, and as another class does: a subclass, or one beside ours (a mixin)."""
     package = next(cls for cls in kind.__mro__ if _is_ours(cls)).__mro__
     ours = next((vars(cls)[name] for cls in package if _is_ours(cls) and name in vars(cls)), None)
     theirs = next((vars(cls)[name] for cls in kind.__mro__ if cls not in package and name in vars(cls)), None)
@@ -47,12 +47,12 @@ def _parts(kind: type, name: str) -> tuple[Callable[..., Any] | None, Callable[.
 
 
 def is_overridden(callback: OptimCallback, name: str) -> bool:
-    """Whether a user's class, or the callback itself, has a method of its own in place of that of this package."""
+    """Return whether a user's class, or the callback itself, overrides a method of this package."""
     return name in vars(callback) or not _is_ours(next(cls for cls in type(callback).__mro__ if name in vars(cls)))
 
 
 def without_bound(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a callback as they were before :func:`bind`, for a copy, which a run of its own will bind."""
+    """Return a callback's attributes as they were before :func:`bind`: a copy is bound by a run of its own."""
     attributes = {name: value for name, value in attributes.items() if name != "_done"}
     bound = {name: value for name, value in attributes.items() if isinstance(value, Bound)}
     on_itself = {name: value.on_itself for name, value in bound.items() if value.on_itself}
@@ -62,7 +62,7 @@ def without_bound(attributes: dict[str, Any]) -> dict[str, Any]:
 class Bound:
     """A hook in two parts: that of this package, then the user's, in which ``super()`` finds that ours is done.
 
-    What both return is merged, if it is state.
+    Dictionaries of state that both return are merged.
 
     Attributes:
         on_itself: The user's function, if it is an attribute of the callback itself and not of its class.
@@ -91,7 +91,7 @@ class Bound:
 
 
 def _of_class(callback: OptimCallback, name: str) -> Callable[..., Any] | None:
-    """The user's hook, bound to the callback as Python binds it: it may be a class method, or partial."""
+    """Bind the user's hook to the callback as Python does: it may be a class method, or partial."""
     of_class: Any = _parts(type(callback), name)[1]
     return of_class.__get__(callback, type(callback)) if hasattr(of_class, "__get__") else of_class
 

@@ -31,7 +31,7 @@ _here: WeakValueDictionary[int, OptimCallback] = WeakValueDictionary()
 
 
 def remember(callback: OptimCallback) -> None:
-    """Let a new callback be found when what it was in other processes comes back."""
+    """Register a new callback, to be found when its attributes come back from other processes."""
     _here[id(callback)] = callback
 
 
@@ -54,7 +54,7 @@ def send_back(trainer: Trainer, callbacks: list[OptimCallback]) -> None:
 
 @dataclass
 class _Parcel:
-    """One callback: where it is in the launching process, and its file there, or why there is none."""
+    """One callback: where it is in the launching process, and the file with its attributes, or why there is none."""
 
     origin: int | None
     kind: str
@@ -63,7 +63,7 @@ class _Parcel:
 
 
 class _Returned:
-    """What comes back; unpickling it gives the callbacks of the launching process their attributes."""
+    """Results on their way back; unpickling them gives the callbacks of the launching process their attributes."""
 
     def __init__(self, folder: str, parcels: list[_Parcel]) -> None:
         self.folder, self.parcels = folder, parcels
@@ -83,7 +83,7 @@ def _write(callback: OptimCallback, origin: int | None, folder: Path) -> _Parcel
     path, failure = folder / f"{origin}.pt", ""
     try:
         torch.save(sent, path)
-    except Exception as error:  # whatever pickling attributes of the user's raises
+    except Exception as error:  # of any kind: pickling runs the code of the user's attributes
         failure = f"{type(error).__name__}: {error}"
     return _Parcel(origin, type(callback).__qualname__, str(path), failure)
 

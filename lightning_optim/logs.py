@@ -1,4 +1,4 @@
-"""What a module logs: it can be muted, listened to or collected."""
+"""Mute, listen to or collect the values that a module logs."""
 
 from __future__ import annotations
 

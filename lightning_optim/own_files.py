@@ -1,4 +1,4 @@
-"""Which files this process wrote in a fit: these and no others may be unpickled without a user's word."""
+"""Remember the files that this process wrote in a fit: only these are unpickled without a user's word."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OwnFiles:
         self._paths: set[str] = set()
 
     def recording(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """The method ``save_checkpoint`` of a strategy, which from now on notes where it writes."""
+        """Wrap the method ``save_checkpoint`` of a strategy so that it notes where it writes."""
 
         def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
             result = save(checkpoint, filepath, *args, **kwargs)
@@ -41,7 +41,7 @@ class OwnFiles:
         self._paths.add(resolved(path))
 
     def rename(self, path: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
-        """Note that what was written to ``path`` is at ``new`` now."""
+        """Note that a written file was moved from ``path`` to ``new``."""
         if path in self:
             self._paths.discard(resolved(path))
             self.add(new)
@@ -51,6 +51,6 @@ class OwnFiles:
 
 
 def resolved(path: str | os.PathLike[str]) -> str:
-    """The one name of a local file or folder that has several, through links or from where a process runs."""
+    """Return the absolute path of a local file or folder, without links; a URL as it is."""
     name = os.fspath(path)
     return name if "://" in name else os.path.realpath(name)

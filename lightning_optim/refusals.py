@@ -50,7 +50,7 @@ def refuse_setup(callback: OptimCallback, trainer: Trainer) -> None:
 
 
 def taken(callback: OptimCallback) -> MisconfigurationException:
-    """The error for a callback that is in the running fit of another Trainer."""
+    """Make the error for a callback that is in the running fit of another Trainer."""
     return MisconfigurationException(
         f"{type(callback).__name__} is taken: another Trainer, whose fit is still running, has this very object among"
         " its callbacks. Give each Trainer an object of its own, such as `copy.deepcopy(callback)`."

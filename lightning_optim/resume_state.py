@@ -70,7 +70,7 @@ def set_random_state_(state: dict[str, Any]) -> None:
 
 
 def moment(trainer: Trainer) -> dict[str, Any]:
-    """What a validation changes: generators, those of loaders too, the count of its batches, whether DDP broadcasts."""
+    """Return what a validation changes: generators, loaders' too, its count of batches, whether DDP broadcasts."""
     generators = [[generator.get_state() for generator in _generators(loop)] for loop in _loops(trainer)]
     validated = dict(trainer.fit_loop.epoch_loop.val_loop._seen_batches_per_dataloader)
     # DDP broadcasts buffers at the first forward after a backward, and not within a window that accumulates.

@@ -1,4 +1,4 @@
-"""Read files of tensors: one that is damaged, hostile or of another kind ends in an error that names it.
+"""Read files of tensors, with an error that names the file if it is damaged, hostile or of another kind.
 
 Before anything is loaded it is checked that a file is one that ``torch.save`` writes, that its records fit into it, and
 the checksum of each record. The archives of ``torch.save`` are zip files and have checksums, which ``torch.load`` does
@@ -30,7 +30,7 @@ _SMALL = 4 << 20
 
 
 def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> Any:
-    """All that a file holds, on the CPU, its tensors mapped from the disk where they lie there as they are.
+    """Load all that a file holds on the CPU; tensors that are not compressed are mapped from the disk.
 
     Args:
         path: What ``torch.save`` or safetensors wrote; also of a remote file system.
@@ -78,7 +78,7 @@ def check_archive(path: str, file: IO[bytes], weights_only: bool = True) -> None
 
 
 def largest(path: str | os.PathLike[str]) -> int:
-    """The most bytes that tensors of a file or a folder may take in memory: more than any real one's, not a bomb's."""
+    """Return the most bytes that tensors of a file or a folder may take in memory: real ones take less, a bomb more."""
     path = os.fspath(path)
     if os.path.isdir(path):
         size = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
@@ -88,12 +88,12 @@ def largest(path: str | os.PathLike[str]) -> int:
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether the name says so."""
+    """Return whether the name ends in ``.safetensors``."""
     return os.fspath(path).endswith(".safetensors")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: torch tells on a page what else one could do."""
+    """Shorten an error to one line: torch adds a page of advice."""
     text = str(error)
     lines = (text.partition("WeightsUnpickler error: ")[2] or text).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
@@ -119,7 +119,7 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _sentence(path: str, weights_only: bool, is_whole: bool = False) -> Iterator[None]:
-    """Name the file in whatever torch, pickle, zipfile and safetensors raise of bytes that they do not expect.
+    """Name the file in the errors that torch, pickle, zipfile and safetensors raise for bytes they do not expect.
 
     Pickles have kinds of operands that are not read with ``weights_only``; but in a file without checksums an unknown
     one is more likely a damage.
@@ -160,7 +160,7 @@ def _check(path: str, file: IO[bytes], weights_only: bool) -> None:
 
 
 def _check_archive(path: str, file: IO[bytes], weights_only: bool) -> None:
-    """The sizes first, so that what is read next is no more than the file."""
+    """Check the sizes first, so that checking the records reads no more than the file."""
     with _sentence(path, weights_only):
         archive = zipfile.ZipFile(file)
     records = sorted(archive.infolist(), key=lambda record: record.header_offset)
@@ -207,7 +207,7 @@ def _check_record(path: str, archive: zipfile.ZipFile, record: zipfile.ZipInfo) 
 
 
 def _mentions_bytearray(file: IO[bytes]) -> bool:
-    """Whether a pickle makes a ``bytearray``, which torch takes for a plain value: of any length, from a number."""
+    """Return whether a pickle makes a ``bytearray``: torch allows it, and a number in the file sets its length."""
     wanted, before = b"\nbytearray\n", b""
     while piece := file.read(_PIECE):
         if wanted in before + piece:
@@ -217,14 +217,14 @@ def _mentions_bytearray(file: IO[bytes]) -> bool:
 
 
 def _records(file: IO[bytes]) -> list[zipfile.ZipInfo]:
-    """The records of an archive; none of another file."""
+    """List the records of an archive; an empty list for another file."""
     file.seek(0)
     is_archive = file.read(len(_ZIP)) == _ZIP
     return zipfile.ZipFile(file).infolist() if is_archive else []
 
 
 def _are_stored(records: Iterable[zipfile.ZipInfo]) -> bool:
-    """Whether the records lie in the file as they are in memory, so that they can be mapped."""
+    """Return whether no record is compressed, so that all can be mapped."""
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
@@ -240,7 +240,7 @@ def _check_storages(loaded: Any, records: Iterable[zipfile.ZipInfo]) -> None:
 
 
 def _tensors(loaded: Any) -> Iterator[Tensor]:
-    """The tensors in dictionaries, lists and tuples, each once."""
+    """Yield the tensors in dictionaries, lists and tuples, each once."""
     waiting, seen = [loaded], {id(loaded)}
     while waiting:
         value = waiting.pop()
@@ -256,7 +256,7 @@ def _tensors(loaded: Any) -> Iterator[Tensor]:
 
 
 def _load_safetensors(source: str | IO[bytes]) -> dict[str, Tensor]:
-    """The tensors, of a local file mapped from the disk."""
+    """Load the tensors; those of a local file are mapped from the disk."""
     try:
         from safetensors.torch import load, load_file
     except ImportError as error:

@@ -104,12 +104,12 @@ def _matches(
 
 
 def _becomes(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a lazy class's modules after their first forward pass; any other class itself."""
+    """Return the class of a lazy class's modules after their first forward pass; any other class itself."""
     return (issubclass(kind, LazyModuleMixin) and kind.cls_to_become) or kind
 
 
 class Selection:
-    """What :func:`select` chooses of a module, chosen again when lazy parameters have got their shape.
+    """Parameters that :func:`select` chooses, chosen again when lazy parameters have got their shape.
 
     :meth:`follow` also chooses again when parameters came that were not there before.
 
@@ -191,7 +191,7 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
 
 
 def any_sparse(tensors: Iterable[Tensor]) -> bool:
-    """Whether any is a sparse gradient, such as ``Embedding(sparse=True)`` makes."""
+    """Return whether any is a sparse gradient, such as ``Embedding(sparse=True)`` makes."""
     return True in map(operator.attrgetter("is_sparse"), tensors)
 
 
@@ -287,7 +287,7 @@ def writable_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written in place: no two of its elements share memory, and it has data."""
+    """Return whether a tensor can be written in place: no two of its elements share memory, and it has data."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return False
     return all(stride or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -112,7 +112,7 @@ def average_checkpoints(
 
 
 def listed(paths: Sequence[Path]) -> list[str]:
-    """The names of files, of which one alone is no list.
+    """Return the names of files, where one alone is no list.
 
     Raises:
         ValueError: If these are no paths.
@@ -255,7 +255,7 @@ def _move_(mean: Tensor, value: Tensor, share: float) -> None:
 
 
 def _flat_parts(mean: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as vectors, of sharded ones this process's part; that of the mean is live storage."""
+    """Return both as vectors, of sharded ones this process's part; that of the mean is live storage."""
     if isinstance(value, DTensor) and isinstance(mean, DTensor) and value.placements == mean.placements:
         ours, theirs = mean.to_local(), value.to_local()
     else:

@@ -21,7 +21,7 @@ _DEPTH, _MAPPINGS = 32, 1_000_000
 
 
 def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> dict[Any, Any]:
-    """All that a file holds, its tensors mapped from the disk where that is possible: they are read when used.
+    """Load all that a file holds; its tensors are mapped from the disk where that is possible, and read when used.
 
     Args:
         path: A file, or the folder of a distributed checkpoint, of which this is what lies beside the tensors.
@@ -47,7 +47,7 @@ def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, che
 def weights_in(
     path: str | os.PathLike[str], weights_only: bool = True, key: str | None = None, check: bool = True
 ) -> dict[Any, Any]:
-    """The weights of a file: see :func:`weights_key` for where they lie."""
+    """Read the weights of a file: see :func:`weights_key` for where they lie."""
     path = os.fspath(path)
     if os.path.isdir(path):
         return _weights_of_folder(path, weights_only, key)
@@ -57,13 +57,13 @@ def weights_in(
 
 
 def weights_of(loaded: Mapping[Any, Any], path: str, key: str | None = None) -> dict[Any, Any]:
-    """The weights of a loaded file."""
+    """Return the weights of a loaded file."""
     where = weights_key(loaded, path, key)
     return dict(loaded if where is None else loaded[where])
 
 
 def weights_key(loaded: Mapping[Any, Any], path: str, key: str | None = None) -> str | None:
-    """Under which name a loaded file holds its weights; ``None`` if the file is a state dict.
+    """Return the name under which a loaded file holds its weights; ``None`` if the file is a state dict.
 
     That is ``key`` if given, else ``state_dict``, else the one of ``model``, ``model_state_dict`` and ``ema`` that
     there is. Of several of these none is guessed.
@@ -88,7 +88,7 @@ def weights_key(loaded: Mapping[Any, Any], path: str, key: str | None = None) ->
 
 
 def leaves(state: Mapping[Any, Any], before: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The names on the way to each tensor or other value. A mapping without tensors is one value.
+    """Yield the names on the way to each tensor or other value. A mapping without tensors is one value.
 
     So is the ``_extra_state`` of a module, which is its own affair.
     """
@@ -101,7 +101,7 @@ def leaves(state: Mapping[Any, Any], before: Path = ()) -> Iterator[tuple[Path, 
 
 
 def holds_tensors(value: Any) -> bool:
-    """Whether there is a tensor under some name, on any level."""
+    """Return whether there is a tensor under some name, on any level."""
     if isinstance(value, Mapping):
         return any(map(holds_tensors, value.values()))
     return isinstance(value, Tensor)
@@ -133,7 +133,7 @@ def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
 
 
 def _weights_of_folder(path: str, weights_only: bool, key: str | None) -> dict[str, Tensor]:
-    """The whole tensors of a distributed checkpoint, read without process groups."""
+    """Read the whole tensors of a distributed checkpoint, without process groups."""
     metadata = reader_of(path, weights_only).read_metadata()
     check_folder(path, metadata, weights_only)
     described = {n: a for n, a in metadata.state_dict_metadata.items() if isinstance(a, TensorStorageMetadata)}

@@ -1,4 +1,4 @@
-"""What an ensemble's checkpoint holds beside the weights, and how the members are made of it again.
+"""Save an ensemble's members in one checkpoint, and make them of it again.
 
 The ensemble's ``state_dict`` holds the members' under ``members.0.…``, ``members.1.…``. Under ``"ensemble"`` there are
 the ensemble's own arguments and, for each member, its class and what its own checkpoint would hold beside the weights:
@@ -42,7 +42,7 @@ class Members(nn.ModuleList):
     """The members. Each is asked for its own ``state_dict``, since its class may save a part, or other names."""
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The members' states, numbered."""
+        """Return the members' states, numbered."""
         if destination is None:
             destination = OrderedDict()
             destination._metadata = OrderedDict()
@@ -114,7 +114,7 @@ def load_members(members: nn.ModuleList, checkpoint: dict[str, Any]) -> None:
 
 
 def read(path: Any, weights_only: bool) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU.
+    """Read a checkpoint into memory, on the CPU.
 
     Raises:
         ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values and
@@ -132,13 +132,13 @@ def read(path: Any, weights_only: bool) -> dict[str, Any]:
 
 
 def arguments_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the ensemble that wrote the checkpoint; none if it is of something else."""
+    """Return the arguments of the ensemble that wrote the checkpoint; empty if it is of something else."""
     written = _written(checkpoint)
     return {} if written is None else {name: written.get(name) for name in ("outputs", "on", "dim")}
 
 
 def _written(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """What :func:`save_members` wrote."""
+    """Return the entry that :func:`save_members` wrote; ``None`` if there is none, or it is damaged."""
     written = checkpoint.get(_KEY)
     members = written.get("members") if isinstance(written, dict) else None
     return written if isinstance(members, list) and members and all(map(_is_member, members)) else None
@@ -149,7 +149,7 @@ def _is_member(entry: Any) -> bool:
 
 
 def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: bool) -> list[type[LightningModule]]:
-    """The members' classes: those given, or, if the file is trusted, those that it names.
+    """Return the members' classes: those given, or, if the file is trusted, those that it names.
 
     Raises:
         ValueError: If the file is of no ensemble, or names no classes that could be imported, or is not trusted.
@@ -195,7 +195,7 @@ def _imported(path: Any, name: str) -> type[LightningModule]:
 
 
 def made_of(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningModule]], kwargs: Any) -> Any:
-    """The members that a checkpoint holds, each made by its own class's ``load_from_checkpoint``."""
+    """Make the members that a checkpoint holds, each with its own class's ``load_from_checkpoint``."""
     members = []
     for index, member_class in enumerate(classes):
         part = io.BytesIO()
@@ -212,7 +212,7 @@ def made_of(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningM
 
 
 def load_member(member_class: type[LightningModule], path: str | Path, kwargs: dict[str, Any]) -> LightningModule:
-    """The model in a file, which is not unpickled unless ``weights_only=False`` says so.
+    """Load the model in a file, which is not unpickled unless ``weights_only=False`` says so.
 
     Raises:
         ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
@@ -259,7 +259,7 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _checkpoint_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
-    """What a checkpoint of one member would hold. The hyper-parameters beside the members are the first member's."""
+    """Return a checkpoint of one member alone. The hyper-parameters beside the members are the first member's."""
     written = _written(checkpoint)
     part = {key: value for key, value in checkpoint.items() if key != _KEY}
     if written is not None and index < len(written["members"]):
@@ -270,7 +270,7 @@ def _checkpoint_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _with_hyper_parameters(member: LightningModule, part: dict[str, Any]) -> dict[str, Any]:
-    """As Lightning writes them into a checkpoint of this member."""
+    """Add the hyper-parameters that Lightning writes into a checkpoint of this member."""
     part = _without_hyper_parameters(part)
     if not member.hparams:
         return part

@@ -159,7 +159,7 @@ class Ensemble(LightningModule):
         dim: int | None = None,
         **kwargs: Any,
     ) -> Ensemble:
-        """The ensemble in a file that ``trainer.save_checkpoint`` wrote while it evaluated an ensemble.
+        """Load the ensemble from a file that ``trainer.save_checkpoint`` wrote while it evaluated an ensemble.
 
         The file holds ``outputs``, ``on`` and ``dim``, and for each member the name of its class and what a checkpoint
         of the member would hold. Each member is made by its class's own ``load_from_checkpoint``.
@@ -197,7 +197,7 @@ class Ensemble(LightningModule):
     def _without_copies(
         cls, members: list[LightningModule], outputs: Any = None, on: Any = None, dim: Any = None
     ) -> Ensemble:
-        """The ensemble of these very members."""
+        """Make an ensemble of these very members."""
         ensemble = cls.__new__(cls)
         checked = checked_members(members)
         check_arguments(outputs, on, dim)
@@ -334,12 +334,12 @@ class Ensemble(LightningModule):
             member.strict_loading = strict_loading
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Each member's ``on_save_checkpoint``, and what :meth:`load_from_checkpoint` needs."""
+        """Call each member's ``on_save_checkpoint``, and add what :meth:`load_from_checkpoint` needs."""
         about = {"outputs": self._mean.outputs, "on": self._mean.on, "dim": self._mean.dim}
         save_members(self.members, about, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Each member's ``on_load_checkpoint``."""
+        """Call each member's ``on_load_checkpoint``."""
         load_members(self.members, checkpoint)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -403,7 +403,7 @@ def _blank(ensemble: type[Ensemble], member: type[LightningModule], steps: tuple
 
 
 def _on_instance(ensemble: Ensemble, name: str) -> Callable[..., Any] | None:
-    """The method that the first member has on the instance and not in its class, with the ensemble as ``self``."""
+    """Find a method that the first member has on the instance, not in its class; bind it to the ensemble."""
     first = ensemble.members[0]
     method: Any = vars(first).get(name)
     bound = isinstance(method, types.MethodType) and method.__self__ is first

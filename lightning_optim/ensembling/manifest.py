@@ -79,7 +79,7 @@ class Manifest:
         return self.folder / f"member-{index}.ckpt"
 
     def __contains__(self, index: int) -> bool:
-        """Whether a member is finished: the manifest says so, and its file is whole."""
+        """Return whether a member is finished: the manifest says so, and its file is whole."""
         if index not in self._finished or not self.path(index).exists():
             return False
         try:

@@ -247,7 +247,7 @@ def _is_whole(number: Any, low: int) -> bool:
 
 
 def _named(trainer: Trainer, windows: Iterable[int]) -> dict[str, Tensor]:
-    """The parameters of these optimizers: by their names, or by their places in the optimizer if the model has none."""
+    """Map names to the parameters of these optimizers; one without a name has that of its place in the optimizer."""
     names = tensors.parameter_names(trainer.lightning_module)
     named: dict[str, Tensor] = {}
     for index in windows:

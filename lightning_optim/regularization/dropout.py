@@ -128,7 +128,7 @@ def _site(name: str, module: nn.Module, pattern: str, insert: bool) -> Site | No
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has weights of its own, with two dimensions or more.
+    """Return whether a module has weights of its own, with two dimensions or more.
 
     Those of a lazy module have none before its first forward pass: it counts as a layer, unless it normalizes.
     """

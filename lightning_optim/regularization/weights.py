@@ -131,7 +131,7 @@ class WeightRegularization(OptimCallback):
 
 
 def _looked_up(module: nn.Module) -> set[int]:
-    """The ``id`` of each weight whose gradient is sparse: without one, no row was looked up."""
+    """Return the ``id`` of each weight whose gradient is sparse: if it has none, no row was looked up."""
     return {id(m.weight) for m in module.modules() if isinstance(m, _LOOKED_UP) and m.sparse}
 
 

@@ -150,7 +150,7 @@ class CriterionAttributes:
         self._keep_for_next_fit("best_score", value)
 
     def _keep_for_next_fit(self, attribute: str, value: Any) -> None:
-        """Between fits: a fit forgets what an earlier one has come to, and begins with what was written since."""
+        """Keep a value that is written between fits: a fit resets its state, and then begins with these values."""
         if self.fit is None:
             self._before_fit[attribute] = value
 

@@ -232,7 +232,7 @@ class InDirectory(Keeper):
         self._module = weakref.ref(trainer.lightning_module)
 
     def _may_replace(self, path: str) -> bool:
-        """Whether this run, or an earlier part of it, wrote ``path``; a checkpoint may name anybody's file."""
+        """Return whether this run, or an earlier part of it, wrote ``path``; a checkpoint may name anybody's file."""
         directory, name = os.path.split(path)
         is_named_so = re.fullmatch(rf"{re.escape(self.stem)}(-v\d+)?\.ckpt", name)
         return path in self._own_files or (bool(is_named_so) and resolved(directory) == self.place)

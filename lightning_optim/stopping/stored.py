@@ -18,7 +18,7 @@ _PREFIX = "state_dict."
 
 @dataclass
 class Stored:
-    """What a checkpoint has in its ``state_dict``.
+    """The ``state_dict`` of a checkpoint.
 
     Attributes:
         shapes: Plain name to the shape of the whole tensor.
