@@ -12,24 +12,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_optim import tensors
+from lightning_optim.averaging.averaged_buffers import AveragedBuffers
 from lightning_optim.averaging.averages import Average
 from lightning_optim.averaging.buffers import Treated
 from lightning_optim.averaging.pruning import Pruning
 from lightning_optim.averaging.sources import (
-    Buffers,
     Source,
     Sources,
     all_of,
     by_plain_name,
     copies_of,
-    has_mean,
     keep,
     names_in,
     same,
@@ -55,7 +53,7 @@ class Shadow:
     Attributes:
         sources: The parameters that are averaged with each optimizer. What was averaged once is averaged on, also while
             it is frozen: its value stands still, and the average goes on towards it.
-        buffers: The buffers that are averaged.
+        buffers: The buffers that are averaged, and their average.
         inside: Whether the model holds the average now. The raw weights lie in the average's storage meanwhile, or
             beside where dtype or device differ; raw buffers always lie beside.
         fresh: Whether the BatchNorm statistics in the average were estimated for its present weights.
@@ -68,17 +66,11 @@ class Shadow:
         self.sources = [Sources() for _ in optimizers]
         self._trainable: list[list[nn.Parameter]] = [[] for _ in optimizers]
         self._lazy: list[nn.Parameter] = []
-        self.buffers = Buffers(treated.averaged if optimizers else ())
-        self._of_buffers = copy.deepcopy(average)
-        self._of_buffers.keep_wide = True
+        self.buffers = AveragedBuffers(treated.averaged if optimizers else (), average)
         self._estimates = Estimates(treated.vectors)
         self.inside = self.fresh = False
         self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}
-        # What uses see in place of the averages of buffers, which go on as they are: their means over ranks, and
-        # statistics that were estimated for the present weights.
-        self._agreed: dict[tuple[int, str], Tensor] | None = None
-        self._estimated: dict[tuple[int, str], Tensor] = {}
         self._exchanged: list[tuple[Source, Tensor]] = []
         _inside[module] = []
         for index in range(len(optimizers)):
@@ -141,14 +133,10 @@ class Shadow:
         if average.counters == before:
             return  # no step was made since the last update
         if index == 0:
-            if (kept := self.buffers.renew()) is not None:
-                keep(self.buffers, self._of_buffers, kept)
-            if (ready := self.buffers.ready()) and self._of_buffers.started:
-                self._of_buffers.extend(ready)
-            self._of_buffers.update_(self.buffers.tensors, step=step)
-            self.buffers.stay_finite_(self._of_buffers)
+            self.buffers.update_(step)
+        self.buffers.changed()
         self._estimates.restart_()
-        self.fresh, self._agreed, self._estimated = False, None, {}
+        self.fresh = False
 
     @torch.no_grad()
     def follow_pruning(self) -> None:
@@ -176,7 +164,7 @@ class Shadow:
             return
         self.follow_pruning()
         names = names_in(module)
-        for source in itertools.chain(*self.sources, self.buffers, self._estimates.sources()):
+        for source in itertools.chain(*self.sources, self.buffers.sources, self._estimates.sources()):
             source.look_up(names)
 
     def pairs(self) -> Iterator[tuple[Source, Tensor]]:
@@ -185,10 +173,7 @@ class Shadow:
         for sources, average in zip(self.sources, self.averages, strict=True):
             if average.started:
                 yield from ((s, mean) for s, mean in zip(sources, average.averaged, strict=True) if s.names)
-        if self._of_buffers.started:
-            for source, mean in zip(self.buffers, self._of_buffers.averaged, strict=True):
-                if source.names and has_mean(source.tensor) and source.tensor.shape == mean.shape:
-                    yield source, mean
+        yield from self.buffers.pairs()
         if self.started:
             # Of a weight that was never averaged, its own vectors are right.
             yield from self._estimates.pairs({id(source.parameter) for source in itertools.chain(*self.sources)})
@@ -207,11 +192,7 @@ class Shadow:
             raw = next((lain[place] for lain in displaced if place in lain), live)
             if self.inside and place not in self._raw:
                 average = next((lain[place] for lain in above if place in lain), live)
-            yield source, raw, self._used(place, average)
-
-    def _used(self, place: tuple[int, str], average: Tensor) -> Tensor:
-        """The tensor that uses of the average see, of one that lies at a place in the model."""
-        return self._estimated.get(place, (self._agreed or {}).get(place, average))
+            yield source, raw, self.buffers.used(place, average)
 
     @property
     def _stack(self) -> list[Shadow]:
@@ -231,48 +212,15 @@ class Shadow:
             displaced[source.place] = average if beside is None else tensors.placed_as(beside, average)
         return displaced
 
-    # ---- over ranks --------------------------------------------------------------------------------------------------
-
     def agree(self, group: dist.ProcessGroup) -> None:
-        """Compute the mean over ranks of the averages of buffers, which each rank has from its own batches.
-
-        Every use of the average sees the mean. The ranks' own averages go on as they are, so that a validation or a
-        checkpoint changes nothing.
-        """
-        if self._agreed is not None or self.inside or not self._of_buffers.started:
-            return
-        self._agreed = {}
-        held = zip(self.buffers, self._of_buffers.averaged, strict=True)
-        own = {source.place: mean for source, mean in held if not isinstance(mean, tensors.DTensor)}
-        if not own:
-            return
-        plain = [_as_real(tensor) for tensor in own.values()]
-        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in plain) else torch.float32
-        flat = torch.cat([tensor.reshape(-1).to(wide) for tensor in plain])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        means = torch.split(flat, [tensor.numel() for tensor in plain])
-        for (place, tensor), mean in zip(own.items(), means, strict=True):
-            agreed = self._agreed[place] = torch.empty_like(tensor)
-            _as_real(agreed).copy_(mean.view_as(_as_real(tensor)))
+        """Compute the mean over ranks of the averages of buffers, for uses of the present average."""
+        if not self.inside:
+            self.buffers.agree(group)
 
     def of_rank(self) -> dict[str, Tensor]:
-        """Return this rank's own averages of buffers where uses see a mean over ranks, by their paths in the state."""
+        """Return this rank's own averages of buffers where uses see others, by their paths in the state."""
         self._look_up()
-        agreed, average = self._agreed or {}, self._of_buffers
-        held = {"averaged": average.averaged} | {f"memory/0/{i}": kept for i, kept in enumerate(average.memory)}
-        found = {
-            f"{path}/{source.name}": tensor
-            for path, kept in held.items()
-            for source, tensor in zip(self.buffers if average.started else (), kept, strict=True)
-            if source.names and source.place in agreed and not (path == "averaged" and source.place in self._estimated)
-        }
-        return found | {f"own/{name}": tensor for name, tensor in self._own().items()}
-
-    def _own(self) -> dict[str, Tensor]:
-        """The averages of statistics where uses see an estimate."""
-        held = zip(self.buffers, self._of_buffers.averaged, strict=True) if self._estimated else ()
-        return {source.name: mean for source, mean in held if source.names and source.place in self._estimated}
+        return self.buffers.of_rank()
 
     # ---- in and out of the model -------------------------------------------------------------------------------------
 
@@ -337,7 +285,7 @@ class Shadow:
         if live is None or live.shape != average.shape:  # the model has changed while the average was in it
             self._raw.pop(place, None)
             return
-        (ours,), (theirs,) = tensors.local([self._used(place, average)]), tensors.local([live])
+        (ours,), (theirs,) = tensors.local([self.buffers.used(place, average)]), tensors.local([live])
         if place in self._raw:
             theirs.copy_(self._raw[place] if leaving else ours)
         elif source.owner is None and ours.dtype == theirs.dtype and ours.device == theirs.device:
@@ -359,9 +307,7 @@ class Shadow:
             live = layer._buffers[key]
             assert live is not None
             if (average := places.get((id(layer), key))) is not None:
-                estimate = self._estimated[id(layer), key] = torch.empty_like(average)
-                tensors.copy_(estimate, value)
-                tensors.copy_(live, estimate)
+                tensors.copy_(live, self.buffers.estimate((id(layer), key), average, value))
 
     # ---- in a checkpoint ---------------------------------------------------------------------------------------------
 
@@ -384,21 +330,25 @@ class Shadow:
             "counters": [average.counters for average in self.averages],
             "raw": raw,
             "averaged": averaged,
-            "own": self._own(),
+            "own": self.buffers.own(),
             "memory": self._memory(),
             "fresh": self.fresh,
             "estimated": self._estimates.done,
             "names": [[source.name for source in sources if source.names] for sources in self.sources],
-            "buffers": [source.name for source in self.buffers if source.names],
+            "buffers": [source.name for source in self.buffers.sources if source.names],
         }
+
+    def _parts(self, index: int) -> list[tuple[Sources, Average]]:
+        """What is averaged with an optimizer, and its averages: parameters, and with the first one buffers."""
+        of_buffers = [(self.buffers.sources, self.buffers.average)] if index == 0 else []
+        return [(self.sources[index], self.averages[index]), *of_buffers]
 
     def _memory(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """What averages remember: optimizer, place, name."""
         memory = {}
         for index, average in enumerate(self.averages):
-            parts = [(self.sources[index], average), *([(self.buffers, self._of_buffers)] if index == 0 else [])]
             remembered: dict[str, dict[str, Tensor]] = {str(place): {} for place in range(len(average.memory))}
-            for sources, of_these in parts:
+            for sources, of_these in self._parts(index):
                 for place, weights in enumerate(of_these.memory):
                     named = {s.name: weight for s, weight in zip(sources, weights, strict=True) if s.names}
                     remembered[str(place)].update(named)
@@ -420,21 +370,18 @@ class Shadow:
         recorded = self._add_recorded(state, raw, averaged, named)
         self._look_up()
         if "buffers" in state or any(state["counters"]):
-            self._leave_out(recorded)
+            self.buffers.leave_out(recorded)
         for index, counters in enumerate(state["counters"][: len(self.averages)]):
             if not counters:
                 continue
             # What the file's average did not have is as it was in training.
             saved = {name: value for name, value in raw.items() if name not in recorded} | averaged | own
             remembered = state.get("memory", {}).get(str(index), {})
-            parts = [(self.sources[index], self.averages[index])]
-            for sources, average in [*parts, (self.buffers, self._of_buffers)] if index == 0 else parts:
+            for sources, average in self._parts(index):
                 memory = [copies_of(sources, average, remembered[str(place)]) for place in range(len(remembered))]
                 average.load(counters, copies_of(sources, average, saved), memory)
-        self.fresh, self._agreed = state.get("fresh", False), None
-        with_estimate = [s for s in self.buffers if own.keys() & set(map(plain_name, s.names))]
-        estimates = copies_of(with_estimate, self._of_buffers, averaged)
-        self._estimated = {source.place: value for source, value in zip(with_estimate, estimates, strict=True)}
+        self.fresh = state.get("fresh", False)
+        self.buffers.load_estimates(own.keys(), averaged)
         self._estimates.load(averaged, state.get("estimated", False))
         for name, tensor in named.items():
             if (value := raw.pop(name, None)) is not None and value.shape == tensor.shape:
@@ -467,15 +414,6 @@ class Shadow:
             return raw.keys() | averaged.keys()
         return {plain_name(name) for name in itertools.chain(*state["names"], state["buffers"])}
 
-    def _leave_out(self, recorded: set[str]) -> None:
-        """Use the latest of the buffers of which a state holds no average: they came later, or changed their shape."""
-        left = [s for s in self.buffers if s.names and not recorded.intersection(map(plain_name, s.names))]
-        if left:
-            names = [plain_name(source.name) for source in left]
-            rank_zero_info(f"The checkpoint holds no average of these buffers, which stay the latest: {names}")
-            kept = [position for position, source in enumerate(self.buffers) if source not in left]
-            keep(self.buffers, self._of_buffers, kept)
-
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.cpu(), other.detach().cpu())
@@ -489,7 +427,3 @@ def raw_in(module: nn.Module) -> Iterator[None]:
             shadow.exchange_()
             back.callback(shadow.exchange_)
         yield
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
