@@ -110,7 +110,7 @@ class Fit:
             member.steps = list(steps)
 
     def loaded(self, checkpoint: dict[str, Any]) -> None:
-        """At ``on_load_checkpoint``, before the fit starts or, with sharded weights, after. Whoever calls first."""
+        """At ``on_load_checkpoint``, before the fit starts or, with sharded weights, after. The first call counts."""
         if self._load_seen or self._begun:
             return
         self._load_seen = True

@@ -1,4 +1,4 @@
-"""What Lightning's way to restore a checkpoint does to weights and buffers: mended where that can be, or said."""
+"""Mend, or report, the changes that Lightning makes to weights and buffers when it restores a checkpoint."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Restored:
 
 
 def _rounds(saved: dict[str, Any], live: dict[str, Tensor]) -> bool:
-    """Whether any saved tensor loses bits in the dtype of the module's."""
+    """Return whether any saved tensor loses bits in the dtype of the module's."""
     both = [(saved[name].dtype, tensor.dtype) for name, tensor in live.items() if isinstance(saved.get(name), Tensor)]
     return any(torch.promote_types(theirs, ours) != ours for theirs, ours in both)
 
 
 def _buffers_of_ranks(trainer: Trainer) -> dict[str, Any]:
-    """A digest of each buffer that may differ between ranks; constants do not change from what the module made."""
+    """Return a digest of each buffer that may differ between ranks."""
     if trainer.world_size == 1 or _shares_buffers(trainer):
         return {}
     return {

@@ -1,4 +1,4 @@
-"""What an exact resume needs of buffers beside the module's ``state_dict``: those of each rank, and those not in it."""
+"""Buffers that an exact resume needs beside the module's ``state_dict``: each rank's own, and those not in it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Buffers:
         }
 
     def of_rank(self) -> dict[str, Tensor]:
-        """Live storage of all that a checkpoint must hold, wherever callbacks have put it."""
+        """Return live storage of all buffers that a checkpoint must hold, wherever callbacks have put them."""
         trainer = self._trainer()
         if trainer is None:
             return {}
@@ -48,7 +48,7 @@ class Buffers:
         return found
 
     def unsaved(self) -> dict[str, Tensor]:
-        """Copies of those that no ``state_dict`` holds."""
+        """Return copies of those that no ``state_dict`` holds."""
         trainer = self._trainer()
         present = [] if trainer is None else list(_present(trainer.lightning_module))
         hidden = {name for name, owner, key, _ in present if key in owner._non_persistent_buffers_set}
@@ -71,7 +71,7 @@ def set_buffers_(trainer: Trainer, saved: dict[str, Tensor]) -> None:
         if live is None or live.shape != value.shape:
             device = trainer.strategy.root_device if live is None else live.device
             owner._buffers[key] = value.to(device, copy=True)
-        elif not torch.equal(live.cpu(), value):  # what is not writable, an expanded one, has not changed
+        elif not torch.equal(live.cpu(), value):  # one that cannot be written, such as an expanded one, has not changed
             live.copy_(value)
 
 

@@ -83,7 +83,7 @@ def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[s
 def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
     """Add the tensors in which ranks differ to a callback's state in a checkpoint: a dictionary for each rank.
 
-    To be called on all ranks. What is large and equal on all ranks is not gathered.
+    Call it on all ranks. Tensors that are equal on all ranks are not gathered.
 
     Args:
         ours: Plain tensors that this rank holds, by their paths in the state.
@@ -121,7 +121,7 @@ def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
 
 
 def digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
-    """Return what is the same for two plain tensors only if these are equal, bit for bit."""
+    """Return dtype, shape and a hash of a plain tensor's bits: equal for tensors that are equal bit for bit."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(data, digest_size=16).digest()
 
@@ -142,7 +142,7 @@ def leave_out(
     """Leave out of the next checkpoint's callback state the frozen tensors that its ``state_dict`` leaves out.
 
     Call it in ``on_save_checkpoint``. The module's own hook, in which it may leave weights out, comes after those of
-    callbacks: what it left out is known when the strategy writes the checkpoint.
+    callbacks: only when the strategy writes the checkpoint is it known what was left out.
 
     Args:
         strategy: The Trainer's.

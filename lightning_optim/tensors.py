@@ -196,7 +196,7 @@ def any_sparse(tensors: Iterable[Tensor]) -> bool:
 
 
 def opened(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and gradients for formulas that know dense tensors only: of a sparse gradient its values.
+    """Return weights and gradients for formulas that know dense tensors only: of a sparse gradient its values.
 
     Args:
         weights: The parameters.

@@ -1,4 +1,4 @@
-"""The averages of a model's buffers, and what uses of an average see in their place."""
+"""The averages of a model's buffers, and the values that validation and checkpoints see in their place."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_optim.tensors import plain_name
 
 
 class AveragedBuffers:
-    """Buffers and their average, which goes on as it is whatever uses of it see.
+    """Buffers and their average, which no validation and no checkpoint changes.
 
-    A use sees the mean over ranks (:meth:`agree`), and statistics that were estimated anew (:meth:`estimate`), until
-    the next update: a validation or a checkpoint changes nothing.
+    Until the next update these see the mean over ranks (:meth:`agree`) and statistics that were estimated anew
+    (:meth:`estimate`) in place of the average itself. They are called its uses here.
 
     Args:
         sources: The buffers.
@@ -38,7 +38,7 @@ class AveragedBuffers:
         self.changed()
 
     def changed(self) -> None:
-        """Let uses see the averages as they are: these, or the weights that they belong to, have changed."""
+        """Forget means over ranks and estimates: the averages, or the weights that they belong to, have changed."""
         self._agreed: dict[tuple[int, str], Tensor] | None = None
         self._estimated: dict[tuple[int, str], Tensor] = {}
 
@@ -52,17 +52,17 @@ class AveragedBuffers:
         self.sources.stay_finite_(self.average)
 
     def _held(self) -> Iterator[tuple[Source, Tensor]]:
-        """Each buffer and its average, after the first update."""
+        """Yield each buffer and its average, after the first update."""
         return zip(self.sources if self.average.started else (), self.average.averaged, strict=True)
 
     def pairs(self) -> Iterator[tuple[Source, Tensor]]:
-        """Each buffer that is still in the model as it was, and its average."""
+        """Yield each buffer that is in the model with the shape it had, and its average."""
         for source, mean in self._held():
             if source.names and has_mean(source.tensor) and source.tensor.shape == mean.shape:
                 yield source, mean
 
     def used(self, place: tuple[int, str], average: Tensor) -> Tensor:
-        """The tensor that uses see, of the average of what lies at a place in the model."""
+        """Return the tensor that uses see in place of the average of the tensor at this place in the model."""
         return self._estimated.get(place, (self._agreed or {}).get(place, average))
 
     def agree(self, group: dist.ProcessGroup) -> None:
@@ -84,7 +84,7 @@ class AveragedBuffers:
             _as_real(agreed).copy_(mean.view_as(_as_real(tensor)))
 
     def estimate(self, place: tuple[int, str], average: Tensor, value: Tensor) -> Tensor:
-        """Let uses see a value in place of an average, and return it, in dtype and placement of the average."""
+        """Let uses see a value in place of an average; return it in the average's dtype and placement."""
         estimate = self._estimated[place] = torch.empty_like(average)
         tensors.copy_(estimate, value)
         return estimate
@@ -92,7 +92,7 @@ class AveragedBuffers:
     # ---- in a checkpoint ---------------------------------------------------------------------------------------------
 
     def own(self) -> dict[str, Tensor]:
-        """The averages, by name, where uses see an estimate."""
+        """Return the averages, by name, where uses see an estimate."""
         return {source.name: mean for source, mean in self._held() if source.names and source.place in self._estimated}
 
     def of_rank(self) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def batches_beside(
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Do with a batch what Lightning does before ``training_step`` gets it."""
+    """Convert and move a batch as Lightning does before ``training_step`` gets it."""
     converted = trainer.precision_plugin.convert_input(batch)
     converted = pl_module._on_before_batch_transfer(converted, dataloader_idx=0)
     return trainer.strategy.batch_to_device(converted, dataloader_idx=0)
@@ -63,7 +63,7 @@ def check_arguments(batches: int | None, loader: Iterable[Any] | None) -> None:
 
 
 def own_copy(loader: Any) -> Any:
-    """A loader over the same data that can be iterated while ``loader`` itself is being iterated.
+    """Return a loader over the same data that can be iterated while ``loader`` itself is being iterated.
 
     Raises:
         ValueError: If there is no second iterator: the data can be read once only.
@@ -137,7 +137,7 @@ _END: Any = object()
 
 
 def all_agree(answer: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether ``answer`` is true on all ranks of the group."""
+    """Return whether ``answer`` is true on all ranks of the group."""
     if group is None:
         return answer
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
@@ -162,14 +162,14 @@ def _draws_kept(loader: Any) -> Iterator[list[torch.Generator]]:
 
 
 def is_generator(value: Any) -> bool:
-    """Whether ``value`` is an object that draws random numbers: one of torch, Python or NumPy."""
+    """Return whether ``value`` is an object that draws random numbers: one of torch, Python or NumPy."""
     from numpy.random import BitGenerator, Generator, RandomState
 
     return isinstance(value, torch.Generator | random.Random | BitGenerator | Generator | RandomState)
 
 
 def generator_state(generator: Any) -> Any:
-    """The state of such an object."""
+    """Return the state of such an object."""
     if isinstance(generator, random.Random):
         return generator.getstate()
     generator = getattr(generator, "bit_generator", generator)
@@ -188,7 +188,7 @@ def set_generator_state_(generator: Any, state: Any) -> None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """The objects that may hold a generator: loaders, samplers, datasets and what these wrap, transforms."""
+    """Return the objects that may hold a generator: loaders, samplers, datasets and what these wrap, transforms."""
     found: list[Any] = []
     queue = list(loader.flattened) if isinstance(loader, CombinedLoader) else [loader]
     while queue:

@@ -121,7 +121,7 @@ def refresh_batchnorm_(
 def collect(
     module: nn.Module, batches: Iterable[Any], runs: Sequence[Callable[[Any], Any]], layers: Sequence[_BatchNorm]
 ) -> tuple[list[_Moments], int]:
-    """The moments of what each layer sees in these batches, and their number on this rank.
+    """Return the moments of each layer's inputs over these batches, and the number of batches on this rank.
 
     Args:
         module: The model; afterwards it is as before.

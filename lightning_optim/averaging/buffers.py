@@ -1,4 +1,4 @@
-"""What becomes of each buffer of a model under an average: a mean, the latest value, or an estimate."""
+"""Decide for each buffer whether an average of the model has its mean, its latest value, or an estimate."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_argument(buffers: Any) -> None:
 
 
 def treat(module: nn.Module, buffers: Treatments, default: Treatment, callback: str) -> Treated:
-    """Decide what becomes of each saved floating-point buffer, by its name and its kind and never by its value.
+    """Decide the treatment of each saved floating-point buffer, by its name and its kind and never by its value.
 
     The first pattern that matches decides. Where none does, known kinds that are no means are copied, vectors of
     spectral normalization are estimated, and the rest follows the pattern ``"*"``, else the default.
@@ -119,7 +119,7 @@ def _estimate_in_pairs(
     found: dict[tuple[int, str], Treatment],
     callback: str,
 ) -> None:
-    """Collect what is estimated anew; both buffers of a layer are estimated together."""
+    """Collect the layers that are estimated anew; both buffers of a layer are estimated together."""
 
     def whole(owner: nn.Module, keys: Iterable[str]) -> bool:
         treatments = [found.get((id(owner), key)) for key in keys]
@@ -138,7 +138,7 @@ def _estimate_in_pairs(
 def _by_pattern(
     module: nn.Module, names: Names, patterns: Mapping[str, Treatment], callback: str
 ) -> dict[tuple[int, str], Treatment]:
-    """Where each buffer that a pattern matches lies, and its treatment."""
+    """Return the place and the treatment of each buffer that a pattern matches."""
     chosen: dict[tuple[int, str], Treatment] = {}
     for pattern, treatment in patterns.items():
         hits = 0
@@ -157,7 +157,7 @@ def _by_pattern(
 
 
 def _saved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Each buffer that a ``state_dict`` holds, with the module that owns it and its name there."""
+    """Yield each buffer that a ``state_dict`` holds, with the module that owns it and its name there."""
     for owner in module.modules():
         for key, buffer in owner._buffers.items():
             if buffer is not None and id(buffer) in names:
@@ -165,7 +165,7 @@ def _saved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, An
 
 
 def _no_means(module: nn.Module) -> Iterator[tuple[int, str]]:
-    """Where buffers lie that are known to be no means: of observers and the like, and masks of pruning."""
+    """Yield the places of buffers that are known to have no mean: those of observers and the like, masks of pruning."""
     kinds = tuple(kind for name, of in _NOT_MEANS if isinstance(kind := getattr(sys.modules.get(name), of, None), type))
     for owner in module.modules():
         if isinstance(owner, kinds):

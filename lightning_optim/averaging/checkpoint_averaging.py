@@ -201,7 +201,7 @@ class CheckpointAveraging(RefreshesStatistics):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint, scores: dict[str, float]
     ) -> tuple[StateDict, list[str], float | None]:
         """The mean, what is in it, and its score; ``None`` if the validation logs no monitor, or nothing is mixed."""
-        failed: list[Exception] = []  # errors of the user's own code, which are nobody's to handle here
+        failed: list[Exception] = []  # errors of the user's own code, which are not handled here
 
         def score(weights: StateDict) -> float:
             try:
@@ -236,7 +236,7 @@ class CheckpointAveraging(RefreshesStatistics):
         return {}, [], None
 
     def _reader(self, trainer: Trainer, pl_module: LightningModule, best: str) -> Callable[[str], StateDict]:
-        """How a checkpoint's weights are read. Buffers that have no mean are those of the best one in all."""
+        """Return a function that reads a checkpoint's weights, and the best one's buffers where these have no mean."""
         read = _reading(trainer, pl_module, self._running.own_files)
         first, averaged = read(best), {id(source.tensor) for source in self._treated(pl_module).averaged}
         known = {name for name, tensor in tensors.named_tensors(pl_module).items() if id(tensor) in averaged}
@@ -246,7 +246,7 @@ class CheckpointAveraging(RefreshesStatistics):
         return lambda path: {**(first if path == best else read(path)), **same}
 
     def _put_in(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
-        """Write a mean into the module, and what is estimated for it into both."""
+        """Write a mean into the module, and the statistics that are estimated for it into both."""
         _write_(pl_module, weights)
         treated = self._treated(pl_module)
         for norm in treated.vectors:
@@ -275,7 +275,7 @@ class _NotLogged(Exception):
 
 
 def _reading(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
-    """How a checkpoint is read: whole from a file, this rank's shards from a folder."""
+    """Return a function that reads a checkpoint: whole from a file, this rank's shards from a folder."""
     if not state.is_distributed(trainer):
         return lambda path: reading.weights_in(path, weights_only=path not in own)
 
@@ -290,7 +290,7 @@ def _reading(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Cal
 
 
 def _shards(module: LightningModule) -> dict[str, Tensor]:
-    """The module's live tensors that can be written, by plain name; of sharded ones this rank's part."""
+    """Return the module's live tensors that can be written, by plain name; of sharded ones this rank's part."""
     tensors.reshard_(module)
     live = tensors.writable_tensors(module)
     return dict(zip(live, tensors.local(live.values()), strict=True))

@@ -124,7 +124,7 @@ def listed(paths: Sequence[Path]) -> list[str]:
 
 
 def _checked_ahead(names: Sequence[str], weights_only: bool) -> Generator[tuple[str, bool], None, None]:
-    """Each file, and whether it is checked: while one is averaged, the checksums of the next are computed beside."""
+    """Yield each file, and whether it is checked: the checksums of the next are computed while one is averaged."""
     with ThreadPoolExecutor(max_workers=1) as beside:
         check = beside.submit(_check, names[0], weights_only)
         for index, name in enumerate(names):
@@ -155,7 +155,7 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 class _Averaged(NamedTuple):
-    """What is remembered of a tensor when its values are in the mean."""
+    """Dtype and shape of a tensor whose values are in the mean."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -212,7 +212,7 @@ class RunningMean:
         return self._built(self._means.__getitem__)
 
     def finish(self) -> StateDict:
-        """The same, where no more is added: the wide means are given up one by one, as the result is made of them."""
+        """Return the same, where no more is added: each wide mean is freed as the result is made of it."""
         return self._built(self._means.pop)
 
     @torch.no_grad()
@@ -317,7 +317,7 @@ def _check_like(
 
 
 def _kind(value: Any) -> str:
-    """Between numbers of two kinds there is no mean."""
+    """Return the kind of a value: between values of two kinds there is no mean."""
     if not isinstance(value, _Averaged) and not _has_mean(value):
         return "no floating-point numbers"
     return "complex" if value.dtype.is_complex else "real"

@@ -172,7 +172,7 @@ class AverageInUse(RefreshesStatistics):
     def _dumping(
         self, state_dict: Callable[[], dict[str, Any]], trainer: Trainer, pl_module: LightningModule
     ) -> Callable[[], dict[str, Any]]:
-        """The ``state_dict`` of a checkpoint that is made but not saved by the Trainer: the average in it."""
+        """Return a ``state_dict`` with the average, for checkpoints that are made but not saved by the Trainer."""
 
         def dump() -> dict[str, Any]:
             if self._running.average is not self or self._shadow is None or self._shadow.uppermost:

@@ -54,7 +54,7 @@ def _callbacks(checkpoint: Mapping[str, Any]) -> Mapping[Any, Any]:
 
 
 def _found(key: str, state: Any) -> Found | None:
-    """The average in a callback's state; ``None`` if it is another callback's, or there were no updates."""
+    """Return the average in a callback's state; ``None`` if it is another callback's, or there were no updates."""
     try:
         counters = [{name: int(counter[name]) for name in _COUNTS} for counter in state["counters"] if counter]
         is_evaluated, averaged = bool(state["raw"]), dict(state["averaged"])

@@ -32,8 +32,8 @@ class Isolated:
         self.remains: list[str] = []
 
     def call(self, run: Callable[[Any], Any], batch: Any) -> None:
-        """Call ``run(batch)``. What it does to the batch is undone too: a call that failed is tried in another way."""
-        if self._state is None:  # not earlier: whoever calls may have changed the module for the length of all calls
+        """Call ``run(batch)``, and undo its changes to the batch too: a call that failed is tried in another way."""
+        if self._state is None:  # not earlier: the caller may have changed the module for the length of all calls
             self._state = ModuleState(self._module)
         given = ModuleState(_Holder(batch))
         self._state.watch()
@@ -71,9 +71,9 @@ def _abort(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[Isolated]:
-    """Context manager: a training step can be called, as if in training, and nobody hears of it.
+    """Context manager: a training step can be called, as if in training, and nothing of it is logged.
 
-    What it logs, by ``self.log``, ``self.logger`` or ``self.print``, is dropped. A step that asks the Trainer finds it
+    Calls of ``self.log``, ``self.logger`` and ``self.print`` are dropped. A step that asks the Trainer finds it
     training. Afterwards the module and the Trainer are as before, and what else changed is named in a warning.
     """
     calls = Isolated(pl_module)

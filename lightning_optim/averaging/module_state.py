@@ -1,4 +1,4 @@
-"""The state of a module in memory, all of it, so that what a piece of the user's code changed can be put back."""
+"""The state of a module in memory, all of it, so that the changes of a piece of the user's code can be undone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NUMBERS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None))
 _CONSTANTS = (*_NUMBERS, range, slice, type, Enum, pathlib.PurePath, torch.dtype, torch.device)
 _CONSTANTS += (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _CONTAINERS = (dict, list, set, deque, bytearray)
-# Theirs is a state of their own, which a training step does not change, or which nothing here could put back.
+# They have a state of their own, which a training step does not change, or which could not be put back.
 _LEFT_ALONE = (Trainer, Callback, Logger, LightningDataModule, Optimizer, DataLoader, Dataset, Sampler, io.IOBase)
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _LIBRARIES = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "numpy", "lightning_optim"}
@@ -141,14 +141,14 @@ class ModuleState:
 
 
 def _is_constant(value: Any) -> bool:
-    # A proxy may stand for what is gone: to ask it for its class is an error then.
+    # A proxy may stand for an object that is gone: to ask it for its class is an error then.
     import numpy
 
     return type(value) in weakref.ProxyTypes or isinstance(value, (*_CONSTANTS, numpy.generic))
 
 
 def _only_numbers(values: Any) -> bool:
-    """Whether there are only numbers and text in it: of a million of them, asking each would take a second."""
+    """Return whether there are only numbers and text in it: of a million of them, asking each would take a second."""
     return set(map(type, values)).issubset(_NUMBERS)
 
 
@@ -157,14 +157,14 @@ def _values(container: Any) -> Any:
 
 
 def _has_attributes(value: Any) -> bool:
-    """Whether it is an object with attributes of its own, of a class of the user or of some third package."""
+    """Return whether it is an object with attributes, of a class of the user or of some third package."""
     library = str(value.__class__.__module__).split(".")[0] in _LIBRARIES
     known = isinstance(value, _LEFT_ALONE) or (library and not isinstance(value, _NAMESPACES))
     return not known and hasattr(value, "__dict__")
 
 
 def _is_data(value: Any, known: set[int]) -> bool:
-    """Whether it holds nothing but values that can be put back: no lock, connection or process of anything.
+    """Return whether it holds nothing but values that can be put back: no lock, connection or process of anything.
 
     If so, the ``id`` of all that it holds is added to ``known``, which is not looked at again.
     """
@@ -193,7 +193,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_file(array: Any) -> bool:
-    """Whether the values lie in a mapped file, which may be far larger than memory."""
+    """Return whether the values lie in a mapped file, which may be far larger than memory."""
     owner = array
     while _is_array(owner):
         owner = owner.base
@@ -309,7 +309,7 @@ class _OfContainer:
 
 
 class _OfObject:
-    """What can be seen of an object that is not put back, since there is more in it than values."""
+    """The attributes of an object that is not put back, since it holds more than values: whether they changed."""
 
     def __init__(self, value: Any) -> None:
         self.value, self.seen = value, self._look(value)
@@ -341,7 +341,7 @@ class _OfIterator:
 
 
 class _Counting:
-    """Stands for an iterator, and counts what is taken from it."""
+    """Replaces an iterator, and counts the items that are taken from it."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self.iterator, self.count = iterator, 0

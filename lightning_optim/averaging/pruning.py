@@ -1,4 +1,4 @@
-"""Weights that are pruned in the middle of a run: their masks, and what they are once pruning is made permanent.
+"""Masks of weights that are pruned in the middle of a run, and the end of pruning, when it is made permanent.
 
 ``torch.nn.utils.prune`` renames a parameter to ``weight_orig`` and puts ``weight_orig * weight_mask`` in its place
 before each forward. To make it permanent is to multiply once and to give the parameter its name back.
@@ -78,7 +78,7 @@ class Pruning:
         return {id(pruned.parameter): pruned.mask for pruned in before if id(pruned.parameter) not in now}
 
     def exchange_products(self, module: nn.Module, averaged: bool) -> None:
-        """Let the module compute with the average that was put in, or again with what it computed with before."""
+        """Let the module compute with the average that was put in, or again with the products from before."""
         if averaged:
             self._before = [(pruned, pruned.product) for pruned in self._pruned]
             apply_masks_(module)
@@ -104,7 +104,7 @@ def masks_by_name(module: nn.Module) -> dict[str, Tensor]:
 
 
 def is_permanent_in_files(callbacks: Iterable[Callback]) -> bool:
-    """Whether a callback writes pruned weights into checkpoints as if pruning were permanent."""
+    """Return whether a callback writes pruned weights into checkpoints as if pruning were permanent."""
     return any(isinstance(callback, ModelPruning) and callback._make_pruning_permanent for callback in callbacks)
 
 

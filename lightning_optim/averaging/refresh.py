@@ -130,7 +130,7 @@ class RefreshesStatistics(OptimCallback):
     def _calls(
         self, trainer: Trainer, pl_module: LightningModule, count: int | None, seed: int
     ) -> Iterator[tuple[Iterator[Any], list[Callable[[Any], Any]]]]:
-        """Batches, and how the module is called with one: without gradients, and with them if that fails."""
+        """Context manager: yield batches, and the ways to call the module with one: without gradients, and with."""
 
         def run(batch: Any) -> None:
             moved = to_device(trainer, pl_module, batch)
@@ -157,12 +157,12 @@ class RefreshesStatistics(OptimCallback):
 
 
 def in_training(layers: Sequence[_BatchNorm]) -> list[_BatchNorm]:
-    """Those that are not frozen."""
+    """Return the layers that are not frozen."""
     return [layer for layer in layers if layer.training]
 
 
 def data_group(trainer: Trainer) -> dist.ProcessGroup | None:
-    """The ranks that train on different data; ``None`` for one process."""
+    """Return the ranks that train on different data; ``None`` for one process."""
     if not (dist.is_available() and dist.is_initialized()) or trainer.world_size == 1:
         return None
     strategy = trainer.strategy

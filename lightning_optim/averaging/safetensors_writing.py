@@ -54,7 +54,7 @@ def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -
 
 
 def _dtype_name(dtype: torch.dtype, path: str) -> str:
-    """What safetensors calls a dtype: it is asked to write an empty tensor."""
+    """Return the name of a dtype in safetensors, which is asked to write an empty tensor."""
     try:
         from safetensors.torch import save
     except ImportError as error:

@@ -48,7 +48,7 @@ class Shadow:
         module: The model, with its optimizers' parameters.
         optimizers: Those that step.
         average: The policy, of which each optimizer gets a copy.
-        treated: What becomes of the model's buffers.
+        treated: The treatment of the model's buffers.
 
     Attributes:
         sources: The parameters that are averaged with each optimizer. What was averaged once is averaged on, also while
@@ -88,7 +88,7 @@ class Shadow:
 
     def _alive(self) -> nn.Module:
         module = self.module
-        assert module is not None, "whoever moves weights holds the module"
+        assert module is not None, "the caller, who moves weights, holds the module"
         return module
 
     @property
@@ -99,7 +99,7 @@ class Shadow:
     # ---- what is averaged --------------------------------------------------------------------------------------------
 
     def follow(self, index: int) -> None:
-        """Average what became trainable, and no longer what left the model; call it before the optimizer steps."""
+        """Average parameters that became trainable, and drop those that left the model; call it before each step."""
         optimizer = self._optimizers[index]()
         now = [] if optimizer is None else trainable(optimizer)
         if same(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
@@ -142,7 +142,7 @@ class Shadow:
     def follow_pruning(self) -> None:
         """Mask the averages of weights whose pruning was made permanent since this was called last.
 
-        The weights in the model were multiplied by their masks then. What is kept here is not in the model.
+        The weights in the model were multiplied by their masks then; the tensors that are kept here were not.
         """
         if (module := self.module) is None:
             return
@@ -168,14 +168,14 @@ class Shadow:
             source.look_up(names)
 
     def pairs(self) -> Iterator[tuple[Source, Tensor]]:
-        """What is averaged and still in the model, and its average, of the optimizers whose average has started."""
+        """Yield each averaged tensor that is still in the model with its average, once that has started."""
         self._look_up()
         for sources, average in zip(self.sources, self.averages, strict=True):
             if average.started:
                 yield from ((s, mean) for s, mean in zip(sources, average.averaged, strict=True) if s.names)
         yield from self.buffers.pairs()
         if self.started:
-            # Of a weight that was never averaged, its own vectors are right.
+            # A weight that was never averaged keeps its own vectors.
             yield from self._estimates.pairs({id(source.parameter) for source in itertools.chain(*self.sources)})
 
     def named(self) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class Shadow:
         return {name: average for source, _, average in self.located() for name in source.names}
 
     def located(self) -> Iterator[tuple[Source, Tensor, Tensor]]:
-        """What is averaged, its raw tensor and its average, wherever these lie while averages are in the model."""
+        """Yield each averaged tensor with its raw value and its average, wherever these lie at this moment."""
         stack = self._stack
         displaced = [shadow._displaced() for shadow in stack]
         above = displaced[stack.index(self) + 1 :] if self in stack else []
@@ -205,7 +205,7 @@ class Shadow:
         return self.inside and self._stack[-1:] in ([self], [])
 
     def _displaced(self) -> dict[tuple[int, str], Tensor]:
-        """What this average has displaced from the model, which it is in: kept beside, else in its own storage."""
+        """Return the raw tensors that this average has replaced in the model: kept beside, or in its own storage."""
         displaced = {}
         for source, average in self._exchanged:
             beside = self._raw.get(source.place)
@@ -267,7 +267,7 @@ class Shadow:
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
-        """Within this the model holds the average, and afterwards the raw weights again, whatever happened."""
+        """Context manager: the model holds the average; afterwards the raw weights again, also after an exception."""
         with contextlib.ExitStack() as versions:
             for source, _ in self.pairs():
                 # What was computed before may go backward afterwards: by then the weights are what they were.
@@ -312,7 +312,7 @@ class Shadow:
     # ---- in a checkpoint ---------------------------------------------------------------------------------------------
 
     def state(self, evaluated: bool) -> dict[str, Any]:
-        """What a checkpoint needs beside the module's ``state_dict``.
+        """Return the state that a checkpoint needs beside the module's ``state_dict``.
 
         Args:
             evaluated: Whether ``state_dict`` holds the average. Then the raw weights are here, and of the average only
@@ -339,12 +339,12 @@ class Shadow:
         }
 
     def _parts(self, index: int) -> list[tuple[Sources, Average]]:
-        """What is averaged with an optimizer, and its averages: parameters, and with the first one buffers."""
+        """Return the tensors averaged with an optimizer, and their averages; the first one also has the buffers."""
         of_buffers = [(self.buffers.sources, self.buffers.average)] if index == 0 else []
         return [(self.sources[index], self.averages[index]), *of_buffers]
 
     def _memory(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """What averages remember: optimizer, place, name."""
+        """Return what the averages remember, by optimizer, place and name."""
         memory = {}
         for index, average in enumerate(self.averages):
             remembered: dict[str, dict[str, Tensor]] = {str(place): {} for place in range(len(average.memory))}
@@ -374,7 +374,7 @@ class Shadow:
         for index, counters in enumerate(state["counters"][: len(self.averages)]):
             if not counters:
                 continue
-            # What the file's average did not have is as it was in training.
+            # A weight that the file's average did not hold is as it was in training.
             saved = {name: value for name, value in raw.items() if name not in recorded} | averaged | own
             remembered = state.get("memory", {}).get(str(index), {})
             for sources, average in self._parts(index):

@@ -49,14 +49,14 @@ class Source:
 
     @property
     def tensor(self) -> Tensor:
-        """The live tensor, of what is still there."""
+        """The live tensor, of one that is still there."""
         tensor = self.live
         assert tensor is not None
         return tensor
 
     @property
     def place(self) -> tuple[int, str]:
-        """Where it lies in the model, whatever its name is now."""
+        """Its place in the model, which stays when it is renamed."""
         return (id(self.parameter), "") if self.owner is None else (id(self.owner), self.key)
 
     def look_up(self, names: Names) -> None:
@@ -65,7 +65,7 @@ class Source:
 
 
 class Sources:
-    """What is averaged together, in an order that stays."""
+    """Tensors that are averaged together, in an order that stays."""
 
     def __init__(self, sources: Iterable[Source] = ()) -> None:
         self._sources = list(sources)
@@ -91,7 +91,7 @@ class Sources:
         self._prepare()
 
     def keep(self, positions: list[int]) -> None:
-        """Forget all others."""
+        """Keep the tensors at these positions, and forget the others."""
         self._sources = [self._sources[position] for position in positions]
         self._prepare()
 
@@ -137,7 +137,7 @@ class Buffers(Sources):
         return [source.tensor for source in found]
 
     def stay_finite_(self, average: Average) -> None:
-        """Replace what is not finite in the averages by the latest value, without asking the device for a value.
+        """Replace elements of averages that are not finite by the latest ones, without asking the device for a value.
 
         A mask with infinities has no mean, and neither has an extreme that starts at one: ∞ - ∞ is not a number.
         """
@@ -162,7 +162,7 @@ def has_mean(buffer: Tensor) -> bool:
 
 
 def names_in(module: nn.Module) -> Names:
-    """The names of each parameter and saved buffer; under FSDP2 the module is resharded for it."""
+    """Return the names of each parameter and saved buffer; under FSDP2 the module is resharded for it."""
     tensors.reshard_(module)
     found: Names = {}
     for name, tensor in tensors.named_tensors(module).items():
@@ -186,7 +186,7 @@ def trainable(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def same(one: Collection[Any], other: Collection[Any]) -> bool:
-    """Whether both hold the very same objects, in one order."""
+    """Return whether both hold the very same objects, in one order."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
@@ -200,7 +200,7 @@ def keep(sources: Sources, average: Average, positions: list[int]) -> None:
 
 
 def copies_of(sources: Iterable[Source], average: Average, saved: dict[str, Tensor]) -> list[Tensor]:
-    """Copy what a state holds of some tensors, and the model's for the rest."""
+    """Return copies of the tensors that a state holds, and of the model's own where it holds none."""
     saved = by_plain_name(saved)
     copies = []
     for source in sources:

@@ -76,12 +76,12 @@ class Estimates:
         self.done = not self._norms
 
     def sources(self) -> Iterator[Source]:
-        """The vectors in the model."""
+        """Yield the vectors in the model."""
         for _, pair in self._norms:
             yield from pair
 
     def pairs(self, averaged: set[int]) -> Iterator[tuple[Source, Tensor]]:
-        """Each vector and its estimate, of weights of which a parameter is averaged: ``averaged`` has their ``id``."""
+        """Yield each vector and its estimate, of weights with a parameter whose ``id`` is in ``averaged``."""
         for norm, pair in self._norms:
             if all(source.names for source in pair) and any(
                 id(parameter) in averaged for parameter in norm.parameters()

@@ -320,7 +320,7 @@ class WeightAveraging(AverageInUse):
         return {**averages, **comparison, **asked, **self._unfrozen_by_name()}
 
     def _unfrozen_by_name(self) -> dict[str, list[str]]:
-        """Names of the BatchNorm layers that were not frozen at the last update."""
+        """Return the names of the BatchNorm layers that were not frozen at the last update."""
         module = None if self._shadow is None else self._shadow.module
         if self._unfrozen is None or module is None:
             return {}
@@ -328,7 +328,7 @@ class WeightAveraging(AverageInUse):
         return {"unfrozen": [plain_name(name) for name, layer in module.named_modules() if id(layer) in unfrozen]}
 
     def _masks(self) -> dict[str, Tensor]:
-        """Masks of weights that are pruned in the module, and whose pruning is permanent in checkpoints."""
+        """Return the masks of weights that are pruned in the module, and whose pruning is permanent in checkpoints."""
         module = None if self._shadow is None else self._shadow.module
         if module is None or self.fit is None or not pruning.is_permanent_in_files(self.fit.trainer.callbacks):
             return {}
