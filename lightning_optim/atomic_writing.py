@@ -53,7 +53,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[str]:
             descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     beside = _path_of(descriptor) if is_unnamed else hidden
     try:
-        with _naming(path, beside):
+        with _naming(path, beside, hidden):
             yield beside
             os.fsync(descriptor)
             if os.path.exists(target):

@@ -111,6 +111,14 @@ def test_what_is_no_file_is_refused(way: str, tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
+def test_a_name_that_is_too_long_is_said_and_no_other(way: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File name too long") as raised:
+        _write(tmp_path / ("x" * 300), "text")
+    assert raised.value.filename == str(tmp_path / ("x" * 300))
+    assert ".lightning-optim" not in str(raised.value)
+    assert os.listdir(tmp_path) == []
+
+
 # ---- full disks ------------------------------------------------------------------------------------------------------
 
 

@@ -95,8 +95,13 @@ def averaged_state_dict(path: Path, name: str | None = None, *, weights_only: bo
         weights_only: Read nothing but tensors and plain values.
 
     Raises:
-        ValueError: If there is no such average in the file.
+        ValueError: If there is no such average in the file, or it is a folder.
     """
+    if os.path.isdir(path):
+        raise ValueError(
+            f"{os.fspath(path)} is a folder, a distributed checkpoint, whose averages only a run that resumes from it"
+            " reads; the evaluated weights are what `average_checkpoints([path])` returns"
+        )
     checkpoint = reading.load_checkpoint(path, weights_only)
     found = averages_in(checkpoint)
     chosen = [one for one in found if one.name == name] if name else [one for one in found if one.evaluated] or found

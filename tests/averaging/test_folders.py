@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from lightning_optim import average_checkpoints, cli
+from lightning_optim import average_checkpoints, averaged_state_dict, cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -179,3 +179,9 @@ def test_a_folder_reads_nothing_outside_of_it(folder: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=rf"{folder} names a file outside of it"):
         average_checkpoints([folder])
+
+
+def test_an_average_that_lies_in_a_folder(folder: Path) -> None:
+    """Its tensors are shards beside the optimizers', for a run that resumes."""
+    with pytest.raises(ValueError, match=rf"{folder} is a folder.* `average_checkpoints\(\[path\]\)`"):
+        averaged_state_dict(folder)
