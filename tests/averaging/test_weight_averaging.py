@@ -212,11 +212,11 @@ def test_an_exchange_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPat
     raw, swaps = snapshot(model), []
     swap = callback._shadow._swap_
 
-    def failing(source, average) -> None:
-        swaps.append(source)
+    def failing(*arguments) -> None:
+        swaps.append(arguments)
         if len(swaps) == 3:
             raise MemoryError
-        swap(source, average)
+        swap(*arguments)
 
     monkeypatch.setattr(callback._shadow, "_swap_", failing)
     with pytest.raises(MemoryError), callback.averaged_weights(model):
