@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -122,6 +123,12 @@ class AverageInUse(RefreshesStatistics):
         return self._held if self._shadow is None else self._shadow.named()
 
     def _check_is_here(self) -> None:
+        if self._shadow is not None and self._shadow.lost:
+            rank_zero_warn(
+                f"The module held the average of this {type(self).__name__} when the fit ended, and its weights have"
+                " been written to since: the average is lost. Read it out of a checkpoint of that fit with"
+                " `averaged_state_dict(path)`, or copy the module before you train it on."
+            )
         remedy = (
             "Pass `apply_at_end=True`, with which the module ends with it, or read it out of a checkpoint of that fit"
             " with `averaged_state_dict(path)`."

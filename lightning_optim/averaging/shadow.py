@@ -72,6 +72,7 @@ class Shadow:
         self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}
         self._exchanged: list[tuple[Source, Tensor]] = []
+        self._versions: list[tuple[Tensor, int]] = []
         _inside[module] = []
         for index in range(len(optimizers)):
             self.follow(index)
@@ -247,12 +248,24 @@ class Shadow:
             self.inside = not self.inside
             self._exchanged = moving if self.inside else []
             if not self.inside:
-                self._raw = {}
+                self._raw, self._versions = {}, []
             self._pruning.exchange_products(module, self.inside)
             if self.inside:
                 self._stack.append(self)
             else:
                 self._stack.remove(self)
+
+    def leave_in(self) -> None:
+        """Put the average into the model for good, and note the versions of its parameters."""
+        if not self.inside:
+            self.exchange_()
+        held = (source.tensor for source, _ in self._exchanged if source.owner is None)
+        self._versions = [(tensor, tensors.version(tensor)) for tensor in held]
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody has written to the parameters since the average was left in the model."""
+        return self.inside and any(tensors.version(tensor) != version for tensor, version in self._versions)
 
     @property
     def estimated(self) -> bool:

@@ -236,8 +236,7 @@ class WeightAveraging(AverageInUse):
         if not self.apply_at_end or not self.started:
             return False
         assert self._shadow is not None
-        if not self._shadow.inside:
-            self._shadow.exchange_()
+        self._shadow.leave_in()
         return True
 
     def _treated(self, pl_module: LightningModule) -> Treated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +357,16 @@ def test_outside_of_a_save_the_module_holds_raw_weights() -> None:
     fit(model, [average, looks], train=data())
     assert_equal(looks.raw, model.trajectory[-1])
     assert_close(looks.averaged, ema(model.trajectory, DECAY))
+
+
+def test_an_average_that_was_trained_on_is_said_to_be_lost() -> None:
+    model, callback = Model(), averaging()
+    fit(model, [callback])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.double().float()
+        with callback.averaged_weights(model):
+            assert_close(snapshot(model), ema(model.trajectory, DECAY))
+    fit(model, max_epochs=1)
+    with pytest.warns(UserWarning, match="its weights have been written to since: the average is lost"):
+        callback.averaged_state()
