@@ -126,6 +126,9 @@ class OptimCallback(Callback):
         """Write into the module what it shall hold after ``fit``, if there is anything; return whether there was."""
         return False
 
+    def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over what was loaded where nothing was left to train, so that ``on_train_start`` was not called."""
+
     @property
     def identity(self) -> dict[str, Any]:
         """The arguments that say which callback this is. Numbers that a user tunes are not in it."""

@@ -121,6 +121,10 @@ class Fit:
         if self._ended:
             return
         self._ended = True
+        if not self._begun:  # nothing was left to train
+            self.begin()
+            for member in [callback for callback in self.trainer.callbacks if callback in self.members]:
+                member.resume_ended(self.trainer, pl_module)
         ranked = sorted((m for m in self.members if m.final_rank is not None), key=lambda m: m.final_rank or 0)
         if any(member.write_final_(pl_module) for member in ranked):
             self.average = None  # checkpoints of hooks that come later hold what the module holds, as after the fit

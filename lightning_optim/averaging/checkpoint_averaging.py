@@ -148,6 +148,10 @@ class CheckpointAveraging(RefreshesStatistics):
         if sign * score > sign * scores[ranked[0]]:
             self.best_path = self.path
 
+    def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._displaced.resume_(pl_module)
+        self.on_train_end(trainer, pl_module)
+
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.best_path:
             return False

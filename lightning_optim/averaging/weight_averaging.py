@@ -181,11 +181,14 @@ class WeightAveraging(AverageInUse):
         super().on_train_start(trainer, pl_module)
         if isinstance(self.start, float):
             self._start_step = int(self.start * self._running.total)
+        self._begin(trainer, pl_module)
+        self.try_before_first_step(trainer, pl_module, self._layers)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.average.keep_in(self.dtype, self.device)
         treated = self._treated(pl_module)
         self._shadow, self._layers = Shadow(pl_module, trainer.optimizers, self.average, treated), treated.layers
         self._take_over(self._shadow)
-        self.try_before_first_step(trainer, pl_module, self._layers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -231,6 +234,12 @@ class WeightAveraging(AverageInUse):
         # Pruning ends in `on_train_end`. At the epoch's end or there, before or after us, its last masks are seen.
         if self._shadow is not None:
             self._shadow.follow_pruning()
+
+    def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None:
+            self._begin(trainer, pl_module)
+            if self.apply_at_end or self.evaluates:
+                self._settle(trainer, pl_module)
 
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.apply_at_end or not self.started:
