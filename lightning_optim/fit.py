@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_optim import tensors
 from lightning_optim.launched import send_back
 from lightning_optim.own_files import OwnFiles
-from lightning_optim.refusals import warn_unsharded
+from lightning_optim.refusals import refuse_more_optimizers, warn_unsharded
 from lightning_optim.restored import Restored
 from lightning_optim.slots import Slot
 
@@ -61,6 +61,7 @@ class Fit:
         self._started = self._begun = self._ended = self._failed = self._saving = False
         self._total: int | float | None = None
         self._restored, self._load_seen = Restored(trainer), False
+        self._heard: WeakSet[Optimizer] = WeakSet()
         self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
         self.own_files = OwnFiles()
         self.replace(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
@@ -84,16 +85,33 @@ class Fit:
         self._restored.start()
         warn_unsharded(self.trainer)
         send_back(self.trainer, self.members)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         for optimizer in self.trainer.optimizers:
-            self._undo.callback(optimizer.register_step_post_hook(self._stepped).remove)
-            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-                # A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales
-                # before the hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
-                self.replace(optimizer, "_step_supports_amp_scaling", False)
+            self._hear(optimizer)
         strategy = self.trainer.strategy
+        self.replace(strategy, "optimizer_step", self._hearing(strategy.optimizer_step))
         if isinstance(strategy, ModelParallelStrategy):
             self.replace(strategy, "optimizer_state", self._unheard(strategy.optimizer_state))
+
+    def _hear(self, optimizer: Optimizer) -> None:
+        self._heard.add(optimizer)
+        self._undo.callback(optimizer.register_step_post_hook(self._stepped).remove)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales
+            # before the hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
+            self.replace(optimizer, "_step_supports_amp_scaling", False)
+
+    def _hearing(self, optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Hear of optimizers too that a user puts in the place of others in the middle of a fit."""
+
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if optimizer not in self._heard and optimizer in self.trainer.optimizers:
+                if self._begun:
+                    refuse_more_optimizers(self.members, self.trainer)
+                self._hear(optimizer)
+            return optimizer_step(optimizer, *args, **kwargs)
+
+        return step
 
     def begin(self) -> None:
         """At ``on_train_start``: all state is restored. A callback that is new on resume learns how far the run is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
@@ -55,6 +55,18 @@ def taken(callback: OptimCallback) -> MisconfigurationException:
         f"{type(callback).__name__} is taken: another Trainer, whose fit is still running, has this very object among"
         " its callbacks. Give each Trainer an object of its own, such as `copy.deepcopy(callback)`."
     )
+
+
+def refuse_more_optimizers(callbacks: Sequence[OptimCallback], trainer: Trainer) -> None:
+    """Raise if there are more optimizers by now than when the fit began."""
+    before, now = min(len(callback.steps) for callback in callbacks), len(trainer.optimizers)
+    if now > before:
+        names = sorted({type(callback).__name__ for callback in callbacks})
+        raise MisconfigurationException(
+            f"The Trainer has {now} optimizers, and had {before} when the fit began, which {names} cannot follow: put"
+            " another optimizer in the place of one, call `optimizer.add_param_group` for new parameters, or begin"
+            " another fit."
+        )
 
 
 def _refuse_same_job(callback: OptimCallback, trainer: Trainer) -> None:
