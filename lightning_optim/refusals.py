@@ -95,6 +95,13 @@ def _refuse_same_job(callback: OptimCallback, trainer: Trainer) -> None:
                 f"{name} and `Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` both accumulate:"
                 " remove the argument."
             )
+    if callback.slot is Slot.AVERAGE:
+        applied = [cb for cb in trainer.callbacks if getattr(cb, "slot", None) is Slot.AVERAGE and cb.apply_at_end]
+        if len(applied) > 1 and not any(cb.evaluates for cb in applied):
+            raise MisconfigurationException(
+                f"{len(applied)} averages with `evaluate=False` and `apply_at_end=True`: the module can end with one."
+                " Give the others `apply_at_end=False`."
+            )
     if callback.slot is Slot.AVERAGE and callback.evaluates:
         if sum(getattr(other, "evaluates", False) for other in trainer.callbacks) > 1:
             raise MisconfigurationException(

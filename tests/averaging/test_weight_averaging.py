@@ -261,7 +261,7 @@ def test_a_file_that_is_written_within_averaged_weights_resumes(tmp_path, evalua
     def averages() -> dict[str, WeightAveraging]:
         return {
             "a": averaging(evaluate=evaluates, dtype=dtype),
-            "b": averaging(average=SWA(), evaluate=False, dtype=dtype),
+            "b": averaging(average=SWA(), evaluate=False, apply_at_end=False, dtype=dtype),
         }
 
     model, run = Model(), averages()
@@ -423,6 +423,20 @@ def test_two_evaluated_averages_are_refused() -> None:
         fit(Model(), [averaging(), averaging(average=SWA())])
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         trainer([averaging(), averaging(evaluate=False)])
+
+
+def test_two_averages_that_the_module_would_end_with_are_refused() -> None:
+    short = averaging(average=EMA(0.5, warmup=None), evaluate=False)
+    long = averaging(average=SWA(), evaluate=False)
+    for callbacks in ([short, long], [long, short]):
+        with pytest.raises(MisconfigurationException, match=r"2 averages .* Give the others `apply_at_end=False`"):
+            fit(Model(), callbacks)
+    beside = averaging(average=SWA(), evaluate=False, apply_at_end=False)
+    for callbacks in ([beside, short], [short, beside]):
+        fit(model := Model(), callbacks)
+        assert_close(snapshot(model), ema(model.trajectory, 0.5))
+    fit(model := Model(), [short, averaging(name="evaluated"), long])
+    assert_close(snapshot(model), ema(model.trajectory, DECAY))
 
 
 # ---- raw against averaged ----
