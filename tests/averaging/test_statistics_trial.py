@@ -146,7 +146,9 @@ def _assert_own_statistics(model: Model) -> None:
 
 @pytest.mark.parametrize("buffers", ["average", "copy"])
 def test_without_an_estimate_nothing_is_tried(buffers: Any) -> None:
-    fit(OnlyInTraining(make=norm_net), [WeightAveraging(SWA(), buffers=buffers)])
+    model = OnlyInTraining(make=norm_net)
+    fit(model, [WeightAveraging(SWA(), buffers=buffers)])
+    assert len(model.trajectory) == 16
 
 
 def test_frozen_layers_are_not_tried_until_they_are_trained() -> None:
