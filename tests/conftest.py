@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before torch starts any thread: a process that is forked (`ddp_fork`) from one whose OpenMP threads exist hangs when it
-# uses them, and Lightning asks for as many threads as there are cores unless this is set.
+# Before torch starts any thread: a process that is forked (`ddp_fork`) from one with OpenMP threads hangs when it uses
+# them, and Lightning asks for as many threads as there are cores unless this is set.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.machine import groups  # noqa: E402
+from tests.machine import groups
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
