@@ -141,7 +141,7 @@ class Fit:
         self._ended = True
         if not self._begun:  # nothing was left to train
             self.begin()
-            for member in [callback for callback in self.trainer.callbacks if callback in self.members]:
+            for member in self._in_order():
                 member.resume_ended(self.trainer, pl_module)
         ranked = sorted((m for m in self.members if m.final_rank is not None), key=lambda m: m.final_rank or 0)
         if any(member.write_final_(pl_module) for member in ranked):
@@ -213,12 +213,18 @@ class Fit:
         if not has_gradients(optimizer):
             return  # cancelled or dropped: torch calls the hook although nothing moved
         index = self.trainer.optimizers.index(optimizer)
-        # The list of the Trainer, not ours: the learning-rate finder takes the callbacks away for its trial steps.
-        members = [callback for callback in self.trainer.callbacks if callback in self.members]
+        members = self._in_order()
         for member in members:
             member.steps[index] += 1
         for member in members:
             member.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
+
+    def _in_order(self) -> list[OptimCallback]:
+        """Return our callbacks in the order of the Trainer's list.
+
+        A learning-rate finder takes them out of that list for its trial steps, which they must not hear of.
+        """
+        return [callback for callback in self.trainer.callbacks if callback in self.members]
 
     def _unheard(self, optimizer_state: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Any]:
         """To save an optimizer that holds no state (FSDP2), torch steps at a learning rate of zero: that is no step."""

@@ -81,9 +81,10 @@ class WeightAveraging(AverageInUse):
 
     Raises:
         ValueError: If an argument is none of these.
-        MisconfigurationException: For a pattern of ``buffers`` that matches nothing, for two evaluated averages, beside
-            Lightning's own averaging, for a fraction in a run without a known end, or for statistics to refresh that
-            ``training_step`` cannot estimate; the message says what to do.
+        MisconfigurationException: For a pattern of ``buffers`` that matches nothing, for two evaluated averages, for
+            two others that the module would both end with, beside Lightning's own averaging, for a fraction in a run
+            without a known end, or for statistics to refresh that ``training_step`` cannot estimate; the message says
+            what to do.
 
     Example::
 

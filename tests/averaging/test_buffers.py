@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from lightning_optim import EMA, LAWA, SWA, WeightAveraging
-from tests.averaging.models import Model, assert_close, assert_equal, ema, fit, norm_net, snapshot
+from tests.averaging.models import Model, Moving, assert_close, assert_equal, ema, fit, norm_net, snapshot
 
 DECAY = 0.8
 
@@ -37,22 +37,6 @@ class Saves(Callback):
     def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
         if self.epoch == trainer.current_epoch:
             trainer.save_checkpoint(self.path)
-
-
-class Moving(nn.Module):
-    """A buffer that each training step sets to ``values(step)``."""
-
-    def __init__(self, values: Callable[[int], Tensor | None], first: Tensor | None = None) -> None:
-        super().__init__()
-        self.layer, self.values = nn.Linear(6, 1), values
-        self.register_buffer("moving", torch.zeros(2) if first is None else first)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.count += 1
-            self.moving = self.values(int(self.count))
-        return self.layer(x)
 
 
 # ---- spectral normalization ----

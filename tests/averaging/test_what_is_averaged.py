@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, WeightAveraging
-from tests.averaging.models import Model, assert_close, assert_equal, ema, fit, mean, norm_net, snapshot
+from tests.averaging.models import Model, Moving, assert_close, assert_equal, ema, fit, mean, norm_net, snapshot
 
 DECAY = 0.8
 AVERAGES = [EMA(DECAY, warmup=None), SWA(), LAWA(12)]
@@ -213,22 +213,6 @@ def test_statistics_of_a_layer_that_was_frozen_are_not_estimated_after_a_resume(
 
 
 # ---- buffers that change ----
-
-
-class Moving(nn.Module):
-    """A buffer that each training step sets to ``values(step)``."""
-
-    def __init__(self, values: Callable[[int], Tensor | None], first: Tensor) -> None:
-        super().__init__()
-        self.layer, self.values = nn.Linear(6, 1), values
-        self.register_buffer("moving", first)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.count += 1
-            self.moving = self.values(int(self.count))
-        return self.layer(x)
 
 
 def _resized(step: int) -> Tensor:
