@@ -1,41 +1,42 @@
 """Lightning callbacks and mixins that make a trained network better: the public names."""
 
 from lightning_optim.averaging.averages import EMA, LAWA, SWA, Average
-from lightning_optim.averaging.batchnorm import refresh_batchnorm_
 from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging
-from lightning_optim.averaging.checkpoints import average_checkpoints, average_weights
+from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints, average_weights
+from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict
+from lightning_optim.averaging.checkpoints.soup import greedy_soup
 from lightning_optim.averaging.drop_in import EMAWeightAveraging, StochasticWeightAveraging
-from lightning_optim.averaging.inspecting import averaged_state_dict
-from lightning_optim.averaging.soup import greedy_soup
+from lightning_optim.averaging.training.batchnorm import refresh_batchnorm_
 from lightning_optim.averaging.weight_averaging import WeightAveraging
-from lightning_optim.callback import OptimCallback, gradients_of
+from lightning_optim.base.policy import Policy
+from lightning_optim.base.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
 from lightning_optim.ensembling.diversity import Disagreement
 from lightning_optim.ensembling.ensemble import Ensemble
-from lightning_optim.ensembling.members import fit_members
+from lightning_optim.ensembling.fit_members import fit_members
 from lightning_optim.ensembling.selection import cost_benefit
-from lightning_optim.fit import drop_step, evaluated_state, total_steps
-from lightning_optim.gradients.accumulation import GradientAccumulation
 from lightning_optim.gradients.adaptive import AGC, AutoClip, ZClip
 from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping, NormClipping
+from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
 from lightning_optim.gradients.gradient_clipping import GradientClipping
-from lightning_optim.gradients.mixins import ManualOptimizationMixin
-from lightning_optim.gradients.monitor import GradientMonitor
+from lightning_optim.gradients.gradient_monitor import GradientMonitor
+from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
 from lightning_optim.gradients.shaping import Centralize, Noise
-from lightning_optim.gradients.sharpness import SharpnessAwareMixin
-from lightning_optim.gradients.target import TargetBatchSize
-from lightning_optim.policy import Policy
+from lightning_optim.gradients.sharpness_aware import SharpnessAwareMixin
+from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.regularization.dropout import DropPath
-from lightning_optim.regularization.mixin import RegularizationMixin
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
 from lightning_optim.regularization.proximal import Proximal, ProximalL1
+from lightning_optim.regularization.regularization_mixin import RegularizationMixin
 from lightning_optim.regularization.scheduled_dropout import ScheduledDropout
-from lightning_optim.regularization.weights import WeightRegularization
-from lightning_optim.resume import ExactResume
-from lightning_optim.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
-from lightning_optim.slots import Slot
+from lightning_optim.regularization.weight_regularization import WeightRegularization
+from lightning_optim.resume.exact_resume import ExactResume
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.session import evaluated_state
+from lightning_optim.runtime.step import drop_step, gradients_of, total_steps
+from lightning_optim.stopping.combined import AllOf, AnyOf, AtLeast
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.early_stopping import EarlyStopping
-from lightning_optim.stopping.several import AllOf, AnyOf, AtLeast
 
 __all__ = [
     "AGC",

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim import safe_reading
-from lightning_optim.atomic_writing import write_atomically
-from lightning_optim.averaging import reading
-from lightning_optim.averaging.checkpoints import average_checkpoints
-from lightning_optim.averaging.inspecting import describe
-from lightning_optim.averaging.safetensors_writing import save_safetensors
+from lightning_optim.averaging.checkpoints import reading
+from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints
+from lightning_optim.averaging.checkpoints.inspecting import describe
+from lightning_optim.averaging.checkpoints.safetensors_writing import save_safetensors
+from lightning_optim.runtime.files import safe_reading
+from lightning_optim.runtime.files.atomic_writing import write_atomically
 
 # What belongs to the training of one of the files, and not to their mean.
 _TRAINING = ("callbacks", "optimizer_states", "lr_schedulers", "loops", "current_model_state", "averaging_state")

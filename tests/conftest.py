@@ -11,7 +11,7 @@ import pytest
 # them, and Lightning asks for as many threads as there are cores unless this is set.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.machine import groups
+from tests.harness import groups
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -43,10 +43,10 @@ from lightning_optim import (
     WeightRegularization,
     ZClip,
 )
-from tests.machine import averaging_formulas, formulas, gradient_formulas, run
-from tests.machine.by_hand import Chain, Formula, Outcome
-from tests.machine.cells import EPOCHS, Cell
-from tests.machine.dropout_formulas import Dropout, fixed
+from tests.harness import averaging_formulas, formulas, gradient_formulas, run
+from tests.harness.by_hand import Chain, Formula, Outcome
+from tests.harness.cells import EPOCHS, Cell
+from tests.harness.dropout_formulas import Dropout, fixed
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
 

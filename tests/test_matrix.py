@@ -11,10 +11,10 @@ import pytest
 
 import lightning_optim
 from tests import registry
-from tests.machine.by_hand import Loop, Outcome
-from tests.machine.cells import CELLS, Cell
-from tests.machine.formulas import deviation
-from tests.machine.groups import Group
+from tests.harness.by_hand import Loop, Outcome
+from tests.harness.cells import CELLS, Cell
+from tests.harness.formulas import deviation
+from tests.harness.groups import Group
 from tests.registry import ENTRIES, ENTRIES_AT_END, Entry
 
 EFFECT = 20  # A technique shows in a cell by at least so many tolerances: a wrong factor cannot hide.

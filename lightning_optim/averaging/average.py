@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim import tensors
-from lightning_optim.policy import Policy
+from lightning_optim.base import foreach, shards
+from lightning_optim.base.policy import Policy
 
 
 class Average(Policy, abc.ABC):
@@ -121,11 +121,11 @@ class Average(Policy, abc.ABC):
     def copy_of(self, weight: Tensor) -> Tensor:
         """A copy with the shape and placement of a weight, kept as :meth:`keep_in` says."""
         weight = weight.detach()
-        (shard,) = tensors.local([weight])
+        (shard,) = shards.local([weight])
         device = shard.device if self._device is None else self._device
         dtype = kept_dtype(weight.dtype, self._dtype)
         dtype = torch.promote_types(dtype, weight.dtype) if self.keep_wide else dtype
-        return tensors.placed_as(shard.to(device, dtype, copy=True), weight)
+        return shards.placed_as(shard.to(device, dtype, copy=True), weight)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy does not take the weights with it."""
@@ -152,7 +152,7 @@ class Average(Policy, abc.ABC):
             if ours:
                 torch._foreach_lerp_(ours, theirs, share)
         else:
-            for some, others in tensors.chunks(ours, theirs):
+            for some, others in foreach.chunks(ours, theirs):
                 # The weights in the dtype of the average are a temporary, so they are taken piece by piece.
                 cast = [torch.empty_like(mean) for mean in some]
                 torch._foreach_copy_(cast, others)
@@ -164,7 +164,7 @@ class Average(Policy, abc.ABC):
         """The local parts of averages and weights, and whether they agree in dtype and device."""
         if self._prepared is not None and self._prepared[0] is weights:
             return self._prepared[1:]
-        ours, theirs = tensors.local(self._averaged), tensors.local(weights)
+        ours, theirs = shards.local(self._averaged), shards.local(weights)
         alike = all(a.dtype == b.dtype and a.device == b.device for a, b in zip(ours, theirs, strict=True))
         if isinstance(weights, tuple) and not any(isinstance(weight, DTensor) for weight in weights):
             self._prepared = weights, ours, theirs, alike

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_optim import tensors
 from lightning_optim.averaging.average import Average as Average
-from lightning_optim.schedules import check_number
+from lightning_optim.base import shards
+from lightning_optim.base.arguments import check_number
 
 
 class EMA(Average):
@@ -163,17 +163,17 @@ class LAWA(Average):
         else:
             oldest = self._latest.pop(0)
             if oldest:
-                torch._foreach_copy_(tensors.local(oldest), tensors.local(weights))
+                torch._foreach_copy_(shards.local(oldest), shards.local(weights))
             self._latest.append(oldest)
         self._due = True
         self._counters = {**self._counters, "updates": self._counters["updates"] + 1, "last": step}
 
     @torch.no_grad()
     def _mean_(self) -> None:
-        first, *others = (tensors.local(weights) for weights in self._latest)
+        first, *others = (shards.local(weights) for weights in self._latest)
         if not self._averaged:
-            self._averaged = [tensors.placed_as(a.clone(), b) for a, b in zip(first, self._latest[0], strict=True)]
-        mean = tensors.local(self._averaged)
+            self._averaged = [shards.placed_as(a.clone(), b) for a, b in zip(first, self._latest[0], strict=True)]
+        mean = shards.local(self._averaged)
         if not mean:
             return
         torch._foreach_copy_(mean, first)
@@ -210,7 +210,7 @@ class ByFunction(Average):
             self._begin(weights, step)
         elif self._since(step):
             count = torch.tensor(self._counters["updates"])
-            for mean, weight in zip(tensors.local(self._averaged), tensors.local(weights), strict=True):
+            for mean, weight in zip(shards.local(self._averaged), shards.local(weights), strict=True):
                 mean.copy_(self.function(mean, weight.to(mean), count))
             self._counters["updates"] += 1
             self._counters["last"] = step

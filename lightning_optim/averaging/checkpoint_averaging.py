@@ -8,26 +8,31 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_optim import state, tensors
-from lightning_optim.averaging import reading
-from lightning_optim.averaging.batches import check_arguments
-from lightning_optim.averaging.buffers import Treated, treat
-from lightning_optim.averaging.checkpoints import RunningMean, StateDict
-from lightning_optim.averaging.refresh import RefreshesStatistics, in_training
-from lightning_optim.averaging.soup import stir
-from lightning_optim.averaging.validating import validate
-from lightning_optim.displaced import Displaced
-from lightning_optim.folder_reading import load_folder
-from lightning_optim.own_files import OwnFiles
-from lightning_optim.schedules import check_number
-from lightning_optim.slots import Slot
+from lightning_optim.averaging.checkpoints import reading
+from lightning_optim.averaging.checkpoints.average_checkpoints import RunningMean, StateDict
+from lightning_optim.averaging.checkpoints.soup import stir
+from lightning_optim.averaging.training.batches import check_arguments
+from lightning_optim.averaging.training.buffers import Treated, treat
+from lightning_optim.averaging.training.refresh import RefreshesStatistics, in_training
+from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime.files.own_files import OwnFiles
+from lightning_optim.runtime.files.sharded_reading import load_folder
+from lightning_optim.runtime.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+    Trainer,
+    get_filesystem,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.raw_weights import Displaced
+from lightning_optim.runtime.validation import validate
 
 
 class CheckpointAveraging(RefreshesStatistics):
@@ -158,7 +163,7 @@ class CheckpointAveraging(RefreshesStatistics):
         is_own = self.best_path in self._running.own_files
         self._displaced.keep_raw(pl_module)
         try:
-            state.load_weights_(pl_module, self.best_path, weights_only=not is_own)
+            checkpoint_state.load_weights_(pl_module, self.best_path, weights_only=not is_own)
         except (OSError, ValueError) as error:
             rank_zero_warn(f"CheckpointAveraging leaves the module as it is: the best checkpoint is not read: {error}")
             self.best_path = ""
@@ -182,7 +187,7 @@ class CheckpointAveraging(RefreshesStatistics):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        state.leave_out(trainer.strategy, pl_module, self.state_key, ("raw",))
+        checkpoint_state.leave_out(trainer.strategy, pl_module, self.state_key, ("raw",))
 
     def _checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
         for callback in trainer.checkpoint_callbacks:
@@ -243,10 +248,10 @@ class CheckpointAveraging(RefreshesStatistics):
         """Return a function that reads a checkpoint's weights, and the best one's buffers where these have no mean."""
         read = _reading(trainer, pl_module, self._running.own_files)
         first, averaged = read(best), {id(source.tensor) for source in self._treated(pl_module).averaged}
-        known = {name for name, tensor in tensors.named_tensors(pl_module).items() if id(tensor) in averaged}
+        known = {name for name, tensor in module_tensors.named_tensors(pl_module).items() if id(tensor) in averaged}
         known |= dict(pl_module.named_parameters(remove_duplicate=False)).keys()
-        plain = {tensors.plain_name(name) for name in known}
-        same = {name: value for name, value in first.items() if tensors.plain_name(name) not in plain}
+        plain = {module_tensors.plain_name(name) for name in known}
+        same = {name: value for name, value in first.items() if module_tensors.plain_name(name) not in plain}
         return lambda path: {**(first if path == best else read(path)), **same}
 
     def _put_in(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
@@ -258,8 +263,8 @@ class CheckpointAveraging(RefreshesStatistics):
         self.estimate_statistics_(trainer, pl_module, seed=0, layers=in_training(treated.layers))
         if treated.vectors or treated.layers:
             live = _shards(pl_module)
-            buffers = {tensors.plain_name(name) for name, _ in pl_module.named_buffers()}
-            estimated = {n: live[p] for n in weights if (p := tensors.plain_name(n)) in buffers and p in live}
+            buffers = {module_tensors.plain_name(name) for name, _ in pl_module.named_buffers()}
+            estimated = {n: live[p] for n in weights if (p := module_tensors.plain_name(n)) in buffers and p in live}
             weights.update({name: value.clone() for name, value in estimated.items()})
 
     def _log(self, trainer: Trainer, checkpoint: ModelCheckpoint, score: float) -> float:
@@ -280,33 +285,33 @@ class _NotLogged(Exception):
 
 def _reading(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
     """Return a function that reads a checkpoint: whole from a file, this rank's shards from a folder."""
-    if not state.is_distributed(trainer):
+    if not checkpoint_state.is_distributed(trainer):
         return lambda path: reading.weights_in(path, weights_only=path not in own)
 
     def read(path: str) -> StateDict:
-        tensors.reshard_(pl_module)
+        shards.reshard_(pl_module)
         live = {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
         found = {name: torch.empty_like(value) for name, value in live.items()}
         load_folder({"state_dict": found}, path, weights_only=path not in own)
-        return dict(zip(found, tensors.local(found.values()), strict=True))
+        return dict(zip(found, shards.local(found.values()), strict=True))
 
     return read
 
 
 def _shards(module: LightningModule) -> dict[str, Tensor]:
     """Return the module's live tensors that can be written, by plain name; of sharded ones this rank's part."""
-    tensors.reshard_(module)
-    live = tensors.writable_tensors(module)
-    return dict(zip(live, tensors.local(live.values()), strict=True))
+    shards.reshard_(module)
+    live = module_tensors.writable_tensors(module)
+    return dict(zip(live, shards.local(live.values()), strict=True))
 
 
 def _write_(module: LightningModule, weights: StateDict) -> None:
     """Copy whole tensors, or this rank's shards, into the module."""
-    shards, whole = _shards(module), tensors.writable_tensors(module)
+    parts, whole = _shards(module), module_tensors.writable_tensors(module)
     for name, value in weights.items():
-        plain = tensors.plain_name(name)
-        if isinstance(value, Tensor) and plain in shards:
-            tensors.copy_(shards[plain] if shards[plain].shape == value.shape else whole[plain], value)
+        plain = module_tensors.plain_name(name)
+        if isinstance(value, Tensor) and plain in parts:
+            shards.copy_(parts[plain] if parts[plain].shape == value.shape else whole[plain], value)
 
 
 @contextlib.contextmanager

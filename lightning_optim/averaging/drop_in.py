@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_optim.averaging.averages import EMA, SWA, ByFunction
 from lightning_optim.averaging.weight_averaging import WeightAveraging
-from lightning_optim.schedules import check_number
+from lightning_optim.base.arguments import check_number
+from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 
 
 class EMAWeightAveraging(WeightAveraging):

@@ -6,28 +6,26 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_optim import state
-from lightning_optim.averaging import buffers as kinds
-from lightning_optim.averaging import interop, pruning
 from lightning_optim.averaging.averages import Average
-from lightning_optim.averaging.batches import check_arguments
-from lightning_optim.averaging.buffers import Treated, Treatment, Treatments
-from lightning_optim.averaging.comparison import Comparison
-from lightning_optim.averaging.in_use import AverageInUse
-from lightning_optim.averaging.refresh import in_training
-from lightning_optim.averaging.shadow import Shadow
-from lightning_optim.hooks import is_overridden
-from lightning_optim.launched import check_not_lost
-from lightning_optim.schedules import check_number
-from lightning_optim.slots import Slot
-from lightning_optim.tensors import plain_name
+from lightning_optim.averaging.training import buffers as kinds
+from lightning_optim.averaging.training import interop, pruning
+from lightning_optim.averaging.training.batches import check_arguments
+from lightning_optim.averaging.training.buffers import Treated, Treatment, Treatments
+from lightning_optim.averaging.training.comparison import Comparison
+from lightning_optim.averaging.training.in_use import AverageInUse
+from lightning_optim.averaging.training.refresh import in_training
+from lightning_optim.averaging.training.shadow import Shadow
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.overridden_hooks import is_overridden
+from lightning_optim.runtime.spawned import check_not_lost
 
 
 class WeightAveraging(AverageInUse):
@@ -377,9 +375,9 @@ class WeightAveraging(AverageInUse):
         """A copy holds the average as loaded state: the model's own tensors do not travel with the callback."""
         held = {**super().__getstate__(), "_shadow": None, "_layers": [], "_unfrozen": None}
         if self._shadow is not None and self._shadow.started:
-            held["_loaded"] = state.export(self.extra_state(), None)
+            held["_loaded"] = checkpoint_state.export(self.extra_state(), None)
             averaged = {name: tensor.detach() for name, tensor in self._shadow.named().items()}
-            held["_held"] = state.export(averaged, None)
+            held["_held"] = checkpoint_state.export(averaged, None)
         return held
 
     # ---- pictures ----------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_optim import safe_reading
+from lightning_optim.runtime.files import safe_reading
+from lightning_optim.runtime.lightning import LightningModule
 
 _KEY = "ensemble"
 _PREFIX = "members."

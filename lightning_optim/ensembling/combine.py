@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_optim.tensors import accumulation_dtype
+from lightning_optim.base.foreach import accumulation_dtype
 
 Outputs: TypeAlias = Literal["values", "logits", "binary_logits", "probabilities"]
 

@@ -12,11 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod, is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 
@@ -32,7 +27,7 @@ from lightning_optim.ensembling.checkpoint import (
     save_members,
 )
 from lightning_optim.ensembling.combine import Outputs
-from lightning_optim.ensembling.inner import (
+from lightning_optim.ensembling.combined_call import (
     Mean,
     check_arguments,
     checked_members,
@@ -41,6 +36,14 @@ from lightning_optim.ensembling.inner import (
     no_submodule,
     replaced,
     uncompile_,
+)
+from lightning_optim.runtime.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    _restricted_classmethod,
+    is_overridden,
+    rank_zero_warn,
 )
 
 _TORCH = frozenset(vars(nn.Module()))  # where torch keeps submodules, parameters and hooks: an ensemble has its own

@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
-from lightning_optim.atomic_writing import write_atomically
-from lightning_optim.safe_reading import check, first_line, load
+from lightning_optim.runtime.files.atomic_writing import write_atomically
+from lightning_optim.runtime.files.safe_reading import check, first_line, load
+from lightning_optim.runtime.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+    Trainer,
+    rank_zero_warn,
+)
 
 _KEY = "fit_members"
 

@@ -10,15 +10,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_optim.base.shards import local
 from lightning_optim.ensembling.combine import Outputs
 from lightning_optim.ensembling.ensemble import Ensemble
-from lightning_optim.figures import canvas
-from lightning_optim.tensors import local
+from lightning_optim.plotting import canvas
+from lightning_optim.runtime.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+)
 
 
 @dataclass(frozen=True)

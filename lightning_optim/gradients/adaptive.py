@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
-from lightning_optim import tensors
+from lightning_optim.base import shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import row_sums
+from lightning_optim.base.schedules import Schedule, value_at
+from lightning_optim.base.selection import Selector
 from lightning_optim.gradients.clipping import Clipping, NormClipping, Scope
-from lightning_optim.gradients.recent import Recent
-from lightning_optim.norms import row_sums
-from lightning_optim.schedules import Schedule, check_number, value_at
-from lightning_optim.tensors import Selector
+from lightning_optim.gradients.norm_history import Recent
 
 
 class AutoClip(NormClipping):
@@ -226,7 +227,7 @@ class AGC(Clipping):
         torch._foreach_clamp_min_(norms, 1e-6)
         torch._foreach_div_(bounds, norms)
         torch._foreach_clamp_max_(bounds, 1.0)
-        torch._foreach_mul_(tensors.local(grads), bounds)
+        torch._foreach_mul_(shards.local(grads), bounds)
         self._factors = None if any(isinstance(grad, DTensor) for grad in grads) else bounds
         return norm
 

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_optim import tensors
-from lightning_optim.norms import tensor_norms, total_norm
-from lightning_optim.policy import Policy
-from lightning_optim.schedules import Schedule, check_number, value_at
-from lightning_optim.tensors import Selector
+from lightning_optim.base import shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import tensor_norms, total_norm
+from lightning_optim.base.policy import Policy
+from lightning_optim.base.schedules import Schedule, value_at
+from lightning_optim.base.selection import Selector
 
 Scope: TypeAlias = Literal["global", "group", "tensor"]
 
@@ -27,7 +28,7 @@ class Clipping(Policy, abc.ABC):
         >>> class Sign(Clipping):
         ...     '''Keep the sign of every element.'''
         ...     def clip_(self, grads, weights=(), *, norm=None, step=0, total=math.inf):
-        ...         torch._foreach_sign_(tensors.local(grads))
+        ...         torch._foreach_sign_(shards.local(grads))
         ...         return norm
         >>> grad = torch.tensor([3.0, -4.0])
         >>> Sign().clip_([grad])
@@ -36,7 +37,8 @@ class Clipping(Policy, abc.ABC):
 
     Attributes:
         norm_type: Which norm :meth:`clip_` takes and returns: the exponent p, or ``inf``. Default 2.
-        on: The parameters on whose gradients it acts, for :func:`~lightning_optim.tensors.select`; ``None`` takes all.
+        on: The parameters on whose gradients it acts, for :func:`~lightning_optim.base.selection.select`;
+            ``None`` takes all.
             In a loop of your own, pass the gradients that you mean.
         exclude: What is left out of them, in the same terms.
         scope: What has a norm of its own: all gradients, each of the optimizer's ``param_groups``, or each tensor.
@@ -167,9 +169,9 @@ class NormClipping(Clipping, abc.ABC):
             for device, some_grads in by_device(grads).items():
                 torch._foreach_mul_(some_grads, factors[0].to(device))
         else:
-            unbound, shards = factors.unbind(), tensors.local(grads)
-            mine = [unbound[unit].to(shard.device) for unit, shard in zip(units, shards, strict=True)]
-            torch._foreach_mul_(shards, mine)
+            unbound, locals_ = factors.unbind(), shards.local(grads)
+            mine = [unbound[unit].to(shard.device) for unit, shard in zip(units, locals_, strict=True)]
+            torch._foreach_mul_(locals_, mine)
         return norm
 
     @property
@@ -282,11 +284,11 @@ class ClipByValue(Clipping):
 
 def by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
     """The local parts of the gradients; a model that is split over devices has several lists."""
-    shards = tensors.local(grads)
-    if len({shard.device for shard in shards}) == 1:
-        return {shards[0].device: shards}
+    parts = shards.local(grads)
+    if len({part.device for part in parts}) == 1:
+        return {parts[0].device: parts}
     groups: dict[torch.device, list[Tensor]] = {}
-    for grad in shards:
+    for grad in parts:
         groups.setdefault(grad.device, []).append(grad)
     return groups
 

@@ -6,24 +6,23 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim import tensors
-from lightning_optim.callback import OptimCallback, gradients_of
-from lightning_optim.fit import drop_step
+from lightning_optim.base import shards, sparse
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import total_norm
+from lightning_optim.base.policy import PerOptimizer
+from lightning_optim.base.selection import Selection
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.clipping import ClipByNorm, Clipping, Scope
-from lightning_optim.gradients.guard import Guard, Verdict
-from lightning_optim.gradients.scaler import agree_on_overflow, scale_of
-from lightning_optim.norms import total_norm
-from lightning_optim.policy import PerOptimizer
-from lightning_optim.refusals import refuse_parts
-from lightning_optim.schedules import check_number
-from lightning_optim.slots import Slot
-from lightning_optim.tensors import Selection
+from lightning_optim.gradients.step_skipping import Guard, Verdict
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
+from lightning_optim.runtime.lightning.grad_scaler import agree_on_overflow, scale_of
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.refusals import refuse_parts
+from lightning_optim.runtime.step import drop_step, gradients_of
 
 NonFinite = Literal["skip", "raise", "ignore"]
 
@@ -121,7 +120,7 @@ class GradientClipping(OptimCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        tensors.reshard_(pl_module)
+        shards.reshard_(pl_module)
         for policy in self.policies:
             refuse_parts(policy, pl_module.parameters())
             if policy.on is None and policy.exclude is None:
@@ -155,7 +154,7 @@ class GradientClipping(OptimCallback):
         index = trainer.optimizers.index(optimizer)
         logs, guards = self.logs_now(trainer), self.nonfinite != "ignore" or self.spike is not None
         if norm is None and (logs or guards):
-            norm = total_norm(tensors.opened(weights, grads)[1], norm_type)
+            norm = total_norm(sparse.opened(weights, grads)[1], norm_type)
         verdict: Verdict = "fine"
         value: float | None = None
         if guards and norm is not None:
@@ -196,7 +195,7 @@ class GradientClipping(OptimCallback):
                 units = {}  # Only a policy that asks for them must take them: users' own may know nothing of units.
                 if policy.scope != "global":
                     units["units"] = _units(policy.scope, optimizer, chosen, some_weights)
-                some_weights, some_grads = tensors.opened(some_weights, some_grads)
+                some_weights, some_grads = sparse.opened(some_weights, some_grads)
                 policy.clip_(some_grads, some_weights, norm=known, step=step, total=total, **units)
                 acted.append(policy)
                 norm = value = None  # of the gradients before; the next policy sees others
@@ -295,6 +294,6 @@ def _not_finite(pl_module: LightningModule, optimizer: Optimizer) -> str:
     """A sentence with the parameters whose gradients, or their parts on this rank, are not finite, if any are."""
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     weights, grads = gradients_of(optimizer)
-    pairs = zip(weights, tensors.local(tensors.opened(weights, grads)[1]), strict=True)
+    pairs = zip(weights, shards.local(sparse.opened(weights, grads)[1]), strict=True)
     found = [names.get(id(weight), "?") for weight, grad in pairs if not bool(grad.isfinite().all())]
     return f"On this rank not finite are the gradients of {found}." if found else "On this rank all are finite."

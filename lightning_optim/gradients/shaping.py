@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim import tensors
+from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import row_dims, row_sums
+from lightning_optim.base.schedules import Schedule, value_at
+from lightning_optim.base.selection import Selector
 from lightning_optim.gradients.clipping import Clipping
-from lightning_optim.norms import row_dims, row_sums
-from lightning_optim.schedules import Schedule, check_number, value_at
-from lightning_optim.tensors import Selector
 
 
 class Centralize(Clipping):
@@ -60,13 +61,13 @@ class Centralize(Clipping):
         total: float = math.inf,
     ) -> Tensor | None:
         pairs = zip(grads, weights or grads, strict=True)
-        chosen = [(grad, weight) for grad, weight in pairs if tensors.dimensions(weight) >= 2]
+        chosen = [(grad, weight) for grad, weight in pairs if module_tensors.dimensions(weight) >= 2]
         if chosen:
             matrices, like = [grad for grad, _ in chosen], [weight for _, weight in chosen]
             means = row_sums(matrices, like)
             sizes = [math.prod(weight.shape[dim] for dim in row_dims(weight)) for weight in like]
             torch._foreach_div_(means, sizes)
-            torch._foreach_sub_(tensors.local(matrices), means)
+            torch._foreach_sub_(shards.local(matrices), means)
         return norm
 
 
@@ -136,7 +137,7 @@ class Noise(Clipping):
             # Not the default dtype, which is half precision within a `training_step` in bf16-true.
             drawn = torch.empty(grad.shape, device=shard.device, dtype=torch.float32)
             drawn.normal_(generator=generators[shard.device])
-            shard.add_(tensors.part_of(drawn, grad), alpha=deviation)
+            shard.add_(shards.part_of(drawn, grad), alpha=deviation)
         return norm
 
     def _next_seed(self) -> int:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.schedules import check_number
+from lightning_optim.base.arguments import check_number
 
 
 class DropPath(nn.Module):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_optim import tensors
-from lightning_optim.norms import total_norm
-from lightning_optim.policy import Policy
-from lightning_optim.schedules import Schedule, check_number, value_at
-from lightning_optim.tensors import Selector
+from lightning_optim.base import foreach, shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import total_norm
+from lightning_optim.base.policy import Policy
+from lightning_optim.base.schedules import Schedule, value_at
+from lightning_optim.base.selection import Selector
 
 
 class Penalty(Policy, abc.ABC):
@@ -28,14 +29,15 @@ class Penalty(Policy, abc.ABC):
         ...     def value(self, weights, *, step=0, total=math.inf):
         ...         return sum(weight.sum() for weight in weights)
         ...     def add_grad_(self, weights, grads, *, step=0, total=math.inf):
-        ...         torch._foreach_add_(tensors.local(grads), 1.0)
+        ...         torch._foreach_add_(shards.local(grads), 1.0)
         >>> weight, grad = torch.tensor([1.0, 2.0]), torch.zeros(2)
         >>> Sum().add_grad_([weight], [grad])
         >>> Sum().value([weight]), grad
         (tensor(3.), tensor([1., 1.]))
 
     Attributes:
-        on: The parameters that are penalized, for :func:`~lightning_optim.tensors.select`; ``None`` takes those with
+        on: The parameters that are penalized, for :func:`~lightning_optim.base.selection.select`;
+            ``None`` takes those with
             two dimensions or more.
         exclude: What is left out of them, in the same terms.
     """
@@ -206,13 +208,13 @@ class ElasticNet(Penalty):
 def _add_signs_(weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float) -> None:
     if factor and weights:
         # `_foreach_sign` on the whole list would allocate a second model, which costs more than the work itself.
-        for some_weights, some_grads in tensors.chunks(tensors.local(weights), tensors.local(grads)):
+        for some_weights, some_grads in foreach.chunks(shards.local(weights), shards.local(grads)):
             torch._foreach_add_(some_grads, _signs(some_weights), alpha=factor)
 
 
 def _add_weights_(weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float) -> None:
     if factor and weights:
-        torch._foreach_add_(tensors.local(grads), tensors.local(weights), alpha=factor)
+        torch._foreach_add_(shards.local(grads), shards.local(weights), alpha=factor)
 
 
 def _signs(weights: list[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
-from lightning_optim import tensors
-from lightning_optim.policy import Policy
-from lightning_optim.schedules import Schedule, check_number, value_at
-from lightning_optim.tensors import Selector
+from lightning_optim.base import shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.policy import Policy
+from lightning_optim.base.schedules import Schedule, value_at
+from lightning_optim.base.selection import Selector
 
 
 class Proximal(Policy, abc.ABC):
@@ -26,14 +27,15 @@ class Proximal(Policy, abc.ABC):
 
         >>> class Box(Proximal):
         ...     def project_(self, weights, *, lr, step=0, total=math.inf):
-        ...         torch._foreach_clamp_max_(tensors.local(weights), 1.0)
+        ...         torch._foreach_clamp_max_(shards.local(weights), 1.0)
         >>> weight = torch.tensor([0.5, 2.0])
         >>> Box().project_([weight], lr=0.1)
         >>> weight
         tensor([0.5000, 1.0000])
 
     Attributes:
-        on: The parameters that are projected, for :func:`~lightning_optim.tensors.select`; ``None`` takes those with
+        on: The parameters that are projected, for :func:`~lightning_optim.base.selection.select`;
+            ``None`` takes those with
             two dimensions or more.
         exclude: What is left out of them, in the same terms.
     """
@@ -89,5 +91,5 @@ class ProximalL1(Proximal):
     @torch.no_grad()
     def project_(self, weights: Sequence[Tensor], *, lr: float, step: int = 0, total: float = math.inf) -> None:
         threshold = lr * value_at(self.strength, step, total)
-        for weight in tensors.local(weights):
+        for weight in shards.local(weights):
             softshrink(weight, threshold, out=weight)  # type: ignore[call-arg]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_optim.callback import OptimCallback
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.regularization import dropout
-from lightning_optim.schedules import Schedule, check_number, value_at
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 
 
 class ScheduledDropout(OptimCallback):

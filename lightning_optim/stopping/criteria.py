@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.policy import Policy
-from lightning_optim.schedules import check_number
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.policy import Policy
 
 Metrics = Mapping[str, "float | Tensor"]
 

@@ -7,24 +7,22 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim import state
-from lightning_optim.callback import OptimCallback
-from lightning_optim.figures import canvas
-from lightning_optim.launched import check_not_lost, check_weights_are_here
-from lightning_optim.own_files import OwnFiles
-from lightning_optim.refusals import hides_weights
-from lightning_optim.slots import Slot
-from lightning_optim.stopping.attributes import CriterionAttributes
-from lightning_optim.stopping.best import InDirectory, InMemory, Keeper
+from lightning_optim.plotting import canvas
+from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.files.own_files import OwnFiles
+from lightning_optim.runtime.lightning import EarlyStopping as LightningEarlyStopping
+from lightning_optim.runtime.lightning import EarlyStoppingReason, LightningModule, Trainer, rank_zero_warn
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.refusals import hides_weights
+from lightning_optim.runtime.spawned import check_not_lost, check_weights_are_here
+from lightning_optim.stopping.best_weights import InDirectory, InMemory, Keeper
+from lightning_optim.stopping.combined import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
-from lightning_optim.stopping.several import AnyOf
+from lightning_optim.stopping.lightning_attributes import CriterionAttributes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -377,7 +375,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         OptimCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
-        state.leave_out(trainer.strategy, pl_module, self.state_key, ("best", "raw"), self._left_out.update)
+        checkpoint_state.leave_out(trainer.strategy, pl_module, self.state_key, ("best", "raw"), self._left_out.update)
 
     def rank_state(self) -> dict[str, Tensor]:
         return self._keeper.rank_state()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lightning_optim import tensors
+from lightning_optim.base import module_tensors
 
 
 def folded(held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -23,10 +23,10 @@ def misfits(live: Mapping[str, Tensor], module: nn.Module, held: Iterable[str], 
 
     Frozen tensors need not be held.
     """
-    held, named = set(held), {tensors.plain_name(name) for name in tensors.named_tensors(module)}
+    held, named = set(held), {module_tensors.plain_name(name) for name in module_tensors.named_tensors(module)}
     parts = {
         "the module has no longer": held - named,
-        "the best check had no": live.keys() - held - tensors.frozen_names(module),
+        "the best check had no": live.keys() - held - module_tensors.frozen_names(module),
         "of another shape by now:": (held & live.keys()) - set(fits),
     }
     return "; ".join(f"{what} {listed(names)}" for what, names in parts.items() if names)

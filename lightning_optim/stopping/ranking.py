@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from lightning_optim.policy import Policy
-from lightning_optim.schedules import check_number
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.policy import Policy
 from lightning_optim.stopping.criteria import Metrics, checked, read, worst
 
 

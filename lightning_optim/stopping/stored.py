@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_optim import safe_reading, tensors
-from lightning_optim.folder_reading import load_folder, reader_of
+from lightning_optim.base import module_tensors, shards
+from lightning_optim.runtime.files import safe_reading
+from lightning_optim.runtime.files.sharded_reading import load_folder, reader_of
 from lightning_optim.stopping.misfits import folded
 
 _PREFIX = "state_dict."
@@ -36,12 +37,12 @@ class Stored:
 
 def _file(path: str, live: Mapping[str, Tensor], weights_only: bool) -> Stored:
     loaded = safe_reading.load(path, weights_only)["state_dict"]
-    named = {tensors.plain_name(name): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+    named = {module_tensors.plain_name(name): tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
     saved = folded(named, live)
 
     def copy_into_(targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
-            tensors.copy_(target, saved[name])
+            shards.copy_(target, saved[name])
 
     return Stored({name: tensor.shape for name, tensor in saved.items()}, copy_into_)
 
@@ -50,7 +51,7 @@ def _folder(path: str, weights_only: bool) -> Stored:
     entries = reader_of(path, weights_only).read_metadata().state_dict_metadata
     keys = {key.removeprefix(_PREFIX): entry for key, entry in entries.items() if key.startswith(_PREFIX)}
     shapes = {key: entry.size for key, entry in keys.items() if hasattr(entry, "size")}
-    names = {tensors.plain_name(key): key for key in shapes}
+    names = {module_tensors.plain_name(key): key for key in shapes}
 
     def copy_into_(targets: Mapping[str, Tensor]) -> None:
         # Into the live storage, shard by shard.

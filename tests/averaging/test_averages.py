@@ -23,9 +23,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim import tensors
 from lightning_optim.averaging.averages import EMA, LAWA, SWA, Average
-from tests.machine.groups import Group
+from lightning_optim.base import foreach, shards
+from tests.harness.groups import Group
 
 
 def _closed_form(history: list[Tensor], steps: list[int], decay: float, warmup: float | None) -> Tensor:
@@ -188,7 +188,7 @@ def test_the_mean_of_the_last_in_double_precision(size: int, dtype: torch.dtype)
             continue  # the mean is computed when it is asked for: now and then
         for average, counted in ((swa, history), (lawa, history[-size:])):
             wanted = sum(weight.double() for weight in counted) / len(counted)
-            assert average.averaged[0].dtype == tensors.accumulation_dtype(history[0])
+            assert average.averaged[0].dtype == foreach.accumulation_dtype(history[0])
             torch.testing.assert_close(average.averaged[0].double(), wanted, rtol=1e-5, atol=1e-6)
     assert swa.counters == lawa.counters == {"updates": 20, "first": 0, "last": 57}
     assert len(lawa.memory) == min(size, 20)
@@ -287,7 +287,7 @@ def test_every_shape_and_layout(dtype: torch.dtype, mixed: bool) -> None:
         ema.update_(weights, step=step)
     for index, average in enumerate(ema.averaged):
         wanted = _closed_form([weights[index] for weights in together], [0, 1, 2], 0.9, 2 / 3)
-        assert average.dtype == tensors.accumulation_dtype(together[0][index])
+        assert average.dtype == foreach.accumulation_dtype(together[0][index])
         torch.testing.assert_close(average, wanted.to(average.dtype), rtol=1e-5, atol=1e-6)
 
 
@@ -415,9 +415,9 @@ def test_values_may_change_places_with_the_weights_and_back() -> None:
     for step in range(4):
         ema.update_([weight], step=step)
         plain.update_([weight], step=step)
-        tensors.exchange_(ema.averaged[0], weight)
+        foreach.exchange_(ema.averaged[0], weight)
         assert torch.equal(weight, plain.averaged[0])
-        tensors.exchange_(ema.averaged[0], weight)
+        foreach.exchange_(ema.averaged[0], weight)
         weight += 1.0
     assert torch.equal(ema.averaged[0], plain.averaged[0])
 
@@ -484,7 +484,7 @@ def _on_shards(dtype: torch.dtype) -> tuple[list[float], list[bool]]:
         ema.update_(placed, step=step)
         ema = copy.deepcopy(ema)
     far = [
-        (tensors.whole(average) - wanted).abs().max().item()
+        (shards.whole(average) - wanted).abs().max().item()
         for average, wanted in zip(ema.averaged, whole_ema.averaged, strict=True)
     ]
     alike = [

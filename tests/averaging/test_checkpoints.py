@@ -26,8 +26,8 @@ from lightning_optim import (
     refresh_batchnorm_,
 )
 from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, plain_net, snapshot, trainer
-from tests.machine.groups import Group
-from tests.machine.run import LivingEnvironment
+from tests.harness.groups import Group
+from tests.harness.run import LivingEnvironment
 
 
 def _models(count: int, make=plain_net) -> list[nn.Module]:
@@ -428,8 +428,8 @@ def test_arguments_are_refused(arguments) -> None:
 def _sharded(folder: str) -> list:
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    from tests.machine.cells import Cell
-    from tests.machine.models import build, full_weights
+    from tests.harness.cells import Cell
+    from tests.harness.models import build, full_weights
 
     saved = ModelCheckpoint(folder, monitor="val_loss", save_top_k=3)
     callback = CheckpointAveraging(top=3)

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_optim import average_checkpoints, cli, greedy_soup, safe_reading
+from lightning_optim import average_checkpoints, cli, greedy_soup
+from lightning_optim.runtime.files import safe_reading
 from tests.averaging.memory import peak_over_start
 
 _generator = torch.Generator().manual_seed(0)

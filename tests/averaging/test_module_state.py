@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import Dataset
 
-from lightning_optim.averaging.module_state import ModuleState
-from lightning_optim.logs import intercept_log
+from lightning_optim.averaging.training.module_state import ModuleState
+from lightning_optim.runtime.lightning.log_interception import intercept_log
 
 
 class Dictionary(dict):

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_optim import EMA, CheckpointAveraging, WeightAveraging
-from lightning_optim.own_files import OwnFiles
+from lightning_optim.runtime.files.own_files import OwnFiles
 from tests.averaging.models import Model, assert_equal, data, snapshot, trainer
 from tests.averaging.test_checkpoints import Scripted
 

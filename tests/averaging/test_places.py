@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_optim import average_checkpoints, average_weights, cli, greedy_soup
-from lightning_optim.averaging.inspecting import averaged_state_dict
+from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict
 
 
 def _full(value: float) -> torch.Tensor:

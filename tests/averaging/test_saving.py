@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, GradientAccumulation, WeightAveraging
-from lightning_optim.averaging.shadow import Shadow
+from lightning_optim.averaging.training.shadow import Shadow
 from tests.averaging.models import Model, assert_close, assert_equal, data, differ, ema, fit, norm_net, snapshot
 
 DECAY = 0.8

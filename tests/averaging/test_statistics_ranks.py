@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_optim import SWA, WeightAveraging, refresh_batchnorm_
 from tests.averaging.models import Model, assert_close, assert_equal, data, norm_net, trainer
-from tests.machine.groups import Group, JobFailed
-from tests.machine.run import LivingEnvironment
+from tests.harness.groups import Group, JobFailed
+from tests.harness.run import LivingEnvironment
 
 
 def _whole(module: nn.Module) -> dict[str, Tensor]:

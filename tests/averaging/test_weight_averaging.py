@@ -192,7 +192,7 @@ def test_an_exception_in_validation_leaves_raw_weights_and_a_file_that_resumes(t
 
 
 def test_an_interrupt_within_the_exchange_waits(request: pytest.FixtureRequest) -> None:
-    from lightning_optim.averaging import shadow
+    from lightning_optim.averaging.training import shadow
 
     # A process that was started in the background may ignore interrupts from its birth on.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,10 +13,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_optim import EMA, SWA, WeightAveraging
 from tests.averaging.models import Model, assert_equal, data, differ, snapshot, trainer
-from tests.machine.cells import Cell
-from tests.machine.groups import Group, JobFailed
-from tests.machine.models import build, full_weights
-from tests.machine.run import LivingEnvironment
+from tests.harness.cells import Cell
+from tests.harness.groups import Group, JobFailed
+from tests.harness.models import build, full_weights
+from tests.harness.run import LivingEnvironment
 
 
 def _sharded(folder: str, whole_files: bool, plan: str) -> list[Any]:

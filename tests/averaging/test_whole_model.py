@@ -29,10 +29,10 @@ from tests.averaging.models import (
     snapshot,
     trainer,
 )
-from tests.machine.cells import Cell
-from tests.machine.groups import Group
-from tests.machine.models import build, full_weights
-from tests.machine.run import LivingEnvironment
+from tests.harness.cells import Cell
+from tests.harness.groups import Group
+from tests.harness.models import build, full_weights
+from tests.harness.run import LivingEnvironment
 
 DECAY = 0.8
 

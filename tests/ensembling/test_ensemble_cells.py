@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_optim import Ensemble
-from tests.machine import models, problem
-from tests.machine.by_hand import autocast
-from tests.machine.cells import Cell, Precision, Strategy
-from tests.machine.groups import Group, JobFailed
-from tests.machine.run import make_trainer
+from tests.harness import models, problem
+from tests.harness.by_hand import autocast
+from tests.harness.cells import Cell, Precision, Strategy
+from tests.harness.groups import Group, JobFailed
+from tests.harness.run import make_trainer
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]
 SEEDS = (1, 5, 6)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lightning_optim import fit_members
 from lightning_optim.ensembling.manifest import member_seed
-from tests.machine import models, problem
-from tests.machine.by_hand import Formula, Loop, Weights
-from tests.machine.cells import Cell, Precision, Strategy
-from tests.machine.formulas import deviation
-from tests.machine.groups import Group, JobFailed
-from tests.machine.run import make_trainer
+from tests.harness import models, problem
+from tests.harness.by_hand import Formula, Loop, Weights
+from tests.harness.cells import Cell, Precision, Strategy
+from tests.harness.formulas import deviation
+from tests.harness.groups import Group, JobFailed
+from tests.harness.run import make_trainer
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]
 SIZE = 2

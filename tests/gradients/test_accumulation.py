@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import GradientAccumulation, ManualOptimizationMixin
-from lightning_optim.gradients.windows import weight_of
-from tests.machine import models, problem, run
-from tests.machine.cells import Cell
-from tests.machine.formulas import deviation
-from tests.machine.groups import Group
+from lightning_optim.gradients.accumulation_window import weight_of
+from tests.harness import models, problem, run
+from tests.harness.cells import Cell
+from tests.harness.formulas import deviation
+from tests.harness.groups import Group
 
 COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
 """How many samples count, in each micro-batch, on each of two ranks."""

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from lightning_optim import tensors
+from lightning_optim.base import shards
+from lightning_optim.base.norms import total_norm
+from lightning_optim.base.schedules import Linear
 from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping
-from lightning_optim.norms import total_norm
-from lightning_optim.schedules import Linear
-from tests.machine.groups import Group
+from tests.harness.groups import Group
 
 
 def _grads(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -188,7 +188,7 @@ def _on_shards() -> list[float]:
         placed += [grad.clone() for grad in grads[4:]]
         norm, wanted = policy.clip_(placed), policy.clip_(grads)
         far += [] if wanted is None else [(norm / wanted - 1.0).abs().item()]
-        far += [(tensors.whole(g) - w).abs().max().item() for g, w in zip(placed, grads, strict=True)]
+        far += [(shards.whole(g) - w).abs().max().item() for g, w in zip(placed, grads, strict=True)]
     return far
 
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim import AGC, AutoClip, ClipByNorm, GradientClipping, GradientMonitor, ZClip
-from tests.machine import models, run
-from tests.machine.cells import Cell
-from tests.machine.groups import Group
+from tests.harness import models, run
+from tests.harness.cells import Cell
+from tests.harness.groups import Group
 
 FAULTS = 250  # in each of four runs
 VALUES = (float("nan"), float("inf"), float("-inf"))

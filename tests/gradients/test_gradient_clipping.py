@@ -22,8 +22,8 @@ from lightning_optim import (
     GradientClipping,
     ZClip,
 )
-from tests.machine import models, run
-from tests.machine.cells import Cell
+from tests.harness import models, run
+from tests.harness.cells import Cell
 
 CELL = Cell("automatic", "32-true", "single", "1")
 

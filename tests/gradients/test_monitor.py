@@ -10,21 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_optim import (
-    AGC,
-    Centralize,
-    ClipByNorm,
-    ClipByValue,
-    GradientClipping,
-    GradientMonitor,
-    drop_step,
-    norms,
-)
-from lightning_optim.norms import total_norm
+from lightning_optim import AGC, Centralize, ClipByNorm, ClipByValue, GradientClipping, GradientMonitor, drop_step
+from lightning_optim.base import norms
+from lightning_optim.base.norms import total_norm
 from tests.gradients.test_gradient_clipping import CELL, Bad
-from tests.machine import models, run
-from tests.machine.cells import Cell
-from tests.machine.groups import Group
+from tests.harness import models, run
+from tests.harness.cells import Cell
+from tests.harness.groups import Group
 
 matplotlib.use("Agg")
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_optim import GradientAccumulation, ManualOptimizationMixin
-from tests.machine.models import Batches
+from tests.harness.models import Batches
 
 
 class Lines(LightningModule):
@@ -181,7 +181,7 @@ def test_a_loose_tensor_is_saved_by_its_place_in_the_optimizer(tmp_path: Path) -
 
 def test_the_mean_over_other_ranks_takes_what_each_has() -> None:
     """A parameter without a gradient on one rank has the rest of the sum; sparse gradients are summed too."""
-    from lightning_optim.gradients.accumulation import _mean
+    from lightning_optim.gradients.gradient_accumulation import _mean
 
     sparse = torch.tensor([[0.0, 0.0], [2.0, 4.0]]).to_sparse(1)
     ranks = [{"a": torch.tensor([1.0]), "s": sparse}, {"a": torch.tensor([3.0]), "b": torch.tensor([8.0]), "s": sparse}]

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from lightning_optim import AGC, AutoClip, Centralize, ClipByNorm, Linear, Noise, NormClipping, ZClip, tensors
+from lightning_optim import AGC, AutoClip, Centralize, ClipByNorm, Linear, Noise, NormClipping, ZClip
+from lightning_optim.base import shards
+from lightning_optim.base.norms import total_norm
 from lightning_optim.gradients.clipping import Clipping
-from lightning_optim.gradients.guard import Guard
-from lightning_optim.gradients.recent import Recent
-from lightning_optim.norms import total_norm
-from tests.machine.groups import Group
+from lightning_optim.gradients.norm_history import Recent
+from lightning_optim.gradients.step_skipping import Guard
+from tests.harness.groups import Group
 
 SHAPES = [(4, 3), (7,), (), (2, 3, 2), (3, 2, 2, 2)]
 
@@ -359,7 +360,7 @@ def _on_shards() -> list[tuple[str, float]]:
             policy.clip_(placed, place(weights), step=step, **units)
             other.clip_(grads, weights, step=step, **units)
             far += [
-                (repr(policy), (tensors.whole(p) - g).abs().max().item()) for p, g in zip(placed, grads, strict=True)
+                (repr(policy), (shards.whole(p) - g).abs().max().item()) for p, g in zip(placed, grads, strict=True)
             ]
     return far
 

@@ -21,7 +21,7 @@ from lightning_optim import (
     ZClip,
 )
 from tests.gradients.test_gradient_clipping import CELL, _fit
-from tests.machine import models, run
+from tests.harness import models, run
 
 
 class Reads(TorchDispatchMode):

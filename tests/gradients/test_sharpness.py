@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lightning_optim import ClipByNorm, GradientAccumulation, GradientClipping, SharpnessAwareMixin
-from tests.machine import models, problem, run
-from tests.machine.by_hand import Formula as Plain
-from tests.machine.by_hand import Loop, Outcome, autocast
-from tests.machine.cells import CELLS, Cell
-from tests.machine.formulas import deviation
-from tests.machine.groups import Group
+from tests.harness import models, problem, run
+from tests.harness.by_hand import Formula as Plain
+from tests.harness.by_hand import Loop, Outcome, autocast
+from tests.harness.cells import CELLS, Cell
+from tests.harness.formulas import deviation
+from tests.harness.groups import Group
 
 RHO = 0.5
 BY_HAND = "which needs `automatic_optimization = True`"

@@ -32,9 +32,9 @@ from lightning_optim import (
     ZClip,
     gradients_of,
 )
-from tests.machine.groups import Group
-from tests.machine.models import Batches
-from tests.machine.run import LivingEnvironment, Recorder
+from tests.harness.groups import Group
+from tests.harness.models import Batches
+from tests.harness.run import LivingEnvironment, Recorder
 
 Index = list[list[int]]
 

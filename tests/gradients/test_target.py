@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import GradientAccumulation, TargetBatchSize
-from tests.machine import models, problem, run
-from tests.machine.cells import Cell
-from tests.machine.formulas import deviation
-from tests.machine.groups import Group
+from tests.harness import models, problem, run
+from tests.harness.cells import Cell
+from tests.harness.formulas import deviation
+from tests.harness.groups import Group
 
 
 @pytest.mark.parametrize(

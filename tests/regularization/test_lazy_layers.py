@@ -22,10 +22,10 @@ from lightning_optim import (
     ProximalL1,
     ScheduledDropout,
     WeightRegularization,
-    tensors,
 )
-from tests.machine.models import Batches
-from tests.machine.run import Recorder
+from lightning_optim.base import selection
+from tests.harness.models import Batches
+from tests.harness.run import Recorder
 
 
 class Net(LightningModule):
@@ -171,7 +171,7 @@ def test_a_glob_of_dropout_takes_layers_and_no_normalization() -> None:
 
 def test_selection_is_renewed_when_a_parameter_gets_its_shape() -> None:
     model = nn.ModuleDict({"first": nn.LazyLinear(3), "then": nn.LazyLinear(1), "last": nn.Linear(2, 2)})
-    default, named = tensors.Selection(model), tensors.Selection(model, on="*.weight")
+    default, named = selection.Selection(model), selection.Selection(model, on="*.weight")
     weights = [id(model[name].weight) for name in model]
     assert default.ids == default.existing == {weights[2]}
     assert named.ids == set(weights)

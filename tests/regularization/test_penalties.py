@@ -13,10 +13,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim import tensors
+from lightning_optim.base import shards
+from lightning_optim.base.schedules import Linear, Piecewise
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
-from lightning_optim.schedules import Linear, Piecewise
-from tests.machine.groups import Group
+from tests.harness.groups import Group
 
 TEXTBOOK = torch.tensor([[-2.0, -1.0, 0.0], [1.0, 2.0, 3.0]])
 PENALTIES = [L1(0.1), L2(0.1), ElasticNet(0.1, 0.2)]
@@ -206,7 +206,7 @@ def test_refused(build, sentence: str) -> None:
             "L1(strength=1e-05, on=['a.*', 'b.*'], exclude='*.bias')",
         ),
         (
-            "strength: {class_path: lightning_optim.schedules.Linear, init_args: {start: 1.0, end: 0.0}}",
+            "strength: {class_path: lightning_optim.base.schedules.Linear, init_args: {start: 1.0, end: 0.0}}",
             "L1(strength=Linear(start=1.0, end=0.0))",
         ),
     ],
@@ -235,7 +235,7 @@ def _on_shards() -> list[float]:
         penalty.add_grad_(whole, grads)
         penalty.add_grad_(placed, placed_grads)
         far.append((penalty.value(placed) / penalty.value(whole) - 1.0).abs().item())
-        far += [(tensors.whole(g) - w).abs().max().item() for g, w in zip(placed_grads, grads, strict=True)]
+        far += [(shards.whole(g) - w).abs().max().item() for g, w in zip(placed_grads, grads, strict=True)]
     return far
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import L1, L2, ClipByNorm, GradientClipping, ProximalL1, WeightRegularization
-from lightning_optim.tensors import Selection
+from lightning_optim.base.selection import Selection
 
 
 class Replaces(LightningModule):

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
 
 from lightning_optim import EarlyStopping
+from lightning_optim.stopping import best_weights
 from tests.stopping.fits import Scripted, after, fit, same, weights
 
 WORSE = [1.0, 2.0, 3.0]
@@ -313,7 +314,7 @@ def test_a_copy_from_disk_that_fails_halfway_is_undone(tmp_path: Path, monkeypat
                 if len(copied) == 2:
                     raise RuntimeError("a broken disk")
 
-            monkeypatch.setattr("lightning_optim.tensors.copy_", copy_)
+            monkeypatch.setattr("lightning_optim.base.shards.copy_", copy_)
 
     module = Failing(WORSE)
     with pytest.warns(UserWarning, match="keeps its last weights.*a broken disk"):
@@ -333,17 +334,15 @@ def test_nothing_to_restore() -> None:
 def test_an_interrupt_waits_until_the_best_is_whole(tmp_path: Path) -> None:
     import signal
 
-    from lightning_optim.stopping import best
-
     module, callback = Scripted(WORSE), EarlyStopping("val_loss")
-    whole = best.exchange_
+    whole = best_weights.exchange_
 
     def interrupted(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return whole(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(best, "exchange_", interrupted)
+        patch.setattr(best_weights, "exchange_", interrupted)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(module, callback, max_epochs=3)
     assert same(weights(module), module.seen[0])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
-from tests.machine import run
-from tests.machine.groups import Group
+from tests.harness import run
+from tests.harness.groups import Group
 from tests.stopping.fits import Scripted, fit, same
 
 

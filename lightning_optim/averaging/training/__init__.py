@@ -1,0 +1,1 @@
+"""Averages during a fit."""

@@ -1,0 +1,208 @@
+"""Batches beside training: an iterator of its own over the data, and the run's draws and positions untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_optim.base.arguments import check_number
+from lightning_optim.runtime.lightning import CombinedLoader, LightningModule, Trainer, isolate_rng
+
+
+@contextlib.contextmanager
+def batches_beside(
+    trainer: Trainer, loader: Iterable[Any] | None, count: int | None, seed: int, group: dist.ProcessGroup | None
+) -> Iterator[Iterator[Any]]:
+    """Context manager: yield an iterator over the first batches of a copy of the loader.
+
+    Args:
+        trainer: The running Trainer.
+        loader: Where the batches come from; ``None``: the training data.
+        count: How many; ``None``: all. Never more than the loader has.
+        seed: Seed of all draws within, so that a resumed run sees the same batches. Afterwards all random state is as
+            before.
+        group: The ranks that train on different data, and shall get equally many batches: as many as each of them has.
+    """
+    if loader is None:
+        loader, count = _training_data(trainer), _limit(trainer, count)
+    with isolate_rng(), _draws_kept(loader) as generators:
+        # Ranks that hold parts of one model see one batch.
+        _seed(seed + (0 if group is None else dist.get_rank(group)), generators)
+        with contextlib.closing(_take(loader, count, group)) as batches:
+            yield batches
+
+
+def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """Convert and move a batch as Lightning does before ``training_step`` gets it."""
+    converted = trainer.precision_plugin.convert_input(batch)
+    converted = pl_module._on_before_batch_transfer(converted, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(converted, dataloader_idx=0)
+
+
+def check_arguments(batches: int | None, loader: Iterable[Any] | None) -> None:
+    """Refuse a ``refresh_batches`` or a ``refresh_loader`` that cannot be used.
+
+    Raises:
+        ValueError: If so.
+    """
+    if batches is not None:
+        check_number("refresh_batches", batches, low=1, integer=True)
+    if loader is not None:
+        if not isinstance(loader, Iterable):
+            raise ValueError(f"`refresh_loader` must be a loader of batches, which can be iterated, got {loader!r}")
+        own_copy(loader)
+
+
+def own_copy(loader: Any) -> Any:
+    """Return a loader over the same data that can be iterated while ``loader`` itself is being iterated.
+
+    Raises:
+        ValueError: If there is no second iterator: the data can be read once only.
+    """
+    if isinstance(loader, CombinedLoader):
+        copied = copy.copy(loader)
+        copied.flattened = [own_copy(part) for part in loader.flattened]
+        copied.__dict__["_iterator"] = None
+        return copied
+    if not isinstance(loader, DataLoader):
+        return _copy_of(loader)
+    copied = copy.copy(loader)
+    # Workers that persist belong to the one iterator of the loader that trains. Set past DataLoader's own guard.
+    changed: dict[str, Any] = {"_iterator": None, "persistent_workers": False}
+    if isinstance(loader.dataset, IterableDataset):
+        changed["dataset"] = loader.dataset if loader.num_workers else _copy_of(loader.dataset)
+    else:
+        changed["sampler"] = copy.copy(loader.sampler)
+        if loader.batch_sampler is not None:
+            batch_sampler: Any = copy.copy(loader.batch_sampler)
+            changed["batch_sampler"] = batch_sampler
+            if getattr(batch_sampler, "sampler", None) is loader.sampler:
+                batch_sampler.sampler = changed["sampler"]
+    copied.__dict__.update(changed)
+    return copied
+
+
+def _copy_of(data: Any) -> Any:
+    refused = ValueError(
+        f"BatchNorm statistics are estimated over an iterator of their own, and {type(data).__name__} can be read once"
+        ' only: give `refresh_loader=`, a loader that can be iterated anew, or choose `buffers="average"`.'
+    )
+    if isinstance(data, Iterator):
+        raise refused
+    if isinstance(data, IterableDataset):
+        try:
+            return copy.deepcopy(data)  # its position, files and queues
+        except TypeError as error:
+            raise refused from error
+    return copy.copy(data)
+
+
+def _training_data(trainer: Trainer) -> Iterable[Any]:
+    combined = trainer.fit_loop._combined_loader
+    assert combined is not None, "the training data are there before the first step"
+    return combined
+
+
+def _limit(trainer: Trainer, batches: int | None) -> int | None:
+    available = trainer.num_training_batches
+    if batches is None:
+        return None if available == float("inf") else int(available)
+    return int(min(batches, available))
+
+
+def _take(loader: Iterable[Any], batches: int | None, group: dist.ProcessGroup | None) -> Generator[Any, None, None]:
+    combined = own_copy(loader)
+    parts = combined.flattened if isinstance(combined, CombinedLoader) else [combined]
+    resumes, count = any(hasattr(part, "state_dict") for part in parts), 0
+    while batches is None or count < batches:
+        before, iterator = count, iter(combined)
+        while (batches is None or count < batches) and all_agree((item := next(iterator, _END)) is not _END, group):
+            yield item[0] if isinstance(combined, CombinedLoader) else item
+            count += 1
+        # A loader that resumed in the middle of an epoch starts there, and gives the rest in a second pass.
+        if batches is None or count == before or not resumes:
+            return
+
+
+_END: Any = object()
+
+
+def all_agree(answer: bool, group: dist.ProcessGroup | None) -> bool:
+    """Return whether ``answer`` is true on all ranks of the group."""
+    if group is None:
+        return answer
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    answers = torch.tensor([answer], dtype=torch.int, device=device)
+    dist.all_reduce(answers, op=dist.ReduceOp.MIN, group=group)
+    return bool(answers.item())
+
+
+# ---- random draws ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _draws_kept(loader: Any) -> Iterator[list[torch.Generator]]:
+    """Put back, afterwards, every generator that the loader, its samplers and its datasets hold; yield torch's."""
+    held = [value for owner in _parts(loader) for value in vars(owner).values() if is_generator(value)]
+    states = [(generator, generator_state(generator)) for generator in {id(g): g for g in held}.values()]
+    try:
+        yield [generator for generator, _ in states if isinstance(generator, torch.Generator)]
+    finally:
+        for generator, state in states:
+            set_generator_state_(generator, state)
+
+
+def is_generator(value: Any) -> bool:
+    """Return whether ``value`` is an object that draws random numbers: one of torch, Python or NumPy."""
+    from numpy.random import BitGenerator, Generator, RandomState
+
+    return isinstance(value, torch.Generator | random.Random | BitGenerator | Generator | RandomState)
+
+
+def generator_state(generator: Any) -> Any:
+    """Return the state of such an object."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    generator = getattr(generator, "bit_generator", generator)
+    return copy.deepcopy(generator.state) if hasattr(generator, "state") else generator.get_state()
+
+
+def set_generator_state_(generator: Any, state: Any) -> None:
+    """Put back what :func:`generator_state` returned."""
+    generator = getattr(generator, "bit_generator", generator)
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "state"):
+        generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def _parts(loader: Any) -> list[Any]:
+    """Return the objects that may hold a generator: loaders, samplers, datasets and what these wrap, transforms."""
+    found: list[Any] = []
+    queue = list(loader.flattened) if isinstance(loader, CombinedLoader) else [loader]
+    while queue:
+        part = queue.pop()
+        if part is None or not hasattr(part, "__dict__") or any(part is known for known in found):
+            continue
+        found.append(part)
+        queue += [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset", "transform")]
+    return found
+
+
+def _seed(seed: int, generators: list[torch.Generator]) -> None:
+    import numpy
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    for generator in generators:
+        generator.manual_seed(seed)

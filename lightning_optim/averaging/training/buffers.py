@@ -1,0 +1,179 @@
+"""Decide for each buffer whether an average of the model has its mean, its latest value, or an estimate."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
+
+from lightning_optim.averaging.training import spectral
+from lightning_optim.averaging.training.batchnorm import statistics_layers
+from lightning_optim.averaging.training.sources import Names, Source, has_mean, names_in
+from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.runtime.lightning import MisconfigurationException
+
+Treatment: TypeAlias = Literal["average", "copy", "refresh"]
+Treatments: TypeAlias = Treatment | Mapping[str, Treatment]
+
+_ALL: tuple[Treatment, ...] = ("average", "refresh", "copy")
+_STATISTICS = ("running_mean", "running_var")
+
+_NOT_MEANS = (
+    ("torch.ao.quantization.observer", "ObserverBase"),
+    ("torch.ao.quantization.fake_quantize", "FakeQuantizeBase"),
+    ("torch.ao.pruning.sparsifier.utils", "FakeSparsity"),
+    ("torch.nn.utils.parametrizations", "_Orthogonal"),
+    ("torchao.quantization.observer", "AffineQuantizedObserverBase"),
+    ("torchao.quantization.pt2e.observer", "ObserverBase"),
+    ("torchao.quantization.pt2e.fake_quantize", "FakeQuantizeBase"),
+    ("torchao.quantization.qat.fake_quantizer", "FakeQuantizerBase"),
+    ("torchmetrics", "Metric"),
+)
+"""Classes, by module and name, whose floating-point buffers are no means: scales that belong to integer zero points,
+extremes, histograms, masks, bases, and counts of a metric. A module that was never imported has no instances."""
+
+
+@dataclass
+class Treated:
+    """Each buffer's treatment.
+
+    Attributes:
+        averaged: Buffers that are averaged, in the order of the model.
+        layers: BatchNorm layers whose statistics are estimated over data; these are averaged as long as they are not.
+        vectors: Spectral normalizations whose vectors are estimated by power iteration.
+    """
+
+    averaged: list[Source] = field(default_factory=list)
+    layers: list[_BatchNorm] = field(default_factory=list)
+    vectors: list[spectral.Spectral] = field(default_factory=list)
+
+
+def check_argument(buffers: Any) -> None:
+    """Refuse a ``buffers`` that is neither a treatment nor a dictionary from patterns to treatments.
+
+    Raises:
+        ValueError: If so.
+    """
+    treatments = buffers if isinstance(buffers, Mapping) else {} if buffers is None else {"*": buffers}
+    if any(not isinstance(name, str) or treatment not in _ALL for name, treatment in treatments.items()):
+        raise ValueError(
+            f'`buffers` must be "average", "refresh", "copy" or None, got {buffers!r}; or a dictionary from patterns of'
+            ' names to the first three, such as {"encoder.*": "copy", "*": "average"}'
+        )
+
+
+def treat(module: nn.Module, buffers: Treatments, default: Treatment, callback: str) -> Treated:
+    """Decide the treatment of each saved floating-point buffer, by its name and its kind and never by its value.
+
+    The first pattern that matches decides. Where none does, known kinds that are no means are copied, vectors of
+    spectral normalization are estimated, and the rest follows the pattern ``"*"``, else the default.
+
+    Args:
+        module: The model.
+        buffers: A treatment for all, or one for each pattern.
+        default: The treatment where no pattern matches.
+        callback: Whose argument it is, for messages.
+
+    Raises:
+        MisconfigurationException: For a pattern that matches nothing that can be treated so.
+    """
+    patterns = dict(buffers) if isinstance(buffers, Mapping) else {"*": buffers}
+    rest = patterns.pop("*", default)
+    names = names_in(module)
+    chosen = _by_pattern(module, names, patterns, callback)
+    normed = [n for n in spectral.find(module) if all(key in n.owner._buffers for key in n.keys)]
+    of_vectors = {(id(norm.owner), key) for norm in normed for key in norm.keys}
+    copied = set(_no_means(module))
+    estimable = of_vectors | {(id(layer), key) for layer in statistics_layers(module) for key in _STATISTICS}
+    treated, done = Treated(), set[int]()
+    found: dict[tuple[int, str], Treatment] = {}
+    for owner, key, buffer in _saved(module, names):
+        place = (id(owner), key)
+        by_kind: Treatment = "refresh" if place in of_vectors else "copy" if place in copied else rest
+        found[place] = chosen.get(place, by_kind)
+        if chosen.get(place) == "refresh" and place not in estimable and has_mean(buffer):
+            raise MisconfigurationException(
+                f'{callback}(buffers={buffers!r}): "refresh" estimates statistics of BatchNorm and vectors of spectral'
+                f' normalization anew, and {_name(names, buffer)!r} is neither: choose "average" or "copy" for it.'
+            )
+        estimated = place in of_vectors and found[place] == "refresh"
+        if found[place] != "copy" and not estimated and has_mean(buffer) and id(buffer) not in done:
+            done.add(id(buffer))  # a shared buffer once
+            treated.averaged.append(Source(owner=owner, key=key, names=names[id(buffer)]))
+    _estimate_in_pairs(treated, module, normed, names, found, callback)
+    return treated
+
+
+def _estimate_in_pairs(
+    treated: Treated,
+    module: nn.Module,
+    normed: list[spectral.Spectral],
+    names: Names,
+    found: dict[tuple[int, str], Treatment],
+    callback: str,
+) -> None:
+    """Collect the layers that are estimated anew; both buffers of a layer are estimated together."""
+
+    def whole(owner: nn.Module, keys: Iterable[str]) -> bool:
+        treatments = [found.get((id(owner), key)) for key in keys]
+        if "refresh" in treatments and len(set(treatments)) > 1:
+            pair = [_name(names, owner._buffers[key]) for key in keys]
+            raise MisconfigurationException(
+                f'{callback}(buffers=…): {pair} are estimated together, and got {treatments}: give both "refresh",'
+                " or none of them."
+            )
+        return treatments[0] == "refresh"
+
+    treated.layers = [layer for layer in statistics_layers(module) if whole(layer, _STATISTICS)]
+    treated.vectors = [norm for norm in normed if whole(norm.owner, norm.keys)]
+
+
+def _by_pattern(
+    module: nn.Module, names: Names, patterns: Mapping[str, Treatment], callback: str
+) -> dict[tuple[int, str], Treatment]:
+    """Return the place and the treatment of each buffer that a pattern matches."""
+    chosen: dict[tuple[int, str], Treatment] = {}
+    for pattern, treatment in patterns.items():
+        hits = 0
+        for owner, key, buffer in _saved(module, names):
+            if any(fnmatch.fnmatchcase(plain_name(name), pattern) for name in names[id(buffer)]):
+                chosen.setdefault((id(owner), key), treatment)
+                hits += treatment == "copy" or has_mean(buffer)
+        if not hits:
+            known = [plain_name(names[id(b)][0]) for _, _, b in _saved(module, names) if has_mean(b)]
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+            raise MisconfigurationException(
+                f"{callback}(buffers=…): the pattern {pattern!r} matches no saved floating-point buffer of"
+                f" {type(module).__name__}; near: {near}. Integers and bools are always the latest."
+            )
+    return chosen
+
+
+def _saved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield each buffer that a ``state_dict`` holds, with the module that owns it and its name there."""
+    for owner in module.modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and id(buffer) in names:
+                yield owner, key, buffer
+
+
+def _no_means(module: nn.Module) -> Iterator[tuple[int, str]]:
+    """Yield the places of buffers that are known to have no mean: those of observers and the like, masks of pruning."""
+    kinds = tuple(kind for name, of in _NOT_MEANS if isinstance(kind := getattr(sys.modules.get(name), of, None), type))
+    for owner in module.modules():
+        if isinstance(owner, kinds):
+            yield from ((id(part), key) for part in owner.modules() for key in part._buffers)
+        for hook in owner._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                yield id(owner), f"{hook._tensor_name}_mask"
+
+
+def _name(names: Names, buffer: Any) -> str:
+    return plain_name(names[id(buffer)][0]) if id(buffer) in names else "?"

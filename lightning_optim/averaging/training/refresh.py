@@ -1,0 +1,175 @@
+"""BatchNorm statistics of an average, estimated anew by the module's own training step, which is tried at the start."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from lightning_optim.averaging.training.batches import all_agree, batches_beside, to_device
+from lightning_optim.averaging.training.batchnorm import Write, collect, statistics_layers, write_
+from lightning_optim.averaging.training.isolation import isolated
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Trainer,
+    is_param_in_hook_signature,
+)
+
+
+class RefreshesStatistics(OptimCallback):
+    """A callback that estimates BatchNorm statistics of other weights than those that are trained.
+
+    Attributes:
+        refresh_batches: How many batches an estimate takes; ``None``: all.
+        refresh_loader: Where they come from; ``None``: the training data.
+    """
+
+    refresh_batches: int | None
+    refresh_loader: Iterable[Any] | None
+    _batch_idx = 0  # of the batch within an estimate
+
+    def forward_batch(self, pl_module: LightningModule, batch: Any) -> Any:
+        """Run the model on a training batch, for the statistics of its BatchNorm layers.
+
+        By default this calls the module's ``training_step``, whatever batches and inputs are, and its loss is dropped.
+        Override it where that is not possible, as under manual optimization, or costs too much. Nothing that it changes
+        in the module remains. It may use gradients: it is called again, with them, if it fails without.
+
+        Args:
+            pl_module: The module, with BatchNorm normalizing by the batch and everything else in eval mode.
+            batch: What ``training_step`` would get.
+
+        Example::
+
+            class Averaging(WeightAveraging):
+                def forward_batch(self, pl_module, batch):
+                    return pl_module.generator(batch["noise"])
+        """
+        kwargs = pl_module.trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, self._batch_idx)
+        return pl_module.training_step(*kwargs.values())
+
+    def estimate_statistics_(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        seed: int,
+        layers: Sequence[_BatchNorm] | None = None,
+        write: Write | None = None,
+    ) -> None:
+        """Estimate the statistics for the weights that the module holds now, over all ranks.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: Its module.
+            seed: Seed of the draws within, so that a resumed run estimates the same.
+            layers: Whose. Default: those that are in training mode; a layer in eval mode is frozen.
+            write: Takes each layer's new mean and variance. Default: they are copied into the layer.
+        """
+        layers = in_training(statistics_layers(pl_module)) if layers is None else layers
+        if layers:
+            with self._calls(trainer, pl_module, self.refresh_batches, seed) as (batches, runs):
+                moments, _ = collect(pl_module, batches, runs, layers)
+                write_(layers, moments, data_group(trainer), write)
+
+    def try_before_first_step(self, trainer: Trainer, pl_module: LightningModule, layers: list[_BatchNorm]) -> None:
+        """Refuse, before the first training step, an estimate that cannot work. Call it in ``on_train_start``.
+
+        One batch is tried when the module is about to train: its own hooks have prepared it then. Nothing remains of
+        the trial, so that the run is bit for bit the run without it. It waits until a layer is in training mode and
+        all parameters exist.
+        """
+        if not layers:
+            return
+        loop: Any = trainer.fit_loop.epoch_loop
+        loop = loop.automatic_optimization if pl_module.automatic_optimization else loop.manual_optimization
+        run, lazy = loop.run, [parameter for parameter in pl_module.parameters() if is_lazy(parameter)]
+        waiting = True
+
+        def try_and_run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal waiting
+            # A learning-rate finder takes the callbacks away for its own steps.
+            if waiting and self in trainer.callbacks and not any(map(is_lazy, lazy)) and in_training(layers):
+                waiting = False
+                self._try(trainer, pl_module, in_training(layers))
+            lazy.clear()  # a parameter that the first step does not use is not made by a trial either
+            return run(*args, **kwargs)
+
+        self._running.replace(loop, "run", try_and_run)
+
+    def _try(self, trainer: Trainer, pl_module: LightningModule, layers: list[_BatchNorm]) -> None:
+        own = getattr(self.forward_batch, "__func__", None) is not RefreshesStatistics.forward_batch
+        if not own and not pl_module.automatic_optimization:
+            raise self._refusal(pl_module, "under manual optimization that would take optimizer steps")
+        if not own and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise self._refusal(pl_module, "its `dataloader_iter` would take batches from training")
+        failed: Exception | None = None
+        try:
+            with self._calls(trainer, pl_module, 1, seed=0) as (batches, runs):
+                collect(pl_module, batches, runs, layers)
+        except Exception as error:
+            failed = error
+        if not all_agree(failed is None, data_group(trainer)):
+            reason = "failed on another rank" if failed is None else f"{type(failed).__name__}: {failed}"
+            raise self._refusal(pl_module, f"a trial on one batch ended with: {reason}") from failed
+
+    def _refusal(self, pl_module: LightningModule, reason: str) -> MisconfigurationException:
+        name, module = type(self).__name__, type(pl_module).__name__
+        return MisconfigurationException(
+            f"{name} estimates the BatchNorm statistics of averaged weights by calls of `{module}.training_step` in"
+            f" eval mode, and {reason}. Override `{name}.forward_batch(pl_module, batch)` with a forward pass, give"
+            ' `refresh_loader=` with batches that can be used, or choose `buffers="average"`.'
+        )
+
+    @contextlib.contextmanager
+    def _calls(
+        self, trainer: Trainer, pl_module: LightningModule, count: int | None, seed: int
+    ) -> Iterator[tuple[Iterator[Any], list[Callable[[Any], Any]]]]:
+        """Context manager: yield batches, and the ways to call the module with one: without gradients, and with."""
+
+        def run(batch: Any) -> None:
+            moved = to_device(trainer, pl_module, batch)
+            if moved is not None:  # Lightning calls no step then
+                with trainer.precision_plugin.train_step_context():
+                    self.forward_batch(pl_module, moved)
+
+        def counted(batches: Iterator[Any]) -> Iterator[Any]:
+            for self._batch_idx, batch in enumerate(batches):
+                yield batch
+
+        batches = batches_beside(trainer, self.refresh_loader, count, seed, data_group(trainer))
+        with batches as given, isolated(trainer, pl_module) as calls:
+
+            def without_gradients(batch: Any) -> None:
+                with torch.no_grad():
+                    calls.call(run, batch)
+
+            def with_gradients(batch: Any) -> None:
+                with torch.enable_grad():
+                    calls.call(run, batch)
+
+            yield counted(given), [without_gradients, with_gradients]
+
+
+def in_training(layers: Sequence[_BatchNorm]) -> list[_BatchNorm]:
+    """Return the layers that are not frozen."""
+    return [layer for layer in layers if layer.training]
+
+
+def data_group(trainer: Trainer) -> dist.ProcessGroup | None:
+    """Return the ranks that train on different data; ``None`` for one process."""
+    if not (dist.is_available() and dist.is_initialized()) or trainer.world_size == 1:
+        return None
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh["data_parallel"]
+        return mesh.get_group() if mesh.size() > 1 else None
+    return dist.group.WORLD

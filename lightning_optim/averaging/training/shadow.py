@@ -1,0 +1,442 @@
+"""The averages of one model's weights: beside the model, in it, and in a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_optim.averaging.averages import Average
+from lightning_optim.averaging.training.averaged_buffers import AveragedBuffers
+from lightning_optim.averaging.training.buffers import Treated
+from lightning_optim.averaging.training.pruning import Pruning
+from lightning_optim.averaging.training.sources import (
+    Source,
+    Sources,
+    all_of,
+    by_plain_name,
+    copies_of,
+    keep,
+    names_in,
+    same,
+    trainable,
+)
+from lightning_optim.averaging.training.spectral import Estimates
+from lightning_optim.base import foreach, module_tensors, shards
+from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.runtime.interrupts import uninterrupted
+
+_inside: WeakKeyDictionary[nn.Module, list[Shadow]] = WeakKeyDictionary()
+"""Whose averages lie in a module, each over those before it."""
+
+
+class Shadow:
+    """One average for each optimizer's weights; buffers are averaged with the first optimizer.
+
+    Args:
+        module: The model, with its optimizers' parameters.
+        optimizers: Those that step.
+        average: The policy, of which each optimizer gets a copy.
+        treated: The treatment of the model's buffers.
+
+    Attributes:
+        sources: The parameters that are averaged with each optimizer. What was averaged once is averaged on, also while
+            it is frozen: its value stands still, and the average goes on towards it.
+        buffers: The buffers that are averaged, and their average.
+        inside: Whether the model holds the average now. The raw weights lie in the average's storage meanwhile, or
+            beside where dtype or device differ; raw buffers always lie beside.
+        fresh: Whether the BatchNorm statistics in the average were estimated for its present weights.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: Average, treated: Treated) -> None:
+        self._module = weakref.ref(module)  # a callback that is kept keeps no module alive
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        self.averages = [copy.deepcopy(average) for _ in optimizers]
+        self.sources = [Sources() for _ in optimizers]
+        self._trainable: list[list[nn.Parameter]] = [[] for _ in optimizers]
+        self._lazy: list[nn.Parameter] = []
+        self.buffers = AveragedBuffers(treated.averaged if optimizers else (), average)
+        self._estimates = Estimates(treated.vectors)
+        self.inside = self.fresh = False
+        self._pruning = Pruning()
+        self._raw: dict[tuple[int, str], Tensor] = {}
+        self._exchanged: list[tuple[Source, Tensor]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        _inside[module] = []
+        for index in range(len(optimizers)):
+            self.follow(index)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model, if it is still alive."""
+        return self._module()
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an average that could be used."""
+        return any(average.started for average in self.averages)
+
+    def _alive(self) -> nn.Module:
+        module = self.module
+        assert module is not None, "the caller, who moves weights, holds the module"
+        return module
+
+    @property
+    def updates(self) -> int:
+        """The number of updates of the average that had most."""
+        return max((average.counters.get("updates", 0) for average in self.averages), default=0)
+
+    # ---- what is averaged --------------------------------------------------------------------------------------------
+
+    def follow(self, index: int) -> None:
+        """Average parameters that became trainable, and drop those that left the model; call it before each step."""
+        optimizer = self._optimizers[index]()
+        now = [] if optimizer is None else trainable(optimizer)
+        if same(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
+            return
+        self._trainable[index] = now
+        self._lazy = [parameter for parameter in self._alive().parameters() if is_lazy(parameter)]
+        names = names_in(self._alive())
+        for sources, average in zip(self.sources, self.averages, strict=True):
+            kept = [place for place, source in enumerate(sources) if id(source.parameter) in names]
+            if len(kept) < len(sources):
+                keep(sources, average, kept)
+        for place, reference in enumerate(self._optimizers):
+            self._add(place, trainable(reference()) if reference() is not None else [], names)  # type: ignore[arg-type]
+
+    def _add(self, index: int, parameters: Sequence[nn.Parameter], names: dict[int, tuple[str, ...]]) -> None:
+        """Average parameters with an optimizer from now on: those of the model that are averaged with none so far."""
+        known = {id(source.parameter) for sources in self.sources for source in sources}
+        new = {id(p): p for p in parameters if id(p) in names and id(p) not in known and not is_lazy(p)}.values()
+        if new:
+            self.sources[index].extend([Source(p, names=names[id(p)]) for p in new])
+            if self.averages[index].started:
+                self.averages[index].extend(list(new))
+
+    def update_(self, index: int, step: int) -> None:
+        """Take in the present weights of one optimizer, and with the first one the buffers."""
+        if self._pruning.changed:
+            self.follow_pruning()
+        average = self.averages[index]
+        before = average.counters
+        average.update_(self.sources[index].tensors, step=step)
+        if average.counters == before:
+            return  # no step was made since the last update
+        if index == 0:
+            self.buffers.update_(step)
+        self.buffers.changed()
+        self._estimates.restart_()
+        self.fresh = False
+
+    @torch.no_grad()
+    def follow_pruning(self) -> None:
+        """Mask the averages of weights whose pruning was made permanent since this was called last.
+
+        The weights in the model were multiplied by their masks then; the tensors that are kept here were not.
+        """
+        if (module := self.module) is None:
+            return
+        masks = self._pruning.ended(module)
+        for sources, average in zip(self.sources, self.averages, strict=True):
+            if not masks or not average.started:
+                continue
+            for position, source in enumerate(sources):
+                if (mask := masks.get(id(source.parameter))) is not None:
+                    held = [average.averaged[position], *(remembered[position] for remembered in average.memory)]
+                    if source.place in self._raw:
+                        held.append(self._raw[source.place])
+                    for tensor in held:
+                        tensor.mul_(mask.to(tensor))
+
+    def _look_up(self) -> None:
+        """Renew all names."""
+        if (module := self.module) is None:
+            return
+        self.follow_pruning()
+        names = names_in(module)
+        for source in itertools.chain(*self.sources, self.buffers.sources, self._estimates.sources()):
+            source.look_up(names)
+
+    def pairs(self) -> Iterator[tuple[Source, Tensor]]:
+        """Yield each averaged tensor that is still in the model with its average, once that has started."""
+        self._look_up()
+        for sources, average in zip(self.sources, self.averages, strict=True):
+            if average.started:
+                yield from ((s, mean) for s, mean in zip(sources, average.averaged, strict=True) if s.names)
+        yield from self.buffers.pairs()
+        if self.started:
+            # A weight that was never averaged keeps its own vectors.
+            yield from self._estimates.pairs({id(source.parameter) for source in itertools.chain(*self.sources)})
+
+    def named(self) -> dict[str, Tensor]:
+        """The averaged tensors under all their names, wherever they lie now; empty before the first update."""
+        return {name: average for source, _, average in self.located() for name in source.names}
+
+    def located(self) -> Iterator[tuple[Source, Tensor, Tensor]]:
+        """Yield each averaged tensor with its raw value and its average, wherever these lie at this moment."""
+        stack = self._stack
+        displaced = [shadow._displaced() for shadow in stack]
+        above = displaced[stack.index(self) + 1 :] if self in stack else []
+        for source, average in self.pairs():
+            place, live = source.place, source.tensor
+            raw = next((lain[place] for lain in displaced if place in lain), live)
+            if self.inside and place not in self._raw:
+                average = next((lain[place] for lain in above if place in lain), live)
+            yield source, raw, self.buffers.used(place, average)
+
+    @property
+    def _stack(self) -> list[Shadow]:
+        module = self.module
+        return [] if module is None else _inside[module]
+
+    @property
+    def uppermost(self) -> bool:
+        """Whether what the model holds now is this average."""
+        return self.inside and self._stack[-1:] in ([self], [])
+
+    def _displaced(self) -> dict[tuple[int, str], Tensor]:
+        """Return the raw tensors that this average has replaced in the model: kept beside, or in its own storage."""
+        displaced = {}
+        for source, average in self._exchanged:
+            beside = self._raw.get(source.place)
+            displaced[source.place] = average if beside is None else shards.placed_as(beside, average)
+        return displaced
+
+    def agree(self, group: dist.ProcessGroup) -> None:
+        """Compute the mean over ranks of the averages of buffers, for uses of the present average."""
+        if not self.inside:
+            self.buffers.agree(group)
+
+    def of_rank(self) -> dict[str, Tensor]:
+        """Return this rank's own averages of buffers where uses see others, by their paths in the state."""
+        self._look_up()
+        return self.buffers.of_rank()
+
+    # ---- in and out of the model -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def exchange_(self) -> None:
+        """Let average and raw weights change places: all of them, or none if something fails."""
+        with uninterrupted():
+            module = self._alive()
+            shards.reshard_(module)
+            self.follow_pruning()
+            moving, done = self._exchanged if self.inside else list(self.pairs()), []
+            try:
+                for source, average in moving:
+                    self._swap_(source, average, self.inside)
+                    done.append((source, average))
+                if not self.inside and not self._estimates.done:
+                    self._estimates.estimate_({source.place for source, _ in moving})
+            except BaseException:
+                for source, average in done:
+                    self._swap_(source, average, not self.inside)
+                if not self.inside:
+                    self._raw = {}
+                raise
+            self.inside = not self.inside
+            self._exchanged = moving if self.inside else []
+            if not self.inside:
+                self._raw, self._versions = {}, []
+            self._pruning.exchange_products(module, self.inside)
+            if self.inside:
+                self._stack.append(self)
+            else:
+                self._stack.remove(self)
+
+    def leave_in(self) -> None:
+        """Put the average into the model for good, and note the versions of its parameters."""
+        if not self.inside:
+            self.exchange_()
+        held = (source.tensor for source, _ in self._exchanged if source.owner is None)
+        self._versions = [(tensor, shards.version(tensor)) for tensor in held]
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody has written to the parameters since the average was left in the model."""
+        return self.inside and any(shards.version(tensor) != version for tensor, version in self._versions)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether nothing is left to estimate without data."""
+        return self._estimates.done or not self.started
+
+    def estimate_(self) -> None:
+        """Estimate the singular vectors of the averaged weights, unless this was done since the last update."""
+        if not self.estimated and not self.inside:
+            with self.in_model():
+                pass
+
+    @contextlib.contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Context manager: the model holds the average; afterwards the raw weights again, also after an exception."""
+        with contextlib.ExitStack() as versions:
+            for source, _ in self.pairs():
+                # What was computed before may go backward afterwards: by then the weights are what they were.
+                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(source.tensor))
+            try:
+                self.exchange_()
+                yield
+            finally:
+                if self.inside:
+                    self.exchange_()
+
+    def _swap_(self, source: Source, average: Tensor, leaving: bool) -> None:
+        """Put one average into the model; or if it is leaving, the raw tensor, which stays known until all are back."""
+        live, place = source.live, source.place
+        if live is None or live.shape != average.shape:  # the model has changed while the average was in it
+            self._raw.pop(place, None)
+            return
+        (ours,), (theirs,) = shards.local([self.buffers.used(place, average)]), shards.local([live])
+        if place in self._raw:
+            theirs.copy_(self._raw[place] if leaving else ours)
+        elif source.owner is None and ours.dtype == theirs.dtype and ours.device == theirs.device:
+            foreach.exchange_(ours, theirs)
+        elif leaving:  # the module was moved to another device meanwhile
+            kept = theirs.clone()
+            theirs.copy_(ours)
+            ours.copy_(kept)
+        else:
+            # What validation writes to a buffer must not get into the average, so buffers are never exchanged.
+            self._raw[place] = theirs.clone()
+            theirs.copy_(ours)
+
+    @torch.no_grad()
+    def take_statistics(self, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+        """While the average is in the model: let a layer, and later uses, have statistics that were estimated anew."""
+        places = {source.place: average for source, average in self._exchanged}
+        for key, value in (("running_mean", mean), ("running_var", variance)):
+            live = layer._buffers[key]
+            assert live is not None
+            if (average := places.get((id(layer), key))) is not None:
+                shards.copy_(live, self.buffers.estimate((id(layer), key), average, value))
+
+    # ---- in a checkpoint ---------------------------------------------------------------------------------------------
+
+    def state(self, evaluated: bool) -> dict[str, Any]:
+        """Return the state that a checkpoint needs beside the module's ``state_dict``.
+
+        Args:
+            evaluated: Whether ``state_dict`` holds the average. Then the raw weights are here, and of the average only
+                what lost bits in the module's dtype; else the average.
+        """
+        if self.module is not None:
+            self.estimate_()
+        raw, averaged = {}, {}
+        for source, own, average in self.located():
+            if evaluated:
+                raw[source.name] = own
+            if not evaluated or average.dtype != own.dtype:
+                averaged[source.name] = average
+        return {
+            "counters": [average.counters for average in self.averages],
+            "raw": raw,
+            "averaged": averaged,
+            "own": self.buffers.own(),
+            "memory": self._memory(),
+            "fresh": self.fresh,
+            "estimated": self._estimates.done,
+            "names": [[source.name for source in sources if source.names] for sources in self.sources],
+            "buffers": [source.name for source in self.buffers.sources if source.names],
+        }
+
+    def _parts(self, index: int) -> list[tuple[Sources, Average]]:
+        """Return the tensors averaged with an optimizer, and their averages; the first one also has the buffers."""
+        of_buffers = [(self.buffers.sources, self.buffers.average)] if index == 0 else []
+        return [(self.sources[index], self.averages[index]), *of_buffers]
+
+    def _memory(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Return what the averages remember, by optimizer, place and name."""
+        memory = {}
+        for index, average in enumerate(self.averages):
+            remembered: dict[str, dict[str, Tensor]] = {str(place): {} for place in range(len(average.memory))}
+            for sources, of_these in self._parts(index):
+                for place, weights in enumerate(of_these.memory):
+                    named = {s.name: weight for s, weight in zip(sources, weights, strict=True) if s.names}
+                    remembered[str(place)].update(named)
+            if remembered:
+                memory[str(index)] = remembered
+        return memory
+
+    def raw(self) -> dict[str, Tensor]:
+        """The raw tensors of what is averaged, under all their names."""
+        return {name: raw for source, raw, _ in self.located() for name in source.names}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the average from a state, else from the model, which has the file's; then raw weights go in."""
+        module = self._alive()
+        named = {plain_name(name): tensor for name, tensor in module_tensors.named_tensors(module).items()}
+        raw, averaged = by_plain_name(state["raw"]), by_plain_name(state["averaged"])
+        own = by_plain_name(state.get("own", {}))
+        recorded = self._add_recorded(state, raw, averaged, named)
+        self._look_up()
+        if "buffers" in state or any(state["counters"]):
+            self.buffers.leave_out(recorded)
+        for index, counters in enumerate(state["counters"][: len(self.averages)]):
+            if not counters:
+                continue
+            # A weight that the file's average did not hold is as it was in training.
+            saved = {name: value for name, value in raw.items() if name not in recorded} | averaged | own
+            remembered = state.get("memory", {}).get(str(index), {})
+            for sources, average in self._parts(index):
+                memory = [copies_of(sources, average, remembered[str(place)]) for place in range(len(remembered))]
+                average.load(counters, copies_of(sources, average, saved), memory)
+        self.fresh = state.get("fresh", False)
+        self.buffers.load_estimates(own.keys(), averaged)
+        self._estimates.load(averaged, state.get("estimated", False))
+        for name, tensor in named.items():
+            if (value := raw.pop(name, None)) is not None and value.shape == tensor.shape:
+                shards.copy_(tensor, value)
+        if raw:  # what is neither parameter nor buffer, such as metrics; the user's override may hide it
+            for name, tensor in nn.Module.state_dict(module).items():
+                if plain_name(name) in raw and isinstance(tensor, Tensor):
+                    shards.copy_(tensor, raw[plain_name(name)])
+
+    def _add_recorded(
+        self, state: dict[str, Any], raw: dict[str, Tensor], averaged: dict[str, Tensor], named: dict[str, Tensor]
+    ) -> set[str]:
+        """Average all parameters of which a state holds an average, frozen or not; return the names of all it holds."""
+        names = names_in(self._alive())
+        held = {id(p): i for i, o in reversed(list(enumerate(self._optimizers))) for p in all_of(o())}
+        if "names" in state:
+            for index, of_one in enumerate(state["names"][: len(self.averages)]):
+                found = [named.get(plain_name(name)) for name in of_one]
+                self._add(index, [p for p in found if isinstance(p, nn.Parameter)], names)
+        else:
+            for name in raw.keys() | averaged.keys():
+                parameter = named.get(name)
+                if isinstance(parameter, nn.Parameter) and self.averages:
+                    # Lightning's averages hold all weights. Where average and weight agree, it stood still.
+                    if "updates_of_lightning" in state and _equal(
+                        averaged.get(name, parameter), raw.get(name, parameter)
+                    ):
+                        continue
+                    self._add(held.get(id(parameter), 0), [parameter], names)
+            return raw.keys() | averaged.keys()
+        return {plain_name(name) for name in itertools.chain(*state["names"], state["buffers"])}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.cpu(), other.detach().cpu())
+
+
+@contextlib.contextmanager
+def raw_in(module: nn.Module) -> Iterator[None]:
+    """Context manager: ``module`` holds its raw weights, whatever averages lie in it; afterwards these again."""
+    with contextlib.ExitStack() as back:
+        for shadow in reversed(list(_inside.get(module, []))):
+            shadow.exchange_()
+            back.callback(shadow.exchange_)
+        yield

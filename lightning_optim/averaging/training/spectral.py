@@ -1,0 +1,156 @@
+"""Singular vectors of spectral normalization, estimated anew for averaged weights: it needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import normalize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from lightning_optim.averaging.training.sources import Source
+from lightning_optim.base import foreach
+from lightning_optim.base.module_tensors import plain_name
+
+_ITERATIONS = 50  # the estimate of the largest singular value is right to some percent even where the next one is close
+
+
+@dataclass(eq=False)
+class Spectral:
+    r"""One spectrally normalized weight :math:`W / (u^\top W v)`, whose vectors the layer keeps as buffers.
+
+    The mean of unit vectors is no unit vector, and no singular vector of the mean of the weights.
+
+    Attributes:
+        owner: The module that holds the vectors.
+        keys: The names of ``u`` and ``v`` in it.
+        parameters: Gives the parameters of which the weight is made.
+        matrix: Gives the weight as a matrix, before it is normalized.
+        eps: Added where a norm is zero.
+    """
+
+    owner: nn.Module
+    keys: tuple[str, str]
+    parameters: Callable[[], Iterable[nn.Parameter]]
+    matrix: Callable[[], Tensor]
+    eps: float
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank holds the whole weight."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+
+    @torch.no_grad()
+    def estimate_(self) -> None:
+        """Set both vectors to those of the present weight, by power iteration that starts at the present ones."""
+        u, v = (self.owner._buffers[key] for key in self.keys)
+        assert u is not None and v is not None
+        matrix = self.matrix()
+        matrix = matrix.to(foreach.accumulation_dtype(matrix))
+        right = v.to(matrix)
+        for _ in range(_ITERATIONS):
+            left = normalize(torch.mv(matrix, right), dim=0, eps=self.eps)
+            right = normalize(torch.mv(matrix.mH, left), dim=0, eps=self.eps)
+        u.copy_(left)
+        v.copy_(right)
+
+
+class Estimates:
+    """The vectors of all spectral normalizations of a model, for the averaged weights.
+
+    An estimate starts at the vectors that the model had at the last update, so that it is the same whenever it is made,
+    and however often.
+
+    Attributes:
+        done: Whether the vectors are those of the average's present weights.
+    """
+
+    def __init__(self, norms: Iterable[Spectral]) -> None:
+        self._norms = [(norm, [Source(owner=norm.owner, key=key) for key in norm.keys]) for norm in norms]
+        self._held = {source.place: source.tensor.detach().clone() for source in self.sources()}
+        self.done = not self._norms
+
+    def sources(self) -> Iterator[Source]:
+        """Yield the vectors in the model."""
+        for _, pair in self._norms:
+            yield from pair
+
+    def pairs(self, averaged: set[int]) -> Iterator[tuple[Source, Tensor]]:
+        """Yield each vector and its estimate, of weights with a parameter whose ``id`` is in ``averaged``."""
+        for norm, pair in self._norms:
+            if all(source.names for source in pair) and any(
+                id(parameter) in averaged for parameter in norm.parameters()
+            ):
+                yield from ((source, self._held[source.place]) for source in pair)
+
+    @torch.no_grad()
+    def restart_(self) -> None:
+        """Let the next estimate start at the present vectors of the model."""
+        for source in self.sources():
+            if source.live is not None:
+                self._held[source.place].copy_(source.live)
+        self.done = not self._norms
+
+    def estimate_(self, moved: set[tuple[int, str]]) -> None:
+        """While averaged weights and estimates are in the model: estimate, and keep, the vectors that were moved in."""
+        for norm, pair in self._norms:
+            if all(source.place in moved for source in pair):
+                norm.estimate_()
+                for source in pair:
+                    self._held[source.place].copy_(source.tensor)
+        self.done = True
+
+    def load(self, saved: dict[str, Tensor], done: bool) -> None:
+        """Take over estimates by name, else from the model."""
+        self.restart_()
+        for source in self.sources():
+            for name in source.names:
+                if (value := saved.get(plain_name(name))) is not None:
+                    self._held[source.place].copy_(value)
+        self.done = done or not self._norms
+
+
+def find(module: nn.Module) -> list[Spectral]:
+    """Find each weight under spectral normalization, as a parametrization or as a hook."""
+    found = []
+    for owner in module.modules():
+        if isinstance(owner, ParametrizationList):
+            for position, part in enumerate(owner):
+                if isinstance(part, _SpectralNorm) and "_u" in part._buffers:
+                    found.append(_parametrized(owner, position, part))
+        for hook in owner._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                found.append(_hooked(owner, hook))
+    return found
+
+
+def _parametrized(parts: ParametrizationList, position: int, norm: _SpectralNorm) -> Spectral:
+    def matrix() -> Tensor:
+        modes = [(module, module.training) for module in parts.modules()]
+        parts.eval()  # those before this one may be normalized too
+        try:
+            names = ["original"] if parts.is_tensor else [f"original{i}" for i in range(parts.ntensors)]
+            weight, *others = (getattr(parts, name) for name in names)
+            for part in list(parts)[:position]:
+                weight, others = part(weight, *others), []
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return norm._reshape_weight_to_matrix(weight)
+
+    return Spectral(norm, ("_u", "_v"), lambda: parts.parameters(recurse=False), matrix, norm.eps)
+
+
+def _hooked(owner: nn.Module, hook: SpectralNorm) -> Spectral:
+    def matrix() -> Tensor:
+        return hook.reshape_weight_to_matrix(getattr(owner, f"{hook.name}_orig"))
+
+    def parameters() -> list[nn.Parameter]:
+        return [p for p in (owner._parameters.get(f"{hook.name}_orig"),) if p is not None]
+
+    return Spectral(owner, (f"{hook.name}_u", f"{hook.name}_v"), parameters, matrix, hook.eps)

@@ -1,0 +1,1 @@
+"""Pure torch: all that a policy may import."""

@@ -1,0 +1,73 @@
+"""Check constructor arguments: one sentence for each error, with the name, the value and the allowed range."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+    high_open: bool = False,
+    integer: bool = False,
+    schedule: bool = False,
+) -> None:
+    """Refuse an argument that is not a number of its range; the message names it, its value and what is allowed.
+
+    A ``bool`` is not a number, and NaN is in no range. Without ``low`` and ``high`` a number must be finite; infinity
+    is allowed where ``high=math.inf`` says so.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument.
+        low: The smallest number allowed.
+        high: The largest number allowed.
+        low_open: Whether ``low`` itself is not allowed.
+        high_open: Whether ``high`` itself is not allowed.
+        integer: Whether it must be an integer.
+        schedule: Whether a :class:`~lightning_optim.Schedule` is allowed as well. Its ``bounds`` are checked if it
+            knows them.
+
+    Raises:
+        ValueError: If ``value`` is not allowed.
+
+    Example::
+
+        >>> check_number("decay", 1.5, low=0.0, high=1.0, high_open=True)
+        Traceback (most recent call last):
+            ...
+        ValueError: `decay` must be a number in [0.0, 1.0), got 1.5
+    """
+
+    def allowed(number: Any) -> bool:
+        if isinstance(number, bool) or not isinstance(number, numbers.Integral if integer else numbers.Real):
+            return False
+        value = float(number)
+        above = -math.inf < value if low is None else (low < value if low_open else low <= value)
+        below = value < math.inf if high is None else (value < high if high_open else value <= high)
+        return above and below
+
+    if schedule and callable(value) and hasattr(value, "bounds"):
+        good = value.bounds is None or all(allowed(bound) for bound in value.bounds)
+    else:
+        good = allowed(value)
+    if not good:
+        kind = "an integer" if integer else "a number"
+        kind += " (or a schedule of them)" if schedule else ""
+        raise ValueError(f"`{name}` must be {kind} {_range(low, high, low_open, high_open)}, got {value!r}")
+
+
+def _range(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:
+    if low is None and high is None:
+        return "that is finite"
+    if low is None:
+        return f"{'<' if high_open else '<='} {high}"
+    if high is None or high == math.inf:
+        return f"{'>' if low_open else '>='} {low}"
+    return f"in {'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"

@@ -1,0 +1,153 @@
+"""Norms of tensors and sums of their rows, exact over shards.
+
+Shards are summed over the ranks that hold different parts; what is replicated counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from lightning_optim.base.foreach import accumulation_dtype
+from lightning_optim.base.module_tensors import dimensions
+from lightning_optim.base.shards import any_sharded, local
+
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    r"""The norm :math:`\lVert x \rVert_p` of all elements of all tensors, exact over shards.
+
+    Shards are summed over the ranks that hold different parts; replicated and plain tensors, which agree on all ranks,
+    count once. So models that mix both are right. Half precision is accumulated in fp32.
+
+    Args:
+        tensors: Plain tensors and DTensors of any placement, on any device.
+        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
+
+    Returns:
+        A scalar on the device of the first tensor, the same on all ranks.
+
+    Example::
+
+        >>> total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    if not tensors:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(tensor_norms(tensors, norm_type), norm_type)
+
+
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of each tensor by itself, exact over shards as in :func:`total_norm`, with one reduction for all.
+
+    Args:
+        tensors: Plain tensors and DTensors of any placement, on any device.
+        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
+
+    Returns:
+        A vector with one entry for each tensor, on the device of the first, the same on all ranks.
+
+    Example::
+
+        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])])
+        tensor([5., 2.])
+    """
+    if not tensors:
+        return torch.zeros(0)
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1 and not any_sharded(tensors):
+        return _foreach_norm(list(tensors), norm_type)
+    parts = [_shard_and_groups(tensor) for tensor in tensors]
+    alike: dict[tuple[torch.device, torch.dtype, tuple[dist.ProcessGroup, ...]], list[int]] = {}
+    for position, (shard, over) in enumerate(parts):
+        alike.setdefault((shard.device, shard.dtype, over), []).append(position)
+    results: dict[int, Tensor] = {}
+    for (_, _, over), positions in alike.items():
+        some = _foreach_norm([parts[position][0] for position in positions], norm_type)
+        for group in over:
+            some = _over_ranks(some, norm_type, group)
+        results.update(zip(positions, some.to(parts[0][0].device).unbind(), strict=True))
+    widest = max((norm.dtype for norm in results.values()), key=lambda dtype: dtype.itemsize)
+    return torch.stack([results[position].to(widest) for position in range(len(tensors))])
+
+
+def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares: bool = False) -> list[Tensor]:
+    """For each tensor the sum of each of its rows, or of their squares, exact over shards.
+
+    A row is what one output of a layer is computed from: all dimensions but the first. A vector or a scalar is one row.
+    Of stacked ensemble members each has its own rows.
+
+    Args:
+        tensors: Plain tensors and DTensors of any placement.
+        like: Their parameters, if ``tensors`` are gradients: these say which dimension stacks ensemble members.
+        squares: Whether to sum the squares.
+
+    Returns:
+        For each tensor its sums, in fp32 or better, in a shape that broadcasts against its local part.
+
+    Example::
+
+        >>> row_sums([torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
+        [tensor([[3.],
+                [7.]])]
+    """
+    sums: list[Tensor] = []
+    cut: dict[dist.ProcessGroup, list[int]] = {}
+    for position, (tensor, parameter) in enumerate(zip(tensors, like or tensors, strict=True)):
+        dims = row_dims(parameter)
+        shard, dtype = local([tensor])[0], accumulation_dtype(tensor)
+        if not dims:
+            sums.append(shard.to(dtype).square() if squares else shard.to(dtype, copy=True))
+        elif squares:
+            sums.append(torch.linalg.vector_norm(shard, 2.0, dim=dims, keepdim=True, dtype=dtype).square())
+        else:
+            sums.append(shard.sum(dim=dims, keepdim=True, dtype=dtype))
+        if isinstance(tensor, DTensor):
+            for mesh_dim, placement in enumerate(tensor.placements):
+                if isinstance(placement, Shard) and placement.dim in dims:
+                    cut.setdefault(tensor.device_mesh.get_group(mesh_dim), []).append(position)
+    for group, positions in cut.items():
+        flat = torch.cat([sums[position].flatten() for position in positions])
+        dist.all_reduce(flat, group=group)
+        pieces = torch.split(flat, [sums[position].numel() for position in positions])
+        for position, piece in zip(positions, pieces, strict=True):
+            sums[position] = piece.view_as(sums[position])
+    return sums
+
+
+def row_dims(parameter: Tensor) -> list[int]:
+    """The dimensions that make up a row, for :func:`row_sums`; none for a scalar."""
+    members = parameter.ndim - dimensions(parameter)
+    return list(range(members + (dimensions(parameter) >= 2), parameter.ndim))
+
+
+def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:
+    """The local part, and the process groups over which the parts add up to the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, ()
+    if any(placement.is_partial() for placement in tensor.placements):
+        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+        tensor = tensor.redistribute(placements=whole)
+    mesh: DeviceMesh = tensor.device_mesh
+    sharded = (dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return tensor.to_local(), tuple(mesh.get_group(dim) for dim in sharded)
+
+
+def _foreach_norm(shards: list[Tensor], norm_type: float) -> Tensor:
+    if math.isinf(norm_type):
+        # An empty shard has no largest element, and torch refuses to name one.
+        shards = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
+    return torch.stack(torch._foreach_norm(shards, norm_type, dtype=accumulation_dtype(shards[0])))
+
+
+def _over_ranks(norms: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:
+    if math.isinf(norm_type):
+        dist.all_reduce(norms, op=dist.ReduceOp.MAX, group=group)
+        return norms
+    power = norms.pow(norm_type)
+    dist.all_reduce(power, group=group)
+    return power.pow(1.0 / norm_type)

@@ -1,0 +1,98 @@
+"""Work on the local shards of sharded tensors, and copy between placements.
+
+A model under FSDP2 or tensor parallelism holds :class:`~torch.distributed.tensor.DTensor` parameters, perhaps beside
+plain ones. Element-wise formulas are applied to the local shards (:func:`local`); for formulas over several elements
+see :mod:`lightning_optim.base.norms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The part of each tensor that this process holds, as live storage: a DTensor's shard, else the tensor itself."""
+    listed = list(tensors)
+    return [t.to_local() if isinstance(t, DTensor) else t for t in listed] if any_sharded(listed) else listed
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any is a DTensor. Of hundreds of small tensors, asking each would cost as much as the work on them."""
+    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
+
+
+def placed_as(shard: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which ``shard`` is this process's part, placed as ``like``; no communication."""
+    if not isinstance(like, DTensor):
+        return shard
+    # Without shape and stride, torch takes shards to be of equal size, which uneven ones are not.
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def align_grad_(parameter: Tensor) -> Tensor | None:
+    """Give ``parameter.grad`` the placement of its parameter, or coalesce it if it is sparse, and return it.
+
+    Under sequence parallelism the gradient of a LayerNorm is ``Partial``: each rank holds a summand, and what is added
+    to the local part would count once per rank. A sparse gradient may hold several summands for a row.
+    """
+    grad = parameter.grad
+    if grad is not None and grad.is_sparse:
+        parameter.grad = grad = grad.coalesce()
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad = grad.redistribute(placements=parameter.placements)
+    return grad
+
+
+def version(tensor: Tensor) -> int:
+    """Return a number that grows when the tensor is written to in place; -1 for an inference tensor, which has none."""
+    (shard,) = local([tensor])
+    return -1 if shard.is_inference() else shard._version
+
+
+def reshard_(module: nn.Module) -> None:
+    """Put every FSDP2 module back to its shards.
+
+    After a forward without a backward (validation) the root group is still gathered: the next training step would run
+    on what was gathered, whatever is written into the shards. A module without FSDP2 is left alone.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
+
+
+@torch.no_grad()
+def copy_(target: Tensor, source: Tensor) -> None:
+    """Copy ``source`` into ``target`` in place, whole tensors into shards too.
+
+    Args:
+        target: A plain tensor or a DTensor.
+        source: A tensor of the same global shape, of any dtype and device: a DTensor of the target's placement, or the
+            whole tensor, of which each rank takes its part without communication.
+    """
+    if not isinstance(target, DTensor):
+        target.copy_(source)
+        return
+    ours = target.to_local()
+    ours.copy_(source.to_local() if isinstance(source, DTensor) else part_of(source.to(ours.device), target))
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process holds if it is placed as ``like``; no communication."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Copy the whole tensor to the CPU. For a DTensor this is a collective: every rank of its mesh must call it."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()  # the live storage itself where it is replicated
+    return tensor.to("cpu", copy=True)

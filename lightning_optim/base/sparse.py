@@ -1,0 +1,32 @@
+"""Give formulas for dense tensors the values of sparse gradients."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+
+def any_sparse(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any is a sparse gradient, such as ``Embedding(sparse=True)`` makes."""
+    return True in map(operator.attrgetter("is_sparse"), tensors)
+
+
+def opened(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return weights and gradients for formulas that know dense tensors only: of a sparse gradient its values.
+
+    Args:
+        weights: The parameters.
+        grads: Their gradients, in the same order; a sparse one is coalesced, as by
+            :func:`~lightning_optim.gradients_of`.
+
+    Returns:
+        The same tensors, except that a sparse gradient is replaced by its values, in live storage, and its weight by a
+        copy of the rows that have a gradient.
+    """
+    if not any_sparse(grads):
+        return list(weights), list(grads)
+    pairs = zip(weights, grads, strict=True)
+    rows = [weight.detach()[tuple(grad.indices())] if grad.is_sparse else weight for weight, grad in pairs]
+    return rows, [grad.values() if grad.is_sparse else grad for grad in grads]

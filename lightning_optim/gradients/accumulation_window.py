@@ -1,0 +1,107 @@
+"""Accumulation windows: how many micro-batches a step holds, and what each of them counts for."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_optim.gradients.target_batch_size import TargetBatchSize
+from lightning_optim.runtime.lightning import (
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Trainer,
+    extract_batch_size,
+)
+
+WeightBy: TypeAlias = Literal["batch", "sample"] | Callable[[Any], int | float | Tensor]
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step, as far as they have come.
+
+    Attributes:
+        size: N, fixed when the window opens.
+        count: The micro-batches whose gradients are in.
+        scale: The loss scale of these gradients.
+        unit: The weight that counts as 1, the same on all ranks; ``None`` if micro-batches are not weighted.
+        total: The sum of this rank's weights, in units.
+    """
+
+    size: int
+    count: int = 0
+    scale: float = 1.0
+    unit: Tensor | None = None
+    total: Tensor | None = None
+
+    def weigh(self, weight: Tensor, unit: Tensor) -> Tensor:
+        """Add the weight of a micro-batch, and return the factor for its loss.
+
+        The factor is relative to ``unit``, so that scaled gradients in half precision are as large as without weights.
+        What they must be divided by is known, and divided out, at the step.
+        """
+        self.unit = unit if self.unit is None else self.unit
+        share = weight / self.unit
+        self.total = share if self.total is None else self.total + share
+        return share
+
+    def correction(self, ranks: int) -> Tensor | float:
+        r"""The factor that makes a mean of what the gradients are after the loss was divided by ``size``.
+
+        Over the ranks, whose gradients are averaged, it is :math:`N R / \sum_{r, i} w_{r, i}`.
+        """
+        if self.total is None:
+            return self.size / self.count
+        total = self.total.clone()
+        if ranks > 1:
+            dist.all_reduce(total)
+        return torch.where(total > 0, self.size * ranks / total, 1.0)
+
+
+def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
+    """What a micro-batch counts for: a scalar on the device; a tensor that is there already is not waited for."""
+    weight = extract_batch_size(batch) if isinstance(weight_by, str) else weight_by(batch)
+    if isinstance(weight, Tensor) and weight.numel() == 1:
+        return weight.detach().to(device, torch.float32).reshape(())
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
+        raise ValueError(f"`weight_by` must return a number >= 0 or a tensor with one element, got {weight!r}")
+    return torch.full((), float(weight), device=device, dtype=torch.float32)
+
+
+def unit_of(weight: Tensor, ranks: int, before: Tensor | None) -> Tensor:
+    """The unit of a window: the mean over ranks of its first micro-batch's weight; if that is 0, the unit before it."""
+    unit = weight.clone()
+    if ranks > 1:
+        dist.all_reduce(unit)
+    return torch.where(unit > 0, unit / ranks, 1.0 if before is None else before)
+
+
+def micro_batches_for(target: TargetBatchSize, trainer: Trainer) -> int:
+    """The number of micro-batches in a step, for a Trainer whose training data are loaded."""
+    return target.micro_batches(target.micro_batch_size or _loader_batch_size(trainer), _data_ranks(trainer))
+
+
+def _loader_batch_size(trainer: Trainer) -> int:
+    loader = trainer.train_dataloader
+    sampler = getattr(loader, "batch_sampler", None)
+    size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    if not isinstance(size, int):
+        raise MisconfigurationException(
+            f"TargetBatchSize sees no `batch_size` on the training data ({type(loader).__name__}): say how many samples"
+            " a rank's micro-batch holds, as in `TargetBatchSize(256, micro_batch_size=32)`."
+        )
+    return size
+
+
+def _data_ranks(trainer: Trainer) -> int:
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        return int(strategy.device_mesh["data_parallel"].size())
+    return trainer.world_size

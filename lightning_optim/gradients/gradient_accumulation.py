@@ -1,0 +1,283 @@
+"""Gradient accumulation: several micro-batches in one optimizer step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_optim.base import module_tensors, shards, sparse
+from lightning_optim.gradients.accumulation_window import WeightBy, Window, micro_batches_for, unit_of, weight_of
+from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
+from lightning_optim.gradients.target_batch_size import TargetBatchSize
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.step import gradients_of
+
+
+class GradientAccumulation(OptimCallback):
+    r"""Step once in N micro-batches, with the mean of their gradients: :math:`g = \sum_i w_i \nabla L_i / \sum_i w_i`.
+
+    The sums go over what the window holds: N, and less in the last window of an epoch that does not divide (Lightning
+    divides by N there too, so that this step is too small). A micro-batch whose ``training_step`` returned ``None`` is
+    not in it. With :math:`w_i` the number of things that :math:`L_i` is the mean of, N micro-batches give the step of
+    one batch of their union, if the model has no batch statistics and no dropout. With all :math:`w_i = 1`, the
+    default, they do so if they are of equal size.
+
+    With ``weight_by`` other than ``"batch"`` the sums also go over all ranks, whose weights may differ: two small
+    reductions in a step. A micro-batch with the weight 0 adds nothing, if its gradient is finite: that of
+    ``cross_entropy(..., ignore_index=...)`` is, although the loss is NaN; a mean of your own is
+    ``sum / count.clamp(min=1)`` where a batch may hold nothing.
+
+    In automatic optimization this replaces ``Trainer(accumulate_grad_batches=N)`` (which it sets for the length of the
+    fit): ``outputs["loss"]`` is the loss over N in every micro-batch, as with Lightning's flag. In manual optimization
+    the module is a :class:`ManualOptimizationMixin` and steps through its ``optimize``.
+    ``trainer.estimated_stepping_batches`` is right for an int; for a dictionary :func:`~lightning_optim.total_steps`
+    is.
+
+    An open window is part of the state: its partial gradients, of every rank, and its count. Lightning loses them when
+    a run is resumed from a file that was written within a window.
+
+    Args:
+        n: Micro-batches in a step, >= 1; or a dictionary of the epoch from which on, to their number, such as ``{0: 8,
+            10: 4}`` (1 before the first), where a change takes effect at an epoch's start, since windows do not span
+            epochs; or :class:`TargetBatchSize`, which computes it.
+        weight_by: What a micro-batch counts for in the mean, :math:`w_i`: ``"batch"``, each the same; ``"sample"``, its
+            size; or a function of the batch that counts what its loss is the mean of, such as ``lambda batch:
+            batch["mask"].sum()`` for tokens. A tensor may stay on its device.
+        name: Tells two callbacks apart in checkpoints.
+
+    Raises:
+        ValueError: If an argument is none of these.
+        MisconfigurationException: Under manual optimization of a module that is no :class:`ManualOptimizationMixin`;
+            beside ``Trainer(accumulate_grad_batches=…)``; or if :class:`TargetBatchSize` does not see the size of a
+            micro-batch.
+
+    Example::
+
+        >>> from lightning_optim import GradientAccumulation
+        >>> accumulation = GradientAccumulation({0: 8, 10: 4})
+        >>> [accumulation.batches_per_step(epoch) for epoch in (0, 9, 10)]
+        [8, 8, 4]
+    """
+
+    slot = Slot.ACCUMULATE
+    touches = frozenset({"gradients"})
+
+    def __init__(
+        self, n: int | dict[int, int] | TargetBatchSize, weight_by: WeightBy = "batch", name: str | None = None
+    ) -> None:
+        super().__init__(name)
+        sizes = n if isinstance(n, dict) else {0: 1 if isinstance(n, TargetBatchSize) else n}
+        if not sizes or not all(_is_whole(epoch, 0) and _is_whole(size, 1) for epoch, size in sizes.items()):
+            raise ValueError(
+                f"`n={n!r}` must be an integer >= 1, a dictionary of epochs >= 0 to such integers, or a TargetBatchSize"
+            )
+        if not callable(weight_by) and weight_by not in ("batch", "sample"):
+            raise ValueError(f"`weight_by={weight_by!r}` must be 'batch', 'sample' or a function of the batch")
+        self.n, self.weight_by = n, weight_by
+        self._sizes = dict(sorted(sizes.items()))
+        self.reset()
+
+    def batches_per_step(self, epoch: int) -> int:
+        return next((size for start, size in reversed(self._sizes.items()) if start <= epoch), 1)
+
+    def reset(self) -> None:
+        self._windows: dict[int, Window] = {}
+        self._weight: Tensor | None = None
+        self._unit: Tensor | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    # ---- the window --------------------------------------------------------------------------------------------------
+
+    def window(self, trainer: Trainer, index: int) -> Window:
+        """The open window of an optimizer; a new one if none is open."""
+        if index not in self._windows:
+            self._windows[index] = Window(self.batches_per_step(trainer.current_epoch))
+        return self._windows[index]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any optimizer's window holds gradients that were not stepped with."""
+        return any(window.count for window in self._windows.values())
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if isinstance(self.n, TargetBatchSize):
+            self._resolve_when_loaded(self.n, trainer, pl_module)
+        if pl_module.automatic_optimization:
+            self._running.replace(trainer, "accumulate_grad_batches", self.batches_per_step(trainer.current_epoch))
+        elif not isinstance(pl_module, ManualOptimizationMixin):
+            raise MisconfigurationException(
+                "GradientAccumulation under manual optimization needs a module that steps through"
+                f" `ManualOptimizationMixin.optimize(loss, optimizer)`; {type(pl_module).__name__} is none, so every"
+                " batch would step. Write `class YourModule(ManualOptimizationMixin, LightningModule)`."
+            )
+
+    def _resolve_when_loaded(self, target: TargetBatchSize, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find N once the training data are there: `estimated_stepping_batches` loads them before it asks for N."""
+        setup_data = trainer.fit_loop.setup_data
+
+        def setup_data_and_size() -> None:
+            setup_data()
+            if trainer.train_dataloader is not None:
+                self._sizes = {0: micro_batches_for(target, trainer)}
+                self._set_size(trainer, pl_module)
+
+        self._running.replace(trainer.fit_loop, "setup_data", setup_data_and_size)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # A resume in mid-epoch never calls `on_train_epoch_start`.
+        self._set_size(trainer, pl_module)
+        self._restore(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._set_size(trainer, pl_module)
+
+    def _set_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.automatic_optimization:
+            trainer.accumulate_grad_batches = self.batches_per_step(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._windows.clear()  # Lightning zeroes the gradients here, whatever became of the window before
+        if self.weight_by != "batch":
+            self._weight = weight_of(batch, self.weight_by, pl_module.device)
+            if self._unit is None or not self.is_open:
+                self._unit = unit_of(self._weight, trainer.world_size, before=self._unit)
+
+    def weigh(self, window: Window) -> Tensor | None:
+        """Take a micro-batch into a window; the factor for its loss, ``None`` if all count the same."""
+        window.count += 1
+        if self._weight is None or self._unit is None:
+            return None
+        return window.weigh(self._weight, self._unit)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if pl_module.automatic_optimization:
+            share = self.weigh(self.window(trainer, 0))
+            if share is not None:
+                # The loss itself is what the user logs.
+                loss.register_hook(lambda grad: grad * share.to(grad.dtype))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        window = self._windows.pop(trainer.optimizers.index(optimizer), None)
+        if window is None or window.count == 0:
+            return
+        factor = window.correction(trainer.world_size)
+        if window.unit is not None:
+            # What a micro-batch weighed, for a next window that begins with a weight of 0.
+            self._unit = window.unit * (window.size / window.count) / factor
+        if isinstance(factor, Tensor) or factor != 1.0:
+            _, grads = sparse.opened(*gradients_of(optimizer))
+            for grad in shards.local(grads):
+                grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded
+        # The unit outlives the windows: one that begins with a weight of 0 takes that of the window before.
+        unit = {} if self._unit is None else {"unit": float(self._unit)}
+        open_windows = {index: window for index, window in self._windows.items() if window.count}
+        if self.fit is None or not open_windows:
+            return unit
+        trainer = self.fit.trainer
+        whole: dict[str, Tensor] = {}
+        ours: dict[str, Tensor] = {}
+        for name, parameter in _named(trainer, open_windows).items():
+            # A sparse gradient is saved as it is: it is coalesced at the step, in the order in which its summands came.
+            sparse = parameter.grad is not None and parameter.grad.is_sparse
+            grad = parameter.grad if sparse else shards.align_grad_(parameter)
+            if grad is not None:
+                (whole if isinstance(grad, DTensor) else ours)[name] = grad
+        return {
+            "windows": {index: _plain(window) for index, window in open_windows.items()},
+            "sharded": whole,
+            "by_rank": _gather_ranks({name: grad.cpu() for name, grad in ours.items()}, trainer.world_size),
+            "totals": _gather_ranks(_totals(open_windows), trainer.world_size),
+            **unit,
+        }
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._loaded = extra or None
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is None:
+            return
+        extra, self._loaded = self._loaded, None
+        if "unit" in extra:
+            self._unit = torch.tensor(extra["unit"], device=pl_module.device, dtype=torch.float32)
+        if "windows" not in extra:
+            return
+        ours, totals = (
+            by_rank[trainer.global_rank] if len(by_rank) == trainer.world_size else _mean(by_rank)
+            for by_rank in (extra["by_rank"], extra["totals"])
+        )
+        for index, saved in extra["windows"].items():
+            window = self._windows[int(index)] = Window(saved["size"], saved["count"], saved["scale"])
+            if saved["unit"] is not None:
+                window.unit = torch.tensor(saved["unit"], device=pl_module.device, dtype=torch.float32)
+                self._unit = window.unit if self._unit is None else self._unit
+                window.total = totals[str(index)].to(pl_module.device)
+        shards.reshard_(pl_module)
+        live = _named(trainer, self._windows)
+        for name, saved in {**extra["sharded"], **ours}.items():
+            if saved.is_sparse:
+                live[name].grad = saved.to(live[name].device, copy=True)
+            else:
+                grad = live[name].grad = torch.zeros_like(live[name])
+                shards.copy_(grad, saved)
+
+
+def _is_whole(number: Any, low: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= low
+
+
+def _named(trainer: Trainer, windows: Iterable[int]) -> dict[str, Tensor]:
+    """Map names to the parameters of these optimizers; one without a name has that of its place in the optimizer."""
+    names = module_tensors.parameter_names(trainer.lightning_module)
+    named: dict[str, Tensor] = {}
+    for index in windows:
+        for number, group in enumerate(trainer.optimizers[index].param_groups):
+            for place, parameter in enumerate(group["params"]):
+                fallback = f"optimizers.{index}.param_groups.{number}.params.{place}"
+                named[names.get(id(parameter), fallback)] = parameter
+    return named
+
+
+def _plain(window: Window) -> dict[str, Any]:
+    """What of a window is the same on all ranks, as plain values."""
+    unit = None if window.unit is None else float(window.unit)
+    return {"size": window.size, "count": window.count, "scale": window.scale, "unit": unit}
+
+
+def _totals(windows: dict[int, Window]) -> dict[str, Tensor]:
+    return {str(index): window.total.cpu() for index, window in windows.items() if window.total is not None}
+
+
+def _gather_ranks(ours: dict[str, Tensor], world_size: int) -> list[dict[str, Tensor]]:
+    """What each rank holds: under DDP the ranks' gradients differ until the window closes."""
+    everyone: list[Any] = [ours] * world_size
+    if world_size > 1:
+        dist.all_gather_object(everyone, ours)
+    return everyone
+
+
+def _mean(by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """For a resume with another number of ranks: the mean over ranks is all that the step will see of them."""
+    names = {name: None for rank in by_rank for name in rank}
+    every = {name: [rank[name] for rank in by_rank if name in rank] for name in names}
+    return {name: functools.reduce(torch.add, some) / len(by_rank) for name, some in every.items()}

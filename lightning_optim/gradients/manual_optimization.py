@@ -1,0 +1,131 @@
+"""Mixins for what a callback cannot do: the steps of manual optimization."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.runtime.lightning import (
+    LightningModule,
+    LightningOptimizer,
+    Trainer,
+    _block_parallel_sync_behavior,
+)
+from lightning_optim.runtime.lightning.grad_scaler import scaler_of
+from lightning_optim.runtime.order import Slot
+
+if TYPE_CHECKING:
+    from lightning_optim.gradients.accumulation_window import Window
+    from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
+
+
+class ManualOptimizationMixin(LightningModule):
+    """Steps of manual optimization that accumulate, clip and average as in automatic optimization.
+
+    ``self.optimize(loss, optimizer)`` stands for the backward pass, the accumulation window, the step and
+    ``zero_grad``. It takes the window's size from :class:`GradientAccumulation` if that is in the list of callbacks,
+    and steps at each call otherwise. Each optimizer has a window of its own, which the epoch's last batch closes; one
+    for which ``optimize`` is not called in that batch stays open into the next epoch. Clipping, penalties and the rest
+    are the callbacks'.
+
+    The backward pass writes the gradients of this optimizer's parameters only. In a GAN the generator's loss also
+    reaches the discriminator; what it leaves there would otherwise be summed into the discriminator's window.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
+        >>> class GAN(ManualOptimizationMixin, LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.automatic_optimization = False
+        ...         self.generator, self.discriminator = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         generator, discriminator = self.optimizers()
+        ...         fake = self.generator(torch.randn_like(batch))
+        ...         self.optimize(-self.discriminator(fake).mean(), generator)
+        ...         self.optimize((self.discriminator(fake.detach()) - self.discriminator(batch)).mean(), discriminator)
+        ...     def configure_optimizers(self):
+        ...         return [torch.optim.SGD(net.parameters(), 0.1) for net in (self.generator, self.discriminator)]
+    """
+
+    def optimize(self, loss: Tensor, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Add the gradient of ``loss`` to the optimizer's window; step when it is full, or at the epoch's last batch.
+
+        Args:
+            loss: A scalar, the mean over the micro-batch.
+            optimizer: One of ``self.optimizers()``.
+        """
+        trainer = self.trainer
+        wrapped = _wrapped(trainer, optimizer)
+        plain = wrapped.optimizer
+        accumulation = _accumulation(trainer)
+        window = accumulation.window(trainer, trainer.optimizers.index(plain)) if accumulation else None
+        if window is None or window.count == 0:
+            plain.zero_grad()
+        if accumulation is not None and window is not None:
+            _rescale_(window, plain, trainer)
+            share = accumulation.weigh(window)
+            loss = loss / window.size if share is None else loss * (share / window.size)
+        closes = window is None or window.count >= window.size or trainer.is_last_batch
+        # A window that stays open needs no reduction over ranks. With several optimizers it is reduced all the same:
+        # DDP would remember that the other windows' parameters were used, and look for gradients that are set aside.
+        block = not closes and len(trainer.optimizers) == 1
+        with _block_parallel_sync_behavior(trainer.strategy, block=block), _only(plain, trainer):
+            self.manual_backward(loss)
+        if closes:
+            wrapped.step()
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of an open window: under manual optimization Lightning takes every batch for a step."""
+        accumulation = _accumulation(self.trainer)
+        if accumulation is None or not accumulation.is_open:
+            super().on_validation_model_zero_grad()
+
+
+def _accumulation(trainer: Trainer) -> GradientAccumulation | None:
+    found: Any = next((cb for cb in trainer.callbacks if getattr(cb, "slot", None) is Slot.ACCUMULATE), None)
+    return found
+
+
+def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:
+    """Lightning's wrapper, through which the step sees the hooks and the scaler."""
+    for wrapper in trainer.strategy._lightning_optimizers:
+        if optimizer is wrapper or optimizer is wrapper.optimizer:
+            return wrapper
+    raise ValueError(f"`optimizer={type(optimizer).__name__}` must be one of `self.optimizers()`")
+
+
+def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:
+    """Bring the window's gradients to the present loss scale, which another optimizer's step may have changed."""
+    scaler = scaler_of(trainer)
+    if scaler is None:
+        return
+    scale = scaler.get_scale()
+    if window.count and scale != window.scale:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale / window.scale)
+    window.scale = scale
+
+
+@contextlib.contextmanager
+def _only(optimizer: Optimizer, trainer: Trainer) -> Iterator[None]:
+    """Within this, a backward pass leaves the gradients of other optimizers' parameters as they were."""
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    others = [
+        p for opt in trainer.optimizers for group in opt.param_groups for p in group["params"] if id(p) not in ours
+    ]
+    kept = [parameter.grad for parameter in others]
+    try:
+        for parameter in others:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in zip(others, kept, strict=True):
+            parameter.grad = grad

@@ -1,0 +1,199 @@
+"""Sharpness-aware minimization, as a mixin: it needs the loss twice in a step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_optim.base import shards, sparse
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import tensor_norms
+from lightning_optim.runtime.lightning import (
+    GradientAccumulationScheduler,
+    LightningModule,
+    LightningOptimizer,
+    MisconfigurationException,
+)
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.refusals import hides_weights
+from lightning_optim.runtime.step import gradients_of
+
+
+class SharpnessAwareMixin(LightningModule):
+    r"""Step with the gradient at the worst point nearby, which finds flat minima: SAM, and with ``adaptive`` ASAM.
+
+    SAM (arXiv:2010.01412) takes the gradient at :math:`w + \rho \, g / \lVert g \rVert`; ASAM (arXiv:2102.11600) at
+    :math:`w + \rho \, w^2 g / \lVert |w| g \rVert`, which does not change when a layer is scaled. The weights are put
+    back from a copy before the step. So a step costs two forward and backward passes, and a copy of the weights.
+
+    In the second pass dropout draws the same masks, BatchNorm keeps its statistics, and ``self.log`` is silent: what is
+    logged, and ``outputs["loss"]``, is the loss at the weights themselves. A metric that ``training_step`` updates by
+    hand asks ``self.second_pass`` first. Penalties, clipping and the rest act on the second gradient, once. Under DDP
+    the first gradient too is averaged over the ranks, so that the step is that of one process with the whole batch.
+
+    Args:
+        rho: The distance :math:`\rho > 0`. Default 0.05, the paper's; ASAM wants about ten times as much.
+        adaptive: Whether to measure the distance relative to the weights (ASAM).
+
+    Attributes:
+        second_pass: Whether ``training_step`` runs at the perturbed weights now.
+
+    Raises:
+        ValueError: If ``rho`` is not a number > 0.
+        MisconfigurationException: Under manual optimization; with accumulation, whose windows it would need twice;
+            under LBFGS, DeepSpeed, FSDP1 and XLA.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_optim import SharpnessAwareMixin
+        >>> class Model(SharpnessAwareMixin, BoringModel):
+        ...     def __init__(self):
+        ...         super().__init__(rho=0.1)
+        >>> from lightning.pytorch import Trainer
+        >>> Trainer(max_steps=3, barebones=True).fit(Model())
+    """
+
+    second_pass: bool = False
+
+    def __init__(self, *args: Any, rho: float = 0.05, adaptive: bool = False, **kwargs: Any) -> None:
+        check_number("rho", rho, low=0.0, low_open=True)
+        super().__init__(*args, **kwargs)
+        self.rho, self.adaptive = rho, adaptive
+
+    def on_fit_start(self) -> None:
+        """Refuse what it cannot go with."""
+        super().on_fit_start()
+        for optimizer in self.trainer.optimizers:
+            self._refuse(optimizer)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Refuse manual optimization."""
+        self._refuse_manual()
+        super().manual_backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step with a closure that evaluates the gradient twice."""
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        self._refuse(plain)
+        assert optimizer_closure is not None
+        first: Callable[[], Any] = optimizer_closure
+
+        def twice() -> Any:
+            generators = _generators(self.device)
+            loss = first()
+            weights, grads = gradients_of(plain)
+            if weights:
+                # The closure keeps what `training_step` returned last; what is reported is the first.
+                result = getattr(first, "_result", None)
+                with _perturbed(weights, grads, self.rho, self.adaptive), self._quiet(generators):
+                    first()
+                if result is not None:
+                    first._result = result  # type: ignore[attr-defined]
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, twice)
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As in Lightning, and silent in the second pass."""
+        if not self.second_pass:
+            super().log(name, value, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _quiet(self, generators: list[tuple[Any, Tensor]]) -> Iterator[None]:
+        """Within this nothing is logged, the draws are those of the first pass, and statistics stay as they are."""
+        buffers = [
+            buffer
+            for module in self.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            for buffer in module.buffers(recurse=False)
+        ]
+        kept = [buffer.clone() for buffer in buffers]
+        for device, state in generators:
+            device.set_rng_state(state)
+        self.second_pass = True
+        try:
+            yield
+        finally:
+            self.second_pass = False
+            with torch.no_grad():
+                for buffer, before in zip(buffers, kept, strict=True):
+                    buffer.copy_(before)
+
+    def _refuse_manual(self) -> None:
+        if not self.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has SharpnessAwareMixin and steps by hand: the mixin evaluates `training_step`"
+                " twice, which needs `automatic_optimization = True`."
+            )
+
+    def _refuse(self, optimizer: Optimizer) -> None:
+        self._refuse_manual()
+        accumulates = any(
+            getattr(callback, "slot", None) is Slot.ACCUMULATE or isinstance(callback, GradientAccumulationScheduler)
+            for callback in self.trainer.callbacks
+        )
+        if accumulates or self.trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                "SharpnessAwareMixin evaluates the batch of a step twice, and the micro-batches of a window are gone by"
+                " then: remove the accumulation, and make the batches larger."
+            )
+        if isinstance(optimizer, LBFGS):
+            raise MisconfigurationException(
+                "SharpnessAwareMixin evaluates two gradients in a step, and LBFGS many: use a first-order optimizer."
+            )
+        if sentence := hides_weights(self.trainer.strategy):
+            raise MisconfigurationException(f"SharpnessAwareMixin moves the weights within a step: {sentence}.")
+
+
+def _generators(device: torch.device) -> list[tuple[Any, Tensor]]:
+    """The generators of the CPU and of the module's device, and their state."""
+    modules = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    return [(module, module.get_rng_state()) for module in modules]
+
+
+@contextlib.contextmanager
+def _perturbed(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
+    """Within this the weights are those of the worst point nearby; afterwards exactly what they were."""
+    ours, kept = shards.local([weight.detach() for weight in weights]), []
+    with torch.no_grad():
+        kept = [weight.clone() for weight in ours]
+        _perturb_(weights, grads, rho, adaptive)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(ours, kept)
+
+
+def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> None:
+    rows, values = sparse.opened(weights, grads)
+    ours, slopes = shards.local(rows), shards.local(values)
+    if adaptive:
+        scaled = list(torch._foreach_abs(ours))
+        torch._foreach_mul_(scaled, slopes)
+        measured = [shards.placed_as(part, like) for part, like in zip(scaled, grads, strict=True)]
+        moves = torch._foreach_pow(ours, 2)
+        torch._foreach_mul_(moves, slopes)
+    else:
+        measured, moves = values, torch._foreach_mul(slopes, 1.0)
+    # Not `total_norm`, which rounds otherwise: the step is that of common implementations to the bit.
+    norm = tensor_norms(measured).square().sum().sqrt()
+    # If the norm is not finite, neither is the second gradient: whoever skips such steps skips this one.
+    scale = rho / (norm + 1e-12)
+    torch._foreach_mul_(moves, [scale.to(move.device) for move in moves])
+    torch._foreach_add_(ours, moves)
+    for weight, grad, moved in zip(weights, grads, ours, strict=True):
+        if grad.is_sparse:  # a copy of the rows that have a gradient
+            weight[tuple(grad.indices())] = moved

@@ -1,0 +1,59 @@
+"""Regularization that needs the batch or the outputs, which no callback sees in time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_optim.runtime.lightning import LightningModule
+
+
+class RegularizationMixin(LightningModule):
+    r"""A term of the loss on the batch or the outputs: :math:`L = L_{task} + R(batch, outputs)`.
+
+    A module overrides :meth:`regularization` and adds ``self.regularization_loss(batch, outputs)`` to its loss in
+    ``training_step``. The term is part of the loss, so accumulation, mixed precision and the strategies treat it as
+    such. It is logged as ``regularization/loss``. For terms on the weights alone :class:`WeightRegularization` costs
+    less.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
+        >>> class Sparse(RegularizationMixin, LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 2)
+        ...     def regularization(self, batch, outputs):
+        ...         return 0.01 * outputs.abs().mean()
+        ...     def training_step(self, batch, batch_idx):
+        ...         outputs = self.layer(batch)
+        ...         return outputs.square().mean() + self.regularization_loss(batch, outputs)
+    """
+
+    def regularization(self, batch: Any, outputs: Any) -> Tensor:
+        """The term; to be overridden.
+
+        Args:
+            batch: What ``training_step`` got.
+            outputs: What the model made of it: whatever ``regularization_loss`` is given.
+
+        Returns:
+            A scalar, its strength included.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `regularization(self, batch, outputs)`")
+
+    def regularization_loss(self, batch: Any, outputs: Any) -> Tensor:
+        """:meth:`regularization`, which is also logged.
+
+        Raises:
+            ValueError: If it is not a scalar.
+        """
+        loss = self.regularization(batch, outputs)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"`regularization` must return a scalar tensor, got {got}: take its mean or sum")
+        if self._trainer is not None:
+            self.log("regularization/loss", loss.detach())
+        return loss

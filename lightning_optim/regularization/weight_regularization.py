@@ -1,0 +1,159 @@
+"""Penalties on weights and proximal steps, as a callback."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_optim.base import selection, shards, sparse
+from lightning_optim.base.policy import PerOptimizer
+from lightning_optim.base.selection import Selection
+from lightning_optim.regularization.penalties import Penalty
+from lightning_optim.regularization.proximal import Proximal
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.refusals import refuse_parts
+from lightning_optim.runtime.step import has_gradients
+
+_TERMS = (Penalty, Proximal)
+_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
+
+
+class WeightRegularization(OptimCallback):
+    r"""Add penalties on the weights to the loss, :math:`g \leftarrow g + \nabla_w \sum_i P_i(w)`, or project them.
+
+    A :class:`Penalty` adds its gradient in closed form once per optimizer step, before clipping, when gradients are
+    whole, averaged over ranks and unscaled: no autograd graph, and no factor for accumulation or a loss scale. The
+    logged training loss stays the task's. Values are logged as ``regularization/l1``, ``regularization/l2``, …, each in
+    the unit of the loss. A :class:`Proximal` term acts on the weights after each step that happened, before they are
+    averaged.
+
+    A term acts on the parameters of the optimizer that steps, where they are trainable. One that has no gradient gets
+    one from a penalty, unless none has: then somebody cancelled the step. Where a gradient is sparse
+    (``Embedding(sparse=True)``), a penalty acts on the rows that have one, and so on a row as often as it is looked up;
+    what is logged is the penalty of all rows.
+
+    Args:
+        terms: One term, or a list: their sum, and projections in turn. Each chooses its own parameters; by default
+            those with two dimensions or more.
+        name: Tells two callbacks with the same terms apart in checkpoints.
+
+    Raises:
+        ValueError: If ``terms`` is not a term or a list of terms, or if a term's ``on`` matches no parameter (in
+            ``on_fit_start``).
+
+    Example::
+
+        >>> from lightning_optim import L1, L2, WeightRegularization
+        >>> WeightRegularization(L2(1e-4)).terms
+        [L2(strength=0.0001)]
+        >>> WeightRegularization([L1(1e-5, on="encoder.*"), L2(1e-4, exclude="head.*")])
+        WeightRegularization{'terms': ["L1(on='encoder.*')", "L2(exclude='head.*')"]}
+    """
+
+    slot = Slot.PENALIZE
+    touches = frozenset({"gradients", "weights"})
+
+    def __init__(self, terms: Penalty | Proximal | list[Penalty | Proximal], name: str | None = None) -> None:
+        super().__init__(name)
+        self.terms = [terms] if isinstance(terms, Penalty | Proximal) else terms
+        if not isinstance(self.terms, list) or not self.terms or not all(isinstance(t, _TERMS) for t in self.terms):
+            raise ValueError(
+                f"`terms={terms!r}` must be a penalty, a proximal term or a list of them, such as L2(1e-4)"
+            )
+        self._labels = _labels(self.terms)
+        self.reset()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"terms": [term.identity for term in self.terms]}
+
+    @property
+    def needs_total(self) -> bool:
+        return any(term.scheduled for term in self.terms)
+
+    def reset(self) -> None:
+        self._copies = PerOptimizer(self.terms)
+        self._chosen: list[Selection] = []
+        self._looked_up: set[int] = set()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        shards.reshard_(pl_module)
+        for term in self.terms:
+            refuse_parts(term, selection.select(pl_module, term.on, term.exclude).values())
+            self._chosen.append(Selection(pl_module, term.on, term.exclude))
+        self._looked_up = _looked_up(pl_module)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not has_gradients(optimizer):
+            return
+        index = trainer.optimizers.index(optimizer)
+        step, total = self.steps[index], self._running.total
+        logs = self.logs_now(trainer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for label, term, chosen in zip(self._labels, self._copies[index], self._chosen, strict=True):
+            if chosen.follow(parameters):
+                self._looked_up = _looked_up(pl_module)
+            weights = _trainable(parameters, chosen)
+            if not weights or not isinstance(term, Penalty):
+                continue
+            if logs:
+                value = term.value(weights, step=step, total=total)
+                self.log_value(pl_module, f"regularization/{label}", value, optimizer)
+            weights = [p for p in weights if p.grad is not None or id(p) not in self._looked_up]
+            weights, grads = sparse.opened(weights, [_gradient_of(p) for p in weights])
+            term.add_grad_(weights, grads, step=step, total=total)
+
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        index = trainer.optimizers.index(optimizer)
+        step, total = self.steps[index] - 1, self._running.total
+        for term, chosen in zip(self._copies[index], self._chosen, strict=True):
+            if isinstance(term, Proximal):
+                for group in optimizer.param_groups:
+                    term.project_(_trainable(group["params"], chosen), lr=float(group["lr"]), step=step, total=total)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"terms": self._copies.state_dict()}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._copies.load_state_dict(extra["terms"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_chosen": [], "_looked_up": set()}
+
+
+def _looked_up(module: nn.Module) -> set[int]:
+    """Return the ``id`` of each weight whose gradient is sparse: if it has none, no row was looked up."""
+    return {id(m.weight) for m in module.modules() if isinstance(m, _LOOKED_UP) and m.sparse}
+
+
+def _trainable(parameters: Sequence[Tensor], chosen: Selection) -> list[Tensor]:
+    ids = chosen.existing
+    return [p for p in parameters if id(p) in ids and p.requires_grad]
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    grad = shards.align_grad_(parameter)
+    assert grad is not None
+    return grad
+
+
+def _labels(terms: Sequence[Penalty | Proximal]) -> list[str]:
+    """A name for each term: its class, and a number from the second of a class on."""
+    seen: Counter[str] = Counter()
+    labels = []
+    for term in terms:
+        kind = type(term).__name__.lower()
+        seen[kind] += 1
+        labels.append(kind if seen[kind] == 1 else f"{kind}_{seen[kind]}")
+    return labels

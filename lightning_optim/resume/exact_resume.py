@@ -1,0 +1,168 @@
+"""A run that was killed and resumed equals the run that was not."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.resume import rank_state
+from lightning_optim.resume.buffers import Buffers
+from lightning_optim.resume.loops import Resume
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.lightning import LightningModule, Trainer
+
+
+class ExactResume(OptimCallback):
+    r"""Resume a killed run as if it had not been killed, bit for bit.
+
+    Lightning's checkpoints hold weights, optimizers, schedules and counters. They do not hold the random state, so a
+    resumed run draws other dropout masks and another order of the data; and a validation that was due at the batch at
+    whose end the file was written is never run. With this callback the file also holds, for every rank,
+
+    * the state of the random generators of torch (CPU and CUDA), Python and NumPy, and of those that loaders and
+      samplers own;
+    * the positions of training loaders that have ``state_dict`` and ``load_state_dict``. Lightning saves rank 0's, and
+      does not load them at an epoch's end, nor if ``configure_optimizers`` used ``trainer.estimated_stepping_batches``;
+    * what ``self.log(…, on_epoch=True)`` and torchmetrics have gathered in the epoch, and the values that callbacks
+      monitor;
+    * buffers in which ranks differ, such as the statistics of BatchNorm under FSDP2: Lightning saves one rank's;
+    * non-persistent buffers that have changed since the fit started. Other attributes of the module are in no
+      checkpoint, unless its ``on_save_checkpoint`` puts them there;
+
+    and the resumed run first does what the killed one was about to do when it had written the file: log the batch,
+    validate, step a ``ReduceLROnPlateau``, end the epoch. A file from the middle of a validation runs all of that
+    validation again, from its beginning.
+
+    This holds for files that are written in ``on_train_batch_end``, in a validation, in ``on_train_epoch_end`` or
+    between these, by a ``ModelCheckpoint``, on SIGTERM or with ``trainer.save_checkpoint``, for epochs and for
+    ``max_steps``; on one device, with DDP and with FSDP2. Resume with the same arguments::
+
+        trainer = Trainer(callbacks=[ExactResume(), ModelCheckpoint(every_n_train_steps=100, save_last=True)])
+        trainer.fit(model, ckpt_path="last")
+
+    What cannot be made exact is said once, in a warning, with what to do instead:
+
+    * A file from the middle of an epoch with a loader that does not save its position. Use torchdata's
+      ``StatefulDataLoader``, or resume from an epoch's end, where a plain ``DataLoader(shuffle=True)`` is exact.
+    * A file from the middle of an epoch with a loader that has no length: Lightning fetches one batch ahead.
+    * Random numbers drawn in worker processes, from the middle of an epoch or with ``persistent_workers=True``.
+    * A file written while a window of ``Trainer(accumulate_grad_batches=…)`` was open: use ``GradientAccumulation``,
+      which saves the window. A file written inside a training batch.
+    * Another number of processes than the one that wrote the file, or a file that was written without this callback.
+
+    Three things are left as they are. A hook is not called twice: if a callback writes in ``on_train_batch_end``, the
+    module's own, which comes later, is not called for that batch. Whether to stop is decided by who stops, since more
+    patience on resume must be possible: ``trainer.should_stop`` is not in the file. And time is time: intervals by the
+    clock, and with more than two processes the order in which DDP's first all-reduce sums, can differ.
+
+    Args:
+        name: Tells several of these apart in checkpoints.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = Trainer(callbacks=[ExactResume()], max_epochs=1, limit_train_batches=2, limit_val_batches=1,
+        ...                   logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        ...                   enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> ranks = trainer.callbacks[0].state_dict()["ranks"]
+        >>> len(ranks), torch.equal(ranks[0]["moment"]["random"]["torch"], torch.get_rng_state())
+        (1, True)
+    """
+
+    gathers_ranks = True
+    _trainer: weakref.ref[Trainer] | None = None
+    _loaded: dict[str, Any] | None = None
+    _before_validation: tuple[dict[str, Any], dict[str, int]] | None = None
+    _buffers: Buffers | None = None
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self._loaded = self._before_validation = self._buffers = None
+
+    def extra_state(self) -> dict[str, Any]:
+        """Every rank's state, gathered: Lightning stores what rank 0 returns."""
+        if self._loaded is not None:
+            return self._loaded
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None or self._stage != "fit":
+            return {}
+        validation = None
+        if trainer.validating:
+            # Not by a hook of our own: whoever writes in this hook may stand before us in the list.
+            validation = "done" if trainer.lightning_module._current_fx_name == "on_validation_end" else "running"
+        mine = self._rank_state(trainer, validation)
+        ranks = [mine]
+        if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = [mine] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        unsaved = {} if self._buffers is None else self._buffers.unsaved()
+        return {"validation": validation, "ranks": ranks, "buffers": unsaved}
+
+    def rank_state(self) -> dict[str, Tensor]:
+        held = {} if self._loaded is not None or self._buffers is None else self._buffers.of_rank()
+        return {f"buffers/{name}": buffer for name, buffer in held.items()}
+
+    def _rank_state(self, trainer: Trainer, validation: str | None) -> dict[str, Any]:
+        moment, touched = rank_state.moment(trainer), set()
+        if validation is not None and self._before_validation is not None:
+            # What metrics have of a validation: if it runs again they have none of it, and if it is done they are reset
+            # when its last hook was called.
+            before, updates = self._before_validation
+            counts = rank_state.metric_updates(trainer)
+            touched = {name for name, count in counts.items() if count != updates.get(name)}
+            moment = before if validation == "running" else moment
+        loaders, logged = rank_state.loader_state(trainer), rank_state.logged_state(trainer, touched)
+        return {"moment": moment, "loaders": loaders, "logged": logged}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._loaded = extra if extra.get("ranks") else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the buffers in which ranks differ. None of the rest is sharded: to ask for it again would gather it."""
+        self._save_ranks(trainer, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._stage == "fit" and checkpoint.get("global_step"):
+            # Lightning checks validation anew when it resumes at an epoch's end; the run that went on did not.
+            self._running.replace(trainer, "num_sanity_val_steps", 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_trainer": None, "_buffers": None}
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            # An exception's checkpoint is written when the fit that we were in is closed already.
+            self._trainer = weakref.ref(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        fit_loop, val_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+        self._buffers = Buffers(trainer)
+        # When the fit loop is run, all state is restored and nothing has begun. No hook comes at that moment.
+        run, validate = fit_loop.run, val_loop.run
+        self._running.replace(fit_loop, "run", lambda: self._run(trainer, run))
+        self._running.replace(val_loop, "run", lambda: self._validate(trainer, validate))
+
+    def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
+        # The learning-rate finder runs the loop too, and takes the callbacks away for it.
+        if not trainer.fit_loop._loaded_from_state_dict or self not in trainer.callbacks:
+            return run()
+        saved, self._loaded = self._loaded, None
+        resume = Resume(trainer, saved)
+        resume.prepare(self._running.replace)
+        resume.run(run)
+
+    def _validate(self, trainer: Trainer, validate: Callable[[], Any]) -> Any:
+        # Before the loader's iterator is made, which draws.
+        self._before_validation = rank_state.moment(trainer), rank_state.metric_updates(trainer)
+        return validate()

@@ -1,0 +1,257 @@
+"""Brings Lightning's loops to where a file was written, so that they go on as the run that wrote it did."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+from lightning_optim.resume import rank_state
+from lightning_optim.resume.buffers import set_buffers_
+from lightning_optim.runtime.lightning import Trainer, _Stateful, rank_zero_warn
+
+
+class Place(enum.Enum):
+    """Where in the run a file was written."""
+
+    BETWEEN_EPOCHS = enum.auto()
+    EPOCH_END = enum.auto()  # in on_train_epoch_end
+    BATCH_END = enum.auto()  # in on_train_batch_end
+    VALIDATION = enum.auto()  # in a hook of a validation
+    BETWEEN_BATCHES = enum.auto()
+    INSIDE_BATCH = enum.auto()
+
+
+class Resume:
+    """One resume, from the moment when all is restored to the first batch.
+
+    Args:
+        trainer: The Trainer that is about to run its fit loop.
+        saved: What :class:`~lightning_optim.ExactResume` has in the file; ``None`` if it was not there.
+
+    Attributes:
+        place: Where the file was written. Lightning's counters tell, up to how far a validation was.
+        validation: ``"running"`` or ``"done"`` if the file was written in one.
+        mine: This rank's state; ``None`` if the file has none for it.
+        buffers: This rank's buffers that differ from those of the module's ``state_dict``, or are not in it.
+    """
+
+    def __init__(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
+        ranks = saved["ranks"] if saved is not None else []
+        self.trainer = trainer
+        self.known = saved is not None
+        self.mine: dict[str, Any] | None = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
+        self.buffers: dict[str, Any] = saved.get("buffers", {}) if saved is not None else {}
+        self.validation: str | None = saved["validation"] if saved is not None else None
+        self.place = self._find_place()
+        self.within_epoch = self.place not in (Place.BETWEEN_EPOCHS, Place.EPOCH_END)
+        self.unfinished = self.place in (Place.BATCH_END, Place.VALIDATION)
+        self.positions: list[Any] = []
+        self._writers = len(ranks)
+
+    def _find_place(self) -> Place:
+        fit_loop = self.trainer.fit_loop
+        epoch, batch = fit_loop.epoch_progress.current, fit_loop.epoch_loop.batch_progress.current
+        if epoch.processed > epoch.completed:
+            return Place.EPOCH_END
+        if epoch.started == epoch.processed:
+            return Place.BETWEEN_EPOCHS
+        if batch.processed > batch.completed:
+            return Place.BATCH_END
+        if batch.ready > batch.completed:
+            return Place.INSIDE_BATCH
+        return Place.BETWEEN_BATCHES if self.validation is None else Place.VALIDATION
+
+    # ---- before the fit loop runs ------------------------------------------------------------------------------------
+
+    def prepare(self, replace: Callable[[Any, str, Any], None]) -> None:
+        """Correct the counters, load the loaders' positions, and install what the first epoch and batch need.
+
+        Args:
+            replace: Sets an attribute of an object for the length of the fit.
+        """
+        fit_loop, epoch_loop = self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop
+        self._load_positions()
+        if self.place is Place.BATCH_END:
+            epoch_loop.batch_progress.increment_completed()
+        if not self.within_epoch:
+            self._start_epoch_anew()
+        begin, advance = fit_loop.on_advance_start, epoch_loop.advance
+
+        def begin_once() -> None:
+            fit_loop.on_advance_start = begin
+            self._begin()
+            begin()
+
+        def finish_then_advance(data_fetcher: Any) -> None:
+            if self.unfinished:
+                self.unfinished = False
+                self._finish_batch()
+            else:
+                epoch_loop.advance = advance
+                self._advance(advance, data_fetcher)
+
+        replace(fit_loop, "on_advance_start", begin_once)
+        replace(epoch_loop, "advance", finish_then_advance)
+
+    def run(self, run: Callable[[], None]) -> None:
+        """Run the fit loop; ``run`` is Lightning's method."""
+        fit_loop = self.trainer.fit_loop
+        if not (self.unfinished or self.place is Place.EPOCH_END) or not fit_loop.done:
+            return run()
+        # All steps or epochs are done, and Lightning would not even start. But the last batch has still to end, or the
+        # last epoch.
+        fit_loop.reset()
+        fit_loop.on_run_start()
+        if self.unfinished:
+            fit_loop.on_advance_start()
+            fit_loop.advance()
+            fit_loop.on_advance_end()
+        else:
+            self._begin()
+        fit_loop.on_iteration_done()
+        fit_loop.on_run_end()
+
+    def _load_positions(self) -> None:
+        # Lightning loads rank 0's, before it tells samplers the epoch; and none at an epoch's end, or if
+        # `configure_optimizers` has asked for the number of steps.
+        fit_loop = self.trainer.fit_loop
+        theirs, fit_loop._combined_loader_states_to_load = fit_loop._combined_loader_states_to_load, []
+        fit_loop.setup_data()
+        if fit_loop._combined_loader is not None:
+            state = {"positions": theirs, "seeds": []} if self.mine is None else self.mine["loaders"]
+            self.positions = state["positions"]
+            rank_state.set_positions_(self.trainer, self.positions, state["seeds"])
+
+    def _start_epoch_anew(self) -> None:
+        fit_loop, progress = self.trainer.fit_loop, self.trainer.fit_loop.epoch_progress
+        if self.place is Place.EPOCH_END:
+            progress.increment_completed()
+        if progress.current.ready > progress.current.started:
+            # Written in on_train_epoch_start: the epoch starts again.
+            progress.total.ready -= 1
+            progress.current.ready -= 1
+        # Nothing is restarted. With `max_steps`, Lightning takes every resume for one from within an epoch. And it
+        # does not make a new iterator for the epoch, because it has made one, from other draws.
+        for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
+            loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+
+    # ---- after on_train_start, before on_train_epoch_start -----------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._warn()
+        if self.mine is None:
+            return
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed if self.within_epoch else 0
+        rank_state.set_rebuilt_(self.trainer, self.mine["loaders"]["rebuilt"])
+        rank_state.set_logged_state_(self.trainer, self.mine["logged"], done)
+        set_buffers_(self.trainer, self.buffers)
+        rank_state.set_moment_(self.trainer, self.mine["moment"])
+        if self.place is Place.EPOCH_END:
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """What Lightning does after ``on_train_epoch_end``, before it counts the epoch."""
+        connector, epoch_loop = self.trainer._logger_connector, self.trainer.fit_loop.epoch_loop
+        counted = self.trainer.fit_loop.epoch_progress.current
+        counted.completed -= 1
+        connector.on_epoch_end()
+        if epoch_loop._num_ready_batches_reached():
+            epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        epoch_loop._batches_that_stepped -= 1
+        connector.update_train_epoch_metrics()
+        epoch_loop._batches_that_stepped += 1
+        counted.completed += 1
+
+    # ---- in place of the first batch ---------------------------------------------------------------------------------
+
+    def _finish_batch(self) -> None:
+        """The batch at which the file was written is trained: Lightning goes on to its end, validation included."""
+        connector, epoch_loop = self.trainer._logger_connector, self.trainer.fit_loop.epoch_loop
+        progress = epoch_loop.val_loop.batch_progress
+        if self.validation == "running":
+            for part in ("ready", "started", "processed", "completed"):
+                setattr(progress.total, part, getattr(progress.total, part) - getattr(progress.current, part))
+        epoch_loop._skip_next_val = self.validation == "done"
+        if self.place is Place.BATCH_END and self.mine is not None:
+            connector.on_batch_end()
+            connector.update_train_step_metrics()
+        self._nothing_restarts()
+
+    def _advance(self, advance: Callable[[Any], None], data_fetcher: Any) -> None:
+        """Train the first batch."""
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        self._nothing_restarts()
+        if self.known:
+            # Else Lightning looks for a validation that might have been due at the batch before.
+            epoch_loop._restarting = False
+        try:
+            advance(data_fetcher)
+        except StopIteration:
+            if not self.positions or epoch_loop.batch_progress.current.ready:
+                raise
+            # A loader whose `__iter__` is a generator function takes the position that was loaded only now, and that
+            # is the last epoch's end.
+            iter(data_fetcher)
+            advance(data_fetcher)
+
+    def _nothing_restarts(self) -> None:
+        # Else no ReduceLROnPlateau is stepped at this epoch's end, and the next validation goes on with the counts of
+        # the last one.
+        self.trainer.fit_loop._restarting = self.trainer.fit_loop.epoch_loop.val_loop.restarting = False
+
+    # ---- what is not exact -------------------------------------------------------------------------------------------
+
+    def _warn(self) -> None:
+        if self.trainer.fit_loop.epoch_progress.total.ready == 0:
+            return  # the learning-rate finder restores a file of its own before the run
+        doubts = self._doubts()
+        if doubts:
+            rank_zero_warn(f"This resume is not exact: {'; '.join(doubts)}.")
+
+    def _doubts(self) -> list[str]:
+        """What cannot be exact, and what to do instead."""
+        loaders = rank_state.loaders(self.trainer)
+        doubts = []
+        if not self.known:
+            doubts.append("the file was written without `ExactResume`")
+        elif self.mine is None:
+            doubts.append(
+                f"{self._writers} processes wrote the file and {self.trainer.world_size} read it: resume with as many"
+            )
+        if self.within_epoch and not self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            doubts += self._doubts_within_epoch(loaders)
+        if self.place is Place.INSIDE_BATCH:
+            doubts.append("the file was written inside a training batch: write it in `on_train_batch_end` or later")
+        if any(getattr(loader, "persistent_workers", False) for loader in loaders):
+            doubts.append(
+                "workers that outlive an epoch go on with a random state that is in no file: set"
+                " `persistent_workers=False`, if the data set draws random numbers"
+            )
+        return doubts
+
+    def _doubts_within_epoch(self, loaders: list[Any]) -> list[str]:
+        doubts = []
+        if not all(isinstance(loader, _Stateful) for loader in loaders):
+            doubts.append(
+                "the file is from the middle of an epoch and a training loader does not save its position: give it"
+                " `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader` has them), or resume from an"
+                " epoch's end"
+            )
+        if any(getattr(loader, "num_workers", 0) for loader in loaders):
+            doubts.append(
+                "the file is from the middle of an epoch and holds no random state of worker processes: set"
+                " `num_workers=0`, or resume from an epoch's end, if the data set draws random numbers"
+            )
+        if getattr(self.trainer.fit_loop._data_fetcher, "batches", None):
+            doubts.append(
+                "a training loader has no length, so Lightning had fetched the next batch already, and the file does"
+                " not hold it: give the loader `__len__`, or resume from an epoch's end"
+            )
+        window_is_open = self.trainer.fit_loop.epoch_loop._should_accumulate()
+        if window_is_open and all(p.grad is None for p in self.trainer.lightning_module.parameters()):
+            doubts.append(
+                "the file does not hold the gradients of the accumulation window that was open: use"
+                " `GradientAccumulation` in place of `Trainer(accumulate_grad_batches=…)`"
+            )
+        return doubts

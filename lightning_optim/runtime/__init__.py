@@ -1,0 +1,1 @@
+"""The Trainer's side: all that a callback may import."""

@@ -1,0 +1,257 @@
+"""Callback state that holds shards: gathered for a single file, an entry of the folder for a distributed checkpoint.
+
+Lightning stores callback state from rank 0 only. A shard that is returned from ``state_dict`` would come back on every
+rank, with shapes that agree and values that are wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_optim.base import module_tensors, shards
+from lightning_optim.runtime.files import safe_reading
+from lightning_optim.runtime.files.sharded_reading import load_folder
+from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Strategy, Trainer
+from lightning_optim.runtime.patching import replaced
+
+_ENTRY = "lightning_optim"
+_RANKS = "of_each_rank"  # what ranks differ in, in a callback's state
+_SHARD = "sharded_dtype"  # the key of a leaf that stands for a tensor in the folder
+
+
+def export(tree: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
+    """``tree`` as rank 0 may store it: DTensors gathered, or a note of their dtype where the folder holds them."""
+    folder = trainer is not None and is_distributed(trainer)
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        return {_SHARD: str(value.dtype).removeprefix("torch.")} if folder else shards.whole(value)
+
+    return _mapped(tree, leaf)
+
+
+def save_shards(tree: Callable[[], dict[str, Any]], trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """Add the DTensors of ``tree()`` to a distributed checkpoint.
+
+    Lightning writes ``checkpoint["optimizer_states"]`` shard by shard into the folder, under ``optimizer_0``,
+    ``optimizer_1``, …: one more entry there is ours. A Trainer without our callbacks reads its own entries and resumes.
+    """
+    if not is_distributed(trainer) or "optimizer_states" not in checkpoint:
+        return
+    sharded = {path: value for path, value in _leaves(tree()) if isinstance(value, DTensor)}
+    if sharded:
+        states = checkpoint["optimizer_states"]
+        if not (states and _ENTRY in states[-1]):
+            states.append({_ENTRY: {}})
+        states[-1][_ENTRY][key] = sharded
+
+
+def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], key: str) -> None:
+    """Put the DTensors of a distributed checkpoint into ``checkpoint["callbacks"][key]``, in place of the notes.
+
+    The last part of a tensor's path is its name in the model, which says how it is sharded now.
+    """
+    state = checkpoint.get("callbacks", {}).get(key)
+    noted = [path for path, _ in _leaves(state or {}) if path.endswith(f"/{_SHARD}")]
+    if not noted:
+        return
+    shards.reshard_(pl_module)
+    live = {
+        module_tensors.plain_name(name): tensor.detach()
+        for name, tensor in module_tensors.named_tensors(pl_module).items()
+    }
+    found = {}
+    for note in noted:
+        path = note.removesuffix(f"/{_SHARD}")
+        dtype = getattr(torch, _at(state, note))
+        found[path] = torch.empty_like(live[module_tensors.plain_name(path.rsplit("/", 1)[1])], dtype=dtype)
+    entry = f"optimizer_{len(trainer.optimizers)}"
+    dcp.load({entry: {_ENTRY: {key: found}}}, checkpoint_id=str(trainer.ckpt_path))
+    for path, value in found.items():
+        parent, name = path.rsplit("/", 1)
+        _at(state, parent)[name] = value
+
+
+def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """Add the tensors in which ranks differ to a callback's state in a checkpoint: a dictionary for each rank.
+
+    Call it on all ranks. Tensors that are equal on all ranks are not gathered.
+
+    Args:
+        ours: Plain tensors that this rank holds, by their paths in the state.
+        trainer: The Trainer.
+        checkpoint: What will be written.
+        key: The callback's.
+    """
+    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return
+    digests: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(digests, {path: digest(tensor) for path, tensor in ours.items()})
+    paths = {path for theirs in digests for path in theirs if any(theirs[path] != each.get(path) for each in digests)}
+    if not paths:
+        return
+    everyone: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    dist.gather_object({path: tensor.detach().cpu() for path, tensor in ours.items() if path in paths}, everyone)
+    if everyone is not None:
+        checkpoint["callbacks"].setdefault(key, {})[_RANKS] = everyone
+
+
+def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
+    """Put what this rank had into the callback's state; the mean over ranks if there were more of them, or fewer."""
+    state = checkpoint.get("callbacks", {}).get(key)
+    by_rank = state.pop(_RANKS, None) if isinstance(state, dict) else None
+    if not by_rank:
+        return
+    same = len(by_rank) == trainer.world_size
+    for path, tensor in by_rank[trainer.global_rank if same else 0].items():
+        *parents, name = path.split("/")
+        tree = state
+        for parent in parents:
+            tree = tree.setdefault(parent, {})
+        others = [theirs[path] for theirs in by_rank if path in theirs and theirs[path].shape == tensor.shape]
+        tree[name] = tensor if same else torch.stack([other.double() for other in others]).mean(0).to(tensor.dtype)
+
+
+def digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    """Return dtype, shape and a hash of a plain tensor's bits: equal for tensors that are equal bit for bit."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(data, digest_size=16).digest()
+
+
+def is_distributed(trainer: Trainer) -> bool:
+    """Whether checkpoints of this run are folders, into which each rank writes its shards."""
+    strategy = trainer.strategy
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
+def leave_out(
+    strategy: Strategy,
+    module: nn.Module,
+    key: str,
+    parts: Sequence[str],
+    tell: Callable[[set[str]], None] | None = None,
+) -> None:
+    """Leave out of the next checkpoint's callback state the frozen tensors that its ``state_dict`` leaves out.
+
+    Call it in ``on_save_checkpoint``. The module's own hook, in which it may leave weights out, comes after those of
+    callbacks: only when the strategy writes the checkpoint is it known what was left out.
+
+    Args:
+        strategy: The Trainer's.
+        module: The module whose checkpoint it is.
+        key: The callback's ``state_key``.
+        parts: Keys of its state, each with a dictionary of name to tensor.
+        tell: Gets the plain names of the tensors, if there are any.
+    """
+
+    def edit(checkpoint: dict[str, Any]) -> None:
+        saved = {module_tensors.plain_name(name) for name in checkpoint.get("state_dict", {})}
+        # Of a sharded model's gathered weights only rank 0 has any.
+        if names := module_tensors.frozen_names(module) - saved if saved else set():
+            _drop(checkpoint, key, parts, names)
+            if tell is not None:
+                tell(names)
+
+    edit_before_write(strategy, edit)
+
+
+def edit_before_write(strategy: Strategy, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Call ``edit`` with the next checkpoint, once, when the strategy is about to write it.
+
+    Every ``on_save_checkpoint`` has run then; the module's own comes after those of callbacks.
+    """
+    save, back = strategy.save_checkpoint, contextlib.ExitStack()
+
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        back.close()
+        edit(checkpoint)
+        save(checkpoint, *args, **kwargs)
+
+    back.enter_context(replaced(strategy, "save_checkpoint", save_checkpoint))
+
+
+def _drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set[str]) -> None:
+    held = checkpoint.get("callbacks", {}).get(key, {})
+    for part in held.keys() & set(parts):
+        held[part] = {name: value for name, value in held[part].items() if module_tensors.plain_name(name) not in names}
+    states = checkpoint.get("optimizer_states")
+    shards = states[-1].get(_ENTRY, {}).get(key, {}) if states else {}
+    for path in list(shards):
+        _, part, *name = path.split("/", 2)
+        if part in parts and module_tensors.plain_name("".join(name)) in names:
+            del shards[path]
+
+
+@torch.no_grad()
+def load_weights_(module: LightningModule, path: str, weights_only: bool = True) -> None:
+    """Copy the ``state_dict`` of a checkpoint, a file or a folder, into the module, by name.
+
+    A tensor that cannot be written in place, such as an expanded one, is left as it is.
+
+    Args:
+        module: Under FSDP2 every rank gets its shards.
+        path: What Lightning wrote.
+        weights_only: Whether to read nothing but tensors and plain values.
+
+    Raises:
+        OSError: If it cannot be opened.
+        ValueError: If it is damaged, no checkpoint, or holds other objects and ``weights_only`` is set; before anything
+            is copied.
+    """
+    shards.reshard_(module)
+    writable = module_tensors.writable_tensors(module)
+    live = {
+        n: tensor
+        for n, tensor in module_tensors.named_tensors(module).items()
+        if module_tensors.plain_name(n) in writable
+    }
+    if os.path.isdir(path):
+        load_folder({"state_dict": live}, path, weights_only)  # into the live storage, shard by shard
+        return
+    loaded = safe_reading.load(path, weights_only)
+    saved = loaded.get("state_dict") if isinstance(loaded, dict) else None
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`")
+    found = {}
+    for name, tensor in live.items():
+        key = name if name in saved else module_tensors.plain_name(name)
+        if key in saved:
+            if getattr(saved[key], "shape", None) != tensor.shape:
+                raise ValueError(f"{path} is of another model: its {key} does not have the shape {tuple(tensor.shape)}")
+            found[name] = saved[key]
+    for name, value in found.items():
+        shards.copy_(live[name], value)
+
+
+def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(tree, dict):
+        return {name: _mapped(value, leaf) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_mapped(value, leaf) for value in tree]
+    return leaf(tree)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path, with slashes, and value of every leaf of nested dictionaries."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _leaves(value, f"{path}/{name}")
+    else:
+        yield path, tree
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("/")[1:]:
+        tree = tree[name]
+    return tree

@@ -1,0 +1,97 @@
+"""Mend, or report, the changes that Lightning makes to weights and buffers when it restores a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_optim.base import module_tensors
+from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime.lightning import DDPStrategy, ModelParallelStrategy, Trainer, rank_zero_warn
+
+
+class Restored:
+    """The weights and buffers of the module, from ``setup`` to the first step.
+
+    Lightning restores weights before it converts the module: with ``precision="64-true"`` it loads what is in fp64 into
+    the fp32 of the module's constructor. And its checkpoints hold the buffers of one rank.
+
+    Args:
+        trainer: A Trainer in ``setup``.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._rounded: dict[str, Any] = {}
+        self._moved: list[str] = []
+        late = trainer.strategy.restore_checkpoint_after_setup
+        self._made: dict[str, Any] = {} if late else _buffers_of_ranks(trainer)
+
+    def start(self) -> None:
+        """At ``on_fit_start``: the module is converted."""
+        self._load_again()
+        if self._trainer.strategy.restore_checkpoint_after_setup:
+            self._made = _buffers_of_ranks(self._trainer)
+
+    def loaded(self, checkpoint: dict[str, Any]) -> None:
+        """At ``on_load_checkpoint``: keep the weights that the module has rounded, and see which buffers have moved."""
+        if saved := checkpoint.get("state_dict"):
+            live = module_tensors.named_tensors(self._trainer.lightning_module)
+            self._rounded = saved if _rounds(saved, live) else {}
+        now = _buffers_of_ranks(self._trainer) if self._made else {}
+        self._moved = [name for name, digest in now.items() if self._made.get(name) != digest]
+
+    def begin(self, gathered: bool) -> None:
+        """At ``on_train_start``.
+
+        Args:
+            gathered: Whether a callback brings back the buffers of each rank.
+        """
+        self._load_again()
+        if self._moved and not gathered:
+            rank_zero_warn(
+                "This resume is not exact: a checkpoint holds the buffers of one rank, and here each rank has its own"
+                f" {self._moved}, from its batches. Add `ExactResume()` to the callbacks, also where the checkpoint is"
+                " written."
+            )
+        self._rounded, self._made, self._moved = {}, {}, []
+
+    def _load_again(self) -> None:
+        module = self._trainer.lightning_module
+        if self._rounded and not _rounds(self._rounded, module_tensors.named_tensors(module)):
+            weights, self._rounded = self._rounded, {}
+            self._trainer.strategy.load_model_state_dict({"state_dict": weights}, strict=module.strict_loading)
+
+
+def _rounds(saved: dict[str, Any], live: dict[str, Tensor]) -> bool:
+    """Return whether any saved tensor loses bits in the dtype of the module's."""
+    both = [(saved[name].dtype, tensor.dtype) for name, tensor in live.items() if isinstance(saved.get(name), Tensor)]
+    return any(torch.promote_types(theirs, ours) != ours for theirs, ours in both)
+
+
+def _buffers_of_ranks(trainer: Trainer) -> dict[str, Any]:
+    """Return a digest of each buffer that may differ between ranks."""
+    if trainer.world_size == 1 or _shares_buffers(trainer):
+        return {}
+    return {
+        name: checkpoint_state.digest(buffer)
+        for name, owner, key in module_tensors.buffer_places(trainer.lightning_module)
+        if (buffer := owner._buffers[key]) is not None
+        and key not in owner._non_persistent_buffers_set
+        and _may_differ(owner, buffer)
+    }
+
+
+def _shares_buffers(trainer: Trainer) -> bool:
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.device_mesh["data_parallel"].size() == 1
+    return isinstance(strategy, DDPStrategy) and bool(strategy._ddp_kwargs.get("broadcast_buffers", True))
+
+
+def _may_differ(owner: nn.Module, buffer: Tensor) -> bool:
+    plain = not isinstance(buffer, DTensor) and not buffer.is_meta and buffer.layout is torch.strided
+    return plain and buffer.is_floating_point() and not isinstance(owner, nn.SyncBatchNorm)

@@ -1,0 +1,302 @@
+"""The best weights so far: a copy in memory, or a whole checkpoint in a directory."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import os
+import re
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_optim.base import module_tensors, shards
+from lightning_optim.runtime.cpu_copies import copies_of, exchange_, fitting, localized
+from lightning_optim.runtime.files.own_files import OwnFiles, resolved
+from lightning_optim.runtime.interrupts import uninterrupted
+from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, get_filesystem, rank_zero_warn
+from lightning_optim.runtime.raw_weights import Displaced, on_cpu
+from lightning_optim.runtime.session import evaluated_state
+from lightning_optim.stopping.misfits import folded, listed, misfits
+from lightning_optim.stopping.stored import Stored
+
+
+class Keeper(Displaced, abc.ABC):
+    """Keeps the evaluated weights of one check until better ones come, and the raw weights once the best is restored.
+
+    Attributes:
+        left_out: Plain names of the frozen parameters that checkpoints leave out, and so does the best.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: set[str] = set()
+
+    @abc.abstractmethod
+    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+        """Keep what a validation would use now. Call it on all ranks.
+
+        Args:
+            trainer: The running Trainer.
+            left_out: Plain names of the frozen tensors that checkpoints leave out; the same on all ranks.
+        """
+
+    @property
+    def place(self) -> str:
+        """Directory in which the best is kept; empty for memory."""
+        return ""
+
+    @property
+    @abc.abstractmethod
+    def has_best(self) -> bool:
+        """Whether there is anything to restore."""
+
+    @abc.abstractmethod
+    def copy_into_(self, module: nn.Module) -> None:
+        """Copy the best weights and buffers into ``module``, by name; warn of what does not fit."""
+
+    @abc.abstractmethod
+    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+        """Put the best into the module's tensors, and what these held into ``_raw``."""
+
+    def notice_unfrozen(self) -> None:
+        """Copy parameters that were left out because they were frozen, and that the next step will move."""
+
+    @torch.no_grad()
+    def place_(self, module: nn.Module) -> None:
+        """Put the best into the trained module and keep the raw weights; warn of what does not fit."""
+        if self._in_module:
+            self.copy_into_(module)
+            return
+        shards.reshard_(module)
+        live = module_tensors.writable_tensors(module)
+        with uninterrupted():
+            self._place_(module, live)
+        self._in_module, self._module = True, weakref.ref(module)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "left_out": sorted(self.left_out)}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        super().load_extra_state(extra)
+        self.left_out = set(extra.get("left_out", ()))
+
+
+class InMemory(Keeper):
+    """A copy on the CPU, of this process's shards where the model is sharded. Each checkpoint grows by one model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._best: dict[str, Tensor] = {}  # what of it is not in the module
+        self._lent: dict[str, Tensor] = {}  # the module's tensors that hold the rest
+        self._versions: dict[str, int] = {}
+        self._frozen: dict[str, Tensor] = {}  # the module's parameters that are left out
+
+    @property
+    def has_best(self) -> bool:
+        return bool(self._best) or self._in_module
+
+    @torch.no_grad()
+    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+        module = trainer.lightning_module
+        evaluated = {module_tensors.plain_name(name): tensor for name, tensor in evaluated_state(trainer).items()}
+        live = module_tensors.writable_tensors(module)
+        self._leave_out(live, left_out)
+        live = {name: tensor for name, tensor in live.items() if name not in self.left_out}
+        with uninterrupted():
+            self._best = copies_of(live, evaluated, self._best)
+        self._module = weakref.ref(module)
+
+    def _leave_out(self, live: dict[str, Tensor], names: Iterable[str]) -> None:
+        # Only parameters: the statistics of a frozen module may change with each batch.
+        parameters = {name: live[name] for name in names if isinstance(live.get(name), nn.Parameter)}
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        self.left_out = set(self._frozen)
+
+    @torch.no_grad()
+    def notice_unfrozen(self) -> None:
+        unfrozen = {name: parameter for name, parameter in self._frozen.items() if parameter.requires_grad}
+        if unfrozen:
+            self._best |= copies_of(unfrozen, unfrozen, {})
+            self._frozen = {name: p for name, p in self._frozen.items() if name not in unfrozen}
+            self.left_out = set(self._frozen)
+
+    @torch.no_grad()
+    def copy_into_(self, module: nn.Module) -> None:
+        if self._in_module and self.is_of(module):
+            self._warn_if_changed()
+            return
+        shards.reshard_(module)
+        live = module_tensors.writable_tensors(module)
+        best = folded({**self._local(self._lent), **self._best}, live)
+        fits = fitting(live, best)
+        for name in fits:
+            (shard,) = shards.local([live[name]])
+            # The kept tensor is our shard, or the whole if it came from a file.
+            shards.copy_(shard if best[name].shape == shard.shape else live[name], best[name])
+        _warn_of_misfits(module, live, best, fits)
+
+    def _warn_if_changed(self) -> None:
+        changed = [name for name, tensor in self._lent.items() if self._versions[name] != shards.version(tensor)]
+        if changed:
+            rank_zero_warn(
+                f"The best weights lie in this module since the fit ended, and {listed(changed)} were changed there"
+                " since: the best of these is lost. With `dirpath=` the best stays in a checkpoint."
+            )
+
+    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+        best = localized(folded(self._best, live), live)
+        fits = fitting(live, best)
+        _warn_of_misfits(module, live, best, fits)
+        self._best = {name: kept for name, kept in best.items() if name not in fits}
+        self._raw = exchange_(live, {name: best[name] for name in fits})
+        self._lent = {name: live[name] for name in fits}
+        self._versions = {name: shards.version(tensor) for name, tensor in self._lent.items()}
+
+    def _take_(self, live: dict[str, Tensor]) -> None:
+        moved = {name: self._raw[name] for name in fitting(live, self._raw)}
+        unmoved = {name: live[name] for name in live.keys() - moved.keys() - self._best.keys() - self.left_out}
+        self._best = self._best | copies_of(unmoved, unmoved, {}) | exchange_(live, moved)
+        self._lent, self._versions = {}, {}
+
+    @torch.no_grad()
+    def resume_(self, module: nn.Module) -> None:
+        super().resume_(module)
+        live = module_tensors.writable_tensors(module)
+        self._best = localized(self._best, live)
+        self._leave_out(live, self.left_out)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "best": self._placed(self._best)}
+
+    def rank_state(self) -> dict[str, Tensor]:
+        return super().rank_state() | self._of_buffers("best", self._best)
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        super().load_extra_state(extra)
+        self._best = on_cpu(extra.get("best", {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds the best itself, wherever it lies."""
+        lent = {name: shard.detach().clone() for name, shard in self._local(self._lent).items()}
+        return {**super().__getstate__(), "_lent": lent, "_versions": {}, "_frozen": {}}
+
+    @staticmethod
+    def _local(named: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(named, shards.local(named.values()), strict=True))
+
+
+class InDirectory(Keeper):
+    """A whole checkpoint, written beside and renamed, so that a kill leaves the one before or the new one.
+
+    Args:
+        directory: Where the file is written; made if it is not there.
+        stem: The file's name without ``.ckpt``.
+        own_files: What this process wrote, and may be unpickled; another's file may hold anything.
+
+    Attributes:
+        path: The file; empty before the first.
+    """
+
+    def __init__(self, directory: str, stem: str, own_files: OwnFiles) -> None:
+        super().__init__()
+        self.directory, self.stem, self._own_files = directory, stem, own_files
+        self.path = ""
+
+    @property
+    def place(self) -> str:
+        return resolved(self.directory).rstrip("/") or "/"
+
+    @property
+    def has_best(self) -> bool:
+        return bool(self.path)
+
+    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+        if not self._may_replace(self.path):
+            self.path = self._free_path()
+        self.path = trainer.strategy.broadcast(self.path)
+        beside = f"{self.path}.new"
+        with _writing_at_once(trainer.strategy):
+            trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            _rename(beside, self.path)
+        trainer.strategy.barrier("the best checkpoint is renamed")
+        self._own_files.rename(beside, self.path)
+        self._module = weakref.ref(trainer.lightning_module)
+
+    def _may_replace(self, path: str) -> bool:
+        """Return whether this run, or an earlier part of it, wrote ``path``; a checkpoint may name anybody's file."""
+        directory, name = os.path.split(path)
+        is_named_so = re.fullmatch(rf"{re.escape(self.stem)}(-v\d+)?\.ckpt", name)
+        return path in self._own_files or (bool(is_named_so) and resolved(directory) == self.place)
+
+    def _free_path(self) -> str:
+        """A name that no earlier run has used: its best is not ours to overwrite."""
+        get_filesystem(self.directory).makedirs(self.directory, exist_ok=True)
+        path, version = os.path.join(self.directory, f"{self.stem}.ckpt"), 0
+        while any(get_filesystem(path).exists(name) for name in (path, f"{path}.new")):
+            version += 1
+            path = os.path.join(self.directory, f"{self.stem}-v{version}.ckpt")
+        return path
+
+    @torch.no_grad()
+    def copy_into_(self, module: nn.Module) -> None:
+        shards.reshard_(module)
+        live = module_tensors.writable_tensors(module)
+        stored, fits = self._open(live)
+        stored.copy_into_({name: live[name] for name in fits})
+        _warn_of_misfits(module, live, stored.shapes, fits)
+
+    def _open(self, live: dict[str, Tensor]) -> tuple[Stored, list[str]]:
+        path = self.path if get_filesystem(self.path).exists(self.path) else f"{self.path}.new"
+        stored = Stored.at(path, live, weights_only=path not in self._own_files)
+        return stored, [name for name, shape in stored.shapes.items() if name in live and live[name].shape == shape]
+
+    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+        stored, fits = self._open(live)
+        targets = {name: live[name] for name in fits}
+        self._raw = copies_of(targets, targets, {})
+        try:
+            stored.copy_into_(targets)
+        except BaseException:
+            exchange_(targets, self._raw)
+            self._raw = {}
+            raise
+        _warn_of_misfits(module, live, stored.shapes, fits)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "best_path": self.path}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        super().load_extra_state(extra)
+        self.path = extra.get("best_path", "")
+
+
+def _warn_of_misfits(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: list[str]) -> None:
+    if said := misfits(live, module, held, fits):
+        rank_zero_warn(f"Not all of the best weights are restored: {said}. The rest of the module is left as it is.")
+
+
+@contextlib.contextmanager
+def _writing_at_once(strategy: Strategy) -> Iterator[None]:
+    """Context manager: a checkpoint is complete when ``save_checkpoint`` returns, also under `AsyncCheckpointIO`."""
+    writer = strategy.checkpoint_io
+    if not isinstance(writer, AsyncCheckpointIO) or writer.checkpoint_io is None:
+        yield
+        return
+    strategy.checkpoint_io = writer.checkpoint_io
+    try:
+        yield
+    finally:
+        strategy.checkpoint_io = writer
+
+
+def _rename(beside: str, path: str) -> None:
+    filesystem = get_filesystem(path)
+    if filesystem.isdir(path):
+        # A folder cannot be replaced in one act; a kill in between leaves the new one, complete.
+        filesystem.rm(path, recursive=True)
+    filesystem.mv(beside, path, recursive=filesystem.isdir(beside))

@@ -1,0 +1,223 @@
+"""The attributes of Lightning's ``EarlyStopping``, as views of the criterion: what is written there counts at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_optim.base.arguments import check_number
+from lightning_optim.stopping.combined import AnyOf
+from lightning_optim.stopping.criteria import (
+    Criterion,
+    Divergence,
+    NonFinite,
+    Plateau,
+    Threshold,
+    checked,
+    named,
+    worst,
+)
+from lightning_optim.stopping.ranking import Best
+
+C = TypeVar("C", bound=Criterion)
+
+_ORDER = (NonFinite, Threshold, Divergence, Plateau)  # in which Lightning asks
+
+
+class CriterionAttributes:
+    """Arguments that may be read and written at any time; a wrong value raises what it raises at construction.
+
+    An argument that belongs to a plain ``monitor`` can be written beside a criterion too, if the criterion has it.
+    """
+
+    criterion: Criterion
+    fit: Any
+    _monitor: str | Criterion
+    _mode: str
+    _best_by: Best | None = None
+    _restore_best: bool = False
+    _before_fit: dict[str, Any]
+
+    # ---- which metric, and what is better ----------------------------------------------------------------------------
+
+    @property
+    def monitor(self) -> str | Criterion:
+        """The metric's name, or the criterion that was given."""
+        return self._monitor
+
+    @monitor.setter
+    def monitor(self, value: str | Criterion) -> None:
+        if isinstance(value, Criterion):
+            check_best(value, self.best_by, self.restore_best)
+            self.criterion = value
+        elif isinstance(self._monitor, Criterion):
+            self.criterion = AnyOf([NonFinite(value), Plateau(value, mode=self.mode)])
+        else:
+            for one in self._alternatives():
+                one.monitor = named(value)  # type: ignore[attr-defined]
+        self._monitor = value
+
+    @property
+    def mode(self) -> str:
+        """``"min"`` if less is better, ``"max"`` if more is."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: str) -> None:
+        if self._mode == value:
+            return
+        plain = not isinstance(self._monitor, Criterion)
+        self._best_by = None if self._best_by is None else Best(self._best_by.by, value)
+        for one in self._alternatives() if plain or self._best_by is None else ():
+            if hasattr(one, "mode"):
+                one.mode = checked(value)
+            if math.isinf(getattr(one, "best", 0.0)):
+                one.best = worst(value)  # type: ignore[attr-defined]
+        self._mode = value
+
+    @property
+    def best_by(self) -> str | dict[str, float] | list[str] | None:
+        """What is best, if not what the criterion calls an improvement."""
+        return None if self._best_by is None else self._best_by.by
+
+    @best_by.setter
+    def best_by(self, value: str | dict[str, float] | list[str] | None) -> None:
+        check_best(self.criterion, value, self.restore_best)
+        self._best_by = None if value is None else Best(value, self.mode)
+
+    @property
+    def restore_best(self) -> bool:
+        """Whether the best weights are kept, and put into the module at the end."""
+        return self._restore_best
+
+    @restore_best.setter
+    def restore_best(self, value: bool) -> None:
+        check_best(self.criterion, self.best_by, value)
+        self._restore_best = value
+
+    # ---- the plateau -------------------------------------------------------------------------------------------------
+
+    @property
+    def patience(self) -> int | None:
+        """Number of checks without improvement after which to stop; ``None`` for a criterion without a plateau."""
+        plateau = self._find(Plateau)
+        return None if plateau is None else plateau.patience
+
+    @patience.setter
+    def patience(self, value: int) -> None:
+        check_number("patience", value, low=0, integer=True)
+        self._owner(Plateau, "patience", value).patience = value
+
+    @property
+    def min_delta(self) -> float | None:
+        """Size that an improvement must exceed; ``None`` for a criterion without a plateau."""
+        plateau = self._find(Plateau)
+        return None if plateau is None else plateau.min_delta
+
+    @min_delta.setter
+    def min_delta(self, value: float) -> None:
+        check_number("min_delta", value)
+        self._owner(Plateau, "min_delta", value).min_delta = abs(value)  # Lightning's has a sign
+
+    @property
+    def wait_count(self) -> int:
+        """Number of checks since the last improvement."""
+        plateau = self._find(Plateau)
+        return 0 if plateau is None else plateau.wait
+
+    @wait_count.setter
+    def wait_count(self, value: int) -> None:
+        check_number("wait_count", value, low=0, integer=True)
+        self._owner(Plateau, "wait_count", value).wait = value
+        self._keep_for_next_fit("wait_count", value)
+
+    @property
+    def best_score(self) -> Tensor:
+        """Best value of the plateau's metric; NaN for a criterion without a plateau."""
+        plateau = self._find(Plateau)
+        return torch.tensor(math.nan if plateau is None else plateau.best)
+
+    @best_score.setter
+    def best_score(self, value: Tensor | float) -> None:
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if not isinstance(number, int | float) or math.isnan(number):
+            raise ValueError(f"`best_score` must be a number, which may be infinite, got {value!r}")
+        self._owner(Plateau, "best_score", value).best = float(number)
+        self._keep_for_next_fit("best_score", value)
+
+    def _keep_for_next_fit(self, attribute: str, value: Any) -> None:
+        """Keep a value that is written between fits: a fit resets its state, and then begins with these values."""
+        if self.fit is None:
+            self._before_fit[attribute] = value
+
+    # ---- the other criteria ------------------------------------------------------------------------------------------
+
+    @property
+    def check_finite(self) -> bool:
+        """Whether to stop when the metric is NaN or infinite."""
+        return self._find(NonFinite) is not None
+
+    @check_finite.setter
+    def check_finite(self, value: bool) -> None:
+        if bool(value) != self.check_finite:
+            self._put(NonFinite, "check_finite", value, lambda name: NonFinite(name))
+
+    @property
+    def stopping_threshold(self) -> float | None:
+        """Value at whose better side training stops at once."""
+        threshold = self._find(Threshold)
+        return None if threshold is None else threshold.value
+
+    @stopping_threshold.setter
+    def stopping_threshold(self, value: float | None) -> None:
+        self._put(Threshold, "stopping_threshold", value, lambda name: Threshold(name, value, self.mode))  # type: ignore[arg-type]
+
+    @property
+    def divergence_threshold(self) -> float | None:
+        """Value at whose worse side training stops at once."""
+        divergence = self._find(Divergence)
+        return None if divergence is None else divergence.value
+
+    @divergence_threshold.setter
+    def divergence_threshold(self, value: float | None) -> None:
+        self._put(Divergence, "divergence_threshold", value, lambda name: Divergence(name, value, self.mode))  # type: ignore[arg-type]
+
+    # ---- where it is in the criterion --------------------------------------------------------------------------------
+
+    def _alternatives(self) -> list[Criterion]:
+        return self.criterion.criteria if isinstance(self.criterion, AnyOf) else [self.criterion]
+
+    def _find(self, kind: type[C]) -> C | None:
+        return next((one for one in reversed(self._alternatives()) if isinstance(one, kind)), None)
+
+    def _owner(self, kind: type[C], argument: str, value: Any) -> C:
+        one = self._find(kind)
+        if one is None:
+            raise ValueError(f"`{argument}={value!r}` belongs to a {kind.__name__}, and {self.criterion!r} has none")
+        return one
+
+    def _put(self, kind: type[C], argument: str, value: Any, make: Callable[[str], C]) -> None:
+        """Add a criterion of this kind, take it away, or change its bound."""
+        old = self._find(kind)
+        new = make("any") if value is not None and value is not False else None  # checks the value
+        if isinstance(self._monitor, Criterion) and (old is None) != (new is None):
+            raise ValueError(f"`{argument}={value!r}` belongs to a plain `monitor`: give it to {self._monitor!r}")
+        if old is not None and new is not None:
+            old.value = value  # type: ignore[attr-defined]
+        elif isinstance(self.criterion, AnyOf) and isinstance(self._monitor, str):
+            others = [one for one in self.criterion.criteria if one is not old]
+            more = [make(self._monitor)] if new is not None else []
+            self.criterion.criteria = sorted([*others, *more], key=lambda one: _ORDER.index(type(one)))
+
+
+def check_best(criterion: Criterion, best_by: object, restore_best: bool) -> None:
+    """Raise if nothing says which of several metrics makes weights the best."""
+    if restore_best and best_by is None and len(set(criterion.monitors)) > 1:
+        raise ValueError(
+            f"`best_by=None` leaves open which of {criterion.monitors} says what is best: name a metric,"
+            " weights {metric: weight} or a list in order of rank, or give `restore_best=False`"
+        )

@@ -1,0 +1,135 @@
+"""What every policy shares: how it prints, which numbers are its identity, and one copy per optimizer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_optim.averaging.averages import EMA
+from lightning_optim.base.policy import PerOptimizer, Policy
+from lightning_optim.base.schedules import Constant, Cosine, Exponential, Linear, Piecewise
+from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue
+from lightning_optim.regularization.penalties import L1, L2, ElasticNet
+from lightning_optim.stopping.combined import AnyOf
+from lightning_optim.stopping.criteria import Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.ranking import Best
+
+ALL = [
+    L1(1e-5, on="encoder.*"),
+    L2(Linear(1e-3, 0.0), exclude=["head.*"]),
+    ElasticNet(1e-5, 1e-4),
+    ClipByNorm(1.0, norm_type=float("inf")),
+    ClipByValue(Constant(0.5)),
+    EMA(0.999, warmup=None),
+    Plateau("val_loss", patience=5, min_delta=0.1),
+    Threshold("accuracy", 0.9, mode="max"),
+    Divergence("loss", 10.0),
+    AnyOf([NonFinite("loss"), Plateau("loss")]),
+    Best({"loss": 1.0, "accuracy": -2.0}),
+    Cosine(1.0, 0.0, begin=0.25),
+    Exponential(1.0, 0.1, until=0.5),
+    Piecewise({0.0: 1.0, 0.5: 0.1}),
+]
+
+
+@pytest.mark.parametrize("policy", ALL, ids=repr)
+def test_prints_as_it_was_written(policy: Policy) -> None:
+    again = eval(repr(policy), {**globals(), "inf": float("inf")})
+    assert repr(again) == repr(policy)
+    assert again.identity == policy.identity
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+@pytest.mark.parametrize("policy", ALL, ids=repr)
+def test_copies(policy: Policy, copied) -> None:
+    other = copied(policy)
+    assert other is not policy
+    assert vars(other).keys() >= {name for name in vars(policy) if not name.startswith("_")}
+    assert other.identity == policy.identity
+    assert other.state_dict() == policy.state_dict()
+
+
+@pytest.mark.parametrize("policy", ALL, ids=repr)
+def test_prints_the_same_after_pickling(policy: Policy) -> None:
+    assert repr(pickle.loads(pickle.dumps(policy))) == repr(policy)
+
+
+def test_defaults_are_not_printed() -> None:
+    assert repr(EMA(0.9)) == "EMA(decay=0.9)"
+    assert repr(Plateau("x", patience=3)) == "Plateau(monitor='x')"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (L1(1e-5, on="a.*"), L1(1e-3, on="a.*")),
+        (EMA(0.9), EMA(0.99, warmup=None)),
+        (ClipByNorm(1.0), ClipByNorm(Linear(5.0, 1.0))),
+        (Plateau("x", patience=3), Plateau("x", patience=30, min_delta=1.0)),
+        (AnyOf([Plateau("x", patience=3)]), AnyOf([Plateau("x", patience=30)])),
+    ],
+)
+def test_tuned_numbers_are_not_identity(one: Policy, other: Policy) -> None:
+    assert one.identity == other.identity
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (L1(1e-5), L2(1e-5)),
+        (L1(1e-5), L1(1e-5, on="*")),
+        (L1(1e-5, on=nn.Linear), L1(1e-5, on=nn.Conv2d)),
+        (L1(1e-5, on=["a", "b"]), L1(1e-5, on=["a", "c"])),
+        (Plateau("x"), Plateau("y")),
+        (Plateau("x"), Plateau("x", mode="max")),
+        (AnyOf([Plateau("x")]), AnyOf([Plateau("x"), NonFinite("x")])),
+        (Best(["x", "y"]), Best(["y", "x"])),
+        (ClipByNorm(1.0), ClipByNorm(1.0, norm_type=1.0)),
+    ],
+)
+def test_what_a_policy_acts_on_is_identity(one: Policy, other: Policy) -> None:
+    assert one.identity != other.identity
+
+
+def _is_bias(name: str, parameter: Tensor) -> bool:
+    return name.endswith("bias")
+
+
+def test_identity_holds_no_address() -> None:
+    for selector in (_is_bias, nn.Linear, [nn.Linear, _is_bias]):
+        assert " at 0x" not in L1(1e-5, on=selector).identity
+
+
+def test_scheduled_says_whether_a_total_is_needed() -> None:
+    assert L2(Linear(1.0, 0.0)).scheduled
+    assert ElasticNet(0.1, Piecewise({0: 1.0})).scheduled
+    assert not L2(1e-4).scheduled
+    assert not L2(Constant(1e-4)).scheduled
+
+
+def test_one_copy_per_optimizer() -> None:
+    template = EMA(0.9)
+    copies = PerOptimizer([template])
+    copies[1][0].update_([torch.ones(1)], step=1)
+    assert copies[1][0].started
+    assert copies[1] is copies[1]
+    assert not copies[0][0].started
+    assert not template.started
+
+
+def test_state_of_copies_is_loaded_before_they_are_asked_for() -> None:
+    saved = PerOptimizer([Plateau("x"), Threshold("x", 0.5)])
+    saved[0][0].update({"x": 1.0})
+    saved[1][0].update({"x": 2.0})
+    loaded = PerOptimizer([Plateau("x"), Threshold("x", 0.5)])
+    loaded.load_state_dict(saved.state_dict())
+    assert [loaded[index][0].best for index in (0, 1)] == [1.0, 2.0]
+    assert loaded.state_dict() == saved.state_dict()
+
+
+def test_a_policy_without_memory_has_an_empty_state() -> None:
+    assert L1(0.1).state_dict() == {}

@@ -1,0 +1,91 @@
+"""Averages of weights by hand: sums over what was remembered, one tensor at a time."""
+
+from __future__ import annotations
+
+from tests.harness.by_hand import Formula, Step, Weights
+
+
+class Mean(Formula):
+    """The mean of the weights after each step, or of the last ``size`` of them.
+
+    Args:
+        start: The steps that are left out.
+        size: How many count; all by default.
+        by_epoch: Whether those at the epochs' ends count, and no others.
+    """
+
+    def __init__(self, start: int = 0, size: int | None = None, by_epoch: bool = False) -> None:
+        self.start = start
+        self.size = size
+        self.by_epoch = by_epoch
+        self.history: dict[str, list] = {}
+
+    def after_step(self, step: Step) -> None:
+        if step.step >= self.start and not self.by_epoch:
+            for name, weight in zip(step.names, step.weights, strict=True):
+                self.history.setdefault(name, []).append(weight.clone())
+
+    def after_epoch(self, weights: Weights) -> None:
+        if self.by_epoch:
+            for name, weight in weights.items():
+                self.history.setdefault(name, []).append(weight.clone())
+
+    def evaluated(self, weights: Weights) -> Weights:
+        if not self.history:
+            return weights
+        averaged = {}
+        for name, weight in weights.items():
+            counted = self.history[name][-self.size :] if self.size else self.history[name]
+            averaged[name] = (sum(w.double() for w in counted) / len(counted)).to(weight.dtype)
+        return averaged
+
+    def final(self, weights: Weights) -> Weights:
+        return self.evaluated(weights)
+
+
+class Constant(Formula):
+    """``average = decay^every * average + (1 - decay^every) * weight``, without a warm-up."""
+
+    def __init__(self, decay: float, every: int) -> None:
+        self.decay = decay**every
+        self.every = every
+        self.average: Weights = {}
+
+    def after_step(self, step: Step) -> None:
+        if step.step % self.every == 0:
+            for name, weight in zip(step.names, step.weights, strict=True):
+                before = self.average.get(name, weight)
+                self.average[name] = self.decay * before + (1.0 - self.decay) * weight
+
+    def evaluated(self, weights: Weights) -> Weights:
+        return self.average or weights
+
+    def final(self, weights: Weights) -> Weights:
+        return self.evaluated(weights)
+
+
+class BestMean(Formula):
+    """After the run: the mean of the weights of the best validations, if it is better than the best of them."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+        self.seen: list[tuple[float, Weights]] = []
+        self.better = False
+
+    def stop(self, score: float, weights: Weights) -> bool:
+        self.seen.append((score, {name: weight.clone() for name, weight in weights.items()}))
+        return False
+
+    @property
+    def best(self) -> list[tuple[float, Weights]]:
+        return sorted(self.seen, key=lambda pair: pair[0])[: self.top]
+
+    def candidate(self) -> Weights:
+        names = self.best[0][1]
+        return {name: sum(weights[name] for _, weights in self.best) / self.top for name in names}
+
+    def judge(self, score: float) -> None:
+        self.better = score < self.best[0][0]
+
+    def final(self, weights: Weights) -> Weights:
+        return self.candidate() if self.better else self.best[0][1]

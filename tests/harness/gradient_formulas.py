@@ -1,0 +1,142 @@
+"""What is done to gradients before a step, by hand: one number, one row or one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.harness.by_hand import Formula, Step
+
+
+class Spike(Formula):
+    """A penalty ``strength * sum(w^2)`` on matrices that falls from the sky late in the run, so that norms leap."""
+
+    def __init__(self, strength: float, start: float) -> None:
+        self.strength = strength
+        self.start = start
+
+    def before_step(self, step: Step) -> None:
+        if step.step / (step.total - 1) >= self.start:
+            for weight, grad in zip(step.weights, step.grads, strict=True):
+                if weight.ndim >= 2:
+                    grad += 2.0 * self.strength * weight
+
+
+class RowClip(Formula):
+    """Each row's gradient at most ``share`` of the larger of its weights' norm and ``eps``; a vector is one row."""
+
+    def __init__(self, share: float, eps: float = 1e-3) -> None:
+        self.share = share
+        self.eps = eps
+
+    def before_step(self, step: Step) -> None:
+        for weight, grad in zip(step.weights, step.grads, strict=True):
+            rows = list(zip(weight, grad, strict=True)) if weight.ndim >= 2 else [(weight, grad)]
+            for w, g in rows:
+                limit = self.share * max(float(w.norm()), self.eps)
+                if float(g.norm()) > limit:
+                    g *= limit / float(g.norm())
+
+
+class RowMean(Formula):
+    """Each row's mean taken out of a matrix's gradient."""
+
+    def before_step(self, step: Step) -> None:
+        for grad in step.grads:
+            if grad.ndim >= 2:
+                for row in grad:
+                    row -= float(row.sum()) / row.numel()
+
+
+class Draw(Formula):
+    """Gaussian noise of variance ``eta / (1 + t)^gamma`` from a generator that is seeded by one draw for each step."""
+
+    def __init__(self, eta: float, gamma: float) -> None:
+        self.eta = eta
+        self.gamma = gamma
+        self.generators: dict[int, torch.Generator] = {}
+
+    def before_step(self, step: Step) -> None:
+        own = self.generators.setdefault(step.optimizer, torch.Generator().manual_seed(step.optimizer))
+        draws = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=own)))
+        for grad in step.grads:
+            grad += (self.eta / (1.0 + step.step) ** self.gamma) ** 0.5 * torch.randn(grad.shape, generator=draws)
+
+
+class PercentileClip(Formula):
+    """Each tensor's norm at most a percentile of all its norms so far, this one included."""
+
+    def __init__(self, percentile: float) -> None:
+        self.percentile = percentile
+        self.norms: dict[tuple[int, int], list[float]] = {}
+
+    def before_step(self, step: Step) -> None:
+        for index, grad in enumerate(step.grads):
+            norms = self.norms.setdefault((step.optimizer, index), [])
+            norm = float(grad.norm())
+            norms.append(norm)
+            ordered = sorted(norms)
+            position = self.percentile / 100.0 * (len(ordered) - 1)
+            low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
+            bound = low + (position - math.floor(position)) * (high - low)
+            grad *= min(1.0, bound / (norm + 1e-6))
+
+
+class ScoreClip(Formula):
+    """Norms of all gradients whose score is above ``z``, to ``mean + deviation * z^2 / score``."""
+
+    def __init__(self, z: float, decay: float, warmup: int) -> None:
+        self.z = z
+        self.decay = decay
+        self.warmup = warmup
+        self.first: dict[int, list[float]] = {}
+        self.mean: dict[int, float] = {}
+        self.variance: dict[int, float] = {}
+
+    def before_step(self, step: Step) -> None:
+        which, first = step.optimizer, self.first.setdefault(step.optimizer, [])
+        norm = float(torch.cat([grad.flatten() for grad in step.grads]).norm())
+        if len(first) < self.warmup:
+            first.append(norm)
+            self.mean[which] = sum(first) / len(first)
+            self.variance[which] = sum((n - self.mean[which]) ** 2 for n in first) / len(first)
+            return
+        deviation = self.variance[which] ** 0.5 + 1e-6
+        score = (norm - self.mean[which]) / deviation
+        after = norm
+        if score > self.z:
+            after = self.mean[which] + deviation * self.z**2 / score
+            for grad in step.grads:
+                grad *= min(1.0, after / (norm + 1e-6))
+        self.mean[which] = self.decay * self.mean[which] + (1.0 - self.decay) * after
+        self.variance[which] = self.decay * self.variance[which] + (1.0 - self.decay) * (after - self.mean[which]) ** 2
+
+
+class Measure(Formula):
+    """The norms around another formula, the share of steps that it changed, and the way of the step."""
+
+    def __init__(self, clipping: Formula) -> None:
+        self.clipping = clipping
+        self.clipped: dict[int, list[bool]] = {}
+        self.before: list[Tensor] = []
+
+    def before_step(self, step: Step) -> None:
+        norm = _size(step.grads)
+        self.clipping.before_step(step)
+        step.logged["gradients/norm"] = norm
+        step.logged["gradients/norm_clipped"] = after = _size(step.grads)
+        flags = self.clipped.setdefault(step.optimizer, [])
+        flags.append(after < norm * (1.0 - 1e-6))
+        step.logged["gradients/share_clipped"] = sum(flags) / len(flags)
+        step.logged["gradients/skipped"] = 0.0
+        self.before = [weight.clone() for weight in step.weights]
+
+    def after_step(self, step: Step) -> None:
+        moves = [weight - before for weight, before in zip(step.weights, self.before, strict=True)]
+        step.logged["gradients/update_ratio"] = _size(moves) / _size(self.before)
+
+
+def _size(tensors: list[Tensor]) -> float:
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).square().sum().sqrt())

@@ -1,0 +1,153 @@
+"""The problem as Lightning modules: automatic, manual, and with two optimizers; each whole or sharded with FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import SGD
+
+from lightning_optim import ManualOptimizationMixin
+from tests.harness import problem
+from tests.harness.cells import MOMENTUM, Cell
+from tests.harness.problem import Batch
+
+
+class Batches:
+    """A loader that saves its position, so that a resume in the middle of an epoch sees the batches that are left."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self._position = self._position % len(self.batches), 0
+        for index in range(start, len(self.batches)):
+            self._position = index + 1
+            yield self.batches[index]
+        self._position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._position = state["position"]
+
+
+class Model(LightningModule):
+    """The problem under automatic optimization.
+
+    Args:
+        cell: What to train.
+        scores: The values of ``val_score``, one for each validation, in their order.
+    """
+
+    def __init__(self, cell: Cell, scores: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.cell = cell
+        self.scores = tuple(scores)
+        self.net = problem.build_nets(cell.optimizers)
+        self.seen = 0
+        self.validations: list[float] = []
+        self.raw: dict[str, Tensor] = {}
+
+    @property
+    def nets(self) -> list[torch.nn.Module]:
+        return problem.nets_of(self.net)
+
+    def configure_optimizers(self) -> Any:
+        return [SGD(net.parameters(), lr=self.cell.lr, momentum=MOMENTUM) for net in self.nets]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        self.seen += 1
+        return problem.loss_of(0, self.nets, batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("val_loss", problem.validation_loss(self.nets, batch), sync_dist=self.cell.processes > 1)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.scores:
+            self.log("val_score", self.scores[len(self.validations)])
+
+    def on_validation_end(self) -> None:
+        self.validations.append(float(self.trainer.callback_metrics["val_loss"]))
+
+    def on_train_end(self) -> None:
+        self.raw = full_weights(self)
+
+    def train_dataloader(self) -> Batches:
+        return Batches([self._part(batch) for batch in problem.make_batches(self.cell.batches, seed=10)])
+
+    def val_dataloader(self) -> Batches:
+        return Batches([self._part(problem.validation_batch())])
+
+    def _part(self, batch: Batch) -> Batch:
+        # The ranks' halves have one size, so that the mean of the ranks' means is the mean over the whole batch.
+        x, y = (tensor.chunk(self.cell.processes)[self.global_rank] for tensor in batch)
+        return x, y
+
+
+class ManualModel(ManualOptimizationMixin, Model):
+    """The problem under manual optimization; with two optimizers each steps in every window."""
+
+    def __init__(self, cell: Cell, scores: Sequence[float] = ()) -> None:
+        super().__init__(cell, scores)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.seen += 1
+        optimizers = self.optimizers()
+        for index, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
+            self.optimize(problem.loss_of(index, self.nets, batch), optimizer)
+
+
+class ShardedModel(Model):
+    """The problem under FSDP2: one layer is a group of its own; the root's holds the one-element parameter too."""
+
+    def configure_model(self) -> None:
+        shard_(self.nets)
+
+
+class ShardedManualModel(ManualModel):
+    """The same under manual optimization."""
+
+    def configure_model(self) -> None:
+        shard_(self.nets)
+
+
+def shard_(nets: list[torch.nn.Module]) -> None:
+    """Shard each network, and the last one's inner layer, once; ``configure_model`` is called again by later stages."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(nets[0], FSDPModule):
+        return
+    fully_shard(nets[-1].get_submodule("inner"))
+    for net in nets:
+        fully_shard(net)
+
+
+def build(cell: Cell, scores: Sequence[float] = ()) -> Model:
+    """The module of a cell."""
+    if cell.strategy == "fsdp2":
+        return (ShardedModel if cell.kind == "automatic" else ShardedManualModel)(cell, scores)
+    return (Model if cell.kind == "automatic" else ManualModel)(cell, scores)
+
+
+@torch.no_grad()
+def full_weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters, whole; every rank must call this when they are sharded."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    for part in module.modules():
+        # After a validation the root is still gathered, and what the parameters show then is a copy of the shards.
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    weights = ((name, parameter.detach()) for name, parameter in module.named_parameters())
+    return {name: (w.full_tensor() if isinstance(w, DTensor) else w).clone() for name, w in weights}

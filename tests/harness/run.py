@@ -1,0 +1,114 @@
+"""One fit of one cell, in this process or in a process of a living group, and what came out of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, model_parallel
+
+from tests.harness import models
+from tests.harness.by_hand import Outcome
+from tests.harness.cells import EPOCHS, INIT_SCALE, Cell
+
+
+class LivingEnvironment(LightningEnvironment):
+    """Tells Lightning that the processes are there already, and who this one is."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return torch.distributed.get_world_size()
+
+    def global_rank(self) -> int:
+        return torch.distributed.get_rank()
+
+    def local_rank(self) -> int:
+        return torch.distributed.get_rank()
+
+
+class Recorder(Logger):
+    """A logger that keeps, for each name, the values by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: dict[str, dict[int, float]] = {}
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.logged.setdefault(name, {})[step or 0] = float(value)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def strategy_of(cell: Cell) -> str | Strategy:
+    if cell.strategy == "ddp":
+        # With two optimizers no loss reaches all the weights.
+        return DDPStrategy(find_unused_parameters=cell.kind == "two")
+    if cell.strategy == "fsdp2":
+        share_mesh()
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return "auto"
+
+
+def share_mesh() -> None:
+    """Let the fits of a living group share one device mesh.
+
+    A mesh makes process groups, each with threads and open files that live as long as the process.
+    """
+    if not hasattr(model_parallel._setup_device_mesh, "cache_info"):
+        model_parallel._setup_device_mesh = functools.cache(model_parallel._setup_device_mesh)
+
+
+def make_trainer(cell: Cell, callbacks: Sequence[Callback], **changes: Any) -> Trainer:
+    """A quiet Trainer for a cell; ``changes`` replace its arguments."""
+    plugins: list[Any] = [LivingEnvironment()] if cell.processes > 1 else []
+    if cell.precision == "16-mixed":
+        scaler = torch.amp.GradScaler("cpu", init_scale=INIT_SCALE)
+        plugins.append(MixedPrecision("16-mixed", "cpu", scaler))
+    arguments: dict[str, Any] = dict(
+        accelerator="cpu",
+        devices=cell.processes,
+        strategy=strategy_of(cell),
+        plugins=plugins,
+        precision=None if cell.precision == "16-mixed" else cell.precision,
+        callbacks=list(callbacks),
+        max_epochs=EPOCHS,
+        val_check_interval=cell.validate_every,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return Trainer(**(arguments | changes))
+
+
+def fit(cell: Cell, callbacks: Sequence[Callback], scores: Sequence[float] = (), **changes: Any) -> Outcome:
+    """Train the cell's module with these callbacks."""
+    recorder = Recorder()
+    trainer = make_trainer(cell, callbacks, **({"logger": recorder} | changes))
+    module = models.build(cell, scores)
+    trainer.fit(module)
+    return Outcome(models.full_weights(module), module.raw, module.validations, module.seen, recorder.logged)

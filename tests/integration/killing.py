@@ -1,0 +1,131 @@
+"""A run that is killed, a run that is resumed, and one that was let be: jobs for this process, or for forks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_optim import GradientAccumulation
+from lightning_optim.resume.exact_resume import ExactResume
+from tests.harness.cells import Cell
+from tests.integration.forks import die_together
+from tests.integration.tools import Fitted, Remembering, differences, fit
+from tests.registry import BY_NAME
+
+KILLED = 10  # The micro-batch in which the process dies, in the middle of the second epoch.
+INSIDE = 6  # The first micro-batch of a window, whatever the window's size.
+VALIDATING = 8  # Within a window; a validation is due when the file has been written.
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which entry, in which cell; ``distributed`` is for the kind of the files after steps, under FSDP2."""
+
+    name: str
+    cell: Cell
+    distributed: bool = False
+
+    def options(self) -> dict[str, Any]:
+        if self.cell.strategy != "fsdp2":
+            return {}
+        size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        return {"strategy": ModelParallelStrategy(**size, save_distributed_checkpoint=self.distributed)}
+
+
+class Within(Checkpoint):
+    """Writes files within windows, and is killed when a later batch begins.
+
+    Under FSDP2 they are of the other kind than those after steps, so that one kill leaves both.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        name = {INSIDE + 1: "inside", VALIDATING + 1: "validating"}.get(pl_module.seen)
+        if name is not None:
+            (accumulation,) = (cb for cb in trainer.callbacks if isinstance(cb, GradientAccumulation))
+            assert accumulation.is_open
+            with other_kind(trainer.strategy):
+                trainer.save_checkpoint(self.folder / f"{name}.ckpt")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if pl_module.seen == KILLED - 1:
+            die_together(self.folder, trainer.global_rank, trainer.world_size)
+
+
+@contextmanager
+def other_kind(strategy: Any) -> Iterator[None]:
+    """Within this, FSDP2 writes a file in place of a folder, and the other way round."""
+    if isinstance(strategy, ModelParallelStrategy):
+        strategy._save_distributed_checkpoint = not strategy._save_distributed_checkpoint
+    yield
+    if isinstance(strategy, ModelParallelStrategy):
+        strategy._save_distributed_checkpoint = not strategy._save_distributed_checkpoint
+
+
+def savers(folder: Path) -> tuple[Callback, ...]:
+    """After each step, and within windows. The last file before the kill is ``validating.ckpt``."""
+    steps = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
+    return steps, Within(folder)
+
+
+@dataclass
+class Run:
+    """What two runs must have in common, bit for bit."""
+
+    outcome: dict[str, Any]
+    momentum: list[Any]
+    states: dict[str, Any]
+    logged: dict[str, dict[int, float]]
+    began: int
+
+    @staticmethod
+    def of(fitted: Fitted) -> Run:
+        outcome = {name: value for name, value in vars(fitted.outcome).items() if name != "logged"}
+        module = fitted.module
+        return Run(outcome, module.momentum, module.states, fitted.logged, module.began)
+
+
+class Beginning(Remembering):
+    """Also tells at which step for loggers it began."""
+
+    def on_train_start(self: Any) -> None:
+        self.began = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def uninterrupted(case: Case) -> Run:
+    return Run.of(fit(BY_NAME[case.name], case.cell, Beginning, extra=(ExactResume(),), **case.options()))
+
+
+def killed(case: Case, folder: Path) -> None:
+    extra = (ExactResume(), *savers(folder))
+    fit(BY_NAME[case.name], case.cell, Beginning, extra=extra, enable_checkpointing=True, **case.options())
+
+
+def resumed(case: Case, path: Path, exact: bool = True, **options: Any) -> Run:
+    extra = (ExactResume(),) if exact else ()
+    options |= {"ckpt_path": path, "weights_only": True, **case.options()}
+    return Run.of(fit(BY_NAME[case.name], case.cell, Beginning, extra=extra, **options))
+
+
+def resumed_from(case: Case, paths: list[Path]) -> list[Run]:
+    """First the run that was let be, then one from each file, in processes that did not write the files."""
+    return [uninterrupted(case), *(resumed(case, path) for path in paths)]
+
+
+def assert_same_run(run: Run, whole: Run, exact: bool = True) -> None:
+    for what in ("outcome", "momentum", "states"):
+        assert not differences(getattr(run, what), getattr(whole, what)), what
+    for name, values in whole.logged.items():
+        ours = run.logged.get(name, {})
+        assert {position: values[position] for position in ours} == ours, name
+        # What the batch logged at whose end the file was written, Lightning by itself forgets.
+        assert not exact or ours.keys() >= {position for position in values if position > run.began}, name

@@ -1,0 +1,97 @@
+"""Validate, test and predict: with the weights that were validated in the fit, and without a trace in the callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.harness import models, problem
+from tests.harness.cells import Cell
+from tests.integration.tools import (
+    CELL,
+    Evaluating,
+    Fitted,
+    assert_same,
+    differences,
+    each_entry,
+    fit,
+    prepare,
+    states,
+    whole,
+)
+from tests.registry import BY_NAME, Entry
+
+VERBS = ("validate", "test", "predict")
+
+
+def evaluated(fitted: Fitted, verb: str, **options: Any) -> float:
+    """The loss on the validation data, by each of the three ways."""
+    output = getattr(fitted.trainer, verb)(fitted.module, **options)
+    if verb == "predict":
+        return float(torch.nn.functional.mse_loss(output[0], problem.validation_batch()[1]))
+    return float(output[0]["val_loss" if verb == "validate" else "test_loss"])
+
+
+@each_entry
+def test_before_any_fit(entry: Entry) -> None:
+    fitted = prepare(entry, CELL, Evaluating)
+    weights, before = models.full_weights(fitted.module), states(fitted.callbacks)
+    plain = prepare(BY_NAME["plain"], CELL, Evaluating)
+    for verb in VERBS:
+        assert evaluated(fitted, verb) == evaluated(plain, verb)
+    assert not differences(models.full_weights(fitted.module), weights)
+    assert not differences(states(fitted.callbacks), before)
+
+
+@each_entry
+def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
+    """The file that was best in the fit gives what was best there, in the Trainer that wrote it and in a new one."""
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", save_on_train_epoch_end=False)
+    fitted = fit(entry, CELL, Evaluating, extra=(best,), enable_checkpointing=True)
+    assert best.best_model_score is not None
+    assert float(best.best_model_score) in fitted.module.validations
+    final, before = models.full_weights(fitted.module), states(fitted.callbacks)
+    for verb in VERBS:
+        assert evaluated(fitted, verb, ckpt_path="best") == pytest.approx(float(best.best_model_score), rel=1e-6)
+    fitted.module.load_state_dict(
+        final
+    )  # which is a part of an average's state while it is not the average that is in it
+    assert not differences(states(fitted.callbacks), before), "evaluating changed what the callbacks remember"
+    fresh = prepare(entry, CELL, Evaluating)
+    for verb in VERBS:
+        value = evaluated(fresh, verb, ckpt_path=best.best_model_path, weights_only=False)
+        assert value == pytest.approx(float(best.best_model_score), rel=1e-6)
+    assert not differences(states(fresh.callbacks), states(prepare(entry).callbacks))
+
+
+@each_entry
+def test_without_a_path_after_a_fit(entry: Entry) -> None:
+    """The module ends with the best that was validated, and that is what is tested; nothing is exchanged any more."""
+    fitted = fit(entry, CELL, Evaluating)
+    final = models.full_weights(fitted.module)
+    plain = prepare(BY_NAME["plain"], CELL, Evaluating)
+    plain.module.load_state_dict(fitted.module.state_dict())
+    for verb in VERBS:
+        assert evaluated(fitted, verb) == evaluated(plain, verb)
+    assert not differences(models.full_weights(fitted.module), final)
+
+
+@each_entry
+def test_evaluating_between_two_fits(entry: Entry) -> None:
+    callbacks = entry.all_callbacks(CELL)
+    fit(entry, callbacks=callbacks, max_epochs=1)
+    for verb in VERBS:
+        evaluated(prepare(entry, CELL, Evaluating, callbacks=callbacks), verb)
+    assert_same(fit(entry, callbacks=callbacks), whole(entry))
+
+
+def test_the_best_file_holds_other_weights_than_the_last() -> None:
+    """Else the tests above could not tell the average from the raw weights."""
+    fitted = fit(BY_NAME["ema"], Cell("automatic", "32-true", "single", "1"), Evaluating)
+    raw = prepare(BY_NAME["plain"], CELL, Evaluating)
+    raw.module.load_state_dict(fitted.module.raw)
+    assert abs(evaluated(raw, "test") - evaluated(fitted, "test")) > 1e-3

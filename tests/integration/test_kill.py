@@ -1,0 +1,55 @@
+"""SIGKILL, and resume from a file: bit for bit the run that was not killed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.cells import Cell
+from tests.integration.forks import in_forks, results
+from tests.integration.killing import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
+from tests.integration.tools import each_entry, turn
+from tests.registry import Entry
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
+
+
+@each_entry
+@pytest.mark.parametrize("manual", [False, True])
+def test_one_process(entry: Entry, manual: bool, tmp_path: Path) -> None:
+    """From each file with `ExactResume`; without it if a file swallows no validation; without callbacks, never."""
+    kind = turn(entry, "manual", "two") if manual else "automatic"
+    case = Case(entry.name, Cell(kind, "32-true", "single", "4short"))
+    whole = uninterrupted(case)
+    assert [end.signal for end in in_forks(1, killed, case, tmp_path)] == [signal.SIGKILL]
+    for name in ("validating", _last_step(tmp_path)):
+        assert_same_run(resumed(case, tmp_path / f"{name}.ckpt"), whole)
+    assert_same_run(resumed(case, tmp_path / "inside.ckpt", exact=False), whole, exact=False)
+    with pytest.raises(AssertionError):
+        assert_same_run(resumed(case, tmp_path / "inside.ckpt", callbacks=[]), whole)
+
+
+def _last_step(folder: Path) -> str:
+    return max(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns).stem
+
+
+@each_entry
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(entry: Entry, strategy: Any, tmp_path: Path) -> None:
+    """Two ranks are killed, two new ones resume: at a step's end, and within a window with a validation due.
+
+    Under FSDP2 the one is a folder and the other a file of one piece; over the entries both are both.
+    """
+    kind, distributed = turn(entry, ("automatic", False), ("two", False), ("automatic", True), ("two", True))
+    case = Case(entry.name, Cell(kind, "32-true", strategy, "4short"), distributed)
+    assert [end.signal for end in in_forks(2, killed, case, tmp_path)] == [signal.SIGKILL] * 2
+    paths = [tmp_path / f"{name}.ckpt" for name in ("validating", _last_step(tmp_path))]
+    assert [path.is_dir() for path in paths] == [
+        strategy == "fsdp2" and kind for kind in (not distributed, distributed)
+    ]
+    for whole, *runs in results(2, resumed_from, case, paths):
+        for run in runs:
+            assert_same_run(run, whole)

@@ -1,0 +1,79 @@
+"""Nothing stays installed: after a fit, after an exception (test_exceptions), after a refusal."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_optim import L2, GradientAccumulation, Linear, WeightRegularization
+from lightning_optim.runtime.session import _fits
+from tests.harness import models
+from tests.harness.cells import Cell
+from tests.integration.leftovers import left, settings
+from tests.integration.tools import CELL, assert_same, differences, each_entry, fit, prepare, turn, whole
+from tests.registry import BY_NAME, Entry
+
+
+@each_entry
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_after_a_fit(entry: Entry, precision: Any) -> None:
+    cell = Cell(turn(entry, "automatic", "manual", "two"), precision, "single", "4short")
+    running: dict[str, Any] = {}
+    fitted = prepare(entry, cell)
+    before = settings(fitted.trainer)
+    fitted.module.on_train_epoch_start = lambda: running.update(left(fitted))
+    fitted.trainer.fit(fitted.module)
+    del fitted.module.on_train_epoch_start
+    plain = left_by_none(cell, entry.epochs)
+    assert not differences(left(fitted), plain)
+    assert settings(fitted.trainer) == before
+    assert all(callback.fit is None for callback in fitted.ours)
+    assert fitted.trainer not in _fits
+    # The list sees what is installed while the fit goes on.
+    assert differences(running, plain)
+
+
+@functools.cache
+def left_by_none(cell: Cell, epochs: int) -> dict[str, Any]:
+    return left(fit(BY_NAME["plain"], cell, callbacks=[], max_epochs=epochs))
+
+
+@each_entry
+def test_after_a_refusal_in_setup(entry: Entry) -> None:
+    """The last is refused when the others are set up already: another Trainer and the module know nothing of it."""
+    endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")
+    fitted = prepare(entry, CELL, extra=(endless,), max_epochs=-1)
+    weights, before = models.full_weights(fitted.module), settings(fitted.trainer)
+    with pytest.raises(MisconfigurationException, match="no end that is known"):
+        fitted.trainer.fit(fitted.module)
+    assert_untouched(fitted, weights, before)
+    again = fit(entry, CELL, callbacks=[callback for callback in fitted.callbacks if callback is not endless])
+    assert_same(again, whole(entry))
+
+
+@each_entry
+def test_after_a_refusal_at_the_start_of_training(entry: Entry) -> None:
+    """Only the loaded data tell that this run has no end."""
+    endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")
+    fitted = prepare(entry, CELL, extra=(endless,), max_epochs=1000, limit_train_batches=1.0, val_check_interval=1)
+    fitted.module.train_dataloader = lambda: iter(models.Model.train_dataloader(fitted.module))
+    weights, before = models.full_weights(fitted.module), settings(fitted.trainer)
+    with pytest.raises(MisconfigurationException, match="no end that is known"):
+        fitted.trainer.fit(fitted.module)
+    assert_untouched(fitted, weights, before)
+
+
+def assert_untouched(fitted: Any, weights: Any, before: Any) -> None:
+    assert not differences(models.full_weights(fitted.module), weights)
+    assert settings(fitted.trainer) == before
+    assert all(callback.fit is None for callback in fitted.ours)
+    assert not any("replaced" in name and value for name, value in left(fitted).items())
+
+
+def test_a_setting_that_was_made_meanwhile_is_undone() -> None:
+    """The Trainer's own setting comes back, and not what the last epoch had."""
+    fitted = fit(BY_NAME["plain"], CELL, callbacks=[GradientAccumulation({0: 4, 1: 2})])
+    assert fitted.trainer.accumulate_grad_batches == 1

@@ -1,0 +1,66 @@
+"""What Lightning itself refuses, once each: should it come to accept it, these cells are ours to support."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from tests.harness import models, run
+from tests.harness.cells import Cell
+from tests.harness.groups import Group, JobFailed
+from tests.integration.tools import fit
+from tests.registry import BY_NAME
+
+STEPS = Cell("automatic", "32-true", "single", "1")
+
+
+def test_several_optimizers_in_automatic_optimization() -> None:
+    module = models.Model(Cell("two", "32-true", "single", "1"))
+    with pytest.raises(RuntimeError, match="multiple optimizers is only supported with manual optimization"):
+        run.make_trainer(STEPS, []).fit(module)
+
+
+def test_accumulation_flag_under_manual_optimization() -> None:
+    module = models.ManualModel(Cell("manual", "32-true", "single", "1"))
+    with pytest.raises(MisconfigurationException, match="Automatic gradient accumulation is not supported for manual"):
+        run.make_trainer(STEPS, [], accumulate_grad_batches=2).fit(module)
+
+
+def test_clipping_flag_under_manual_optimization() -> None:
+    module = models.ManualModel(Cell("manual", "32-true", "single", "1"))
+    with pytest.raises(MisconfigurationException, match="Automatic gradient clipping is not supported for manual"):
+        run.make_trainer(STEPS, [], gradient_clip_val=1.0).fit(module)
+
+
+def test_fp16_by_name_under_fsdp2() -> None:
+    with pytest.raises(ValueError, match=r"does not support .*precision='16-mixed'"):
+        run.make_trainer(STEPS, [], strategy=ModelParallelStrategy(), precision="16-mixed")
+
+
+class Stateless:
+    def configure_optimizers(self: Any) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def resume_stateless(folder: Path) -> None:
+    cell = Cell("automatic", "32-true", "fsdp2", "1")
+    saver = ModelCheckpoint(folder, "one", every_n_train_steps=2, save_top_k=1)
+
+    def strategy() -> ModelParallelStrategy:
+        sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        return ModelParallelStrategy(**sizes, save_distributed_checkpoint=False)
+
+    options: dict[str, Any] = {"callbacks": [], "strategy": strategy(), "extra": (saver,), "enable_checkpointing": True}
+    fit(BY_NAME["plain"], cell, Stateless, **options)
+    fit(BY_NAME["plain"], cell, Stateless, callbacks=[], strategy=strategy(), ckpt_path=saver.best_model_path)
+
+
+def test_resume_of_a_stateless_optimizer_from_one_file_under_fsdp2(tmp_path: Path) -> None:
+    with Group(2) as pair, pytest.raises(JobFailed, match="IndexError"):
+        pair.run(resume_stateless, tmp_path)

@@ -1,0 +1,116 @@
+"""Callbacks as objects: pickled, copied, printed; before, in and after a fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.harness.cells import Cell
+from tests.integration.tools import CELL, assert_same, differences, each_entry, fit, prepare, states, whole
+from tests.registry import Entry
+
+COPIES = {"pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "deepcopy": copy.deepcopy}
+
+
+class Copying:
+    """Copies the callbacks when the first epoch ends, in the middle of the fit."""
+
+    def on_train_epoch_end(self: Any) -> None:
+        if self.trainer.current_epoch == 0:
+            ours = [callback for callback in self.trainer.callbacks if hasattr(callback, "steps")]
+            self.copies = {how: make(ours) for how, make in COPIES.items()}
+            self.then = states(ours)
+
+
+@each_entry
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_does_the_same(entry: Entry, how: str) -> None:
+    callbacks = entry.all_callbacks(CELL)
+    copies = COPIES[how](callbacks)
+    assert_same(fit(entry, callbacks=copies), whole(entry))
+    assert_same(fit(entry, callbacks=callbacks), whole(entry))
+
+
+@each_entry
+def test_a_copy_in_the_fit(entry: Entry) -> None:
+    """It has the state of that moment, does not change with the fit, and does not disturb it."""
+    fitted = fit(entry, CELL, Copying)
+    assert_same(fitted, whole(entry))
+    for copies in fitted.module.copies.values():
+        assert not differences(states(copies), fitted.module.then)
+        assert all(one.fit is None for one in copies)
+        assert_same(fit(entry, callbacks=copies), whole(entry))
+
+
+@each_entry
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_after_the_fit(entry: Entry, how: str) -> None:
+    fitted = fit(entry)
+    copies = COPIES[how](fitted.ours)
+    assert not differences(states(copies), states(fitted.ours))
+    assert not shared(states_live(copies), states_live(fitted.ours)), "a copy holds the original's tensors"
+
+
+@each_entry
+def test_a_copy_takes_no_model_with_it(entry: Entry) -> None:
+    """Lightning gives each callback the module's `log`, and so the module, which a pickle would hold as a whole."""
+    fitted = fit(entry, CELL, Unpicklable)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(fitted.module)
+    assert not differences(states(pickle.loads(pickle.dumps(fitted.ours))), states(fitted.ours))
+
+
+class Unpicklable:
+    def __reduce_ex__(self, *_: Any) -> Any:
+        raise TypeError("this module cannot be pickled")
+
+
+@each_entry
+def test_repr(entry: Entry) -> None:
+    """One line that tells which callback it is, the same in each process and before and after a fit."""
+    before = [repr(callback) for callback in prepare(entry).ours]
+    assert before == [repr(callback) for callback in whole(entry).ours]
+    for callback, text in zip(whole(entry).ours, before, strict=True):
+        assert text.startswith(type(callback).__name__)
+        assert "\n" not in text
+        assert not re.search(r" at 0x|object at", text)
+
+
+@each_entry
+def test_the_run_around_is_not_identity(entry: Entry) -> None:
+    """The state of a file is found whatever the optimization, the precision and the windows are now."""
+    keys = [{callback.state_key for callback in prepare(entry, cell).ours} for cell in (CELL, TWO)]
+    assert keys[0] == keys[1]
+    assert len(keys[0]) == len(prepare(entry).ours), "two callbacks of one key"
+
+
+TWO = Cell("two", "bf16-mixed", "single", "4")
+
+
+def states_live(callbacks: list[Any]) -> list[Tensor]:
+    return [tensor for callback in callbacks for tensor in _tensors(callback.state_dict())]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def shared(some: list[Tensor], others: list[Tensor]) -> set[int]:
+    return {t.data_ptr() for t in some if t.numel()} & {t.data_ptr() for t in others if t.numel()}
+
+
+@each_entry
+def test_state_is_plain(entry: Entry, tmp_path: Any) -> None:
+    """What a stranger's file must be: tensors and plain values, and nothing that runs when it is read."""
+    torch.save(whole(entry).states, tmp_path / "states.pt")
+    loaded = torch.load(tmp_path / "states.pt", weights_only=True)
+    assert not differences(loaded, whole(entry).states)

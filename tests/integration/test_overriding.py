@@ -1,0 +1,371 @@
+"""A subclass overrides hooks, with `super()` or without; one object is given to two Trainers at once."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_optim import L2, AutoClip, GradientClipping, OptimCallback, WeightRegularization
+from lightning_optim.resume.exact_resume import ExactResume
+from lightning_optim.runtime import overridden_hooks
+from tests.harness.cells import Cell
+from tests.integration.leftovers import left
+from tests.integration.tools import (
+    CELL,
+    Fitted,
+    Remembering,
+    assert_same,
+    differences,
+    each_entry,
+    fit,
+    prepare,
+    states,
+    whole,
+)
+from tests.registry import BY_NAME, Entry
+
+HOOKS = sorted(name for name in dir(Callback) if not name.startswith("_") and callable(getattr(Callback, name)))
+OVERRIDDEN = sorted({*HOOKS, "reset", "extra_state", "load_extra_state"} - {"on_before_optimizer_step"})
+STEPS = Cell("automatic", "32-true", "single", "1")
+
+
+def silent(name: str) -> Any:
+    """A hook that does nothing, and `super()` least of all."""
+    state = {} if name in ("state_dict", "extra_state") else None
+    return lambda self, *args, **kwargs: state
+
+
+def calling(name: str) -> Any:
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.setdefault("heard", []).append(name)
+        return getattr(super(type(self), self), name)(*args, **kwargs)
+
+    return hook
+
+
+def overridden(callbacks: list[Any], make: Any) -> list[Any]:
+    """The callbacks as objects of subclasses that override every hook, made after the class was."""
+    for callback in callbacks:
+        if isinstance(callback, OptimCallback):
+            kind = type(callback)
+            callback.__class__ = type(kind.__name__, (kind,), {"__qualname__": kind.__qualname__})
+            for name in OVERRIDDEN:
+                setattr(callback.__class__, name, make(name))
+    return callbacks
+
+
+@each_entry
+@pytest.mark.parametrize("make", [silent, calling])
+def test_every_hook_overridden(entry: Entry, make: Any) -> None:
+    """The run, the state and what is left behind are those of the class itself, with `super()` and without."""
+    callbacks = overridden(entry.all_callbacks(CELL), make)
+    fitted = fit(entry, CELL, Remembering, callbacks=callbacks)
+    assert_same(fitted, whole(entry))
+    assert not differences(fitted.module.states, whole(entry).module.states)
+    assert not differences(states(fitted.callbacks), whole(entry).states)
+    assert not differences(left(fitted), left(whole(entry)))
+    assert all(callback.fit is None for callback in fitted.ours)
+
+
+def test_each_hook_of_a_user_is_called_once() -> None:
+    """As often as of a plain callback of Lightning, whether or not ours is reached by `super()`."""
+
+    class Plain(Callback):
+        pass
+
+    for name in HOOKS:
+        setattr(Plain, name, calling(name))
+    plain, ours = Plain(), overridden([GradientClipping(1.0)], calling)[0]
+    fit(BY_NAME["plain"], STEPS, callbacks=[plain, ours])
+    inner = {"reset", "extra_state", "load_extra_state"}
+    wanted = [name for name in plain.heard if name in OVERRIDDEN]
+    assert [name for name in ours.heard if name not in inner] == wanted
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start", "reset"])
+@pytest.mark.parametrize("where", ["class", "mixin", "object"])
+def test_wherever_it_is_overridden(hook: str, where: str) -> None:
+    """In the class, in a class beside ours, on the object; ours is done before, and the user's sees it."""
+    seen = []
+
+    def theirs(*args: Any, **kwargs: Any) -> None:
+        seen.append(own.fit is not None)
+
+    class Own(OptimCallback):
+        heard = 0
+
+        def on_after_optimizer_step(self, *_: Any) -> None:
+            self.heard += 1
+
+    mixin = type("Mixin", (), {hook: theirs})
+    own = type("Mixed", (mixin, Own), {})() if where == "mixin" else Own()
+    if where == "class":
+        setattr(Own, hook, theirs)
+    elif where == "object":
+        setattr(own, hook, theirs)
+    fit(BY_NAME["plain"], STEPS, callbacks=[own])
+    assert own.heard == own.steps[0] == 8
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_beside_another_callback_of_lightning(ours_first: bool) -> None:
+    """Both classes' hooks run, in either order of the bases."""
+    bases = (OptimCallback, Timer) if ours_first else (Timer, OptimCallback)
+
+    def init(self: Any) -> None:
+        OptimCallback.__init__(self)
+        Timer.__init__(self)
+
+    both = type("Both", bases, {"__init__": init})()
+    fit(BY_NAME["plain"], STEPS, callbacks=[both])
+    assert both.steps == [8]
+    assert both.time_elapsed("train") > 0.0
+    assert both.fit is None
+
+
+class _Called:
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def __call__(self, *args: Any) -> None:
+        self.seen.append(args)
+
+
+@pytest.mark.parametrize("kind", ["static", "class", "partial", "object"])
+def test_whatever_kind_of_method_it_is(kind: str) -> None:
+    """It gets the arguments that Python gives a method of this kind."""
+    seen: list[Any] = []
+    note = _Called(seen)
+    hook, before = {
+        "static": (staticmethod(note), 0),
+        "class": (classmethod(lambda cls, *args: note(*args)), 0),
+        "partial": (functools.partialmethod(lambda self, tag, *args: note(tag, *args), "tag"), 1),
+        "object": (note, 0),
+    }[kind]
+    own = type("Own", (GradientClipping,), {"on_train_start": hook})(0.1)
+    fit(BY_NAME["plain"], STEPS, callbacks=[own])
+    assert [len(args) - before for args in seen] == [2]
+    assert own.steps == [8]
+
+
+def test_ours_is_done_again_in_a_call_within_the_same_hook() -> None:
+    """As of a validation that a user's hook of a validation starts."""
+    places: list[int] = []
+
+    class Again(GradientClipping):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.on_train_batch_start(trainer, pl_module, batch, 77)
+                places.append(self._batch_idx)
+
+    fit(BY_NAME["plain"], STEPS, callbacks=[Again(0.1)])
+    assert places
+    assert set(places) == {77}
+
+
+def test_a_copy_is_overridden_too() -> None:
+    """Nothing of the run that the original was in is in it, in the middle of a hook either."""
+
+    class Copying(GradientClipping):
+        copies: tuple[Any, ...] = ()
+
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.copies = (copy.deepcopy(self), pickle.loads(pickle.dumps(self)))
+
+    globals()["Copying"] = Copying
+    Copying.__qualname__ = "Copying"
+    original = Copying(0.1)
+    first = fit(BY_NAME["plain"], STEPS, Remembering, callbacks=[original])
+    assert not any(isinstance(value, overridden_hooks.Bound) for one in original.copies for value in vars(one).values())
+    for one in original.copies:
+        again = fit(BY_NAME["plain"], STEPS, Remembering, callbacks=[one])
+        assert_same(again, first)
+        assert again.ours[0].copies
+
+
+def test_a_step_is_overridden_for_good() -> None:
+    """What is done to the step is what a subclass changes: all of it, or some steps, by `super()`."""
+
+    class Late(GradientClipping):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.current_epoch > 0:
+                super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    class Measuring(Callback):
+        def __init__(self) -> None:
+            self.short: list[bool] = []
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+            self.short.append(bool(norm < 0.011))
+
+    measuring = Measuring()
+    fit(BY_NAME["plain"], STEPS, callbacks=[Late(0.01), measuring])
+    half = len(measuring.short) // 2
+    assert measuring.short == [False] * half + [True] * half
+
+
+class OwnState(GradientClipping):
+    """State in Lightning's way, without `super()`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.batches = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batches += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches = state_dict["batches"]
+
+
+class OwnExtra(GradientClipping):
+    """State in this package's way, without `super()`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.batches = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batches += 1
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self.batches = extra["batches"]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+@pytest.mark.parametrize("kind", [OwnState, OwnExtra])
+def test_state_of_both_is_saved(kind: Any, tmp_path: Path) -> None:
+    """The user's state and ours come back, so that a resumed run is the whole one; after the fit it is saved too."""
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    first = fit(
+        BY_NAME["plain"],
+        STEPS,
+        Remembering,
+        callbacks=[kind(AutoClip(20.0)), ExactResume(), saver],
+        enable_checkpointing=True,
+    )
+    resumed = fit(
+        BY_NAME["plain"],
+        STEPS,
+        Remembering,
+        callbacks=[kind(AutoClip(20.0)), ExactResume()],
+        ckpt_path=tmp_path / "step=3.ckpt",
+    )
+    assert not differences(resumed.outcome.final, first.outcome.final)
+    assert resumed.ours[0].batches == first.ours[0].batches == 8
+    first.trainer.save_checkpoint(tmp_path / "after.ckpt")
+    state = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"][first.ours[0].state_key]
+    assert state["batches"] == 8
+    assert state["steps"] == [8]
+
+
+# ---- two Trainers, one object --------------------------------------------------------------------------------------
+
+
+class Nesting(Callback):
+    """Runs another Trainer with the same callbacks, in the middle of the first fit."""
+
+    def __init__(self, run: str, shared: list[Any]) -> None:
+        self.run, self.shared = run, shared
+        self.error: Exception | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != 2 or self.error is not None:
+            return
+        inner = prepare(BY_NAME["plain"], STEPS, callbacks=self.shared)
+        draws = torch.get_rng_state()
+        try:
+            getattr(inner.trainer, self.run)(inner.module)
+        except MisconfigurationException as error:
+            self.error = error
+        finally:
+            torch.set_rng_state(draws)
+            torch.set_grad_enabled(True)
+
+
+def nested(run: str, callbacks: list[Any], shared: list[Any]) -> tuple[Nesting, Fitted]:
+    nesting = Nesting(run, shared)
+    return nesting, fit(BY_NAME["several"], STEPS, callbacks=[*callbacks, nesting])
+
+
+@pytest.mark.parametrize("with_another_of_ours", [False, True])
+def test_a_nested_fit_is_refused_and_harms_nothing(with_another_of_ours: bool) -> None:
+    callbacks = BY_NAME["several"].all_callbacks(STEPS)
+    fresh = [WeightRegularization(L2(0.1), name="inner")] if with_another_of_ours else []
+    nesting, fitted = nested("fit", callbacks, [*fresh, callbacks[1]])
+    assert "GradientClipping is taken: another Trainer" in str(nesting.error)
+    assert all(callback.fit is None for callback in [*fresh, *fitted.ours])
+    assert_same(fitted, fit(BY_NAME["several"], STEPS))
+
+
+class Logging(OptimCallback):
+    """Logs by its own `self.log`, which each Trainer binds to its own module."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.log("mine", float(trainer.global_step))
+        self.log_dict({"mine too": float(trainer.global_step)})
+
+
+@pytest.mark.parametrize("run", ["fit", "validate"])
+def test_a_nested_run_leaves_the_log_alone(run: str) -> None:
+    logging = Logging()
+    nesting, fitted = nested(run, [logging], [logging])
+    assert (nesting.error is None) is (run == "validate")
+    steps = fitted.trainer.global_step
+    assert logging.steps == [steps]
+    assert fitted.trainer.callback_metrics["mine"] == fitted.trainer.callback_metrics["mine too"] == steps
+
+
+def test_a_nested_validation_with_the_same_callbacks() -> None:
+    """It is none of the fit's business: what acts at steps does nothing in it."""
+    callbacks = [*BY_NAME["several"].all_callbacks(STEPS), ExactResume()]
+    nesting, fitted = nested("validate", callbacks, callbacks)
+    assert nesting.error is None
+    assert_same(fitted, fit(BY_NAME["several"], STEPS))
+
+
+def test_after_a_fit_that_stopped_without_a_word() -> None:
+    """A callback's error in `on_exception` keeps the Trainer from its teardown: the object may fit again."""
+
+    class Worse(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+        def on_exception(self, *_: Any) -> None:
+            raise KeyError("worse")
+
+    clipping = GradientClipping(0.1)
+    with pytest.raises(KeyError, match="worse"):
+        fit(BY_NAME["plain"], STEPS, callbacks=[Worse(), clipping])
+    assert clipping.fit is not None
+    assert_same(
+        fit(BY_NAME["plain"], STEPS, callbacks=[clipping]),
+        fit(BY_NAME["plain"], STEPS, callbacks=[GradientClipping(0.1)]),
+    )
+
+
+def test_outside_of_a_run_a_sentence_says_so() -> None:
+    own = OptimCallback()
+    with pytest.raises(RuntimeError, match="OptimCallback is in no fit"):
+        own.on_fit_start(Trainer(barebones=True, accelerator="cpu"), LightningModule())
+    with pytest.raises(AttributeError, match="within a run of a Trainer"):
+        own.log("x", 1.0)
+    assert not hasattr(own, "log")

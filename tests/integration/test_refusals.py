@@ -1,0 +1,254 @@
+"""What is refused, each with its sentence, and nothing is lost by it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import StochasticWeightAveraging as LightningSWA
+from lightning.pytorch.callbacks import WeightAveraging as LightningWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.demos.boring_classes import BoringModel
+from torch.distributed.fsdp import fully_shard
+
+from lightning_optim import (
+    EMA,
+    L2,
+    ClipByNorm,
+    EarlyStopping,
+    GradientAccumulation,
+    GradientClipping,
+    Linear,
+    OptimCallback,
+    WeightAveraging,
+    WeightRegularization,
+)
+from lightning_optim.runtime.refusals import refuse_setup
+from tests.harness import models, run
+from tests.harness.cells import Cell
+from tests.harness.groups import Group
+from tests.integration.forks import results
+from tests.integration.leftovers import settings
+from tests.integration.tools import CELL, Fitted, build, differences, each_entry, prepare
+from tests.registry import BY_NAME, Entry
+
+# Once it is imported, Lightning's messages are its own.
+logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+
+STEPS = Cell("automatic", "32-true", "single", "1")
+
+
+def assert_refused(fitted: Fitted, sentence: str) -> None:
+    """The fit raises this sentence, and the Trainer's settings, the weights and the callbacks are as before."""
+    weights, before = models.full_weights(fitted.module), settings(fitted.trainer)
+    with pytest.raises(MisconfigurationException, match=sentence):
+        fitted.trainer.fit(fitted.module)
+    assert not differences(models.full_weights(fitted.module), weights)
+    assert settings(fitted.trainer) == before
+    assert all(callback.fit is None for callback in fitted.ours)
+
+
+class SecondOrder:
+    def configure_optimizers(self: Any) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+@each_entry
+def test_lbfgs(entry: Entry) -> None:
+    """It evaluates many gradients within a step. What acts on neither gradients nor weights in a step works."""
+    fitted = prepare(entry, STEPS, SecondOrder, callbacks=entry.callbacks(STEPS))
+    if any(callback.touches for callback in fitted.ours if not isinstance(callback, EarlyStopping)):
+        assert_refused(fitted, "acts once per optimizer step, and LBFGS .* use a first-order optimizer")
+    else:
+        fitted.trainer.fit(fitted.module)
+        assert all(callback.steps == [fitted.trainer.global_step] for callback in fitted.ours)
+
+
+@each_entry
+def test_trainer_of_pytorch_lightning(entry: Entry) -> None:
+    callbacks = entry.all_callbacks(CELL)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pytorch_lightning.Trainer(callbacks=callbacks, max_epochs=1, accelerator="cpu", **quiet)
+    module = BoringModel()
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    sentence = "got a Trainer of `pytorch_lightning`.* write `from lightning.pytorch import Trainer`"
+    with pytest.raises(Exception, match=sentence):
+        trainer.fit(module)
+    assert not differences(dict(module.state_dict()), before)
+
+
+@each_entry
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy, XLAStrategy])
+def test_strategies_that_hide_weights(entry: Entry, strategy: type) -> None:
+    """DeepSpeed and XLA are not installed here: what setup sees of the Trainer is built without their constructors."""
+    trainer = run.make_trainer(CELL, [])
+    connector = trainer._accelerator_connector
+    connector.strategy = strategy.__new__(strategy)  # type: ignore[attr-defined]
+    use = {DeepSpeedStrategy: "DeepSpeed keeps", FSDPStrategy: "FSDP1 hides", XLAStrategy: "XLA was never"}[strategy]
+    for callback in entry.all_callbacks(CELL):
+        assert isinstance(callback, OptimCallback)
+        if callback.touches:
+            with pytest.raises(MisconfigurationException, match=f"{use}.*; use .*`ModelParallelStrategy`"):
+                callback.setup(trainer, build(CELL), "fit")
+        else:
+            refuse_setup(callback, trainer)
+
+
+def test_stopping_with_a_directory_works_where_weights_are_hidden() -> None:
+    trainer = run.make_trainer(CELL, [])
+    trainer._accelerator_connector.strategy = FSDPStrategy.__new__(FSDPStrategy)
+    refuse_setup(EarlyStopping("x", dirpath="best"), trainer)
+    refuse_setup(EarlyStopping("x", restore_best=False), trainer)
+    with pytest.raises(MisconfigurationException, match="FSDP1"):
+        refuse_setup(EarlyStopping("x"), trainer)
+
+
+class OnTheCPU(FSDPStrategy):
+    """Lightning tests for the class itself when it asks for a GPU."""
+
+
+def under_fsdp1() -> str:
+    clipping = GradientClipping(1.0)
+    trainer = run.make_trainer(CELL, [clipping], strategy=OnTheCPU(), plugins=[run.LivingEnvironment()], devices=2)
+    try:
+        trainer.fit(build(CELL))
+    except MisconfigurationException as error:
+        return str(error) if clipping.fit is None else "left behind"
+    return "nothing"
+
+
+def test_fsdp1_in_two_processes() -> None:
+    for message in results(2, under_fsdp1):
+        assert message.startswith("GradientClipping acts on gradients: FSDP1 hides parameters in flat shards; use")
+
+
+def averages() -> list[Callback]:
+    return [WeightAveraging(EMA(0.9), name="slow"), WeightAveraging(EMA(0.5), name="fast")]
+
+
+TWICE: dict[str, Any] = {
+    "two clippings": (
+        [GradientClipping(1.0, name="a"), GradientClipping(2.0, name="b")],
+        {},
+        "clip the same gradients",
+    ),
+    "clipping flag": (
+        [GradientClipping(1.0)],
+        {"gradient_clip_val": 0.5},
+        r"gradient_clip_val=0.5.* remove the argument",
+    ),
+    "two accumulations": (
+        [GradientAccumulation(2, name="a"), GradientAccumulation(3, name="b")],
+        {},
+        "Two GradientAccumulation callbacks accumulate: keep one",
+    ),
+    "accumulation flag": (
+        [GradientAccumulation(2)],
+        {"accumulate_grad_batches": 3},
+        "accumulate_grad_batches=3.* remove the argument",
+    ),
+    "Lightning's accumulation": (
+        [GradientAccumulation(2), GradientAccumulationScheduler({0: 2})],
+        {},
+        "GradientAccumulation and GradientAccumulationScheduler both accumulate: "
+        "give GradientAccumulation a dictionary",
+    ),
+    "two averages": (averages(), {}, "Two averages with `evaluate=True`.* Give the others `evaluate=False`"),
+    "Lightning's average": ([averages()[0], LightningWeightAveraging()], {}, "WeightAveraging both write the weights"),
+    "Lightning's SWA": ([averages()[0], LightningSWA(0.1)], {}, "StochasticWeightAveraging both write the weights"),
+}
+
+
+@pytest.mark.parametrize("what", TWICE)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_same_job_twice(what: str, backwards: bool) -> None:
+    callbacks, options, sentence = TWICE[what]
+    ordered = list(reversed(callbacks)) if backwards else callbacks
+    assert_refused(prepare(BY_NAME["plain"], STEPS, callbacks=ordered, **options), sentence)
+
+
+def test_an_average_that_is_not_evaluated_may_be_there_twice() -> None:
+    one, other = averages()[0], WeightAveraging(EMA(0.5), evaluate=False, name="fast")
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[one, other])
+    fitted.trainer.fit(fitted.module)
+    assert one.steps == other.steps == [8]  # type: ignore[attr-defined]
+
+
+class Alone(models.Model):
+    """Manual optimization, without the mixin."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        self.automatic_optimization = False
+
+
+def test_accumulation_of_manual_steps_needs_the_mixin() -> None:
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[GradientAccumulation(2)])
+    fitted.module = Alone(STEPS)
+    sentence = "needs a module that steps through `ManualOptimizationMixin.optimize.*; Alone is none.* Write `class"
+    assert_refused(fitted, sentence)
+
+
+ENDLESS = [
+    WeightRegularization(L2(Linear(1e-3, 0.0))),
+    GradientClipping(ClipByNorm(Linear(5.0, 1.0))),
+    WeightAveraging(EMA(0.9), start=0.5),
+]
+
+
+@pytest.mark.parametrize("callback", ENDLESS, ids=lambda callback: type(callback).__name__)
+@pytest.mark.parametrize("known_before", [True, False])
+def test_a_schedule_needs_an_end(callback: Any, known_before: bool) -> None:
+    fitted = prepare(
+        BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=-1 if known_before else 2, val_check_interval=2
+    )
+    fitted.module.train_dataloader = lambda: iter(models.Model.train_dataloader(fitted.module))
+    assert_refused(
+        fitted, r"no end that is known: set `Trainer\(max_steps=…\)`, or `max_epochs` with data that have a length"
+    )
+    finite = prepare(BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=-1, max_steps=4)
+    finite.trainer.fit(finite.module)
+    assert callback.steps == [4]
+
+
+@each_entry
+def test_two_of_one_identity_need_a_name(entry: Entry) -> None:
+    """Lightning says so, in the Trainer's constructor; with `name=` they are two."""
+    for index, one in enumerate(entry.callbacks(STEPS)):
+        twin = entry.callbacks(STEPS)[index]
+        with pytest.raises(RuntimeError, match="more than one stateful callback"):
+            Trainer(callbacks=[one, twin], accelerator="cpu", logger=False, enable_checkpointing=False)
+        twin.name = "twin"  # type: ignore[attr-defined]
+        Trainer(callbacks=[one, twin], accelerator="cpu", logger=False, enable_checkpointing=False)
+        assert one.state_key != twin.state_key
+        assert "twin" in twin.state_key
+
+
+def partly_sharded() -> list[str]:
+    """A job: what is warned of when only one layer is under `fully_shard`."""
+    import warnings
+
+    class Partly(models.Model):
+        def configure_model(self) -> None:
+            fully_shard(self.net.inner)
+
+    cell = Cell("automatic", "32-true", "fsdp2", "1")
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    trainer = run.make_trainer(cell, [GradientClipping(1.0)], strategy=strategy, max_epochs=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Partly(cell))
+    return [str(warning.message) for warning in caught if "fully_shard" in str(warning.message)]
+
+
+def test_plain_parameters_under_fsdp2_are_warned_of_by_name(group: Group) -> None:
+    said, silent = group.run(partly_sharded)
+    assert len(said) == 1, said
+    assert "['net.scale', 'net.outer.weight', 'net.outer.bias']" in said[0]
+    assert silent == [], "rank 0 says it for all"

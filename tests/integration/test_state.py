@@ -1,0 +1,170 @@
+"""What a user's subclass remembers, and what `evaluated_state` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim import EMA, OptimCallback, WeightAveraging, evaluated_state
+from tests.harness import models
+from tests.harness.cells import Cell
+from tests.harness.groups import Group
+from tests.integration.tools import Fitted, copied, differences, each_entry, fit
+from tests.registry import BY_NAME, Entry
+
+STEPS = Cell("automatic", "32-true", "single", "1")
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
+
+
+class Way(OptimCallback):
+    """A user's: the way that each weight has gone, and where it was. Under FSDP2 these are shards."""
+
+    def reset(self) -> None:
+        self.way: dict[str, Tensor] = {}
+        self.was: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for name, weight in pl_module.named_parameters():
+            before = self.was.get(name, torch.zeros_like(weight))
+            self.way[name] = self.way.get(name, torch.zeros_like(weight)) + (weight - before).abs()
+            self.was[name] = weight.detach().clone()
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"way": dict(self.way), "was": dict(self.was), "count": len(self.way)}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self.loaded = extra
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        loaded = vars(self).pop("loaded", None)
+        if loaded:
+            assert loaded["count"] == len(loaded["way"])
+            live = dict(pl_module.named_parameters())
+            self.way = {name: _placed(saved, live[name]) for name, saved in loaded["way"].items()}
+            self.was = {name: _placed(saved, live[name]) for name, saved in loaded["was"].items()}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.then = copied(self.way)
+
+
+def _placed(saved: Tensor, weight: Tensor) -> Tensor:
+    """From a file of one piece the whole tensor comes, from a folder the shard."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(weight, DTensor) and not isinstance(saved, DTensor):
+        return distribute_tensor(saved, weight.device_mesh, weight.placements)
+    return saved
+
+
+def resumed_subclass(cell: Cell, folder: Path, distributed: bool) -> tuple[Any, ...]:
+    """A job: the state at the end of a whole run, and at that of a run that was resumed in the middle."""
+
+    def options() -> dict[str, Any]:
+        if cell.strategy != "fsdp2":
+            return {}
+        sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+        return {"strategy": ModelParallelStrategy(**sizes, save_distributed_checkpoint=distributed)}
+
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+    whole, then = Way(), Way()
+    fit(BY_NAME["plain"], cell, callbacks=[whole], extra=(saver,), enable_checkpointing=True, **options())
+    path = folder / "step=3.ckpt"
+    fit(BY_NAME["plain"], cell, callbacks=[then], ckpt_path=path, **options())
+    return whole.then, then.then, then.steps, path.is_dir()
+
+
+def test_subclass_resumes(tmp_path: Path) -> None:
+    whole, then, steps, _ = resumed_subclass(STEPS, tmp_path, False)
+    assert steps == [8]
+    assert not differences(then, whole)
+    assert all(bool((way > 0).any()) for way in whole.values())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_subclass_resumes_in_two_processes(strategy: Any, distributed: bool, group: Group, tmp_path: Path) -> None:
+    if strategy == "ddp":
+        tmp_path = tmp_path / f"ddp-{distributed}"
+    for whole, then, steps, folder in group.run(
+        resumed_subclass, Cell("automatic", "32-true", strategy, "1"), tmp_path, distributed
+    ):
+        assert folder == (distributed and strategy == "fsdp2")
+        assert steps == [8]
+        assert not differences(then, whole)
+
+
+# ---- saving is no step -----------------------------------------------------------------------------------------------
+
+
+class Stateless(LightningModule):
+    def configure_optimizers(self: Any) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def with_and_without_saving(folder: Path) -> list[Any]:
+    """A job: torch lets an optimizer that holds no state step once, at a rate of zero, whenever it is saved."""
+    cell, outcomes = Cell("automatic", "32-true", "fsdp2", "1"), []
+    for saver in ((), (ModelCheckpoint(folder, save_top_k=-1, save_on_train_epoch_end=False),)):
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True)
+        average = WeightAveraging(EMA(0.9))
+        options: dict[str, Any] = {"extra": saver, "enable_checkpointing": bool(saver), "strategy": strategy}
+        fitted = fit(BY_NAME["plain"], cell, Stateless, callbacks=[average], **options)
+        outcomes.append((average.steps, fitted.module.validations, models.full_weights(fitted.module)))
+    return outcomes
+
+
+def test_saving_a_stateless_optimizer_is_no_step(group: Group, tmp_path: Path) -> None:
+    for without, saving in group.run(with_and_without_saving, tmp_path):
+        assert without[0] == saving[0] == [8]
+        assert not differences(saving, without)
+
+
+# ---- what is evaluated -----------------------------------------------------------------------------------------------
+
+
+class Asking(LightningModule):
+    """Asks at each batch's end, and in each validation, what would be evaluated."""
+
+    def on_train_batch_end(self: Any, *_: Any) -> None:
+        vars(self).setdefault("between", []).append(copied(evaluated_state(self.trainer)))
+        self.own = copied(dict(self.state_dict()))
+
+    def on_validation_start(self: Any) -> None:
+        state = evaluated_state(self.trainer)
+        vars(self).setdefault("within", []).append((copied(state), copied(dict(self.state_dict()))))
+
+
+@each_entry
+def test_evaluated_state(entry: Entry) -> None:
+    """Within a validation it is what the module holds; before one, what the module is about to hold."""
+    fitted = fit(entry, STEPS, Asking)
+    for state, held in fitted.module.within:
+        assert not differences(state, held)
+    for index, (state, _) in enumerate(fitted.module.within):
+        before = fitted.module.between[STEPS.validate_every * (index + 1) - 1]
+        assert not differences(before, state)
+    averages = bool(differences(fitted.module.between[-1], fitted.module.own))
+    assert averages == any(callback.evaluates for callback in fitted.ours)
+
+
+def test_evaluated_state_is_live() -> None:
+    class Looking(LightningModule):
+        def on_train_batch_end(self: Any, *_: Any) -> None:
+            self.pointers = {name: tensor.data_ptr() for name, tensor in evaluated_state(self.trainer).items()}
+
+    raw: Fitted = fit(BY_NAME["plain"], STEPS, Looking, callbacks=[])
+    assert raw.module.pointers == {name: p.data_ptr() for name, p in raw.module.named_parameters()}
+    average = WeightAveraging(EMA(0.9), apply_at_end=False)
+    averaged = fit(BY_NAME["plain"], STEPS, Looking, callbacks=[average])
+    assert not set(averaged.module.pointers.values()) & {p.data_ptr() for p in averaged.module.parameters()}

@@ -1,0 +1,85 @@
+"""`total_steps`: the steps that are really taken by each optimizer, known before the first."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_optim import GradientAccumulation, OptimCallback, total_steps
+from tests.harness import models
+from tests.harness.cells import Cell
+from tests.integration.tools import BeginningAnew, fit
+from tests.registry import BY_NAME
+
+RUNS: dict[str, tuple[Any, list[Any], dict[str, Any], float]] = {
+    "plain": ("automatic", [], {"max_epochs": 3}, 18),
+    "manual": ("manual", [], {"max_epochs": 3}, 18),
+    "two": ("two", [], {"max_epochs": 3}, 18),
+    "accumulation": ("automatic", [GradientAccumulation(4)], {"max_epochs": 3}, 6),
+    "manual accumulation": ("manual", [GradientAccumulation(4)], {"max_epochs": 3}, 6),
+    "two, accumulation": ("two", [GradientAccumulation(4)], {"max_epochs": 3}, 6),
+    "by epoch": ("automatic", [GradientAccumulation({0: 4, 2: 1})], {"max_epochs": 4}, 16),
+    "two, by epoch": ("two", [GradientAccumulation({1: 6, 2: 5})], {"max_epochs": 3}, 9),
+    "Lightning's flag": ("automatic", [], {"max_epochs": 3, "accumulate_grad_batches": 4}, 6),
+    "Lightning's scheduler": ("automatic", [GradientAccumulationScheduler({0: 4, 1: 3})], {"max_epochs": 3}, 6),
+    "max_steps": ("automatic", [GradientAccumulation(4)], {"max_steps": 5, "max_epochs": -1}, 5),
+    "max_steps first": ("automatic", [], {"max_steps": 7, "max_epochs": 3}, 7),
+    "max_epochs first": ("automatic", [], {"max_steps": 100, "max_epochs": 3}, 18),
+    "two, max_steps": ("two", [], {"max_steps": 8, "max_epochs": 3}, 4),
+    "fewer batches": ("automatic", [GradientAccumulation(4)], {"max_epochs": 3, "limit_train_batches": 5}, 6),
+}
+
+
+class Asking(OptimCallback):
+    """Asks at each hook at which anybody may."""
+
+    def ask(self, trainer: Any, *_: Any) -> None:
+        vars(self).setdefault("answers", []).append(total_steps(trainer))
+
+    on_fit_start = on_train_epoch_start = on_train_end = ask
+
+
+class Told(OptimCallback):
+    """Its neighbour overrides hooks without `super()`, so this one counts."""
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_total_is_what_happens(run: str) -> None:
+    kind, callbacks, options, expected = RUNS[run]
+    cell, asking, told = Cell(kind, "32-true", "single", "4short"), Asking(), Told()
+    fit(BY_NAME["plain"], cell, BeginningAnew, callbacks=[told, asking, *callbacks], **options)
+    assert told.steps == [expected] * cell.optimizers
+    assert set(asking.answers) == {expected}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("n", [1, 4, {0: 4, 1: 1}])
+def test_estimated_stepping_batches(n: Any) -> None:
+    """Lightning's own number is right for an int, in `configure_optimizers` too; for a dictionary it is not."""
+
+    class Estimating:
+        def configure_optimizers(self: Any) -> Any:
+            self.estimated, self.total = self.trainer.estimated_stepping_batches, total_steps(self.trainer)
+            return super().configure_optimizers()  # type: ignore[misc]
+
+    told = Told()
+    cell = Cell("automatic", "32-true", "single", "4short")
+    fitted = fit(BY_NAME["plain"], cell, Estimating, callbacks=[told, GradientAccumulation(n)])
+    assert [fitted.module.total] == told.steps
+    assert (fitted.module.estimated == told.steps[0]) == isinstance(n, int)
+
+
+def test_without_an_end() -> None:
+    answers: list[Any] = []
+
+    class Endless:
+        def train_dataloader(self: Any) -> Any:
+            return iter(models.Model.train_dataloader(self))
+
+        def on_train_start(self: Any) -> None:
+            answers.append(total_steps(self.trainer))
+
+    fit(BY_NAME["plain"], Cell("automatic", "32-true", "single", "1"), Endless, callbacks=[], max_epochs=1)
+    assert answers == [math.inf]

@@ -1,0 +1,121 @@
+"""Runs that are not the run: the learning-rate finder, and `fast_dev_run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.lr_finder import _LRCallback
+
+from lightning_optim import OptimCallback
+from tests.harness import models
+from tests.integration.leftovers import left
+from tests.integration.tools import CELL, BeginningAnew, Fitted, differences, each_entry, fit, prepare, states, whole
+from tests.registry import BY_NAME, Entry
+
+STEPS = 5
+TRIAL: dict[str, Any] = {"min_lr": 1e-3, "max_lr": 1.0, "early_stop_threshold": None, "update_attr": False}
+
+
+class Findable(BeginningAnew):
+    """Has a learning rate to find, and no memory of trials."""
+
+    def __init__(self: Any, *args: Any) -> None:
+        super().__init__(*args)  # type: ignore[call-arg]
+        self.lr = self.cell.lr
+
+    def on_validation_end(self: Any) -> None:
+        if not any(isinstance(callback, _LRCallback) for callback in self.trainer.callbacks):
+            super().on_validation_end()  # type: ignore[misc]
+
+
+def assert_as(fitted: Fitted, alone: Fitted) -> None:
+    one, other = fitted.outcome, alone.outcome
+    for what in ("raw", "final", "validations"):
+        assert not differences(getattr(one, what), getattr(other, what)), what
+
+
+@each_entry
+def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
+    fitted = prepare(entry, CELL, Findable, default_root_dir=tmp_path)
+    weights, before = models.full_weights(fitted.module), states(fitted.callbacks)
+    finder = Tuner(fitted.trainer).lr_find(fitted.module, num_training=STEPS, **TRIAL)
+    assert finder is not None
+    assert finder.results["lr"][-1] > 10 * finder.results["lr"][0], "nothing was tried"
+    assert not differences(models.full_weights(fitted.module), weights)
+    assert not differences(states(fitted.callbacks), before)
+    assert not differences(left(fitted), left_by_a_search(tmp_path, entry.epochs))
+    fitted.trainer.fit(fitted.module)
+    assert_as(fitted, whole(entry))
+    assert not differences(states(fitted.callbacks), whole(entry).states)
+
+
+def left_by_a_search(folder: Any, epochs: int) -> dict[str, Any]:
+    plain = prepare(BY_NAME["plain"], CELL, Findable, callbacks=[], default_root_dir=folder, max_epochs=epochs)
+    Tuner(plain.trainer).lr_find(plain.module, num_training=STEPS, **TRIAL)
+    return left(plain)
+
+
+@each_entry
+@pytest.mark.parametrize("first", [True, False])
+def test_finder_among_the_callbacks(entry: Entry, first: bool, tmp_path: Any) -> None:
+    """Its trial steps come before the fit's first, with ours installed or not yet, and count for none of ours."""
+    finder = LearningRateFinder(num_training_steps=STEPS, **TRIAL)
+    callbacks = entry.all_callbacks(CELL)
+    chosen = [finder, *callbacks] if first else [*callbacks, finder]
+    fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path)
+    assert finder.optimal_lr is not None
+    assert_as(fitted, whole(entry))
+    assert not differences(states(callbacks), whole(entry).states)
+
+
+class Later(LearningRateFinder):
+    """Looks for a rate when the second epoch begins, as Lightning's documentation shows."""
+
+    def on_fit_start(self, *_: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1 and self.optimal_lr is None:
+            self.lr_find(trainer, pl_module)
+
+
+class Counting(OptimCallback):
+    """Counts for itself; no file puts that back."""
+
+    heard = 0
+
+    def on_after_optimizer_step(self, *_: Any) -> None:
+        self.heard += 1
+
+
+@each_entry
+def test_finder_in_the_middle(entry: Entry, tmp_path: Any) -> None:
+    """What was there before the trials is put back from a file; an average that has started is in its weights."""
+    finder, callbacks, counting = Later(num_training_steps=STEPS, **TRIAL), entry.all_callbacks(CELL), Counting()
+    # With a validation at the end of the epoch before, Lightning tries nothing.
+    options: dict[str, Any] = {"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "max_epochs": 3}
+    alone = fit(entry, CELL, Findable, **options)
+    chosen = [*callbacks, counting, finder]
+    fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path, **options)
+    assert finder.optimal_lr is not None
+    assert finder.optimal_lr.results["lr"], "nothing was tried"
+    assert counting.steps == [counting.heard], "a trial step was heard"
+    assert_as(fitted, alone)
+    assert not differences(states(callbacks), states(alone.callbacks))
+
+
+@each_entry
+def test_fast_dev_run(entry: Entry, tmp_path: Any) -> None:
+    """One batch of each kind, as in a fit of one batch; and nothing is kept, so nothing is restored."""
+    quick = fit(entry, CELL, fast_dev_run=True, default_root_dir=tmp_path)
+    one: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "val_check_interval": 1}
+    short = fit(entry, CELL, **one)
+    assert quick.module.seen == short.module.seen == 1
+    assert not differences(models.full_weights(quick.module), short.outcome.final)
+    assert all(callback.steps == [1] for callback in quick.ours)
+    initial = models.full_weights(prepare(entry).module)
+    assert differences(models.full_weights(quick.module), initial)
