@@ -1,0 +1,71 @@
+"""Write a safetensors file tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_optim.runtime.files.atomic_writing import write_atomically
+from lightning_optim.averaging.checkpoints.reading import leaves
+
+
+def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -> None:
+    """Write the tensors among ``weights``; those on several levels get their names joined with dots.
+
+    safetensors' own functions hold a second copy of all tensors, or write through a temporary file that stays after a
+    kill. The format is a header, which is its length in 8 bytes and a JSON object, and the tensors one after the other.
+
+    Raises:
+        ModuleNotFoundError: Without safetensors.
+        ValueError: If a name is no text, there are two of one name, or the format has no such dtype.
+        OSError: If the file cannot be written.
+    """
+    path = os.fspath(path)
+    named: dict[str, Tensor] = {}
+    for names, value in leaves(weights):
+        if isinstance(value, Tensor):
+            name = ".".join(map(str, names))
+            if name in named or not all(isinstance(one, str) for one in names):
+                raise ValueError(f"{path} cannot be written: in safetensors names are text, and differ; got {names}")
+            named[name] = value
+    # Large elements first, so that all are aligned.
+    order = sorted(named, key=lambda name: (-named[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor, start = named[name], end
+        end += tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": _dtype_name(tensor.dtype, path),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with write_atomically(path) as beside, open(beside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_bytes_of(named[name]))
+
+
+def _dtype_name(dtype: torch.dtype, path: str) -> str:
+    """Return the name of a dtype in safetensors, which is asked to write an empty tensor."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{path} needs `pip install safetensors`") from error
+    try:
+        written = save({"empty": torch.empty(0, dtype=dtype)})
+    except Exception as error:  # of several kinds, by version
+        raise ValueError(f"{path} cannot be written: safetensors has no {dtype}") from error
+    return str(json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["empty"]["dtype"])
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
