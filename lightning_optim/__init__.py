@@ -10,10 +10,10 @@ from lightning_optim.averaging.training.batchnorm import refresh_batchnorm_
 from lightning_optim.averaging.weight_averaging import WeightAveraging
 from lightning_optim.base.policy import Policy
 from lightning_optim.base.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
+from lightning_optim.ensembling.cost_benefit import cost_benefit
 from lightning_optim.ensembling.diversity import Disagreement
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.fit_members import fit_members
-from lightning_optim.ensembling.selection import cost_benefit
 from lightning_optim.gradients.adaptive import AGC, AutoClip, ZClip
 from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping, NormClipping
 from lightning_optim.gradients.gradient_accumulation import GradientAccumulation

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
-from lightning_optim.ensembling.combine import Outputs, combine
+from lightning_optim.ensembling.mean_prediction import Outputs, combine
 from lightning_optim.runtime.lightning import LightningModule, to_uncompiled
 
 _NAMES = ("members", "member_outputs", "from_checkpoints")  # what an ensemble has beside a member's own
@@ -46,7 +46,7 @@ def gradient_free(call: _Call) -> _Call:
     return called  # type: ignore[return-value]
 
 
-class Mean(nn.Module):
+class CombinedCall(nn.Module):
     """Stands where a member has the submodule ``on``: calls that of each member, and returns the mean prediction.
 
     Args:
@@ -175,7 +175,7 @@ def checked_members(members: Any) -> list[LightningModule]:
     for member in given:
         if not isinstance(member, LightningModule):
             raise ValueError(f"`members` are LightningModules, got a {type(member).__name__}")
-        if isinstance(member.__dict__.get("_mean"), Mean):
+        if isinstance(member.__dict__.get("_combined"), CombinedCall):
             raise ValueError(
                 f"`members` are LightningModules, and no Ensembles, got a {type(member).__name__}: give the members of"
                 " all of them, `[*one.members, *other.members]`"
@@ -190,7 +190,7 @@ def checked_members(members: Any) -> list[LightningModule]:
     return given
 
 
-def uncompile_(member: LightningModule) -> None:
+def undo_compilation_(member: LightningModule) -> None:
     """Give a member back the methods that a fit of ``torch.compile(member)`` replaced.
 
     Those that Lightning left on the instance would call the module that was fitted, and of a copy not the copy.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_optim.ensembling.combine import mutual_information, pairwise_disagreement
+from lightning_optim.ensembling.mean_prediction import mutual_information, pairwise_disagreement
 
 Measure = Literal["pairwise", "mutual_information"]
 _SUM_TOLERANCE = 0.02  # of probabilities in bf16, each rounded to 1 part in 256

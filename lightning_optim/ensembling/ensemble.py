@@ -15,28 +15,28 @@ from typing import Any, NoReturn
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_optim.ensembling.checkpoint import (
-    Members,
-    arguments_in,
-    classes_in,
-    load_member,
-    load_members,
-    load_weights,
-    made_of,
-    read,
-    save_members,
-)
-from lightning_optim.ensembling.combine import Outputs
 from lightning_optim.ensembling.combined_call import (
-    Mean,
+    CombinedCall,
     check_arguments,
     checked_members,
     gradient_free,
     has_submodule,
     no_submodule,
     replaced,
-    uncompile_,
+    undo_compilation_,
 )
+from lightning_optim.ensembling.ensemble_checkpoint import (
+    Members,
+    arguments_in,
+    build_members,
+    classes_in,
+    load_member,
+    load_members,
+    load_weights,
+    read,
+    save_members,
+)
+from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.runtime.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -102,7 +102,7 @@ class Ensemble(LightningModule):
     """
 
     _made_of: tuple[Any, ...] = ()  # of a class made at run time: the arguments of `_class_of`
-    _mean: Mean
+    _combined: CombinedCall
     _watched: set[str]
     _replaced: dict[str, nn.Module]
 
@@ -189,7 +189,7 @@ class Ensemble(LightningModule):
         if members is None:
             classes = classes_in(checkpoint_path, checkpoint, member_class, not trusted)
             loads = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **kwargs}
-            made = made_of(checkpoint_path, checkpoint, classes, {"weights_only": not trusted, **loads})
+            made = build_members(checkpoint_path, checkpoint, classes, {"weights_only": not trusted, **loads})
             return cls._without_copies(made, **arguments)
         ensemble = cls(members, **arguments)
         ensemble.on_load_checkpoint(checkpoint)
@@ -210,7 +210,7 @@ class Ensemble(LightningModule):
     def _assemble(self, members: list[LightningModule], outputs: Any, on: str | None, dim: int | None) -> None:
         super().__init__()
         for member in members:
-            uncompile_(member)
+            undo_compilation_(member)
         first = members[0]
         # What the steps find on `self`. Modules and tensors are looked up in the first member, where they have a name;
         # so are steps that it has on the instance, since they must reach the combined call as those of a class.
@@ -220,7 +220,7 @@ class Ensemble(LightningModule):
                 self.__dict__[name] = types.MethodType(value.__func__, self) if bound else value
         self.__dict__["_trainer"] = None  # that of a member that was trained
         self.members = Members(members)
-        self.__dict__.update(_mean=Mean(self.members, outputs, on, dim), _watched=set())
+        self.__dict__.update(_combined=CombinedCall(self.members, outputs, on, dim), _watched=set())
         self._link()
         for module in self.modules():
             if isinstance(module, Metric):
@@ -231,7 +231,7 @@ class Ensemble(LightningModule):
 
     def _link(self) -> None:
         """Put the mean where the steps look for ``on``."""
-        on, first = self._mean.on, self.members[0]
+        on, first = self._combined.on, self.members[0]
         self.__dict__["_replaced"] = {}
         for name in (*first._modules, *first._parameters, *first._buffers):
             self.__dict__.pop(name, None)  # `net = None` until `configure_model` made it
@@ -242,15 +242,15 @@ class Ensemble(LightningModule):
                 if is_overridden("configure_model", member):
                     return  # it may be made there
                 raise no_submodule(member, index, on)
-        self.__dict__["_replaced"] = replaced(first, on, self._mean)
+        self.__dict__["_replaced"] = replaced(first, on, self._combined)
 
     # ---- what is combined --------------------------------------------------------------------------------------------
 
     @gradient_free
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The mean prediction; with ``on``, the first member's ``forward`` with the mean in it."""
-        if self._mean.on is None:
-            return self._mean(*args, **kwargs)
+        if self._combined.on is None:
+            return self._combined(*args, **kwargs)
         with _reaching(self, "forward"):
             own = _on_instance(self, "forward")
             return super().forward(*args, **kwargs) if own is None else own(*args, **kwargs)
@@ -258,7 +258,7 @@ class Ensemble(LightningModule):
     @gradient_free
     def member_outputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """What the call that is combined returns in each member, for measures of how far they are apart."""
-        return list(self._mean.each(*args, **kwargs))
+        return list(self._combined.each(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
@@ -338,7 +338,7 @@ class Ensemble(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Call each member's ``on_save_checkpoint``, and add what :meth:`load_from_checkpoint` needs."""
-        about = {"outputs": self._mean.outputs, "on": self._mean.on, "dim": self._mean.dim}
+        about = {"outputs": self._combined.outputs, "on": self._combined.on, "dim": self._combined.dim}
         save_members(self.members, about, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -423,13 +423,13 @@ def _checked(where: str, step: Callable[..., Any]) -> Callable[..., Any]:
             if where in self._watched:
                 return run(*args, **kwargs)
             self._watched.add(where)
-            with self._mean.watch() as strays:
+            with self._combined.watch() as strays:
                 result = run(*args, **kwargs)
         if strays:
             rank_zero_warn(
-                f"`{where}` also used layers of the first member outside of the combined call (`on={self._mean.on!r}`):"
-                f" {sorted(strays)}. Their output is one member's. Set `on` to a submodule that holds them, or to None"
-                " where the step calls `self(…)`."
+                f"`{where}` also used layers of the first member outside of the combined call"
+                f" (`on={self._combined.on!r}`): {sorted(strays)}. Their output is one member's. Set `on` to a submodule"
+                " that holds them, or to None where the step calls `self(…)`."
             )
         return result
 
@@ -439,7 +439,7 @@ def _checked(where: str, step: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _reaching(ensemble: Ensemble, where: str) -> Iterator[None]:
     """What runs in this context must reach the combined call; of contexts inside each other, the outermost."""
-    mean = ensemble._mean
+    mean = ensemble._combined
     before, inside = mean.calls, mean.inside
     mean.inside = True
     try:

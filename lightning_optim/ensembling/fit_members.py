@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lightning_optim.base.shards import reshard_
-from lightning_optim.ensembling.manifest import Manifest, MemberMark, last_checkpoint, member_seed
+from lightning_optim.ensembling.member_files import CheckpointLabel, FinishedMembers, last_checkpoint, member_seed
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.runtime.lightning import (
@@ -43,7 +43,7 @@ def fit_members(
     r"""Train several models that differ in their seed, and in whatever else ``make_member`` makes of the index.
 
     For each index all random generators are seeded with a seed that follows from ``(seed, index)``, different for each
-    index (:func:`~lightning_optim.ensembling.manifest.member_seed`); then ``make_member(index)``,
+    index (:func:`~lightning_optim.ensembling.member_files.member_seed`); then ``make_member(index)``,
     ``make_trainer(index)`` and ``trainer.fit`` are called. So a member depends on ``(seed, index)``, and on nothing
     that happened before. What the fit ended with (the average, the best: what callbacks write into the module) goes to
     ``dirpath/member-{index}.ckpt``, and ``dirpath/members.json`` tells which are finished.
@@ -95,7 +95,7 @@ def fit_members(
         raise ValueError(f"`size` is the number of members, an integer of at least 1, got {size!r}")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` is an integer of at least 0, got {seed!r}")
-    manifest = Manifest(Path(dirpath), seed)
+    manifest = FinishedMembers(Path(dirpath), seed)
     waiting = [index for index in range(size) if index not in manifest]
     rank_zero_info(f"Members: {size - len(waiting)} of {size} are finished in {manifest.folder}")
     begin = time.monotonic()
@@ -125,7 +125,7 @@ def _fit_member(
     index: int,
     make_trainer: Callable[[int], Trainer],
     data: Any,
-    manifest: Manifest,
+    manifest: FinishedMembers,
 ) -> None:
     seed_everything(member_seed(manifest.seed, index), workers=True, verbose=False)
     member, trainer = make_member(index), make_trainer(index)
@@ -134,7 +134,7 @@ def _fit_member(
     if not isinstance(trainer, Trainer) or trainer.state.fn is not None:
         got = "one that was used already" if isinstance(trainer, Trainer) else f"a {type(trainer).__name__}"
         raise ValueError(f"`make_trainer` returns a new `lightning.pytorch.Trainer` for each member, got {got}")
-    mark = MemberMark(manifest.seed, index)
+    mark = CheckpointLabel(manifest.seed, index)
     _prepare(trainer, mark, manifest.folder / f"member-{index}")
     mark.resumes = last_checkpoint(trainer, mark)
     start = time.monotonic()
@@ -150,7 +150,7 @@ def _fit_member(
     trainer.strategy.barrier("fit_members")
 
 
-def _prepare(trainer: Trainer, mark: MemberMark, folder: Path) -> None:
+def _prepare(trainer: Trainer, mark: CheckpointLabel, folder: Path) -> None:
     """See that the Trainer's own files are this member's, say so, and can be resumed from exactly."""
     added: list[Any] = [mark]
     files = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]

@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,10 @@ from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, get_filesystem, rank_zero_warn
 from lightning_optim.runtime.raw_weights import Displaced, on_cpu
 from lightning_optim.runtime.session import evaluated_state
-from lightning_optim.stopping.misfits import folded, listed, misfits
-from lightning_optim.stopping.stored import Stored
+from lightning_optim.stopping.saved_weights import SavedWeights, with_pruning_applied
 
 
-class Keeper(Displaced, abc.ABC):
+class BestWeights(Displaced, abc.ABC):
     """Keeps the evaluated weights of one check until better ones come, and the raw weights once the best is restored.
 
     Attributes:
@@ -85,7 +84,7 @@ class Keeper(Displaced, abc.ABC):
         self.left_out = set(extra.get("left_out", ()))
 
 
-class InMemory(Keeper):
+class BestInMemory(BestWeights):
     """A copy on the CPU, of this process's shards where the model is sharded. Each checkpoint grows by one model."""
 
     def __init__(self) -> None:
@@ -131,26 +130,26 @@ class InMemory(Keeper):
             return
         shards.reshard_(module)
         live = module_tensors.writable_tensors(module)
-        best = folded({**self._local(self._lent), **self._best}, live)
+        best = with_pruning_applied({**self._local(self._lent), **self._best}, live)
         fits = fitting(live, best)
         for name in fits:
             (shard,) = shards.local([live[name]])
             # The kept tensor is our shard, or the whole if it came from a file.
             shards.copy_(shard if best[name].shape == shard.shape else live[name], best[name])
-        _warn_of_misfits(module, live, best, fits)
+        _warn_of_mismatches(module, live, best, fits)
 
     def _warn_if_changed(self) -> None:
         changed = [name for name, tensor in self._lent.items() if self._versions[name] != shards.version(tensor)]
         if changed:
             rank_zero_warn(
-                f"The best weights lie in this module since the fit ended, and {listed(changed)} were changed there"
-                " since: the best of these is lost. With `dirpath=` the best stays in a checkpoint."
+                f"The best weights lie in this module since the fit ended, and {first_names(changed)} were changed"
+                " there since: the best of these is lost. With `dirpath=` the best stays in a checkpoint."
             )
 
     def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
-        best = localized(folded(self._best, live), live)
+        best = localized(with_pruning_applied(self._best, live), live)
         fits = fitting(live, best)
-        _warn_of_misfits(module, live, best, fits)
+        _warn_of_mismatches(module, live, best, fits)
         self._best = {name: kept for name, kept in best.items() if name not in fits}
         self._raw = exchange_(live, {name: best[name] for name in fits})
         self._lent = {name: live[name] for name in fits}
@@ -189,7 +188,7 @@ class InMemory(Keeper):
         return dict(zip(named, shards.local(named.values()), strict=True))
 
 
-class InDirectory(Keeper):
+class BestInDirectory(BestWeights):
     """A whole checkpoint, written beside and renamed, so that a kill leaves the one before or the new one.
 
     Args:
@@ -246,26 +245,26 @@ class InDirectory(Keeper):
     def copy_into_(self, module: nn.Module) -> None:
         shards.reshard_(module)
         live = module_tensors.writable_tensors(module)
-        stored, fits = self._open(live)
-        stored.copy_into_({name: live[name] for name in fits})
-        _warn_of_misfits(module, live, stored.shapes, fits)
+        saved, fits = self._open(live)
+        saved.copy_into_({name: live[name] for name in fits})
+        _warn_of_mismatches(module, live, saved.shapes, fits)
 
-    def _open(self, live: dict[str, Tensor]) -> tuple[Stored, list[str]]:
+    def _open(self, live: dict[str, Tensor]) -> tuple[SavedWeights, list[str]]:
         path = self.path if get_filesystem(self.path).exists(self.path) else f"{self.path}.new"
-        stored = Stored.at(path, live, weights_only=path not in self._own_files)
-        return stored, [name for name, shape in stored.shapes.items() if name in live and live[name].shape == shape]
+        saved = SavedWeights.at(path, live, weights_only=path not in self._own_files)
+        return saved, [name for name, shape in saved.shapes.items() if name in live and live[name].shape == shape]
 
     def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
-        stored, fits = self._open(live)
+        saved, fits = self._open(live)
         targets = {name: live[name] for name in fits}
         self._raw = copies_of(targets, targets, {})
         try:
-            stored.copy_into_(targets)
+            saved.copy_into_(targets)
         except BaseException:
             exchange_(targets, self._raw)
             self._raw = {}
             raise
-        _warn_of_misfits(module, live, stored.shapes, fits)
+        _warn_of_mismatches(module, live, saved.shapes, fits)
 
     def extra_state(self) -> dict[str, Any]:
         return {**super().extra_state(), "best_path": self.path}
@@ -275,8 +274,8 @@ class InDirectory(Keeper):
         self.path = extra.get("best_path", "")
 
 
-def _warn_of_misfits(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: list[str]) -> None:
-    if said := misfits(live, module, held, fits):
+def _warn_of_mismatches(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: list[str]) -> None:
+    if said := describe_mismatches(live, module, held, fits):
         rank_zero_warn(f"Not all of the best weights are restored: {said}. The rest of the module is left as it is.")
 
 
@@ -300,3 +299,24 @@ def _rename(beside: str, path: str) -> None:
         # A folder cannot be replaced in one act; a kill in between leaves the new one, complete.
         filesystem.rm(path, recursive=True)
     filesystem.mv(beside, path, recursive=filesystem.isdir(beside))
+
+
+def describe_mismatches(live: Mapping[str, Tensor], module: nn.Module, held: Iterable[str], fits: Iterable[str]) -> str:
+    """Say which held tensors do not fit a module that has changed, and which of it are not held; empty if none.
+
+    Frozen tensors need not be held.
+    """
+    held, named = set(held), {module_tensors.plain_name(name) for name in module_tensors.named_tensors(module)}
+    parts = {
+        "the module has no longer": held - named,
+        "the best check had no": live.keys() - held - module_tensors.frozen_names(module),
+        "of another shape by now:": (held & live.keys()) - set(fits),
+    }
+    return "; ".join(f"{what} {first_names(names)}" for what, names in parts.items() if names)
+
+
+def first_names(names: Iterable[str]) -> str:
+    """Return the names in a list, of many the first."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
+    return f"{ordered[:8]}{more}"

@@ -19,10 +19,10 @@ from lightning_optim.runtime.lightning import EarlyStoppingReason, LightningModu
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.spawned import check_not_lost, check_weights_are_here
-from lightning_optim.stopping.best_weights import InDirectory, InMemory, Keeper
+from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
 from lightning_optim.stopping.combined import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
-from lightning_optim.stopping.lightning_attributes import CriterionAttributes
+from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ _REASONS = {
 }
 
 
-class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
+class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStopping):
     r"""Stop training when a metric stops improving, and end with the best weights.
 
     The arguments up to ``log_rank_zero_only`` are those of Lightning's ``EarlyStopping``, with their meaning, and a
@@ -162,7 +162,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
 
     @property
     def stays(self) -> frozenset[str]:
-        return frozenset({"_keeper"} if self.dirpath is None else ())
+        return frozenset({"_best_weights"} if self.dirpath is None else ())
 
     def reset(self) -> None:
         self.criterion.reset()
@@ -177,7 +177,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         self.best_check = -1
         self._check_on_train_epoch_end = self.check_on_train_epoch_end
         self._own_files = OwnFiles() if self.fit is None else self.fit.own_files
-        self._keeper = self._new_keeper()
+        self._best_weights = self._new_best_weights()
         self._left_out: set[str] = set()
         written, self._before_fit = self._before_fit, {}
         for attribute, value in written.items():
@@ -190,12 +190,12 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         OptimCallback.on_train_start(self, trainer, pl_module)
         # After an average, which may lie over the best in a checkpoint that was written after a fit.
-        self._keeper.resume_(pl_module)
+        self._best_weights.resume_(pl_module)
         self._training = True
         self._asked_to_stop = self._asked_to_stop and trainer.should_stop  # a resumed run asks again
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._keeper.notice_unfrozen()
+        self._best_weights.notice_unfrozen()
 
     # ---- the check ---------------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
     @property
     def best_path(self) -> str:
         """The checkpoint of the best; empty without ``dirpath`` or before the first."""
-        return self._keeper.path if isinstance(self._keeper, InDirectory) else ""
+        return self._best_weights.path if isinstance(self._best_weights, BestInDirectory) else ""
 
     def restore_best_(self, module: nn.Module) -> None:
         """Put the best weights and buffers into ``module``, after an exception, say.
@@ -299,15 +299,15 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
                 "With `restore_best=True` the module that was trained ends with them; pass `dirpath=…` to keep them in"
                 " a checkpoint.",
             )
-        if not self._keeper.has_best:
+        if not self._best_weights.has_best:
             raise RuntimeError("There is no best yet: no check has improved, or `restore_best=False`.")
-        if self._keeper.is_of(module) and (self.fit is None or self.fit.failed):
-            self._keeper.place_(module)
+        if self._best_weights.is_of(module) and (self.fit is None or self.fit.failed):
+            self._best_weights.place_(module)
         else:
-            self._keeper.copy_into_(module)
+            self._best_weights.copy_into_(module)
 
     def write_final_(self, pl_module: LightningModule) -> bool:
-        if not self.restore_best or not self._keeper.has_best:
+        if not self.restore_best or not self._best_weights.has_best:
             return False
         if hides_weights(self._running.trainer.strategy):
             rank_zero_warn(
@@ -315,7 +315,7 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
             )
             return False
         try:
-            self._keeper.place_(pl_module)
+            self._best_weights.place_(pl_module)
         except Exception as error:
             if not self.best_path:
                 raise
@@ -328,18 +328,18 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
             return False
         return True
 
-    def _new_keeper(self) -> Keeper:
+    def _new_best_weights(self) -> BestWeights:
         if self.dirpath is None:
-            return InMemory()
-        return InDirectory(os.fspath(self.dirpath), self.name or "best", self._own_files)
+            return BestInMemory()
+        return BestInDirectory(os.fspath(self.dirpath), self.name or "best", self._own_files)
 
     def _keep(self, trainer: Trainer, left_out: list[str]) -> None:
-        new = self._new_keeper()
-        if self._keeper.place != new.place:  # what was loaded is from a run with another `dirpath`
-            self._keeper = new
-        elif isinstance(self._keeper, InDirectory) and isinstance(new, InDirectory):
-            self._keeper.directory = new.directory  # by the name that the user gives it
-        self._keeper.keep(trainer, left_out)
+        new = self._new_best_weights()
+        if self._best_weights.place != new.place:  # what was loaded is from a run with another `dirpath`
+            self._best_weights = new
+        elif isinstance(self._best_weights, BestInDirectory) and isinstance(new, BestInDirectory):
+            self._best_weights.directory = new.directory  # by the name that the user gives it
+        self._best_weights.keep(trainer, left_out)
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """What was monitored over the checks, and which check was the best.
@@ -371,17 +371,17 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
             "best_check": self.best_check,
         }
         # Lightning's keys too: our state key is its own, and its class fails on a state that lacks one.
-        return {**LightningEarlyStopping.state_dict(self), **ours, **self._keeper.extra_state()}
+        return {**LightningEarlyStopping.state_dict(self), **ours, **self._best_weights.extra_state()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         OptimCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
         checkpoint_state.leave_out(trainer.strategy, pl_module, self.state_key, ("best", "raw"), self._left_out.update)
 
     def rank_state(self) -> dict[str, Tensor]:
-        return self._keeper.rank_state()
+        return self._best_weights.rank_state()
 
     def displaced(self) -> dict[str, Tensor]:
-        return self._keeper.displaced
+        return self._best_weights.displaced
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         if "criterion" in extra:
@@ -397,10 +397,12 @@ class EarlyStopping(CriterionAttributes, OptimCallback, LightningEarlyStopping):
         self.stopping_reason_message = extra.get("stopping_reason_message")
         path = extra.get("best_path", "")
         directory = os.path.dirname(path)
-        self._keeper = InDirectory(directory, self.name or "best", self._own_files) if path else InMemory()
-        self._keeper.load_extra_state(extra)
+        self._best_weights = (
+            BestInDirectory(directory, self.name or "best", self._own_files) if path else BestInMemory()
+        )
+        self._best_weights.load_extra_state(extra)
         if self._training:  # a learning-rate finder restores what was before its trials, the module first
-            self._keeper.resume_(self._running.trainer.lightning_module)
+            self._best_weights.resume_(self._running.trainer.lightning_module)
 
 
 def _asked_to_stop(callback: LightningEarlyStopping) -> bool:

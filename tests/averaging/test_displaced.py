@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_optim import CheckpointAveraging
-from tests.stopping.fits import Scripted, fit, same, weights
+from tests.stopping.scripted_fits import Scripted, fit, same, weights
 
 SCORES = [3.0, 1.0, 2.0, 2.5, 0.5]
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_optim import AllOf, AnyOf, EarlyStopping, Plateau, Threshold
 from lightning_optim.stopping.criteria import Criterion
-from tests.stopping.fits import Scripted, fit, same, trainer, weights
+from tests.stopping.scripted_fits import Scripted, fit, same, trainer, weights
 
 NAN = math.nan
 DIPS = [5.0, 4.0, 4.0, 3.0, 3.5, 3.5, 3.5, 3.5]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import run
 from tests.harness.groups import Group
-from tests.stopping.fits import Scripted, fit, same
+from tests.stopping.scripted_fits import Scripted, fit, same
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
 
 from lightning_optim import EMA, SWA, EarlyStopping, Plateau, WeightAveraging
-from tests.stopping.fits import Scripted, fit, same, weights
+from tests.stopping.scripted_fits import Scripted, fit, same, weights
 
 EARLIER, LATER = [3.0, 1.0, 2.0, 2.0, 2.0], [3.0, 1.0, 2.0, 2.0, 0.5]
 """The best of five epochs is in the first fit of three, or in what the resumed fit adds."""

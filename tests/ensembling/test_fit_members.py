@@ -23,7 +23,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import EMA, Ensemble, WeightAveraging, fit_members
-from lightning_optim.ensembling.manifest import Manifest, member_seed
+from lightning_optim.ensembling.member_files import FinishedMembers, member_seed
 from tests.ensembling.models import QUIET
 
 SIZE, BATCHES, EPOCHS = 3, 4, 3
@@ -256,7 +256,7 @@ def test_a_kill_between_the_fit_and_the_manifest(moment: str, tmp_path: Path, mo
     expected = weights(fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "whole"))
 
     def run_and_die() -> None:
-        monkeypatch.setattr(Manifest, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(FinishedMembers, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "killed")
 
     killed(run_and_die)

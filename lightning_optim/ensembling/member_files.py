@@ -39,7 +39,7 @@ def member_seed(seed: int, index: int) -> int:
     return x ^ x >> 16
 
 
-class Manifest:
+class FinishedMembers:
     """``members.json``: the seed, and for each finished member its seed, file, epochs, steps and seconds.
 
     Args:
@@ -105,7 +105,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-class MemberMark(Callback):
+class CheckpointLabel(Callback):
     """Marks a Trainer's checkpoints with the member that they are of, and with whether a resume from them is exact.
 
     Args:
@@ -156,7 +156,7 @@ def _saves_position(loader: Any) -> bool:
     return stateful and not getattr(loader, "num_workers", 0)
 
 
-def last_checkpoint(trainer: Trainer, mark: MemberMark) -> Path | None:
+def last_checkpoint(trainer: Trainer, mark: CheckpointLabel) -> Path | None:
     """The newest file of the Trainer's ModelCheckpoints that is this member's and from which a resume is exact."""
     folders = {cb.dirpath for cb in trainer.callbacks if isinstance(cb, ModelCheckpoint) and cb.dirpath is not None}
     found: list[tuple[int, str, Path]] = []

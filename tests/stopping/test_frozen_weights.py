@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
-from tests.stopping.fits import Scripted, after, fit, same, weights
+from tests.stopping.scripted_fits import Scripted, after, fit, same, weights
 
 WORSE = [1.0, 2.0, 3.0]
 

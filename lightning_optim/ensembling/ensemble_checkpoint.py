@@ -194,7 +194,7 @@ def _imported(path: Any, name: str) -> type[LightningModule]:
     return found
 
 
-def made_of(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningModule]], kwargs: Any) -> Any:
+def build_members(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningModule]], kwargs: Any) -> Any:
     """Make the members that a checkpoint holds, each with its own class's ``load_from_checkpoint``."""
     members = []
     for index, member_class in enumerate(classes):

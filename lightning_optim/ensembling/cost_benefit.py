@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_optim.base.shards import local
-from lightning_optim.ensembling.combine import Outputs
 from lightning_optim.ensembling.ensemble import Ensemble
+from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.plotting import canvas
 from lightning_optim.runtime.lightning import (
     Callback,
@@ -142,13 +142,13 @@ def cost_benefit(
         raise ValueError(f"`groups` is the number of groups of one size, at least 1, or None for all, got {groups!r}")
     ensemble = _ensemble_of(members, outputs, on, dim)
     watch = _Watch()
-    callbacks, active = trainer.callbacks, ensemble._mean.active
+    callbacks, active = trainer.callbacks, ensemble._combined.active
     trainer.callbacks = [*callbacks, watch]
     try:
         sizes = range(1, len(ensemble.members) + 1)
         rows = [_row(ensemble, size, groups, trainer, data, monitor, watch) for size in sizes]
     finally:
-        trainer.callbacks, ensemble._mean.active = callbacks, active
+        trainer.callbacks, ensemble._combined.active = callbacks, active
     return CostBenefit(monitor, tuple(rows))
 
 
@@ -157,7 +157,7 @@ def _ensemble_of(members: Any, outputs: Outputs | None, on: str | None, dim: int
     if not isinstance(ensemble, Ensemble):
         return Ensemble(members, outputs=outputs, on=on, dim=dim)
     for name, given in {"outputs": outputs, "on": on, "dim": dim}.items():
-        own = getattr(ensemble._mean, name)
+        own = getattr(ensemble._combined, name)
         if given is not None and given != own:
             raise ValueError(f"`{name}={given!r}`, but the Ensemble that is given has `{name}={own!r}`: leave it out")
     return ensemble
@@ -168,7 +168,7 @@ def _row(
 ) -> Cost:
     values, seconds, megabytes = [], [], []
     for group in _windows(len(ensemble.members), size)[:groups]:
-        ensemble._mean.active = group
+        ensemble._combined.active = group
         trainer.validate(ensemble, data, verbose=False)
         if monitor not in trainer.callback_metrics:
             raise MisconfigurationException(

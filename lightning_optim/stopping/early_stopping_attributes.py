@@ -28,7 +28,7 @@ C = TypeVar("C", bound=Criterion)
 _ORDER = (NonFinite, Threshold, Divergence, Plateau)  # in which Lightning asks
 
 
-class CriterionAttributes:
+class EarlyStoppingAttributes:
     """Arguments that may be read and written at any time; a wrong value raises what it raises at construction.
 
     An argument that belongs to a plain ``monitor`` can be written beside a criterion too, if the criterion has it.

@@ -132,7 +132,7 @@ def test_the_ensemble_of_a_checkpoint_equals_the_one_that_was_saved(
         opened = Ensemble.load_from_checkpoint(file, member_class=classes)
     for again in (trusted, named, opened):
         assert type(again) is type(ensemble) and [type(member) for member in again.members] == classes
-        assert (again._mean.outputs, again._mean.on, again._mean.dim) == ("logits", on, -1)
+        assert (again._combined.outputs, again._combined.on, again._combined.dim) == ("logits", on, -1)
         assert [dict(member.hparams) for member in again.members] == [dict(m.hparams) for m in ensemble.members]
         expected, found = ensemble.state_dict(), again.state_dict()
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_optim import Ensemble, fit_members
-from lightning_optim.ensembling.manifest import _saves_position, member_seed
-from tests.ensembling.test_members import Makes, Net, Positioned, make_member, same, shuffling, weights
+from lightning_optim.ensembling.member_files import _saves_position, member_seed
+from tests.ensembling.test_fit_members import Makes, Net, Positioned, make_member, same, shuffling, weights
 
 
 def fit(folder: Path, makes: Makes, size: int = 2) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_optim import EarlyStopping
 from lightning_optim.stopping import best_weights
-from tests.stopping.fits import Scripted, after, fit, same, weights
+from tests.stopping.scripted_fits import Scripted, after, fit, same, weights
 
 WORSE = [1.0, 2.0, 3.0]
 

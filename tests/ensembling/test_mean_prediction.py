@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, nll_loss
 
-from lightning_optim.ensembling.combine import (
+from lightning_optim.ensembling.mean_prediction import (
     combine,
     log_mean_exp,
     mean,

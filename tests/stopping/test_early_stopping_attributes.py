@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim import AllOf, AnyOf, Divergence, EarlyStopping, NonFinite, Plateau, Threshold
-from tests.stopping.fits import Scripted, fit
+from tests.stopping.scripted_fits import Scripted, fit
 
 NAN = math.nan
 FLAT, FALLING = [1.0] * 7, [2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4]

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import nll_loss
 
 from lightning_optim import Ensemble, cost_benefit
-from lightning_optim.ensembling.selection import _windows
+from lightning_optim.ensembling.cost_benefit import _windows
 from tests.ensembling.models import Classifier, data, loader, mean_probabilities, members, trainer
 
 X, Y = data().tensors

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_optim import EarlyStopping
-from tests.stopping.fits import Scripted, fit, same, weights
+from tests.stopping.scripted_fits import Scripted, fit, same, weights
 
 SCORES = [3.0, 2.0, 1.0, 2.0, 2.0]
 
