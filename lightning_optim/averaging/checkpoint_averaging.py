@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_optim.averaging.batchnorm.batches import check_arguments
+from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, in_training
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.averaging.checkpoints.average_checkpoints import RunningMean, StateDict
-from lightning_optim.averaging.checkpoints.soup import stir
-from lightning_optim.averaging.training.batches import check_arguments
-from lightning_optim.averaging.training.buffers import Treated, treat
-from lightning_optim.averaging.training.refresh import RefreshesStatistics, in_training
+from lightning_optim.averaging.checkpoints.soup import greedy_mean
+from lightning_optim.averaging.training.buffer_plan import BufferPlan, plan_buffers
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.arguments import check_number
 from lightning_optim.runtime import checkpoint_state
@@ -35,7 +35,7 @@ from lightning_optim.runtime.raw_weights import Displaced
 from lightning_optim.runtime.validation import validate
 
 
-class CheckpointAveraging(RefreshesStatistics):
+class CheckpointAveraging(BatchNormRefresh):
     r"""When training ends, average the best checkpoints, and end with the mean if it is better than the best of them.
 
     In ``on_train_end`` the weights of the best ``top`` checkpoints of a ``ModelCheckpoint`` are averaged in fp32, and
@@ -123,9 +123,9 @@ class CheckpointAveraging(RefreshesStatistics):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._displaced.resume_(pl_module)
-        treated = self._treated(pl_module)
-        self.try_before_first_step(trainer, pl_module, treated.layers)
-        if any(norm.sharded for norm in treated.vectors):
+        plan = self._buffer_plan(pl_module)
+        self.try_before_first_step(trainer, pl_module, plan.layers)
+        if any(norm.sharded for norm in plan.vectors):
             raise MisconfigurationException(
                 "CheckpointAveraging estimates the vectors of spectral normalization anew for the mean, and no rank"
                 " holds the whole weight: train with DDP."
@@ -143,7 +143,7 @@ class CheckpointAveraging(RefreshesStatistics):
         if len(ranked) < 2:
             rank_zero_info("CheckpointAveraging: there is one checkpoint only, which is not averaged.")
             return
-        with self._running.as_it_is(), _kept(pl_module):
+        with self._running.without_average(), _kept(pl_module):
             mean, self.kept, score = self._mean(trainer, pl_module, checkpoint, {path: scores[path] for path in ranked})
             if score is None or len(self.kept) < 2:
                 return
@@ -201,8 +201,8 @@ class CheckpointAveraging(RefreshesStatistics):
             f" save_top_k={self.top})` keeps, and there is none with so many: add it to the callbacks."
         )
 
-    def _treated(self, pl_module: LightningModule) -> Treated:
-        return treat(pl_module, self.buffers, self.buffers, type(self).__name__)
+    def _buffer_plan(self, pl_module: LightningModule) -> BufferPlan:
+        return plan_buffers(pl_module, self.buffers, self.buffers, type(self).__name__)
 
     # ---- the mean ----------------------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class CheckpointAveraging(RefreshesStatistics):
         try:
             read = self._reader(trainer, pl_module, best=next(iter(scores)))
             if self.greedy:
-                soup = stir(list(scores.values()), list(scores), read, score, checkpoint.mode, barrier=0.1)
+                soup = greedy_mean(list(scores.values()), list(scores), read, score, checkpoint.mode, barrier=0.1)
                 return soup, soup.kept, self._log(trainer, checkpoint, soup.score)
             mean = RunningMean()
             for path in scores:
@@ -247,7 +247,7 @@ class CheckpointAveraging(RefreshesStatistics):
     def _reader(self, trainer: Trainer, pl_module: LightningModule, best: str) -> Callable[[str], StateDict]:
         """Return a function that reads a checkpoint's weights, and the best one's buffers where these have no mean."""
         read = _reading(trainer, pl_module, self._running.own_files)
-        first, averaged = read(best), {id(source.tensor) for source in self._treated(pl_module).averaged}
+        first, averaged = read(best), {id(source.tensor) for source in self._buffer_plan(pl_module).averaged}
         known = {name for name, tensor in module_tensors.named_tensors(pl_module).items() if id(tensor) in averaged}
         known |= dict(pl_module.named_parameters(remove_duplicate=False)).keys()
         plain = {module_tensors.plain_name(name) for name in known}
@@ -257,11 +257,11 @@ class CheckpointAveraging(RefreshesStatistics):
     def _put_in(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
         """Write a mean into the module, and the statistics that are estimated for it into both."""
         _write_(pl_module, weights)
-        treated = self._treated(pl_module)
-        for norm in treated.vectors:
+        plan = self._buffer_plan(pl_module)
+        for norm in plan.vectors:
             norm.estimate_()
-        self.estimate_statistics_(trainer, pl_module, seed=0, layers=in_training(treated.layers))
-        if treated.vectors or treated.layers:
+        self.estimate_statistics_(trainer, pl_module, seed=0, layers=in_training(plan.layers))
+        if plan.vectors or plan.layers:
             live = _shards(pl_module)
             buffers = {module_tensors.plain_name(name) for name, _ in pl_module.named_buffers()}
             estimated = {n: live[p] for n in weights if (p := module_tensors.plain_name(n)) in buffers and p in live}

@@ -11,14 +11,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_optim.averaging.averages import Average
-from lightning_optim.averaging.training import buffers as kinds
-from lightning_optim.averaging.training import interop, pruning
-from lightning_optim.averaging.training.batches import check_arguments
-from lightning_optim.averaging.training.buffers import Treated, Treatment, Treatments
+from lightning_optim.averaging.batchnorm.batches import check_arguments
+from lightning_optim.averaging.batchnorm.refresh import in_training
+from lightning_optim.averaging.training import lightning_checkpoints, pruning
+from lightning_optim.averaging.training.averaged_weights import AveragedWeights
+from lightning_optim.averaging.training.buffer_plan import (
+    BufferMode,
+    BufferModes,
+    BufferPlan,
+    check_buffer_modes,
+    plan_buffers,
+)
 from lightning_optim.averaging.training.comparison import Comparison
-from lightning_optim.averaging.training.in_use import AverageInUse
-from lightning_optim.averaging.training.refresh import in_training
-from lightning_optim.averaging.training.shadow import Shadow
+from lightning_optim.averaging.training.evaluation import AveragedEvaluation
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import checkpoint_state
@@ -28,7 +33,7 @@ from lightning_optim.runtime.overridden_hooks import is_overridden
 from lightning_optim.runtime.spawned import check_not_lost
 
 
-class WeightAveraging(AverageInUse):
+class WeightAveraging(AveragedEvaluation):
     r"""Keep an average of the weights over the steps, and evaluate with it; the raw weights go on training.
 
     Each parameter is averaged when *its* optimizer really stepped; what was never trainable is not copied, and what was
@@ -103,7 +108,7 @@ class WeightAveraging(AverageInUse):
         every: int | Literal["epoch"] = 1,
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | str | None = torch.float32,
-        buffers: Treatments | None = None,
+        buffers: BufferModes | None = None,
         refresh_batches: int | None = 100,
         refresh_loader: Iterable[Any] | None = None,
         evaluate: bool = True,
@@ -120,14 +125,14 @@ class WeightAveraging(AverageInUse):
             check_number("start", start, low=0, integer=True)
         if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f'`every` must be an integer >= 1 or "epoch", got {every!r}')
-        kinds.check_argument(buffers)
+        check_buffer_modes(buffers)
         check_arguments(refresh_batches, refresh_loader)
         if compare and not evaluate:
             raise ValueError("`compare=True` compares with the average that is evaluated, got `evaluate=False`")
         self.average, self.start, self.every = average, start, every
         self.device = _device(device)
         self.dtype = _dtype(dtype)
-        self._rest: Treatment = "average" if average.smooths_statistics else "refresh"
+        self._rest: BufferMode = "average" if average.smooths_statistics else "refresh"
         self.buffers = self._rest if buffers is None else buffers
         self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
         self.evaluates, self.apply_at_end, self.compare = evaluate, apply_at_end, compare
@@ -148,7 +153,7 @@ class WeightAveraging(AverageInUse):
 
     def reset(self) -> None:
         self.comparison = Comparison()
-        self._shadow: Shadow | None = None
+        self._averaged: AveragedWeights | None = None
         self._held: dict[str, Tensor] = {}
         self._loaded: dict[str, Any] | None = None
         self._layers: list[_BatchNorm] = []
@@ -172,7 +177,7 @@ class WeightAveraging(AverageInUse):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._treated(pl_module)  # before a sanity check
+        self._buffer_plan(pl_module)  # before a sanity check
         if self.evaluates:
             self._install(trainer, pl_module)
 
@@ -185,14 +190,17 @@ class WeightAveraging(AverageInUse):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.average.keep_in(self.dtype, self.device)
-        treated = self._treated(pl_module)
-        self._shadow, self._layers = Shadow(pl_module, trainer.optimizers, self.average, treated), treated.layers
-        self._take_over(self._shadow)
+        plan = self._buffer_plan(pl_module)
+        self._averaged, self._layers = (
+            AveragedWeights(pl_module, trainer.optimizers, self.average, plan),
+            plan.layers,
+        )
+        self._take_over(self._averaged)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        assert self._shadow is not None
-        self._shadow.follow(trainer.optimizers.index(optimizer))
+        assert self._averaged is not None
+        self._averaged.follow(trainer.optimizers.index(optimizer))
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
@@ -231,8 +239,8 @@ class WeightAveraging(AverageInUse):
 
     def _follow_pruning(self) -> None:
         # Pruning ends in `on_train_end`. At the epoch's end or there, before or after us, its last masks are seen.
-        if self._shadow is not None:
-            self._shadow.follow_pruning()
+        if self._averaged is not None:
+            self._averaged.follow_pruning()
 
     def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None:
@@ -243,19 +251,19 @@ class WeightAveraging(AverageInUse):
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.apply_at_end or not self.started:
             return False
-        assert self._shadow is not None
-        self._shadow.leave_in()
+        assert self._averaged is not None
+        self._averaged.leave_in()
         return True
 
-    def _treated(self, pl_module: LightningModule) -> Treated:
-        treated = kinds.treat(pl_module, self.buffers, self._rest, type(self).__name__)
-        if sharded := [type(norm.owner).__name__ for norm in treated.vectors if norm.sharded]:
+    def _buffer_plan(self, pl_module: LightningModule) -> BufferPlan:
+        plan = plan_buffers(pl_module, self.buffers, self._rest, type(self).__name__)
+        if sharded := [type(norm.owner).__name__ for norm in plan.vectors if norm.sharded]:
             raise MisconfigurationException(
                 f"{type(self).__name__} estimates the vectors of spectral normalization anew for averaged weights, and"
                 f" no rank holds the whole weight of these: {sharded}. Train with DDP, or pass"
                 ' `buffers={"*_u": "copy", "*_v": "copy"}`, which uses the latest.'
             )
-        return treated
+        return plan
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
@@ -306,29 +314,29 @@ class WeightAveraging(AverageInUse):
                 self._update(index)
 
     def _update(self, index: int, step: int | None = None) -> None:
-        assert self._shadow is not None
-        self._shadow.update_(index, self.steps[index] if step is None else step)
+        assert self._averaged is not None
+        self._averaged.update_(index, self.steps[index] if step is None else step)
         self._unfrozen = in_training(self._layers)
 
     def _update_all(self) -> None:
         """Take in all weights; to the average it is one step after the last update."""
-        assert self._shadow is not None
-        for index, average in enumerate(self._shadow.averages):
+        assert self._averaged is not None
+        for index, average in enumerate(self._averaged.averages):
             self._update(index, average.counters.get("last", self.steps[index] - 1) + 1)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
-        if self._shadow is None:
+        if self._averaged is None:
             return self._loaded or {}
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
         asked = {"asked": list(self._asked)} if self._asks else {}
-        averages = pruning.permanent(self._shadow.state(self._saved_as_state_dict), self._masks())
+        averages = pruning.permanent(self._averaged.state(self._saved_as_state_dict), self._masks())
         return {**averages, **comparison, **asked, **self._unfrozen_by_name()}
 
     def _unfrozen_by_name(self) -> dict[str, list[str]]:
         """Return the names of the BatchNorm layers that were not frozen at the last update."""
-        module = None if self._shadow is None else self._shadow.module
+        module = None if self._averaged is None else self._averaged.module
         if self._unfrozen is None or module is None:
             return {}
         unfrozen = {id(layer) for layer in self._unfrozen}
@@ -336,19 +344,19 @@ class WeightAveraging(AverageInUse):
 
     def _masks(self) -> dict[str, Tensor]:
         """Return the masks of weights that are pruned in the module, and whose pruning is permanent in checkpoints."""
-        module = None if self._shadow is None else self._shadow.module
+        module = None if self._averaged is None else self._averaged.module
         if module is None or self.fit is None or not pruning.is_permanent_in_files(self.fit.trainer.callbacks):
             return {}
         return pruning.masks_by_name(module)
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._loaded = extra or None
-        if self.fit is not None and self._shadow is not None:
+        if self.fit is not None and self._averaged is not None:
             # In the middle of a fit: a learning-rate finder restores what was before its trials. The module has the
             # file's weights already, which are the averaged ones.
-            self._take_over(self._shadow)
+            self._take_over(self._averaged)
 
-    def _take_over(self, shadow: Shadow) -> None:
+    def _take_over(self, shadow: AveragedWeights) -> None:
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
             self._asked = list(loaded.get("asked", [0, -1]))
@@ -357,26 +365,26 @@ class WeightAveraging(AverageInUse):
                 self._unfrozen = [
                     layer for layer in self._layers if any(layer is named.get(n) for n in loaded["unfrozen"])
                 ]
-            shadow.load(interop.with_counters(loaded, self.steps))
+            shadow.load(lightning_checkpoints.with_counters(loaded, self.steps))
             self.comparison.load(loaded.get("comparison", []))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._saved_as_state_dict and self._shadow is not None:
-            interop.add_for_lightning(checkpoint, self._shadow, self._masks())
-            interop.leave_out_as_state_dict(trainer.strategy)
+        if self._saved_as_state_dict and self._averaged is not None:
+            lightning_checkpoints.add_for_lightning(checkpoint, self._averaged, self._masks())
+            lightning_checkpoints.leave_out_as_state_dict(trainer.strategy)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if self._stage == "fit" and interop.heir(trainer, checkpoint) is self:
-            self._loaded = interop.inherited(checkpoint, self.average, self.state_key)
+        if self._stage == "fit" and lightning_checkpoints.receiver_of_raw_weights(trainer, checkpoint) is self:
+            self._loaded = lightning_checkpoints.state_from_other_average(checkpoint, self.average, self.state_key)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy holds the average as loaded state: the model's own tensors do not travel with the callback."""
-        held = {**super().__getstate__(), "_shadow": None, "_layers": [], "_unfrozen": None}
-        if self._shadow is not None and self._shadow.started:
+        held = {**super().__getstate__(), "_averaged": None, "_layers": [], "_unfrozen": None}
+        if self._averaged is not None and self._averaged.started:
             held["_loaded"] = checkpoint_state.export(self.extra_state(), None)
-            averaged = {name: tensor.detach() for name, tensor in self._shadow.named().items()}
+            averaged = {name: tensor.detach() for name, tensor in self._averaged.named().items()}
             held["_held"] = checkpoint_state.export(averaged, None)
         return held
 

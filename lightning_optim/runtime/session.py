@@ -187,7 +187,7 @@ class Fit:
         return not self._failed or any(member.gathers_ranks for member in self.members)
 
     @contextlib.contextmanager
-    def as_it_is(self) -> Iterator[None]:
+    def without_average(self) -> Iterator[None]:
         """Within this, validation and files take the module's weights as they are, and not an average's."""
         average, self.average = self.average, None
         try:

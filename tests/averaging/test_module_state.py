@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import Dataset
 
-from lightning_optim.averaging.training.module_state import ModuleState
+from lightning_optim.averaging.batchnorm.module_state import ModuleState
 from lightning_optim.runtime.lightning.log_interception import intercept_log
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, GradientAccumulation, WeightAveraging
-from lightning_optim.averaging.training.shadow import Shadow
+from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from tests.averaging.models import Model, assert_close, assert_equal, data, differ, ema, fit, norm_net, snapshot
 
 DECAY = 0.8
@@ -233,20 +233,20 @@ def test_an_average_that_another_one_covers_comes_to_the_top() -> None:
 def test_a_way_back_that_fails_can_be_gone_again(monkeypatch, dtype) -> None:
     class Fails(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            raw, swap, calls = snapshot(pl_module), Shadow._swap_, []
+            raw, swap, calls = snapshot(pl_module), AveragedWeights._swap_, []
 
-            def swap_until(shadow: Shadow, *arguments: Any) -> None:
+            def swap_until(weights: AveragedWeights, *arguments: Any) -> None:
                 calls.append(arguments)
                 if len(calls) == 4:
                     raise MemoryError
-                swap(shadow, *arguments)
+                swap(weights, *arguments)
 
             with callback.averaged_weights(pl_module):
                 mean = snapshot(pl_module)
             with pytest.raises(MemoryError), callback.averaged_weights(pl_module), monkeypatch.context() as patch:
                 averaged = snapshot(pl_module)
-                patch.setattr(Shadow, "_swap_", swap_until)
-                callback._shadow.exchange_()
+                patch.setattr(AveragedWeights, "_swap_", swap_until)
+                callback._averaged.exchange_()
             assert_equal(snapshot(pl_module), raw)  # at the end of the context it is tried again
             assert_equal(averaged, mean)
             with callback.averaged_weights(pl_module):

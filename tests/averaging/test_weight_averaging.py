@@ -192,14 +192,14 @@ def test_an_exception_in_validation_leaves_raw_weights_and_a_file_that_resumes(t
 
 
 def test_an_interrupt_within_the_exchange_waits(request: pytest.FixtureRequest) -> None:
-    from lightning_optim.averaging.training import shadow
+    from lightning_optim.runtime.interrupts import uninterrupted
 
     # A process that was started in the background may ignore interrupts from its birth on.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     done = []
     with pytest.raises(KeyboardInterrupt):
-        with shadow.uninterrupted():
+        with uninterrupted():
             signal.raise_signal(signal.SIGINT)
             done.append(1)
         done.append(2)
@@ -210,7 +210,7 @@ def test_an_exchange_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPat
     model, callback = Model(), averaging(apply_at_end=False)
     fit(model, [callback])
     raw, swaps = snapshot(model), []
-    swap = callback._shadow._swap_
+    swap = callback._averaged._swap_
 
     def failing(*arguments) -> None:
         swaps.append(arguments)
@@ -218,7 +218,7 @@ def test_an_exchange_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPat
             raise MemoryError
         swap(*arguments)
 
-    monkeypatch.setattr(callback._shadow, "_swap_", failing)
+    monkeypatch.setattr(callback._averaged, "_swap_", failing)
     with pytest.raises(MemoryError), callback.averaged_weights(model):
         pass
     assert_equal(snapshot(model), raw)
@@ -380,7 +380,7 @@ def test_copies_of_the_callback_hold_the_average_and_not_the_model() -> None:
     model, callback = Model(), averaging()
     fit(model, [callback])
     for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
-        assert copied._shadow is None
+        assert copied._averaged is None
         assert_close(copied.extra_state()["raw"], model.trajectory[-1])
         resumed = Model()
         fit(resumed, [copied])

@@ -63,7 +63,7 @@ def test_tied_weights_are_averaged_once_and_saved_under_both_names(tmp_path) -> 
     callback = averaging()
     saved = _file(tmp_path, model, callback)
     assert model.net.first.weight is model.net.second.weight
-    assert len(callback._shadow.sources[0]) == 5
+    assert len(callback._averaged.sources[0]) == 5
     wanted = ema(model.trajectory, DECAY)
     assert_close(saved["state_dict"], wanted)
     assert_close(snapshot(Model.load_from_checkpoint(tmp_path / "one.ckpt", net=Tied())), wanted)
@@ -195,7 +195,7 @@ def test_frozen_parameters_are_not_copied() -> None:
     model, callback = Model(), averaging()
     model.net[0].requires_grad_(False)
     fit(model, [callback])
-    assert [source.name for source in callback._shadow.sources[0]] == ["net.2.weight", "net.2.bias"]
+    assert [source.name for source in callback._averaged.sources[0]] == ["net.2.weight", "net.2.bias"]
     assert_close(snapshot(model), ema(model.trajectory, DECAY))
 
 
@@ -313,7 +313,7 @@ def test_an_average_of_half_precision_weights_is_kept_in_32_bits(tmp_path, avera
 def test_the_dtype_can_be_chosen(dtype, kept: torch.dtype) -> None:
     model, callback = Model(), averaging(average=SWA(), dtype=dtype, apply_at_end=False)
     fit(model, [callback])
-    assert {tensor.dtype for _, tensor in callback._shadow.pairs()} == {kept}
+    assert {tensor.dtype for _, tensor in callback._averaged.pairs()} == {kept}
     with callback.averaged_weights(model):
         tolerance = 0.05 if kept is torch.bfloat16 else 1e-6
         for name, wanted in mean(model.trajectory).items():
@@ -325,7 +325,7 @@ def test_double_precision_weights_can_have_a_double_precision_average() -> None:
     for dtype, kept in ((None, torch.float64), (torch.float32, torch.float32)):
         model, callback = Model(), averaging(dtype=dtype, apply_at_end=False)
         fit(model, [callback], precision="64-true")
-        assert {tensor.dtype for _, tensor in callback._shadow.pairs()} == {kept}
+        assert {tensor.dtype for _, tensor in callback._averaged.pairs()} == {kept}
         assert_equal(snapshot(model), model.trajectory[-1])
 
 

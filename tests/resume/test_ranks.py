@@ -24,7 +24,7 @@ from lightning_optim import (
     OptimCallback,
     WeightAveraging,
 )
-from lightning_optim.averaging.training.batchnorm import statistics_layers
+from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime import checkpoint_state
 from tests.harness.groups import Group

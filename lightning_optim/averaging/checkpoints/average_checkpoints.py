@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_optim.averaging.average import kept_dtype
+from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.base import shards
 from lightning_optim.runtime.files import safe_reading
-from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.averaging.average import kept_dtype
 
 Path: TypeAlias = str | os.PathLike[str]
 StateDict: TypeAlias = dict[str, Any]

@@ -12,9 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.averaging.checkpoints.average_checkpoints import Path
-from lightning_optim.averaging.checkpoints.average_checkpoints import StateDict
-from lightning_optim.averaging.checkpoints.average_checkpoints import ties
+from lightning_optim.averaging.checkpoints.average_checkpoints import Path, StateDict, ties
 
 _COUNTS = ("updates", "first", "last")
 _LONGEST_KEY = 4000  # a longer one is no callback's, and Python's parser would spend its stack on it

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_optim.runtime.files import safe_reading
-from lightning_optim.runtime.files.sharded_reading import check_folder
-from lightning_optim.runtime.files.sharded_reading import load_folder
-from lightning_optim.runtime.files.sharded_reading import reader_of
+from lightning_optim.runtime.files.sharded_reading import check_folder, load_folder, reader_of
 
 Path: TypeAlias = tuple[Any, ...]  # the names on the way to a tensor; one for each level
 

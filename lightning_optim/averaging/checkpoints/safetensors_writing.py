@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.averaging.checkpoints.reading import leaves
+from lightning_optim.runtime.files.atomic_writing import write_atomically
 
 
 def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -> None:

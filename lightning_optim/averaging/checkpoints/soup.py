@@ -8,11 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.averaging.checkpoints.average_checkpoints import Path
-from lightning_optim.averaging.checkpoints.average_checkpoints import RunningMean
-from lightning_optim.averaging.checkpoints.average_checkpoints import StateDict
-from lightning_optim.averaging.checkpoints.average_checkpoints import listed
-from lightning_optim.averaging.checkpoints.average_checkpoints import shown
+from lightning_optim.averaging.checkpoints.average_checkpoints import Path, RunningMean, StateDict, listed, shown
 
 
 class Soup(dict[str, Any]):
@@ -80,10 +76,10 @@ def greedy_soup(
         return reading.weights_in(name, weights_only, key)
 
     known = [float(score(read(n))) for n in shown(names, len(names), progress)] if scores is None else list(scores)
-    return stir(known, names, read, score, mode, barrier, progress)
+    return greedy_mean(known, names, read, score, mode, barrier, progress)
 
 
-def stir(
+def greedy_mean(
     scores: Sequence[float],
     names: Sequence[str],
     read: Callable[[str], StateDict],

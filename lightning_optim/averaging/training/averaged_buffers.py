@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.averaging.averages import Average
-from lightning_optim.averaging.training.sources import Buffers, Source, copies_of, has_mean, keep
+from lightning_optim.averaging.training.averaged_tensors import Buffers, Source, copies_of, has_mean, keep
 from lightning_optim.base import shards
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import rank_zero_info

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.averaging.training.batches import all_agree, batches_beside, to_device
-from lightning_optim.averaging.training.batchnorm import Write, collect, statistics_layers, write_
-from lightning_optim.averaging.training.isolation import isolated
+from lightning_optim.averaging.batchnorm.batches import all_agree, separate_batches, to_device
+from lightning_optim.averaging.batchnorm.isolated_step import isolated
+from lightning_optim.averaging.batchnorm.statistics import Write, collect, statistics_layers, write_
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import (
     LightningModule,
@@ -25,7 +25,7 @@ from lightning_optim.runtime.lightning import (
 )
 
 
-class RefreshesStatistics(OptimCallback):
+class BatchNormRefresh(OptimCallback):
     """A callback that estimates BatchNorm statistics of other weights than those that are trained.
 
     Attributes:
@@ -106,7 +106,7 @@ class RefreshesStatistics(OptimCallback):
         self._running.replace(loop, "run", try_and_run)
 
     def _try(self, trainer: Trainer, pl_module: LightningModule, layers: list[_BatchNorm]) -> None:
-        own = getattr(self.forward_batch, "__func__", None) is not RefreshesStatistics.forward_batch
+        own = getattr(self.forward_batch, "__func__", None) is not BatchNormRefresh.forward_batch
         if not own and not pl_module.automatic_optimization:
             raise self._refusal(pl_module, "under manual optimization that would take optimizer steps")
         if not own and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
@@ -145,7 +145,7 @@ class RefreshesStatistics(OptimCallback):
             for self._batch_idx, batch in enumerate(batches):
                 yield batch
 
-        batches = batches_beside(trainer, self.refresh_loader, count, seed, data_group(trainer))
+        batches = separate_batches(trainer, self.refresh_loader, count, seed, data_group(trainer))
         with batches as given, isolated(trainer, pl_module) as calls:
 
             def without_gradients(batch: Any) -> None:

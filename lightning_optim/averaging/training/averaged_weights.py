@@ -19,9 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.averaging.averages import Average
 from lightning_optim.averaging.training.averaged_buffers import AveragedBuffers
-from lightning_optim.averaging.training.buffers import Treated
-from lightning_optim.averaging.training.pruning import Pruning
-from lightning_optim.averaging.training.sources import (
+from lightning_optim.averaging.training.averaged_tensors import (
     Source,
     Sources,
     all_of,
@@ -32,23 +30,25 @@ from lightning_optim.averaging.training.sources import (
     same,
     trainable,
 )
-from lightning_optim.averaging.training.spectral import Estimates
+from lightning_optim.averaging.training.buffer_plan import BufferPlan
+from lightning_optim.averaging.training.pruning import Pruning
+from lightning_optim.averaging.training.spectral_norm import Estimates
 from lightning_optim.base import foreach, module_tensors, shards
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.interrupts import uninterrupted
 
-_inside: WeakKeyDictionary[nn.Module, list[Shadow]] = WeakKeyDictionary()
+_inside: WeakKeyDictionary[nn.Module, list[AveragedWeights]] = WeakKeyDictionary()
 """Whose averages lie in a module, each over those before it."""
 
 
-class Shadow:
+class AveragedWeights:
     """One average for each optimizer's weights; buffers are averaged with the first optimizer.
 
     Args:
         module: The model, with its optimizers' parameters.
         optimizers: Those that step.
         average: The policy, of which each optimizer gets a copy.
-        treated: The treatment of the model's buffers.
+        plan: The treatment of the model's buffers.
 
     Attributes:
         sources: The parameters that are averaged with each optimizer. What was averaged once is averaged on, also while
@@ -59,15 +59,15 @@ class Shadow:
         fresh: Whether the BatchNorm statistics in the average were estimated for its present weights.
     """
 
-    def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: Average, treated: Treated) -> None:
+    def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: Average, plan: BufferPlan) -> None:
         self._module = weakref.ref(module)  # a callback that is kept keeps no module alive
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self.averages = [copy.deepcopy(average) for _ in optimizers]
         self.sources = [Sources() for _ in optimizers]
         self._trainable: list[list[nn.Parameter]] = [[] for _ in optimizers]
         self._lazy: list[nn.Parameter] = []
-        self.buffers = AveragedBuffers(treated.averaged if optimizers else (), average)
-        self._estimates = Estimates(treated.vectors)
+        self.buffers = AveragedBuffers(plan.averaged if optimizers else (), average)
+        self._estimates = Estimates(plan.vectors)
         self.inside = self.fresh = False
         self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}
@@ -196,7 +196,7 @@ class Shadow:
             yield source, raw, self.buffers.used(place, average)
 
     @property
-    def _stack(self) -> list[Shadow]:
+    def _stack(self) -> list[AveragedWeights]:
         module = self.module
         return [] if module is None else _inside[module]
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from lightning_optim.averaging.training.sources import Source
+from lightning_optim.averaging.training.averaged_tensors import Source
 from lightning_optim.base import foreach
 from lightning_optim.base.module_tensors import plain_name
 

@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, data_group, in_training
 from lightning_optim.averaging.training import pruning
-from lightning_optim.averaging.training.buffers import Treatments
+from lightning_optim.averaging.training.averaged_weights import AveragedWeights, raw_in
+from lightning_optim.averaging.training.buffer_plan import BufferModes
 from lightning_optim.averaging.training.comparison import Comparison
-from lightning_optim.averaging.training.refresh import RefreshesStatistics, data_group, in_training
-from lightning_optim.averaging.training.shadow import Shadow, raw_in
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import checkpoint_state
@@ -27,7 +27,7 @@ from lightning_optim.runtime.spawned import check_weights_are_here
 from lightning_optim.runtime.validation import validate
 
 
-class AverageInUse(RefreshesStatistics):
+class AveragedEvaluation(BatchNormRefresh):
     """How :class:`WeightAveraging` puts its average to use; when it is updated is said there.
 
     Attributes:
@@ -35,10 +35,10 @@ class AverageInUse(RefreshesStatistics):
         comparison: The metrics of raw and averaged weights, where both are validated.
     """
 
-    buffers: Treatments
+    buffers: BufferModes
     compare: bool
     comparison: Comparison
-    _shadow: Shadow | None
+    _averaged: AveragedWeights | None
     _layers: list[_BatchNorm]  # whose statistics are estimated anew
     _held: dict[str, Tensor]  # the average, in a copy of a callback
     _unfrozen: list[_BatchNorm] | None  # at the last update, so that an estimate does not depend on when it is made
@@ -46,7 +46,7 @@ class AverageInUse(RefreshesStatistics):
     @property
     def started(self) -> bool:
         """Whether there is an average that could be used."""
-        return bool(self._held) if self._shadow is None else self._shadow.started
+        return bool(self._held) if self._averaged is None else self._averaged.started
 
     @contextlib.contextmanager
     def averaged_weights(self, module: nn.Module) -> Iterator[None]:
@@ -59,7 +59,7 @@ class AverageInUse(RefreshesStatistics):
             RuntimeError: If the fit ran in other processes (``ddp_spawn``), in which the average stayed.
         """
         self._check_is_here()
-        shadow = self._shadow
+        shadow = self._averaged
         if shadow is None:
             with _copied_into(module, self._held):
                 yield
@@ -83,25 +83,25 @@ class AverageInUse(RefreshesStatistics):
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the average is ready for use: buffers agree over ranks, statistics are of these weights."""
-        if self.started and self._shadow is not None and not self._running.failed:  # other ranks may not have failed
+        if self.started and self._averaged is not None and not self._running.failed:  # other ranks may not have failed
             self._agree()
-            self._shadow.estimate_()
+            self._averaged.estimate_()
             if self._stale:
                 with self.averaged_weights(pl_module):
                     pass
 
     @property
     def _stale(self) -> bool:
-        return bool(self._layers) and self._shadow is not None and not self._shadow.fresh
+        return bool(self._layers) and self._averaged is not None and not self._averaged.fresh
 
     def _agree(self) -> None:
-        if self.fit is not None and self.fit.ranks_answer and self._shadow is not None:
+        if self.fit is not None and self.fit.ranks_answer and self._averaged is not None:
             group = data_group(self.fit.trainer)
             if group is not None:
-                self._shadow.agree(group)
+                self._averaged.agree(group)
 
     def _refresh(self) -> None:
-        shadow = self._shadow
+        shadow = self._averaged
         if self.fit is None or self.fit.failed or shadow is None or not self._stale:
             return
         trainer = self.fit.trainer
@@ -115,15 +115,15 @@ class AverageInUse(RefreshesStatistics):
     def _saved_as_state_dict(self) -> bool:
         """Whether it is this average that a file written now holds as ``state_dict``."""
         evaluated = self.fit and self.fit.average
-        return evaluated is self or (evaluated is None and self._shadow is not None and self._shadow.uppermost)
+        return evaluated is self or (evaluated is None and self._averaged is not None and self._averaged.uppermost)
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """The averaged tensors by name; empty before the first update."""
         self._check_is_here()
-        return self._held if self._shadow is None else self._shadow.named()
+        return self._held if self._averaged is None else self._averaged.named()
 
     def _check_is_here(self) -> None:
-        if self._shadow is not None and self._shadow.lost:
+        if self._averaged is not None and self._averaged.lost:
             rank_zero_warn(
                 f"The module held the average of this {type(self).__name__} when the fit ended, and its weights have"
                 " been written to since: the average is lost. Read it out of a checkpoint of that fit with"
@@ -163,7 +163,7 @@ class AverageInUse(RefreshesStatistics):
         """
 
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-            shadow = self._shadow
+            shadow = self._averaged
             if self._running.average is not self or shadow is None or not shadow.started:
                 return save(filepath, weights_only, storage_options)
             with contextlib.ExitStack() as saving:
@@ -182,11 +182,11 @@ class AverageInUse(RefreshesStatistics):
         """Return a ``state_dict`` with the average, for checkpoints that are made but not saved by the Trainer."""
 
         def dump() -> dict[str, Any]:
-            if self._running.average is not self or self._shadow is None or self._shadow.uppermost:
+            if self._running.average is not self or self._averaged is None or self._averaged.uppermost:
                 return state_dict()
             self._settle(trainer, pl_module)
             saved = state_dict()
-            for source, raw, averaged in self._shadow.located():
+            for source, raw, averaged in self._averaged.located():
                 value = averaged.to(raw.dtype)
                 if isinstance(value, DTensor):  # of a sharded model: whole tensors on rank 0, or each rank's shard
                     value = value.cpu() if checkpoint_state.is_distributed(trainer) else value.full_tensor().cpu()
@@ -212,11 +212,11 @@ class AverageInUse(RefreshesStatistics):
         return super().state_dict()
 
     def rank_state(self) -> dict[str, Tensor]:
-        return {} if self._shadow is None else self._shadow.of_rank()
+        return {} if self._averaged is None else self._averaged.of_rank()
 
     def displaced(self) -> dict[str, Tensor]:
-        inside = self._shadow is not None and self._shadow.inside
-        return {plain_name(name): raw for name, raw in self._shadow.raw().items()} if inside else {}  # type: ignore[union-attr]
+        inside = self._averaged is not None and self._averaged.inside
+        return {plain_name(name): raw for name, raw in self._averaged.raw().items()} if inside else {}  # type: ignore[union-attr]
 
 
 def _share_raw_buffers(trainer: Trainer) -> None:
@@ -247,7 +247,7 @@ def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
     with contextlib.ExitStack() as back:
         for callback in trainer.callbacks:
             own = "state_dict" in vars(callback) or type(callback).state_dict is not Callback.state_dict
-            if own and not isinstance(callback, AverageInUse):
+            if own and not isinstance(callback, AveragedEvaluation):
                 kept = tree_map_only(Tensor, copied, callback.state_dict())
                 back.enter_context(replaced(callback, "state_dict", lambda kept=kept: kept))
         yield

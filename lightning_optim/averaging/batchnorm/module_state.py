@@ -21,8 +21,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_optim.averaging.training.batches import generator_state, is_generator, set_generator_state_
-from lightning_optim.averaging.training.sources import same
+from lightning_optim.averaging.batchnorm.batches import generator_state, is_generator, set_generator_state_
+from lightning_optim.averaging.training.averaged_tensors import same
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.runtime.lightning import Callback, LightningDataModule, Logger, Trainer
 

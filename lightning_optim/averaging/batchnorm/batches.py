@@ -17,7 +17,7 @@ from lightning_optim.runtime.lightning import CombinedLoader, LightningModule, T
 
 
 @contextlib.contextmanager
-def batches_beside(
+def separate_batches(
     trainer: Trainer, loader: Iterable[Any] | None, count: int | None, seed: int, group: dist.ProcessGroup | None
 ) -> Iterator[Iterator[Any]]:
     """Context manager: yield an iterator over the first batches of a copy of the loader.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_optim.averaging.training.module_state import ModuleState
+from lightning_optim.averaging.batchnorm.module_state import ModuleState
 from lightning_optim.runtime.lightning import LightningModule, Logger, Trainer, _ResultCollection, rank_zero_warn
 from lightning_optim.runtime.lightning.log_interception import intercept_log
 from lightning_optim.runtime.patching import replaced

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_optim import SWA, WeightAveraging, refresh_batchnorm_
-from lightning_optim.averaging.training.batches import own_copy
+from lightning_optim.averaging.batchnorm.batches import own_copy
 from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, snapshot, trainer
 from tests.harness.groups import Group
 from tests.harness.run import LivingEnvironment

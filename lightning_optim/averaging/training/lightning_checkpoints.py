@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim.averaging.averages import LAWA, Average
 from lightning_optim.averaging.training import pruning
-from lightning_optim.averaging.training.shadow import Shadow
+from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.checkpoint_state import edit_before_write
@@ -18,7 +18,7 @@ from lightning_optim.runtime.lightning import Strategy, Trainer
 from lightning_optim.runtime.order import Slot
 
 
-def add_for_lightning(checkpoint: dict[str, Any], shadow: Shadow, masks: dict[str, Tensor]) -> None:
+def add_for_lightning(checkpoint: dict[str, Any], shadow: AveragedWeights, masks: dict[str, Tensor]) -> None:
     """Add the two entries from which Lightning's ``WeightAveraging`` resumes: all raw weights, and its counter.
 
     The raw tensors are those in our own state, so that the file grows by what is not averaged only. A sharded model has
@@ -54,7 +54,7 @@ def leave_out_as_state_dict(strategy: Strategy) -> None:
     edit_before_write(strategy, edit)
 
 
-def heir(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:
+def receiver_of_raw_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:
     """Who takes the raw weights from a checkpoint in which no average of this run has them in a state of its own.
 
     The average that is evaluated, else the first.
@@ -66,7 +66,7 @@ def heir(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:
     return next((callback for callback in averages if callback.evaluates), averages[0])
 
 
-def inherited(checkpoint: dict[str, Any], average: Average, key: str) -> dict[str, Any] | None:
+def state_from_other_average(checkpoint: dict[str, Any], average: Average, key: str) -> dict[str, Any] | None:
     """What an average takes over from a checkpoint whose ``state_dict`` holds another one's.
 
     Lightning's ``WeightAveraging`` puts the average into ``state_dict``, and the raw weights beside. So does another

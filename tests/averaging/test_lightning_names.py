@@ -338,7 +338,7 @@ def test_an_average_that_was_not_evaluated_goes_on_from_the_raw_weights(tmp_path
     swa = WeightAveraging(SWA(), evaluate=evaluate, buffers="average")
     model = _resumed(swa, path)
     assert_equal(model.trajectory[-1], alone.trajectory[-1])
-    assert swa._shadow.updates == 32
+    assert swa._averaged.updates == 32
 
 
 @pytest.mark.parametrize("evaluate", ["old", "new"])

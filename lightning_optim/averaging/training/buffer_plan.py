@@ -13,16 +13,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_optim.averaging.training import spectral
-from lightning_optim.averaging.training.batchnorm import statistics_layers
-from lightning_optim.averaging.training.sources import Names, Source, has_mean, names_in
+from lightning_optim.averaging.batchnorm.statistics import statistics_layers
+from lightning_optim.averaging.training import spectral_norm
+from lightning_optim.averaging.training.averaged_tensors import Names, Source, has_mean, names_in
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import MisconfigurationException
 
-Treatment: TypeAlias = Literal["average", "copy", "refresh"]
-Treatments: TypeAlias = Treatment | Mapping[str, Treatment]
+BufferMode: TypeAlias = Literal["average", "copy", "refresh"]
+BufferModes: TypeAlias = BufferMode | Mapping[str, BufferMode]
 
-_ALL: tuple[Treatment, ...] = ("average", "refresh", "copy")
+_ALL: tuple[BufferMode, ...] = ("average", "refresh", "copy")
 _STATISTICS = ("running_mean", "running_var")
 
 _NOT_MEANS = (
@@ -41,7 +41,7 @@ extremes, histograms, masks, bases, and counts of a metric. A module that was ne
 
 
 @dataclass
-class Treated:
+class BufferPlan:
     """Each buffer's treatment.
 
     Attributes:
@@ -52,10 +52,10 @@ class Treated:
 
     averaged: list[Source] = field(default_factory=list)
     layers: list[_BatchNorm] = field(default_factory=list)
-    vectors: list[spectral.Spectral] = field(default_factory=list)
+    vectors: list[spectral_norm.Spectral] = field(default_factory=list)
 
 
-def check_argument(buffers: Any) -> None:
+def check_buffer_modes(buffers: Any) -> None:
     """Refuse a ``buffers`` that is neither a treatment nor a dictionary from patterns to treatments.
 
     Raises:
@@ -69,7 +69,7 @@ def check_argument(buffers: Any) -> None:
         )
 
 
-def treat(module: nn.Module, buffers: Treatments, default: Treatment, callback: str) -> Treated:
+def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, callback: str) -> BufferPlan:
     """Decide the treatment of each saved floating-point buffer, by its name and its kind and never by its value.
 
     The first pattern that matches decides. Where none does, known kinds that are no means are copied, vectors of
@@ -88,15 +88,15 @@ def treat(module: nn.Module, buffers: Treatments, default: Treatment, callback: 
     rest = patterns.pop("*", default)
     names = names_in(module)
     chosen = _by_pattern(module, names, patterns, callback)
-    normed = [n for n in spectral.find(module) if all(key in n.owner._buffers for key in n.keys)]
+    normed = [n for n in spectral_norm.find(module) if all(key in n.owner._buffers for key in n.keys)]
     of_vectors = {(id(norm.owner), key) for norm in normed for key in norm.keys}
     copied = set(_no_means(module))
     estimable = of_vectors | {(id(layer), key) for layer in statistics_layers(module) for key in _STATISTICS}
-    treated, done = Treated(), set[int]()
-    found: dict[tuple[int, str], Treatment] = {}
+    plan, done = BufferPlan(), set[int]()
+    found: dict[tuple[int, str], BufferMode] = {}
     for owner, key, buffer in _saved(module, names):
         place = (id(owner), key)
-        by_kind: Treatment = "refresh" if place in of_vectors else "copy" if place in copied else rest
+        by_kind: BufferMode = "refresh" if place in of_vectors else "copy" if place in copied else rest
         found[place] = chosen.get(place, by_kind)
         if chosen.get(place) == "refresh" and place not in estimable and has_mean(buffer):
             raise MisconfigurationException(
@@ -106,17 +106,17 @@ def treat(module: nn.Module, buffers: Treatments, default: Treatment, callback: 
         estimated = place in of_vectors and found[place] == "refresh"
         if found[place] != "copy" and not estimated and has_mean(buffer) and id(buffer) not in done:
             done.add(id(buffer))  # a shared buffer once
-            treated.averaged.append(Source(owner=owner, key=key, names=names[id(buffer)]))
-    _estimate_in_pairs(treated, module, normed, names, found, callback)
-    return treated
+            plan.averaged.append(Source(owner=owner, key=key, names=names[id(buffer)]))
+    _estimate_in_pairs(plan, module, normed, names, found, callback)
+    return plan
 
 
 def _estimate_in_pairs(
-    treated: Treated,
+    plan: BufferPlan,
     module: nn.Module,
-    normed: list[spectral.Spectral],
+    normed: list[spectral_norm.Spectral],
     names: Names,
-    found: dict[tuple[int, str], Treatment],
+    found: dict[tuple[int, str], BufferMode],
     callback: str,
 ) -> None:
     """Collect the layers that are estimated anew; both buffers of a layer are estimated together."""
@@ -131,15 +131,15 @@ def _estimate_in_pairs(
             )
         return treatments[0] == "refresh"
 
-    treated.layers = [layer for layer in statistics_layers(module) if whole(layer, _STATISTICS)]
-    treated.vectors = [norm for norm in normed if whole(norm.owner, norm.keys)]
+    plan.layers = [layer for layer in statistics_layers(module) if whole(layer, _STATISTICS)]
+    plan.vectors = [norm for norm in normed if whole(norm.owner, norm.keys)]
 
 
 def _by_pattern(
-    module: nn.Module, names: Names, patterns: Mapping[str, Treatment], callback: str
-) -> dict[tuple[int, str], Treatment]:
+    module: nn.Module, names: Names, patterns: Mapping[str, BufferMode], callback: str
+) -> dict[tuple[int, str], BufferMode]:
     """Return the place and the treatment of each buffer that a pattern matches."""
-    chosen: dict[tuple[int, str], Treatment] = {}
+    chosen: dict[tuple[int, str], BufferMode] = {}
     for pattern, treatment in patterns.items():
         hits = 0
         for owner, key, buffer in _saved(module, names):
