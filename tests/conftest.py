@@ -14,6 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from tests.harness import groups
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="take all 81 cells for every entry of the registry")
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """As many as there are cores for the whole suite; a part of it would not make up for their imports."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS

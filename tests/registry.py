@@ -45,7 +45,7 @@ from lightning_optim import (
 )
 from tests.harness import averaging_formulas, formulas, gradient_formulas, run
 from tests.harness.by_hand import Chain, Formula, Outcome
-from tests.harness.cells import EPOCHS, Cell
+from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
 from tests.harness.dropout_formulas import Dropout, fixed
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
@@ -73,6 +73,9 @@ class Entry:
         scores: The values of ``val_score``, one for each validation; there are two in an epoch.
         epochs: The length of the run.
         refusal: The sentence with which a cell is refused, or ``None``.
+        cells: Which cells the normal test run takes: ``"array"``, nine in which every pair of levels occurs;
+            ``"all"``, for one entry of each slot; ``"strategies"``, one for each strategy, for what sees no tensor of
+            the model. ``pytest --matrix`` takes all for every entry.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Entry:
     scores: tuple[float, ...] = ()
     epochs: int = EPOCHS
     refusal: Callable[[Cell], str | None] = _never
+    cells: Literal["array", "all", "strategies"] = "array"
 
     def all_callbacks(self, cell: Cell) -> list[Callback]:
         """The list for the Trainer."""
@@ -150,6 +154,7 @@ ENTRIES = (
         lambda cell: formulas.Accumulate({0: _window(cell)}),
         without=lambda _: formulas.Accumulate({0: 1}),
         accumulates=True,
+        cells="all",
     ),
     Entry(
         "accumulation_by_epoch",
@@ -163,6 +168,7 @@ ENTRIES = (
         "gradients",
         lambda _: [WeightRegularization([L1(0.2), L2(0.2)])],
         lambda _: Chain(formulas.Penalize("l1", l1=0.2), formulas.Penalize("l2", l2=0.2)),
+        cells="all",
     ),
     Entry(
         "elastic_net_on_all",
@@ -183,7 +189,13 @@ ENTRIES = (
         lambda _: formulas.SoftThreshold(2.0),
     ),
     Entry("exact_resume", "nothing", lambda _: [ExactResume()], _plain),
-    Entry("clip_norm", "gradients", lambda _: [GradientClipping(ClipByNorm(0.5))], lambda _: formulas.ClipNorm(0.5)),
+    Entry(
+        "clip_norm",
+        "gradients",
+        lambda _: [GradientClipping(ClipByNorm(0.5))],
+        lambda _: formulas.ClipNorm(0.5),
+        cells="all",
+    ),
     Entry(
         "clip_norm_inf",
         "gradients",
@@ -196,6 +208,7 @@ ENTRIES = (
         "gradients",
         lambda _: [GradientMonitor(), GradientClipping(0.5)],
         lambda _: gradient_formulas.Measure(formulas.ClipNorm(0.5)),
+        cells="all",
     ),
     Entry(
         "rows",
@@ -225,7 +238,13 @@ ENTRIES = (
         lambda _: Chain(_spike_by_hand(), gradient_formulas.ScoreClip(z=2.0, decay=0.9, warmup=2)),
         without=lambda _: _spike_by_hand(),
     ),
-    Entry("ema", "evaluation", lambda _: [WeightAveraging(EMA(0.9))], lambda _: formulas.Average(0.9)),
+    Entry(
+        "ema",
+        "evaluation",
+        lambda _: [WeightAveraging(EMA(0.9))],
+        lambda _: formulas.Average(0.9),
+        cells="all",
+    ),
     Entry(
         "ema_every_2",
         "evaluation",
@@ -254,6 +273,7 @@ ENTRIES = (
         lambda _: formulas.Stop(patience=2),
         scores=_SCORES,
         epochs=3,
+        cells="all",
     ),
     Entry("several", "run", _several, _several_by_hand, accumulates=True, scores=_SCORES, epochs=3),
 )
@@ -283,7 +303,20 @@ ENTRIES_AT_END = tuple(
     for outcome, score in (("wins", 1.0), ("loses", 2.5))
 )
 
-BY_NAME = {entry.name: entry for entry in (*ENTRIES, *ENTRIES_AT_END)}
+ALL_ENTRIES = (*ENTRIES, *ENTRIES_AT_END)
+
+
+def chosen_cells(entry: Entry) -> tuple[Cell, ...]:
+    """Return the cells of an entry in the normal test run; the array is turned from entry to entry."""
+    if entry.cells == "all":
+        return CELLS
+    turn = ALL_ENTRIES.index(entry)
+    array = orthogonal_array(turn)
+    first = 3 * (turn % 3)  # Each third of the array has each strategy once.
+    return array if entry.cells == "array" else array[first : first + 3]
+
+
+BY_NAME = {entry.name: entry for entry in ALL_ENTRIES}
 
 
 def fit(name: str, cell: Cell, **changes: Any) -> Outcome:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import re
 
@@ -12,10 +14,10 @@ import pytest
 import lightning_optim
 from tests import registry
 from tests.harness.by_hand import Loop, Outcome
-from tests.harness.cells import CELLS, Cell
+from tests.harness.cells import CELLS, LEVELS, Cell, orthogonal_array
 from tests.harness.formulas import deviation
 from tests.harness.groups import Group
-from tests.registry import ENTRIES, ENTRIES_AT_END, Entry
+from tests.registry import ALL_ENTRIES, Entry, chosen_cells
 
 EFFECT = 20  # A technique shows in a cell by at least so many tolerances: a wrong factor cannot hide.
 
@@ -31,8 +33,13 @@ SHOWS = {
 }
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
-@pytest.mark.parametrize("entry", (*ENTRIES, *ENTRIES_AT_END), ids=lambda entry: entry.name)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--matrix")
+        pairs = [(entry, cell) for entry in ALL_ENTRIES for cell in (CELLS if every else chosen_cells(entry))]
+        metafunc.parametrize(("entry", "cell"), pairs, ids=[f"{entry.name}-{cell}" for entry, cell in pairs])
+
+
 def test_cell(entry: Entry, cell: Cell, group: Group) -> None:
     sentence = entry.refusal(cell)
     if sentence is not None:
@@ -95,6 +102,29 @@ def test_each_public_callback_has_an_entry() -> None:
     base = lightning_optim.OptimCallback
     public = {getattr(lightning_optim, name) for name in lightning_optim.__all__}
     callbacks = {cls for cls in public if inspect.isclass(cls) and issubclass(cls, base)} - {base}
-    used = {type(callback) for entry in (*ENTRIES, *ENTRIES_AT_END) for callback in entry.all_callbacks(CELLS[0])}
+    used = {type(callback) for entry in ALL_ENTRIES for callback in entry.all_callbacks(CELLS[0])}
     assert callbacks <= used, f"no entry has {sorted(cls.__name__ for cls in callbacks - used)}"
     assert callbacks
+
+
+@pytest.mark.parametrize("turn", range(9))
+def test_an_array_holds_each_pair_of_levels_once(turn: int) -> None:
+    cells = [dataclasses.astuple(cell) for cell in orthogonal_array(turn)]
+    for one, other in itertools.combinations(range(len(LEVELS)), 2):
+        pairs = sorted((cell[one], cell[other]) for cell in cells)
+        assert pairs == sorted(itertools.product(LEVELS[one], LEVELS[other]))
+
+
+def test_nine_arrays_hold_all_cells() -> None:
+    assert {cell for turn in range(9) for cell in orthogonal_array(turn)} == set(CELLS)
+
+
+def test_one_entry_of_each_slot_is_in_all_cells() -> None:
+    everywhere = [entry for entry in ALL_ENTRIES if entry.cells == "all"]
+    slots = [callback.slot for entry in everywhere for callback in entry.callbacks(CELLS[0])]
+    assert {slot for slot in slots if slot is not None} == set(lightning_optim.Slot)
+
+
+def test_criteria_see_each_strategy() -> None:
+    for entry in ALL_ENTRIES:
+        assert {cell.strategy for cell in chosen_cells(entry)} == set(LEVELS[2])

@@ -110,6 +110,7 @@ class Selection:
 
     Example::
 
+        >>> import torch
         >>> model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))
         >>> selection = Selection(model)
         >>> len(selection.ids), len(model(torch.zeros(1, 2))), len(selection.ids)

@@ -1,4 +1,4 @@
-"""The 81 crossed cells, and what a cell fixes for the hand-written loop and for the fit alike."""
+"""The 81 crossed cells, the nine that stand for them, and what a cell fixes for the fit and the reference loop."""
 
 from __future__ import annotations
 
@@ -77,9 +77,16 @@ class Cell:
         return replace(self, strategy="single")
 
 
-CELLS = tuple(
-    Cell(kind, precision, strategy, windows)
-    for kind, precision, strategy, windows in product(
-        get_args(Kind), get_args(Precision), get_args(Strategy), get_args(Windows)
-    )
-)
+LEVELS = (get_args(Kind), get_args(Precision), get_args(Strategy), get_args(Windows))
+CELLS = tuple(Cell(*levels) for levels in product(*LEVELS))
+
+
+def orthogonal_array(turn: int) -> tuple[Cell, ...]:
+    """Return nine cells in which every pair of levels of two factors occurs once; nine turns give all 81 cells.
+
+    With the levels as numbers modulo 3 these are the cells (a, b, a + b + c, a + 2b + d) for all a and b, and ``turn``
+    chooses c and d.
+    """
+    c, d = turn % 3, turn // 3 % 3
+    rows = [(a, b, (a + b + c) % 3, (a + 2 * b + d) % 3) for a, b in product(range(3), repeat=2)]
+    return tuple(Cell(*(names[level] for names, level in zip(LEVELS, row, strict=True))) for row in rows)
