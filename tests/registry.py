@@ -44,9 +44,9 @@ from lightning_optim import (
     ZClip,
 )
 from tests.harness import averaging_formulas, formulas, gradient_formulas, run
-from tests.harness.by_hand import Chain, Formula, Outcome
 from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
 from tests.harness.dropout_formulas import Dropout, fixed
+from tests.harness.reference_loop import Chain, Formula, Outcome
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
 
@@ -121,7 +121,7 @@ def _several(cell: Cell) -> list[Callback]:
     ]
 
 
-def _several_by_hand(cell: Cell) -> Formula:
+def _several_formula(cell: Cell) -> Formula:
     return Chain(
         formulas.Accumulate({0: _window(cell)}),
         formulas.Penalize("elasticnet", l1=0.2, l2=0.2),
@@ -137,7 +137,7 @@ def _spike() -> list[Callback]:
     return [WeightRegularization(L2(Piecewise({0.0: 0.0, 0.6: 8.0})))]
 
 
-def _spike_by_hand() -> Formula:
+def _spike_formula() -> Formula:
     return gradient_formulas.Spike(8.0, start=0.6)
 
 
@@ -228,15 +228,15 @@ ENTRIES = (
         "auto_clip",
         "gradients",
         lambda _: [*_spike(), GradientClipping(AutoClip(percentile=50.0, scope="tensor"))],
-        lambda _: Chain(_spike_by_hand(), gradient_formulas.PercentileClip(50.0)),
-        without=lambda _: _spike_by_hand(),
+        lambda _: Chain(_spike_formula(), gradient_formulas.PercentileClip(50.0)),
+        without=lambda _: _spike_formula(),
     ),
     Entry(
         "zclip",
         "gradients",
         lambda _: [*_spike(), GradientClipping(ZClip(z=2.0, decay=0.9, warmup=2))],
-        lambda _: Chain(_spike_by_hand(), gradient_formulas.ScoreClip(z=2.0, decay=0.9, warmup=2)),
-        without=lambda _: _spike_by_hand(),
+        lambda _: Chain(_spike_formula(), gradient_formulas.ScoreClip(z=2.0, decay=0.9, warmup=2)),
+        without=lambda _: _spike_formula(),
     ),
     Entry(
         "ema",
@@ -275,7 +275,7 @@ ENTRIES = (
         epochs=3,
         cells="all",
     ),
-    Entry("several", "run", _several, _several_by_hand, accumulates=True, scores=_SCORES, epochs=3),
+    Entry("several", "run", _several, _several_formula, accumulates=True, scores=_SCORES, epochs=3),
 )
 
 

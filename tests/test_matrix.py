@@ -1,4 +1,4 @@
-"""Every entry of the registry in every crossed cell, against the loop by hand at the same precision."""
+"""Every entry of the registry in every crossed cell, against the loop by expected at the same precision."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 import lightning_optim
 from tests import registry
-from tests.harness.by_hand import Loop, Outcome
 from tests.harness.cells import CELLS, LEVELS, Cell, orthogonal_array
 from tests.harness.formulas import deviation
 from tests.harness.groups import Group
+from tests.harness.reference_loop import Loop, Outcome
 from tests.registry import ALL_ENTRIES, Entry, chosen_cells
 
 EFFECT = 20  # A technique shows in a cell by at least so many tolerances: a wrong factor cannot hide.
@@ -46,10 +46,10 @@ def test_cell(entry: Entry, cell: Cell, group: Group) -> None:
         with pytest.raises(Exception, match=re.escape(sentence)):
             fit(entry, cell, group)
         return
-    hand = by_hand(entry, cell.whole)
+    expected = reference(entry, cell.whole)
     for outcome in fit(entry, cell, group):
-        assert_equal(outcome, hand, cell)
-    assert_effect(entry, hand, without(entry, cell.whole), cell)
+        assert_equal(outcome, expected, cell)
+    assert_effect(entry, expected, without(entry, cell.whole), cell)
 
 
 def fit(entry: Entry, cell: Cell, group: Group) -> list[Outcome]:
@@ -60,7 +60,7 @@ def fit(entry: Entry, cell: Cell, group: Group) -> list[Outcome]:
 
 
 @functools.cache
-def by_hand(entry: Entry, cell: Cell) -> Outcome:
+def reference(entry: Entry, cell: Cell) -> Outcome:
     return Loop(cell, entry.formula(cell), entry.scores, entry.epochs).run()
 
 
@@ -69,22 +69,24 @@ def without(entry: Entry, cell: Cell) -> Outcome:
     return Loop(cell, entry.without(cell), epochs=entry.epochs).run()
 
 
-def assert_equal(outcome: Outcome, hand: Outcome, cell: Cell) -> None:
-    assert outcome.seen == hand.seen, "the run ended elsewhere"
-    for name, error in deviation(outcome.raw, hand.raw).items():
+def assert_equal(outcome: Outcome, expected: Outcome, cell: Cell) -> None:
+    assert outcome.seen == expected.seen, "the run ended elsewhere"
+    for name, error in deviation(outcome.raw, expected.raw).items():
         assert error <= cell.tolerance, f"the weights that trained differ in {name}"
-    for name, error in deviation(outcome.final, hand.final).items():
+    for name, error in deviation(outcome.final, expected.final).items():
         assert error <= cell.tolerance, f"the weights at the end differ in {name}"
-    assert outcome.validations == pytest.approx(hand.validations, rel=cell.value_tolerance, abs=cell.value_tolerance)
-    for name, values in hand.logged.items():
+    assert outcome.validations == pytest.approx(
+        expected.validations, rel=cell.value_tolerance, abs=cell.value_tolerance
+    )
+    for name, values in expected.logged.items():
         logged = {position: outcome.logged.get(name, {}).get(position, math.nan) for position in values}
         assert logged == pytest.approx(values, rel=cell.value_tolerance, abs=cell.value_tolerance), name
 
 
-def assert_effect(entry: Entry, hand: Outcome, plain: Outcome, cell: Cell) -> None:
+def assert_effect(entry: Entry, expected: Outcome, plain: Outcome, cell: Cell) -> None:
     """The technique changed what it acts on by ``EFFECT`` tolerances, in the weights of each optimizer."""
     for what in SHOWS[entry.acts]:
-        one, other = getattr(hand, what), getattr(plain, what)
+        one, other = getattr(expected, what), getattr(plain, what)
         if what == "seen":
             assert one != other
         elif what == "validations":

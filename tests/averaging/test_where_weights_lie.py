@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict
 from safetensors.torch import load_file
 
 from lightning_optim import average_checkpoints, average_weights, cli, greedy_soup
+from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict
 
 
 def _full(value: float) -> torch.Tensor:

@@ -16,9 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_optim import Ensemble
 from tests.harness import models, problem
-from tests.harness.by_hand import autocast
 from tests.harness.cells import Cell, Precision, Strategy
 from tests.harness.groups import Group, JobFailed
+from tests.harness.reference_loop import autocast
 from tests.harness.run import make_trainer
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]

@@ -16,10 +16,10 @@ from torch import Tensor
 from lightning_optim import fit_members
 from lightning_optim.ensembling.member_files import member_seed
 from tests.harness import models, problem
-from tests.harness.by_hand import Formula, Loop, Weights
 from tests.harness.cells import Cell, Precision, Strategy
 from tests.harness.formulas import deviation
 from tests.harness.groups import Group, JobFailed
+from tests.harness.reference_loop import Formula, Loop, Weights
 from tests.harness.run import make_trainer
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]

@@ -17,11 +17,11 @@ from torch.nn.functional import mse_loss
 
 from lightning_optim import ClipByNorm, GradientAccumulation, GradientClipping, SharpnessAwareMixin
 from tests.harness import models, problem, run
-from tests.harness.by_hand import Formula as Plain
-from tests.harness.by_hand import Loop, Outcome, autocast
 from tests.harness.cells import CELLS, Cell
 from tests.harness.formulas import deviation
 from tests.harness.groups import Group
+from tests.harness.reference_loop import Formula as Plain
+from tests.harness.reference_loop import Loop, Outcome, autocast
 
 RHO = 0.5
 BY_HAND = "which needs `automatic_optimization = True`"

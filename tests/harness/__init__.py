@@ -2,7 +2,7 @@
 
 * ``problem``: the network, the data and the losses, in plain torch.
 * ``cells``: the crossed cells of the matrix, and what a cell fixes (windows, learning rate, tolerance).
-* ``by_hand``: the reference loop in plain torch; a technique is a :class:`~tests.harness.by_hand.Formula`.
+* ``by_hand``: the reference loop in plain torch; a technique is a :class:`~tests.harness.reference_loop.Formula`.
 * ``formulas`` and ``*_formulas``: the techniques by hand.
 * ``models``: the same problem as Lightning modules, and a loader that saves its position.
 * ``groups``: living groups of two processes that take jobs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.harness.by_hand import Formula, Step, Weights
+from tests.harness.reference_loop import Formula, Step, Weights
 
 
 class Mean(Formula):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim import ScheduledDropout
-from tests.harness.by_hand import Formula, Loop, Step
+from tests.harness.reference_loop import Formula, Loop, Step
 
 
 def pattern(features: int, step: int) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.harness.by_hand import Formula, Step, Weights
+from tests.harness.reference_loop import Formula, Step, Weights
 
 
 class Accumulate(Formula):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.harness.by_hand import Formula, Step
+from tests.harness.reference_loop import Formula, Step
 
 
 class Spike(Formula):

@@ -16,8 +16,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, model_parallel
 
 from tests.harness import models
-from tests.harness.by_hand import Outcome
 from tests.harness.cells import EPOCHS, INIT_SCALE, Cell
+from tests.harness.reference_loop import Outcome
 
 
 class LivingEnvironment(LightningEnvironment):

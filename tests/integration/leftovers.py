@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from tests.integration.tools import Fitted
+from tests.integration.entry_fits import Fitted
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lightning_optim import L2, GradientAccumulation, OptimCallback, WeightRegularization, drop_step
 from tests.harness import models
 from tests.harness.cells import MOMENTUM, Cell
+from tests.integration.entry_fits import CELL, BeginningAnew, Remembering, assert_same, differences, fit, prepare, whole
 from tests.integration.test_precision import Fused
-from tests.integration.tools import CELL, BeginningAnew, Remembering, assert_same, differences, fit, prepare, whole
 from tests.registry import BY_NAME
 
 

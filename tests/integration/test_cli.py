@@ -35,7 +35,7 @@ from lightning_optim import (
     WeightAveraging,
     WeightRegularization,
 )
-from tests.integration.tools import CELL, assert_same, each_entry, fit
+from tests.integration.entry_fits import CELL, assert_same, each_entry, fit
 from tests.registry import Entry
 
 

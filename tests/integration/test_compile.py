@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.harness import problem
 from tests.harness.cells import Cell
-from tests.integration.tools import CELL, Remembering, differences, each_entry, fit, prepare, turn, whole
+from tests.integration.entry_fits import CELL, Remembering, differences, each_entry, fit, prepare, turn, whole
 from tests.registry import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")

@@ -25,7 +25,7 @@ from lightning_optim import (
 )
 from tests.harness import problem
 from tests.harness.cells import Cell
-from tests.integration.tools import Fitted, each_entry, prepare
+from tests.integration.entry_fits import Fitted, each_entry, prepare
 from tests.registry import BY_NAME, Entry
 
 ASKING = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.harness import models, problem
 from tests.harness.cells import Cell
-from tests.integration.tools import (
+from tests.integration.entry_fits import (
     CELL,
     Evaluating,
     Fitted,

@@ -15,8 +15,8 @@ from lightning_optim import EarlyStopping
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness import models
 from tests.harness.cells import Cell
+from tests.integration.entry_fits import CELL, Fitted, Remembering, differences, each_entry, fit, prepare, turn, whole
 from tests.integration.leftovers import left
-from tests.integration.tools import CELL, Fitted, Remembering, differences, each_entry, fit, prepare, turn, whole
 from tests.registry import BY_NAME, Entry
 
 

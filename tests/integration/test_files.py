@@ -15,7 +15,7 @@ from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import models
 from tests.harness.cells import EPOCHS, Cell
 from tests.harness.groups import Group
-from tests.integration.tools import Remembering, differences, each_entry, fit, prepare, turn
+from tests.integration.entry_fits import Remembering, differences, each_entry, fit, prepare, turn
 from tests.registry import BY_NAME, Entry
 
 STEPS = Cell("automatic", "32-true", "single", "1")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness import models
 from tests.harness.cells import Cell
-from tests.integration.tools import CELL, assert_same, differences, each_entry, fit, prepare, states, turn, whole
+from tests.integration.entry_fits import CELL, assert_same, differences, each_entry, fit, prepare, states, turn, whole
 from tests.registry import BY_NAME, Entry
 
 

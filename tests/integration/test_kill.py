@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.harness.cells import Cell
+from tests.integration.entry_fits import each_entry, turn
 from tests.integration.forks import in_forks, results
 from tests.integration.killing import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
-from tests.integration.tools import each_entry, turn
 from tests.registry import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")

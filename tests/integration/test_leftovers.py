@@ -12,8 +12,8 @@ from lightning_optim import L2, GradientAccumulation, Linear, WeightRegularizati
 from lightning_optim.runtime.session import _fits
 from tests.harness import models
 from tests.harness.cells import Cell
+from tests.integration.entry_fits import CELL, assert_same, differences, each_entry, fit, prepare, turn, whole
 from tests.integration.leftovers import left, settings
-from tests.integration.tools import CELL, assert_same, differences, each_entry, fit, prepare, turn, whole
 from tests.registry import BY_NAME, Entry
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.groups import Group, JobFailed
-from tests.integration.tools import fit
+from tests.integration.entry_fits import fit
 from tests.registry import BY_NAME
 
 STEPS = Cell("automatic", "32-true", "single", "1")

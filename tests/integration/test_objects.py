@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.harness.cells import Cell
-from tests.integration.tools import CELL, assert_same, differences, each_entry, fit, prepare, states, whole
+from tests.integration.entry_fits import CELL, assert_same, differences, each_entry, fit, prepare, states, whole
 from tests.registry import Entry
 
 COPIES = {"pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "deepcopy": copy.deepcopy}

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning_optim import OptimCallback
 from lightning_optim.runtime.order import Slot
 from tests.harness.cells import Cell
-from tests.integration.tools import CELL, assert_same, differences, fit, prepare, states, whole
+from tests.integration.entry_fits import CELL, assert_same, differences, fit, prepare, states, whole
 from tests.registry import BY_NAME, ENTRIES, Entry
 
 SEVERAL = BY_NAME["several"]

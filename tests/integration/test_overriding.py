@@ -18,8 +18,7 @@ from lightning_optim import L2, AutoClip, GradientClipping, OptimCallback, Weigh
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime import overridden_hooks
 from tests.harness.cells import Cell
-from tests.integration.leftovers import left
-from tests.integration.tools import (
+from tests.integration.entry_fits import (
     CELL,
     Fitted,
     Remembering,
@@ -31,6 +30,7 @@ from tests.integration.tools import (
     states,
     whole,
 )
+from tests.integration.leftovers import left
 from tests.registry import BY_NAME, Entry
 
 HOOKS = sorted(name for name in dir(Callback) if not name.startswith("_") and callable(getattr(Callback, name)))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness.by_hand import Outcome, Weights
 from tests.harness.cells import MOMENTUM, Cell
 from tests.harness.formulas import deviation
-from tests.integration import hands
-from tests.integration.tools import CELL, each_entry, fit, turn
+from tests.harness.reference_loop import Outcome, Weights
+from tests.integration import reference_variants
+from tests.integration.entry_fits import CELL, each_entry, fit, turn
 from tests.registry import BY_NAME, Entry
 from tests.test_matrix import EFFECT, SHOWS, assert_effect
 
@@ -34,14 +34,14 @@ class FastCell(Cell):
 @each_entry
 def test_bf16_true(entry: Entry) -> None:
     cell = FastCell(turn(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
-    hand = hands.Half(cell, entry).run()
+    hand = reference_variants.Half(cell, entry).run()
     outcome = fit(entry, cell, precision="bf16-true").outcome
     assert {weight.dtype for weight in outcome.final.values()} == {torch.bfloat16}
     assert outcome.seen == hand.seen
     for what in ("raw", "final"):
         assert distance(getattr(outcome, what), getattr(hand, what)) <= BF16_TOLERANCE, what
     assert outcome.validations == pytest.approx(hand.validations, abs=10 * BF16_TOLERANCE)
-    without = hands.Half(cell, replace(entry, formula=entry.without)).run()
+    without = reference_variants.Half(cell, replace(entry, formula=entry.without)).run()
     for what in set(SHOWS[entry.acts]) & {"raw", "final"}:
         assert distance(getattr(hand, what), getattr(without, what)) >= EFFECT * BF16_TOLERANCE, what
 
@@ -75,13 +75,13 @@ class Fused:
 @pytest.mark.parametrize(("kind", "windows"), [("automatic", "1"), ("manual", "4short"), ("two", "4short")])
 def test_fused_with_an_infinity(entry: Entry, kind: Any, windows: Any) -> None:
     cell = Cell(kind, "16-mixed", "single", windows)
-    hand = hands.Infinite(cell, entry, batch=INFINITE)
+    hand = reference_variants.Infinite(cell, entry, batch=INFINITE)
     expected = hand.run()
     fitted = fit(entry, cell, Fused)
     assert_equal(fitted.outcome, expected, cell)
     assert all(callback.steps == hand.steps for callback in fitted.ours), "the skipped step was counted"
     assert hand.skipped == 1
-    plain = hands.Infinite(cell, replace(entry, formula=entry.without), batch=INFINITE).run()
+    plain = reference_variants.Infinite(cell, replace(entry, formula=entry.without), batch=INFINITE).run()
     assert_effect(entry, expected, plain, cell)
     assert fitted.trainer.precision_plugin.scaler.get_scale() == hand.scale
 

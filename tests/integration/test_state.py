@@ -17,7 +17,7 @@ from lightning_optim import EMA, OptimCallback, WeightAveraging, evaluated_state
 from tests.harness import models
 from tests.harness.cells import Cell
 from tests.harness.groups import Group
-from tests.integration.tools import Fitted, copied, differences, each_entry, fit
+from tests.integration.entry_fits import Fitted, copied, differences, each_entry, fit
 from tests.registry import BY_NAME, Entry
 
 STEPS = Cell("automatic", "32-true", "single", "1")

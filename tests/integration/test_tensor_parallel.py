@@ -21,8 +21,8 @@ from torch.nn.functional import gelu, mse_loss
 
 from tests.harness import problem, run
 from tests.harness.groups import Group
-from tests.integration import hands
-from tests.integration.tools import CELL, each_entry, fit
+from tests.integration import reference_variants
+from tests.integration.entry_fits import CELL, each_entry, fit
 from tests.registry import BY_NAME, Entry
 from tests.test_matrix import assert_effect, assert_equal
 
@@ -51,7 +51,7 @@ def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return mse_loss(net(x), y)
 
 
-class Split(hands.Variant):
+class Split(reference_variants.Variant):
     def build(self) -> nn.Module:
         return SplitNet()
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_optim import GradientAccumulation, OptimCallback, total_steps
 from tests.harness import models
 from tests.harness.cells import Cell
-from tests.integration.tools import BeginningAnew, fit
+from tests.integration.entry_fits import BeginningAnew, fit
 from tests.registry import BY_NAME
 
 RUNS: dict[str, tuple[Any, list[Any], dict[str, Any], float]] = {

@@ -12,8 +12,18 @@ from lightning.pytorch.tuner.lr_finder import _LRCallback
 
 from lightning_optim import OptimCallback
 from tests.harness import models
+from tests.integration.entry_fits import (
+    CELL,
+    BeginningAnew,
+    Fitted,
+    differences,
+    each_entry,
+    fit,
+    prepare,
+    states,
+    whole,
+)
 from tests.integration.leftovers import left
-from tests.integration.tools import CELL, BeginningAnew, Fitted, differences, each_entry, fit, prepare, states, whole
 from tests.registry import BY_NAME, Entry
 
 STEPS = 5

@@ -17,9 +17,9 @@ from lightning_optim import OptimCallback
 from lightning_optim.resume.exact_resume import ExactResume
 from tests import registry
 from tests.harness import models, run
-from tests.harness.by_hand import Outcome
 from tests.harness.cells import Cell
 from tests.harness.models import Batch, Model
+from tests.harness.reference_loop import Outcome
 from tests.registry import ENTRIES, Entry
 
 CELL = Cell("automatic", "32-true", "single", "4short")

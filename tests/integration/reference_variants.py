@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from tests.harness import problem
-from tests.harness.by_hand import Loop, Outcome, Weights, autocast
 from tests.harness.cells import INIT_SCALE, MOMENTUM, Cell
 from tests.harness.problem import Batch
+from tests.harness.reference_loop import Loop, Outcome, Weights, autocast
 from tests.registry import Entry
 
 
