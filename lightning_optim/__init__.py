@@ -1,6 +1,9 @@
 """Lightning callbacks and mixins that make a trained network better: the public names."""
 
-from lightning_optim.averaging.averages import EMA, LAWA, SWA, Average
+from lightning_optim.averaging.ema import EMA
+from lightning_optim.averaging.lawa import LAWA
+from lightning_optim.averaging.swa import SWA
+from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.batchnorm.statistics import refresh_batchnorm_
 from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints, average_weights
@@ -15,13 +18,19 @@ from lightning_optim.ensembling.cost_benefit import cost_benefit
 from lightning_optim.ensembling.diversity import Disagreement
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.fit_members import fit_members
-from lightning_optim.gradients.adaptive import AGC, AutoClip, ZClip
-from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping, NormClipping
+from lightning_optim.gradients.clipping.agc import AGC
+from lightning_optim.gradients.clipping.autoclip import AutoClip
+from lightning_optim.gradients.clipping.by_norm import ClipByNorm
+from lightning_optim.gradients.clipping.by_value import ClipByValue
+from lightning_optim.gradients.clipping.centralize import Centralize
+from lightning_optim.gradients.clipping.clipping import Clipping
+from lightning_optim.gradients.clipping.noise import Noise
+from lightning_optim.gradients.clipping.norm_clipping import NormClipping
+from lightning_optim.gradients.clipping.zclip import ZClip
 from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
 from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.gradients.gradient_monitor import GradientMonitor
 from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
-from lightning_optim.gradients.shaping import Centralize, Noise
 from lightning_optim.gradients.sharpness_aware import SharpnessAwareMixin
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.regularization.dropout import DropPath
@@ -35,7 +44,7 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.session import evaluated_state
 from lightning_optim.runtime.step import drop_step, gradients_of, total_steps
-from lightning_optim.stopping.combined import AllOf, AnyOf, AtLeast
+from lightning_optim.stopping.combined_criteria import AllOf, AnyOf, AtLeast
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.early_stopping import EarlyStopping
 

@@ -121,7 +121,7 @@ class Average(Policy, abc.ABC):
     def copy_of(self, weight: Tensor) -> Tensor:
         """A copy with the shape and placement of a weight, kept as :meth:`keep_in` says."""
         weight = weight.detach()
-        (shard,) = shards.local([weight])
+        (shard,) = shards.local_shards([weight])
         device = shard.device if self._device is None else self._device
         dtype = kept_dtype(weight.dtype, self._dtype)
         dtype = torch.promote_types(dtype, weight.dtype) if self.keep_wide else dtype
@@ -164,7 +164,7 @@ class Average(Policy, abc.ABC):
         """The local parts of averages and weights, and whether they agree in dtype and device."""
         if self._prepared is not None and self._prepared[0] is weights:
             return self._prepared[1:]
-        ours, theirs = shards.local(self._averaged), shards.local(weights)
+        ours, theirs = shards.local_shards(self._averaged), shards.local_shards(weights)
         alike = all(a.dtype == b.dtype and a.device == b.device for a, b in zip(ours, theirs, strict=True))
         if isinstance(weights, tuple) and not any(isinstance(weight, DTensor) for weight in weights):
             self._prepared = weights, ours, theirs, alike

@@ -293,7 +293,7 @@ def _reading(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Cal
         live = {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
         found = {name: torch.empty_like(value) for name, value in live.items()}
         load_folder({"state_dict": found}, path, weights_only=path not in own)
-        return dict(zip(found, shards.local(found.values()), strict=True))
+        return dict(zip(found, shards.local_shards(found.values()), strict=True))
 
     return read
 
@@ -302,7 +302,7 @@ def _shards(module: LightningModule) -> dict[str, Tensor]:
     """Return the module's live tensors that can be written, by plain name; of sharded ones this rank's part."""
     shards.reshard_(module)
     live = module_tensors.writable_tensors(module)
-    return dict(zip(live, shards.local(live.values()), strict=True))
+    return dict(zip(live, shards.local_shards(live.values()), strict=True))
 
 
 def _write_(module: LightningModule, weights: StateDict) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_optim.averaging.averages import Average
+from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.batchnorm.batches import check_arguments
 from lightning_optim.averaging.batchnorm.refresh import in_training
 from lightning_optim.averaging.training import lightning_checkpoints, pruning

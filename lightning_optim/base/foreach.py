@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements of the temporary in `exchange_`: 4 MB in fp32, large enough to be bound by memory
+_CHUNK = 1 << 20  # elements of the temporary in `swap_`: 4 MB in fp32, large enough to be bound by memory
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -51,7 +51,7 @@ def _flat(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 @torch.no_grad()
-def exchange_(left: Tensor, right: Tensor) -> None:
+def swap_(left: Tensor, right: Tensor) -> None:
     """Swap the values of two local tensors of one dtype, device and shape, with a temporary of a few MB at most."""
     flat = _flat(left, right)
     pairs = zip(*(torch.split(tensor, _CHUNK) for tensor in flat), strict=True) if flat else [(left, right)]

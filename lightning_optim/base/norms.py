@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_optim.base.foreach import accumulation_dtype
 from lightning_optim.base.module_tensors import dimensions
-from lightning_optim.base.shards import any_sharded, local
+from lightning_optim.base.shards import any_sharded, local_shards
 
 
 def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -99,7 +99,7 @@ def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares:
     cut: dict[dist.ProcessGroup, list[int]] = {}
     for position, (tensor, parameter) in enumerate(zip(tensors, like or tensors, strict=True)):
         dims = row_dims(parameter)
-        shard, dtype = local([tensor])[0], accumulation_dtype(tensor)
+        shard, dtype = local_shards([tensor])[0], accumulation_dtype(tensor)
         if not dims:
             sums.append(shard.to(dtype).square() if squares else shard.to(dtype, copy=True))
         elif squares:

@@ -1,8 +1,8 @@
 """Work on the local shards of sharded tensors, and copy between placements.
 
 A model under FSDP2 or tensor parallelism holds :class:`~torch.distributed.tensor.DTensor` parameters, perhaps beside
-plain ones. Element-wise formulas are applied to the local shards (:func:`local`); for formulas over several elements
-see :mod:`lightning_optim.base.norms`.
+plain ones. Element-wise formulas are applied to the local shards (:func:`local_shards`); for formulas over several
+elements see :mod:`lightning_optim.base.norms`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The part of each tensor that this process holds, as live storage: a DTensor's shard, else the tensor itself."""
     listed = list(tensors)
     return [t.to_local() if isinstance(t, DTensor) else t for t in listed] if any_sharded(listed) else listed
@@ -52,7 +52,7 @@ def align_grad_(parameter: Tensor) -> Tensor | None:
 
 def version(tensor: Tensor) -> int:
     """Return a number that grows when the tensor is written to in place; -1 for an inference tensor, which has none."""
-    (shard,) = local([tensor])
+    (shard,) = local_shards([tensor])
     return -1 if shard.is_inference() else shard._version
 
 
@@ -80,17 +80,17 @@ def copy_(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
         return
     ours = target.to_local()
-    ours.copy_(source.to_local() if isinstance(source, DTensor) else part_of(source.to(ours.device), target))
+    ours.copy_(source.to_local() if isinstance(source, DTensor) else shard_of(source.to(ours.device), target))
 
 
-def part_of(full: Tensor, like: Tensor) -> Tensor:
+def shard_of(full: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this process holds if it is placed as ``like``; no communication."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_to_cpu(tensor: Tensor) -> Tensor:
     """Copy the whole tensor to the CPU. For a DTensor this is a collective: every rank of its mesh must call it."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):

@@ -13,7 +13,7 @@ def any_sparse(tensors: Iterable[Tensor]) -> bool:
     return True in map(operator.attrgetter("is_sparse"), tensors)
 
 
-def opened(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def dense_rows(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return weights and gradients for formulas that know dense tensors only: of a sparse gradient its values.
 
     Args:

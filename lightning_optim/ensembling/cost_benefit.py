@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_optim.base.shards import local
+from lightning_optim.base.shards import local_shards
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.plotting import canvas
@@ -190,7 +190,9 @@ def _windows(count: int, size: int) -> list[tuple[int, ...]]:
 def _bytes(members: list[nn.Module]) -> int:
     # By storage: what members share counts once.
     tensors = itertools.chain.from_iterable((*member.parameters(), *member.buffers()) for member in members)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local(tensors)}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local_shards(tensors)
+    }
     return sum(storages.values())
 
 

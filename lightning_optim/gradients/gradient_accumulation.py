@@ -180,8 +180,8 @@ class GradientAccumulation(OptimCallback):
             # What a micro-batch weighed, for a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
-            _, grads = sparse.opened(*gradients_of(optimizer))
-            for grad in shards.local(grads):
+            _, grads = sparse.dense_rows(*gradients_of(optimizer))
+            for grad in shards.local_shards(grads):
                 grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
 
     # ---- state -------------------------------------------------------------------------------------------------------

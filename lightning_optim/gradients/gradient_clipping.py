@@ -15,7 +15,8 @@ from lightning_optim.base.norms import total_norm
 from lightning_optim.base.policy import PerOptimizer
 from lightning_optim.base.selection import Selection
 from lightning_optim.gradients.attempts import Attempts
-from lightning_optim.gradients.clipping import ClipByNorm, Clipping, Scope
+from lightning_optim.gradients.clipping.by_norm import ClipByNorm
+from lightning_optim.gradients.clipping.clipping import Clipping, Scope
 from lightning_optim.gradients.step_skipping import Guard, Verdict
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
@@ -154,7 +155,7 @@ class GradientClipping(OptimCallback):
         index = trainer.optimizers.index(optimizer)
         logs, guards = self.logs_now(trainer), self.nonfinite != "ignore" or self.spike is not None
         if norm is None and (logs or guards):
-            norm = total_norm(sparse.opened(weights, grads)[1], norm_type)
+            norm = total_norm(sparse.dense_rows(weights, grads)[1], norm_type)
         verdict: Verdict = "fine"
         value: float | None = None
         if guards and norm is not None:
@@ -195,7 +196,7 @@ class GradientClipping(OptimCallback):
                 units = {}  # Only a policy that asks for them must take them: users' own may know nothing of units.
                 if policy.scope != "global":
                     units["units"] = _units(policy.scope, optimizer, chosen, some_weights)
-                some_weights, some_grads = sparse.opened(some_weights, some_grads)
+                some_weights, some_grads = sparse.dense_rows(some_weights, some_grads)
                 policy.clip_(some_grads, some_weights, norm=known, step=step, total=total, **units)
                 acted.append(policy)
                 norm = value = None  # of the gradients before; the next policy sees others
@@ -294,6 +295,6 @@ def _not_finite(pl_module: LightningModule, optimizer: Optimizer) -> str:
     """A sentence with the parameters whose gradients, or their parts on this rank, are not finite, if any are."""
     names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     weights, grads = gradients_of(optimizer)
-    pairs = zip(weights, shards.local(sparse.opened(weights, grads)[1]), strict=True)
+    pairs = zip(weights, shards.local_shards(sparse.dense_rows(weights, grads)[1]), strict=True)
     found = [names.get(id(weight), "?") for weight, grad in pairs if not bool(grad.isfinite().all())]
     return f"On this rank not finite are the gradients of {found}." if found else "On this rank all are finite."

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from lightning_optim.base import module_tensors, shards, sparse
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.norms import tensor_norms, total_norm
+from lightning_optim.base.ring import Ring
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.gradient_clipping import GradientClipping
-from lightning_optim.gradients.norm_history import Recent
 from lightning_optim.plotting import canvas
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
@@ -101,7 +101,7 @@ class GradientMonitor(OptimCallback):
         self.reset()
 
     def reset(self) -> None:
-        self._recent: list[Recent] = []
+        self._recent: list[Ring] = []
         self._steps: dict[int, _Step] = {}
         self._attempts = Attempts()
         self._clipping: GradientClipping | None = None
@@ -124,7 +124,7 @@ class GradientMonitor(OptimCallback):
 
     def _extend(self, optimizers: int) -> None:
         missing = optimizers - len(self._recent)
-        self._recent += [Recent(self.history) for _ in range(missing)]
+        self._recent += [Ring(self.history) for _ in range(missing)]
         self.skipped += [0] * missing
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class GradientMonitor(OptimCallback):
             return
         index = trainer.optimizers.index(optimizer)
         self._attempts.tried(index)
-        norm = total_norm(sparse.opened(weights, grads)[1], self._norm_type)
+        norm = total_norm(sparse.dense_rows(weights, grads)[1], self._norm_type)
         if self._clipping is not None:
             self._running.share_norm(optimizer, grads, self._norm_type, norm)
         self._steps[index] = step = _Step(norm, self.logs_now(trainer))
@@ -157,7 +157,7 @@ class GradientMonitor(OptimCallback):
             row[_CLIPPED] = clipped.to(nothing) if isinstance(clipped, Tensor) else nothing.new_full((), clipped)
         if step.logs:
             weights, grads = gradients_of(optimizer)
-            row[_AFTER] = total_norm(sparse.opened(weights, grads)[1], self._norm_type)
+            row[_AFTER] = total_norm(sparse.dense_rows(weights, grads)[1], self._norm_type)
             row[_UPDATE] = self._measure_update(step)
             if row[_CLIPPED] is nothing and self._only_limits:
                 row[_CLIPPED] = (row[_AFTER] < step.norm).to(step.norm)
@@ -170,7 +170,7 @@ class GradientMonitor(OptimCallback):
     def _measure_update(self, step: _Step) -> Tensor:
         weights, copies = step.weights, step.copies
         before, sizes = total_norm(copies), tensor_norms(copies) if self.level != "total" else None
-        torch._foreach_sub_(shards.local(copies), shards.local([weight.detach() for weight in weights]))
+        torch._foreach_sub_(shards.local_shards(copies), shards.local_shards([weight.detach() for weight in weights]))
         if sizes is not None:
             moved = _by_name(self._labels(weights), tensor_norms(copies), 2.0)
             held = _by_name(self._labels(weights), sizes, 2.0)
@@ -182,7 +182,7 @@ class GradientMonitor(OptimCallback):
     def _detailed(self, prefix: str, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
         if self.level == "total":
             return {}
-        each = tensor_norms(sparse.opened(weights, grads)[1], self._norm_type)
+        each = tensor_norms(sparse.dense_rows(weights, grads)[1], self._norm_type)
         found = _by_name(self._labels(weights), each, self._norm_type)
         return {f"{prefix}/{name}": norm for name, norm in found.items()}
 
@@ -278,7 +278,7 @@ class GradientMonitor(OptimCallback):
 
 
 def _copies(weights: list[Tensor]) -> list[Tensor]:
-    ours = shards.local(weight.detach() for weight in weights)
+    ours = shards.local_shards(weight.detach() for weight in weights)
     copies = [torch.empty_like(shard) for shard in ours]
     torch._foreach_copy_(copies, ours)
     return [shards.placed_as(copy, weight) for copy, weight in zip(copies, weights, strict=True)]

@@ -166,7 +166,7 @@ def _generators(device: torch.device) -> list[tuple[Any, Tensor]]:
 @contextlib.contextmanager
 def _perturbed(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
     """Within this the weights are those of the worst point nearby; afterwards exactly what they were."""
-    ours, kept = shards.local([weight.detach() for weight in weights]), []
+    ours, kept = shards.local_shards([weight.detach() for weight in weights]), []
     with torch.no_grad():
         kept = [weight.clone() for weight in ours]
         _perturb_(weights, grads, rho, adaptive)
@@ -178,8 +178,8 @@ def _perturbed(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive:
 
 
 def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> None:
-    rows, values = sparse.opened(weights, grads)
-    ours, slopes = shards.local(rows), shards.local(values)
+    rows, values = sparse.dense_rows(weights, grads)
+    ours, slopes = shards.local_shards(rows), shards.local_shards(values)
     if adaptive:
         scaled = list(torch._foreach_abs(ours))
         torch._foreach_mul_(scaled, slopes)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_optim.gradients.norm_history import Recent
+from lightning_optim.base.ring import Ring
 
 Verdict: TypeAlias = Literal["fine", "spike", "nonfinite"]
 
@@ -33,7 +33,7 @@ class Guard:
 
     def __init__(self, finite: bool, spike: float | None) -> None:
         self.finite, self.spike = finite, spike
-        self._recent = Recent(_MEMORY)
+        self._recent = Ring(_MEMORY)
 
     @torch.no_grad()
     def judge(self, norm: Tensor, ranks: int = 1) -> tuple[Verdict, float]:

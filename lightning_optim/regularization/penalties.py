@@ -29,7 +29,7 @@ class Penalty(Policy, abc.ABC):
         ...     def value(self, weights, *, step=0, total=math.inf):
         ...         return sum(weight.sum() for weight in weights)
         ...     def add_grad_(self, weights, grads, *, step=0, total=math.inf):
-        ...         torch._foreach_add_(shards.local(grads), 1.0)
+        ...         torch._foreach_add_(shards.local_shards(grads), 1.0)
         >>> weight, grad = torch.tensor([1.0, 2.0]), torch.zeros(2)
         >>> Sum().add_grad_([weight], [grad])
         >>> Sum().value([weight]), grad
@@ -208,13 +208,13 @@ class ElasticNet(Penalty):
 def _add_signs_(weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float) -> None:
     if factor and weights:
         # `_foreach_sign` on the whole list would allocate a second model, which costs more than the work itself.
-        for some_weights, some_grads in foreach.chunks(shards.local(weights), shards.local(grads)):
+        for some_weights, some_grads in foreach.chunks(shards.local_shards(weights), shards.local_shards(grads)):
             torch._foreach_add_(some_grads, _signs(some_weights), alpha=factor)
 
 
 def _add_weights_(weights: Sequence[Tensor], grads: Sequence[Tensor], factor: float) -> None:
     if factor and weights:
-        torch._foreach_add_(shards.local(grads), shards.local(weights), alpha=factor)
+        torch._foreach_add_(shards.local_shards(grads), shards.local_shards(weights), alpha=factor)
 
 
 def _signs(weights: list[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ class Proximal(Policy, abc.ABC):
 
         >>> class Box(Proximal):
         ...     def project_(self, weights, *, lr, step=0, total=math.inf):
-        ...         torch._foreach_clamp_max_(shards.local(weights), 1.0)
+        ...         torch._foreach_clamp_max_(shards.local_shards(weights), 1.0)
         >>> weight = torch.tensor([0.5, 2.0])
         >>> Box().project_([weight], lr=0.1)
         >>> weight
@@ -91,5 +91,5 @@ class ProximalL1(Proximal):
     @torch.no_grad()
     def project_(self, weights: Sequence[Tensor], *, lr: float, step: int = 0, total: float = math.inf) -> None:
         threshold = lr * value_at(self.strength, step, total)
-        for weight in shards.local(weights):
+        for weight in shards.local_shards(weights):
             softshrink(weight, threshold, out=weight)  # type: ignore[call-arg]

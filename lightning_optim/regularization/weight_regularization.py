@@ -109,7 +109,7 @@ class WeightRegularization(OptimCallback):
                 value = term.value(weights, step=step, total=total)
                 self.log_value(pl_module, f"regularization/{label}", value, optimizer)
             weights = [p for p in weights if p.grad is not None or id(p) not in self._looked_up]
-            weights, grads = sparse.opened(weights, [_gradient_of(p) for p in weights])
+            weights, grads = sparse.dense_rows(weights, [_gradient_of(p) for p in weights])
             term.add_grad_(weights, grads, step=step, total=total)
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -36,7 +36,7 @@ def export(tree: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
     def leaf(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        return {_SHARD: str(value.dtype).removeprefix("torch.")} if folder else shards.whole(value)
+        return {_SHARD: str(value.dtype).removeprefix("torch.")} if folder else shards.gather_to_cpu(value)
 
     return _mapped(tree, leaf)
 

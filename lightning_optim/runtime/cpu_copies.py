@@ -22,7 +22,7 @@ def copies_of(live: Mapping[str, Tensor], values: Mapping[str, Tensor], old: Map
     copies, used = {}, set()
     for name, tensor in live.items():
         if id(tensor) not in made:
-            shard, value = shards.local([tensor, values.get(name, tensor)])
+            shard, value = shards.local_shards([tensor, values.get(name, tensor)])
             copy = old.get(name)
             if copy is None or copy.shape != value.shape or copy.dtype != shard.dtype or id(copy) in used:
                 copy = torch.empty_like(value, dtype=shard.dtype, device="cpu", requires_grad=False)
@@ -37,7 +37,7 @@ def fitting(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> list[str]
     return [
         name
         for name, kept in held.items()
-        if name in live and kept.shape in (live[name].shape, shards.local([live[name]])[0].shape)
+        if name in live and kept.shape in (live[name].shape, shards.local_shards([live[name]])[0].shape)
     ]
 
 
@@ -46,9 +46,9 @@ def localized(held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[st
     parts = {}
     for name, kept in held.items():
         like = live.get(name, kept)
-        (shard,) = shards.local([like])
+        (shard,) = shards.local_shards([like])
         whole = like is not shard and kept.shape == like.shape and kept.shape != shard.shape
-        parts[name] = shards.part_of(kept.to(shard.device), like).cpu().clone() if whole else kept
+        parts[name] = shards.shard_of(kept.to(shard.device), like).cpu().clone() if whole else kept
     return parts
 
 
@@ -59,7 +59,7 @@ def exchange_(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[st
     done: dict[int, str] = {}
     places: dict[int, Tensor] = {}
     for name, kept in held.items():
-        (shard,) = shards.local([live[name]])
+        (shard,) = shards.local_shards([live[name]])
         if id(live[name]) in done:  # tied
             had[name] = had[done[id(live[name])]]
             continue
@@ -70,7 +70,7 @@ def exchange_(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[st
             continue
         places[kept.data_ptr()] = shard
         if kept.dtype == shard.dtype:
-            foreach.exchange_(shard, kept)
+            foreach.swap_(shard, kept)
             had[name] = kept
         else:
             had[name] = shard.detach().to("cpu", copy=True)

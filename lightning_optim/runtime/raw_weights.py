@@ -87,7 +87,7 @@ class Displaced:
         live, placed = module_tensors.writable_tensors(module), {}
         for name, kept in held.items():
             like = live.get(name, kept)
-            (shard,) = shards.local([like])
+            (shard,) = shards.local_shards([like])
             ours = like is not shard and kept.shape == shard.shape
             placed[name] = shards.placed_as(kept.to(shard.device), like) if ours else kept
         return placed
@@ -99,4 +99,4 @@ class Displaced:
 
 def on_cpu(saved: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by plain names, of sharded ones this process's shards."""
-    return {module_tensors.plain_name(name): shards.local([kept])[0].cpu() for name, kept in saved.items()}
+    return {module_tensors.plain_name(name): shards.local_shards([kept])[0].cpu() for name, kept in saved.items()}

@@ -257,7 +257,7 @@ class Fit:
 
 def _fingerprint(grads: Sequence[Tensor]) -> Fingerprint:
     """What changes when a gradient is written to, or replaced."""
-    return [(id(grad), grad._version) for grad in shards.local(grads)]
+    return [(id(grad), grad._version) for grad in shards.local_shards(grads)]
 
 
 def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:

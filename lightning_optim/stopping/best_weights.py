@@ -133,7 +133,7 @@ class BestInMemory(BestWeights):
         best = with_pruning_applied({**self._local(self._lent), **self._best}, live)
         fits = fitting(live, best)
         for name in fits:
-            (shard,) = shards.local([live[name]])
+            (shard,) = shards.local_shards([live[name]])
             # The kept tensor is our shard, or the whole if it came from a file.
             shards.copy_(shard if best[name].shape == shard.shape else live[name], best[name])
         _warn_of_mismatches(module, live, best, fits)
@@ -185,7 +185,7 @@ class BestInMemory(BestWeights):
 
     @staticmethod
     def _local(named: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(named, shards.local(named.values()), strict=True))
+        return dict(zip(named, shards.local_shards(named.values()), strict=True))
 
 
 class BestInDirectory(BestWeights):

@@ -20,7 +20,7 @@ from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.spawned import check_not_lost, check_weights_are_here
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
-from lightning_optim.stopping.combined import AnyOf
+from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes
 

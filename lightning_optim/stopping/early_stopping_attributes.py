@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.stopping.combined import AnyOf
+from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import (
     Criterion,
     Divergence,
@@ -21,7 +21,7 @@ from lightning_optim.stopping.criteria import (
     named,
     worst,
 )
-from lightning_optim.stopping.ranking import Best
+from lightning_optim.stopping.improvement import Best
 
 C = TypeVar("C", bound=Criterion)
 

@@ -23,7 +23,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim.averaging.averages import EMA, LAWA, SWA, Average
+from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.ema import EMA
+from lightning_optim.averaging.lawa import LAWA
+from lightning_optim.averaging.swa import SWA
 from lightning_optim.base import foreach, shards
 from tests.harness.groups import Group
 
@@ -415,9 +418,9 @@ def test_values_may_change_places_with_the_weights_and_back() -> None:
     for step in range(4):
         ema.update_([weight], step=step)
         plain.update_([weight], step=step)
-        foreach.exchange_(ema.averaged[0], weight)
+        foreach.swap_(ema.averaged[0], weight)
         assert torch.equal(weight, plain.averaged[0])
-        foreach.exchange_(ema.averaged[0], weight)
+        foreach.swap_(ema.averaged[0], weight)
         weight += 1.0
     assert torch.equal(ema.averaged[0], plain.averaged[0])
 
@@ -461,7 +464,7 @@ def test_refused(build, sentence: str) -> None:
 def test_from_yaml() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--average", type=Average)
-    text = "{class_path: lightning_optim.averaging.averages.EMA, init_args: {decay: 0.99, warmup: null}}"
+    text = "{class_path: lightning_optim.averaging.ema.EMA, init_args: {decay: 0.99, warmup: null}}"
     average = parser.instantiate(parser.parse_args([f"--average={text}"])).average
     assert isinstance(average, EMA)
     assert (average.decay, average.warmup) == (0.99, None)
@@ -484,7 +487,7 @@ def _on_shards(dtype: torch.dtype) -> tuple[list[float], list[bool]]:
         ema.update_(placed, step=step)
         ema = copy.deepcopy(ema)
     far = [
-        (shards.whole(average) - wanted).abs().max().item()
+        (shards.gather_to_cpu(average) - wanted).abs().max().item()
         for average, wanted in zip(ema.averaged, whole_ema.averaged, strict=True)
     ]
     alike = [

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.averaging.averages import EMA
+from lightning_optim.averaging.ema import EMA
 from lightning_optim.base.policy import PerOptimizer, Policy
 from lightning_optim.base.schedules import Constant, Cosine, Exponential, Linear, Piecewise
-from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue
+from lightning_optim.gradients.clipping.by_norm import ClipByNorm
+from lightning_optim.gradients.clipping.by_value import ClipByValue
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet
-from lightning_optim.stopping.combined import AnyOf
+from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Divergence, NonFinite, Plateau, Threshold
-from lightning_optim.stopping.ranking import Best
+from lightning_optim.stopping.improvement import Best
 
 ALL = [
     L1(1e-5, on="encoder.*"),

@@ -83,7 +83,7 @@ def test_select_refuses_what_matches_nothing(on: object, exclude: object, senten
 
 def test_local_is_live_storage() -> None:
     tensor = torch.zeros(2)
-    (part,) = shards.local([tensor])
+    (part,) = shards.local_shards([tensor])
     part.fill_(1.0)
     assert tensor.tolist() == [1.0, 1.0]
 
@@ -92,7 +92,7 @@ def test_local_is_live_storage() -> None:
 def test_exchange_swaps_values_and_keeps_storage(shape: tuple[int, ...]) -> None:
     left, right = torch.randn(shape), torch.randn(shape)
     wanted, pointers = (right.clone(), left.clone()), (left.data_ptr(), right.data_ptr())
-    foreach.exchange_(left, right)
+    foreach.swap_(left, right)
     assert torch.equal(left, wanted[0])
     assert torch.equal(right, wanted[1])
     assert (left.data_ptr(), right.data_ptr()) == pointers
@@ -105,7 +105,7 @@ def test_exchange_of_a_large_tensor_in_another_memory_format_is_in_pieces(monkey
     pieces: list[int] = []
     clone = torch.Tensor.clone
     monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: pieces.append(tensor.numel()) or clone(tensor))
-    foreach.exchange_(left, right)
+    foreach.swap_(left, right)
     assert torch.equal(left, wanted[0])
     assert torch.equal(right, wanted[1])
     assert max(pieces) == 7
@@ -113,7 +113,7 @@ def test_exchange_of_a_large_tensor_in_another_memory_format_is_in_pieces(monkey
 
 def test_exchange_of_views_leaves_their_neighbours() -> None:
     left, right = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(3, 2)
-    foreach.exchange_(left[:, 0], right[1:, 1])
+    foreach.swap_(left[:, 0], right[1:, 1])
     assert left.tolist() == [[9.0, 1.0, 2.0], [11.0, 4.0, 5.0]]
     assert right.tolist() == [[6.0, 7.0], [8.0, 0.0], [10.0, 3.0]]
 
@@ -128,7 +128,7 @@ def test_copy_goes_into_a_parameter_and_converts() -> None:
 
 def test_whole_is_a_copy() -> None:
     tensor = nn.Parameter(torch.ones(2))
-    copied = shards.whole(tensor)
+    copied = shards.gather_to_cpu(tensor)
     copied.zero_()
     assert tensor.tolist() == [1.0, 1.0]
     assert not copied.requires_grad
@@ -185,13 +185,15 @@ def _copied_and_gathered() -> list[bool]:
             target = distribute_tensor(torch.zeros_like(whole), mesh, [placement])
             pointer = target.to_local().data_ptr()
             shards.copy_(target, whole)
-            right.append(torch.equal(shards.whole(target), whole) and target.to_local().data_ptr() == pointer)
+            right.append(torch.equal(shards.gather_to_cpu(target), whole) and target.to_local().data_ptr() == pointer)
             shards.copy_(target, distribute_tensor(whole + 1.0, mesh, [placement]))
-            right.append(torch.equal(shards.whole(target), whole + 1.0))
+            right.append(torch.equal(shards.gather_to_cpu(target), whole + 1.0))
             again = shards.placed_as(target.to_local().clone(), target)
-            right.append(torch.equal(shards.whole(again), whole + 1.0) and again.placements == target.placements)
-            shards.whole(target).zero_()
-            right.append(torch.equal(shards.whole(target), whole + 1.0))
+            right.append(
+                torch.equal(shards.gather_to_cpu(again), whole + 1.0) and again.placements == target.placements
+            )
+            shards.gather_to_cpu(target).zero_()
+            right.append(torch.equal(shards.gather_to_cpu(target), whole + 1.0))
     return right
 
 

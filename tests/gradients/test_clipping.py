@@ -15,7 +15,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from lightning_optim.base import shards
 from lightning_optim.base.norms import total_norm
 from lightning_optim.base.schedules import Linear
-from lightning_optim.gradients.clipping import ClipByNorm, ClipByValue, Clipping
+from lightning_optim.gradients.clipping.by_norm import ClipByNorm
+from lightning_optim.gradients.clipping.by_value import ClipByValue
+from lightning_optim.gradients.clipping.clipping import Clipping
 from tests.harness.groups import Group
 
 
@@ -168,7 +170,9 @@ def test_refused(build, sentence: str) -> None:
 def test_from_yaml() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=float | Clipping | list[Clipping])
-    text = "{class_path: lightning_optim.gradients.clipping.ClipByNorm, init_args: {max_norm: 2, norm_type: .inf}}"
+    text = (
+        "{class_path: lightning_optim.gradients.clipping.by_norm.ClipByNorm, init_args: {max_norm: 2, norm_type: .inf}}"
+    )
     policy = parser.instantiate(parser.parse_args([f"--policy={text}"])).policy
     assert isinstance(policy, ClipByNorm)
     assert (policy.max_norm, policy.norm_type) == (2, math.inf)
@@ -188,7 +192,7 @@ def _on_shards() -> list[float]:
         placed += [grad.clone() for grad in grads[4:]]
         norm, wanted = policy.clip_(placed), policy.clip_(grads)
         far += [] if wanted is None else [(norm / wanted - 1.0).abs().item()]
-        far += [(shards.whole(g) - w).abs().max().item() for g, w in zip(placed, grads, strict=True)]
+        far += [(shards.gather_to_cpu(g) - w).abs().max().item() for g, w in zip(placed, grads, strict=True)]
     return far
 
 

@@ -18,8 +18,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from lightning_optim import AGC, AutoClip, Centralize, ClipByNorm, Linear, Noise, NormClipping, ZClip
 from lightning_optim.base import shards
 from lightning_optim.base.norms import total_norm
-from lightning_optim.gradients.clipping import Clipping
-from lightning_optim.gradients.norm_history import Recent
+from lightning_optim.base.ring import Ring
+from lightning_optim.gradients.clipping.clipping import Clipping
 from lightning_optim.gradients.step_skipping import Guard
 from tests.harness.groups import Group
 
@@ -360,7 +360,8 @@ def _on_shards() -> list[tuple[str, float]]:
             policy.clip_(placed, place(weights), step=step, **units)
             other.clip_(grads, weights, step=step, **units)
             far += [
-                (repr(policy), (shards.whole(p) - g).abs().max().item()) for p, g in zip(placed, grads, strict=True)
+                (repr(policy), (shards.gather_to_cpu(p) - g).abs().max().item())
+                for p, g in zip(placed, grads, strict=True)
             ]
     return far
 
@@ -372,7 +373,7 @@ def test_exact_on_shards(group: Group) -> None:
 
 
 def test_recent_keeps_the_last_rows_in_order() -> None:
-    recent = Recent(3)
+    recent = Ring(3)
     assert recent.rows.numel() == 0
     for value in range(5):
         recent.append(torch.tensor([float(value), math.nan]))

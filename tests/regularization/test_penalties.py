@@ -235,7 +235,7 @@ def _on_shards() -> list[float]:
         penalty.add_grad_(whole, grads)
         penalty.add_grad_(placed, placed_grads)
         far.append((penalty.value(placed) / penalty.value(whole) - 1.0).abs().item())
-        far += [(shards.whole(g) - w).abs().max().item() for g, w in zip(placed_grads, grads, strict=True)]
+        far += [(shards.gather_to_cpu(g) - w).abs().max().item() for g, w in zip(placed_grads, grads, strict=True)]
     return far
 
 

@@ -10,9 +10,9 @@ import lightning.pytorch.callbacks as theirs
 import pytest
 import torch
 
-from lightning_optim.stopping.combined import AnyOf
+from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold, read
-from lightning_optim.stopping.ranking import Best
+from lightning_optim.stopping.improvement import Best
 
 NAN, INF = math.nan, math.inf
 SCRIPTS = [

@@ -226,7 +226,7 @@ class _OfTensor:
         if self.grad is not None:
             tensor.grad = None  # what is added to it meanwhile goes to another one
         self.data = tensor.data
-        (self.ours,) = shards.local([self.data])
+        (self.ours,) = shards.local_shards([self.data])
         self.writable = module_tensors.is_writable(self.ours) and not self.ours.is_inference()
         self.values = self.ours.clone() if self.writable else self.ours
         self.version = shards.version(tensor)
@@ -234,7 +234,7 @@ class _OfTensor:
     def put_back(self) -> bool:
         """Put back all but the values of what is writable, which are written together with others."""
         tensor = self.tensor
-        (now,) = shards.local([tensor.data])
+        (now,) = shards.local_shards([tensor.data])
         if _place(now) != _place(self.ours):
             tensor.data = self.data
         if tensor.is_leaf:

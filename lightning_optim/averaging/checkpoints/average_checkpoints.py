@@ -260,9 +260,9 @@ def _flat_parts(mean: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(value, DTensor) and isinstance(mean, DTensor) and value.placements == mean.placements:
         ours, theirs = mean.to_local(), value.to_local()
     else:
-        (ours,) = shards.local([mean])
+        (ours,) = shards.local_shards([mean])
         full = value.full_tensor() if isinstance(value, DTensor) else value
-        theirs = shards.part_of(full.to(ours.device), mean)
+        theirs = shards.shard_of(full.to(ours.device), mean)
     return ours.view(-1), theirs.reshape(-1)
 
 
@@ -285,7 +285,7 @@ def ties(state: Mapping[Any, Any]) -> dict[Any, Any]:
     for name, value in state.items():
         if not _has_mean(value) or value.layout is not torch.strided or value.is_nested:
             continue
-        (part,) = shards.local([value])  # a DTensor itself has no address
+        (part,) = shards.local_shards([value])  # a DTensor itself has no address
         if part.numel():
             place = (part.data_ptr(), value.shape, value.stride(), value.dtype)
             if place in first:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim.averaging.averages import Average
+from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.training.averaged_tensors import Buffers, Source, copies_of, has_mean, keep
 from lightning_optim.base import shards
 from lightning_optim.base.module_tensors import plain_name

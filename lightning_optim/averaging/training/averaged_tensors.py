@@ -222,7 +222,7 @@ def copies_of(sources: Iterable[Source], average: Average, saved: dict[str, Tens
 @torch.no_grad()
 def _stay_finite_(averaged: list[Tensor], latest: list[Tensor]) -> None:
     by_kind: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for mean, value in zip(shards.local(averaged), shards.local(latest), strict=True):
+    for mean, value in zip(shards.local_shards(averaged), shards.local_shards(latest), strict=True):
         means, values = by_kind.setdefault((mean.dtype, mean.device), ([], []))
         means.append(mean)
         values.append(value)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_optim.averaging.averages import Average
+from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.training.averaged_buffers import AveragedBuffers
 from lightning_optim.averaging.training.averaged_tensors import (
     Source,
@@ -298,11 +298,11 @@ class AveragedWeights:
         if live is None or live.shape != average.shape:  # the model has changed while the average was in it
             self._raw.pop(place, None)
             return
-        (ours,), (theirs,) = shards.local([self.buffers.used(place, average)]), shards.local([live])
+        (ours,), (theirs,) = shards.local_shards([self.buffers.used(place, average)]), shards.local_shards([live])
         if place in self._raw:
             theirs.copy_(self._raw[place] if leaving else ours)
         elif source.owner is None and ours.dtype == theirs.dtype and ours.device == theirs.device:
-            foreach.exchange_(ours, theirs)
+            foreach.swap_(ours, theirs)
         elif leaving:  # the module was moved to another device meanwhile
             kept = theirs.clone()
             theirs.copy_(ours)

@@ -169,7 +169,7 @@ class AveragedEvaluation(BatchNormRefresh):
             with contextlib.ExitStack() as saving:
                 saving.enter_context(raw_in(pl_module))
                 if not weights_only:
-                    exchanged = shards.local(source.tensor for source, _ in shadow.pairs())
+                    exchanged = shards.local_shards(source.tensor for source, _ in shadow.pairs())
                     saving.enter_context(_states_of_now(trainer, exchanged))
                 saving.enter_context(self.averaged_weights(pl_module))
                 save(filepath, weights_only, storage_options)
@@ -241,7 +241,7 @@ def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
     def copied(tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided:  # a sparse gradient of an open window, say: it has no storage
             return tensor
-        (shard,) = shards.local([tensor])
+        (shard,) = shards.local_shards([tensor])
         return tensor.detach().clone() if shard.untyped_storage().data_ptr() in live else tensor
 
     with contextlib.ExitStack() as back:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim.averaging.averages import LAWA, Average
+from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.lawa import LAWA
 from lightning_optim.averaging.training import pruning
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.base.module_tensors import plain_name

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-class Recent:
+class Ring:
     """A ring of rows on their device. Nothing waits for the device, and nothing grows.
 
     Args:
@@ -17,7 +17,7 @@ class Recent:
 
     Example::
 
-        >>> recent = Recent(2)
+        >>> recent = Ring(2)
         >>> for value in (1.0, 2.0, 3.0):
         ...     recent.append(torch.tensor([value]))
         >>> recent.rows

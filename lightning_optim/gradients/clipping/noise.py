@@ -1,4 +1,4 @@
-"""What else is done to gradients before a step: centralization, noise."""
+"""Noise that is added to gradients and fades."""
 
 from __future__ import annotations
 
@@ -10,65 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim.base import module_tensors, shards
+from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.norms import row_dims, row_sums
 from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.base.selection import Selector
-from lightning_optim.gradients.clipping import Clipping
-
-
-class Centralize(Clipping):
-    r"""Take the mean out of each row's gradient: :math:`G_i \leftarrow G_i - \mathrm{mean}(G_i)`.
-
-    Gradient centralization (arXiv:2004.01461): the mean of the weights that one output is computed from stays what it
-    was. It acts on tensors with two dimensions or more, and leaves vectors alone. Leave embeddings out with
-    ``exclude=torch.nn.Embedding``: their rows are looked up, and not summed over.
-
-    Exact on shards: the sums of rows that are cut are taken over the ranks that hold the parts.
-
-    Args:
-        on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
-            these. Default: all with two dimensions or more.
-        exclude: What is left out of them, in the same terms.
-
-    Example::
-
-        >>> grad = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
-        >>> Centralize().clip_([grad])
-        >>> grad
-        tensor([[-1.,  1.],
-                [ 0.,  0.]])
-    """
-
-    limits: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        on: Selector | Sequence[Selector] | None = None,
-        exclude: Selector | Sequence[Selector] | None = None,
-    ) -> None:
-        self.on, self.exclude = on, exclude
-
-    @torch.no_grad()
-    def clip_(
-        self,
-        grads: Sequence[Tensor],
-        weights: Sequence[Tensor] = (),
-        *,
-        norm: Tensor | None = None,
-        step: int = 0,
-        total: float = math.inf,
-    ) -> Tensor | None:
-        pairs = zip(grads, weights or grads, strict=True)
-        chosen = [(grad, weight) for grad, weight in pairs if module_tensors.dimensions(weight) >= 2]
-        if chosen:
-            matrices, like = [grad for grad, _ in chosen], [weight for _, weight in chosen]
-            means = row_sums(matrices, like)
-            sizes = [math.prod(weight.shape[dim] for dim in row_dims(weight)) for weight in like]
-            torch._foreach_div_(means, sizes)
-            torch._foreach_sub_(shards.local(matrices), means)
-        return norm
+from lightning_optim.gradients.clipping.clipping import Clipping
 
 
 class Noise(Clipping):
@@ -137,7 +83,7 @@ class Noise(Clipping):
             # Not the default dtype, which is half precision within a `training_step` in bf16-true.
             drawn = torch.empty(grad.shape, device=shard.device, dtype=torch.float32)
             drawn.normal_(generator=generators[shard.device])
-            shard.add_(shards.part_of(drawn, grad), alpha=deviation)
+            shard.add_(shards.shard_of(drawn, grad), alpha=deviation)
         return norm
 
     def _next_seed(self) -> int:

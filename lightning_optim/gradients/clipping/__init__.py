@@ -1,0 +1,1 @@
+"""Policies that change gradients before the optimizer step, one technique a file."""

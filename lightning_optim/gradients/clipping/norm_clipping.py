@@ -1,0 +1,123 @@
+"""The base class of clipping by a bound on a norm."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_optim.base import shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import tensor_norms, total_norm
+from lightning_optim.base.selection import Selector
+from lightning_optim.gradients.clipping.clipping import Clipping, Scope, by_device
+
+
+class NormClipping(Clipping, abc.ABC):
+    r"""Scale gradients so that a norm is at most a bound :math:`c`: :math:`g \cdot \min(1, c / (n + 10^{-6}))`.
+
+    A subclass says what the bound is::
+
+        >>> class ToMean(NormClipping):
+        ...     '''Make no norm larger than the mean of all tensors' norms.'''
+        ...     def bound(self, norms, *, step=0, total=math.inf):
+        ...         return norms.nanmean()
+        >>> grads = [torch.tensor([3.0]), torch.tensor([5.0])]
+        >>> ToMean(scope="tensor").clip_(grads)
+        tensor(5.8310)
+        >>> grads
+        [tensor([3.]), tensor([4.0000])]
+
+    Args:
+        norm_type: The exponent p > 0 of the norm; ``inf`` for the largest absolute value.
+        scope: What has a norm and a bound of its own: ``"global"``, all gradients of an optimizer, which keeps the
+            direction of the step; ``"group"``, each of its ``param_groups``; ``"tensor"``, each tensor.
+        on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
+            these. Default: all.
+        exclude: What is left out of them, in the same terms.
+    """
+
+    identity_args = ("on", "exclude", "norm_type", "scope")
+    _factors: Tensor | None = None
+    _count: int = 0  # Of units, as far as they were seen.
+
+    def __init__(
+        self,
+        norm_type: float = 2.0,
+        scope: Scope = "global",
+        on: Selector | Sequence[Selector] | None = None,
+        exclude: Selector | Sequence[Selector] | None = None,
+    ) -> None:
+        check_number("norm_type", norm_type, low=0.0, low_open=True, high=math.inf)
+        if scope not in get_args(Scope):
+            raise ValueError(f"`scope` must be one of {get_args(Scope)}, got {scope!r}")
+        self.norm_type, self.scope, self.on, self.exclude = norm_type, scope, on, exclude
+
+    @abc.abstractmethod
+    def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> Tensor | float:
+        """The bound on each of ``norms``, a vector with one entry for each unit of the scope; ``inf`` for none.
+
+        The norm of a unit that has no gradient in this step is NaN. There are more units when the optimizer gets more
+        parameters. Called once in each step: what is remembered of the norms is remembered here.
+        """
+
+    @torch.no_grad()
+    def clip_(
+        self,
+        grads: Sequence[Tensor],
+        weights: Sequence[Tensor] = (),
+        *,
+        norm: Tensor | None = None,
+        step: int = 0,
+        total: float = math.inf,
+        units: Sequence[int] = (),
+    ) -> Tensor:
+        if not grads:
+            return torch.zeros(()) if norm is None else norm
+        if self.scope == "global":
+            norm = total_norm(grads, self.norm_type) if norm is None else norm
+            norms = norm.reshape(1)
+        else:
+            each = tensor_norms(grads, self.norm_type)
+            norm = torch.linalg.vector_norm(each, self.norm_type) if norm is None else norm
+            units = range(len(grads)) if self.scope == "tensor" and not units else units
+            self._count = max([self._count, *(unit + 1 for unit in units)])
+            norms = _by_unit(each, units, self._count, self.norm_type)
+        factors = torch.clamp(self.bound(norms, step=step, total=total) / (norms + 1e-6), max=1.0)
+        self._factors = factors
+        if self.scope == "global":
+            for device, some_grads in by_device(grads).items():
+                torch._foreach_mul_(some_grads, factors[0].to(device))
+        else:
+            unbound, locals_ = factors.unbind(), shards.local_shards(grads)
+            mine = [unbound[unit].to(shard.device) for unit, shard in zip(units, locals_, strict=True)]
+            torch._foreach_mul_(locals_, mine)
+        return norm
+
+    @property
+    def clipped(self) -> Tensor | None:
+        return None if self._factors is None else (self._factors < 1.0).any()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_factors": None}
+
+
+def _by_unit(each: Tensor, units: Sequence[int], count: int, norm_type: float) -> Tensor:
+    """The norm of each of ``count`` units, of the tensors' norms; NaN for a unit that has no gradient."""
+    if len(units) != len(each):
+        raise ValueError(f"`units` must name the unit of each of {len(each)} gradients, got {units!r}")
+    by_unit: list[list[Tensor]] = [[] for _ in range(count)]
+    for unit, norm in zip(units, each.unbind(), strict=True):
+        by_unit[unit].append(norm)
+    nothing = each.new_full((), math.nan)
+
+    def together(own: list[Tensor]) -> Tensor:
+        if len(own) < 2:
+            return own[0] if own else nothing
+        return torch.linalg.vector_norm(torch.stack(own), norm_type)
+
+    return torch.stack([together(own) for own in by_unit])
