@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_optim.averaging.swa import SWA
 from lightning_optim.averaging.avg_fn import AvgFnAverage
 from lightning_optim.averaging.weight_averaging import WeightAveraging
-from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_number
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 
@@ -86,7 +85,7 @@ class StochasticWeightAveraging(WeightAveraging):
         if avg_fn is not None and not callable(avg_fn):
             raise ValueError(f"`avg_fn` must be a function, got {avg_fn!r}")
         super().__init__(
-            SWA() if avg_fn is None else _ByFunction(avg_fn),
+            SWA() if avg_fn is None else AvgFnAverage(avg_fn),
             every="epoch",
             device=device,
             buffers="refresh",
@@ -188,26 +187,3 @@ class StochasticWeightAveraging(WeightAveraging):
                 "averaged": theirs["average_model_state"],
                 "updates_of_lightning": theirs["n_averaged"],
             }
-
-
-class _ByFunction(Average):
-    """An average by a function of Lightning's kind.
-
-    Args:
-        function: ``(averaged, weight, number of updates before) -> averaged``, tensor by tensor.
-    """
-
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    @torch.no_grad()
-    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
-        if not self.started:
-            self._begin(weights, step)
-        elif self._since(step):
-            count = torch.tensor(self._counters["updates"])
-            for mean, weight in zip(shards.local_shards(self._averaged), shards.local_shards(weights), strict=True):
-                mean.copy_(self.function(mean, weight.to(mean), count))
-            self._counters["updates"] += 1
-            self._counters["last"] = step

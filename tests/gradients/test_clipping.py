@@ -170,9 +170,7 @@ def test_refused(build, sentence: str) -> None:
 def test_from_yaml() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=float | Clipping | list[Clipping])
-    text = (
-        "{class_path: lightning_optim.gradients.clipping.by_norm.ClipByNorm, init_args: {max_norm: 2, norm_type: .inf}}"
-    )
+    text = "{class_path: lightning_optim.ClipByNorm, init_args: {max_norm: 2, norm_type: .inf}}"
     policy = parser.instantiate(parser.parse_args([f"--policy={text}"])).policy
     assert isinstance(policy, ClipByNorm)
     assert (policy.max_norm, policy.norm_type) == (2, math.inf)
