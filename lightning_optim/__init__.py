@@ -1,16 +1,16 @@
 """Lightning callbacks and mixins that make a trained network better: the public names."""
 
-from lightning_optim.averaging.ema import EMA
-from lightning_optim.averaging.lawa import LAWA
-from lightning_optim.averaging.swa import SWA
 from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.batchnorm.statistics import refresh_batchnorm_
 from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints, average_weights
 from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict
 from lightning_optim.averaging.checkpoints.soup import greedy_soup
+from lightning_optim.averaging.ema import EMA
 from lightning_optim.averaging.ema_weight_averaging import EMAWeightAveraging
+from lightning_optim.averaging.lawa import LAWA
 from lightning_optim.averaging.stochastic_weight_averaging import StochasticWeightAveraging
+from lightning_optim.averaging.swa import SWA
 from lightning_optim.averaging.weight_averaging import WeightAveraging
 from lightning_optim.base.policy import Policy
 from lightning_optim.base.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
