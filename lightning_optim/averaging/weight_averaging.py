@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_optim.averaging.average import Average
@@ -25,6 +24,7 @@ from lightning_optim.averaging.training.buffer_plan import (
 from lightning_optim.averaging.training.comparison import Comparison
 from lightning_optim.averaging.training.evaluation import AveragedEvaluation
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
@@ -156,7 +156,7 @@ class WeightAveraging(AveragedEvaluation):
         self._averaged: AveragedWeights | None = None
         self._held: dict[str, Tensor] = {}
         self._loaded: dict[str, Any] | None = None
-        self._layers: list[_BatchNorm] = []
+        self._layers: list[BatchNormBase] = []
         self._unfrozen = None
         self._start_step = 0 if isinstance(self.start, float) else self.start
         self._asked = [0, -1]  # the last step and the last epoch at which `should_update` said yes

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_optim.base.module_registry import buffer_names, buffer_of, is_persistent
+
 
 def dimensions(parameter: Tensor) -> int:
     """The number of dimensions without the one that stacks ensemble members (``parameter.member_dim``), if any."""
@@ -22,8 +24,9 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        for key, buffer in owner._buffers.items():
-            if buffer is not None and key not in owner._non_persistent_buffers_set:
+        for key in buffer_names(owner):
+            buffer = buffer_of(owner, key)
+            if buffer is not None and is_persistent(owner, key):
                 named[f"{prefix}.{key}" if prefix else key] = buffer
     return named
 
@@ -31,7 +34,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def buffer_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield the plain name of each buffer, or of the place of one that is ``None``, its owner, and its key there."""
     for prefix, owner in module.named_modules():
-        for key in owner._buffers:
+        for key in buffer_names(owner):
             yield plain_name(f"{prefix}.{key}" if prefix else key), owner, key
 
 

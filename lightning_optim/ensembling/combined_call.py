@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
+from lightning_optim.base.module_registry import with_submodules
 from lightning_optim.ensembling.mean_prediction import Outputs, combine
 from lightning_optim.runtime.lightning import LightningModule, to_uncompiled
 
@@ -160,10 +161,7 @@ def replaced(module: nn.Module, path: str, new: nn.Module) -> dict[str, nn.Modul
     if not rest:
         return {head: new}
     child = module.get_submodule(head)
-    clone = child.__class__.__new__(child.__class__)
-    clone.__dict__.update(child.__dict__)
-    clone.__dict__["_modules"] = {**child._modules, **replaced(child, rest, new)}
-    return {head: clone}
+    return {head: with_submodules(child, replaced(child, rest, new))}
 
 
 def checked_members(members: Any) -> list[LightningModule]:

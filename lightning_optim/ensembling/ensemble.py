@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_optim.base.module_registry import is_registered, registered_names, submodule_of
 from lightning_optim.ensembling.combined_call import (
     CombinedCall,
     check_arguments,
@@ -233,7 +234,7 @@ class Ensemble(LightningModule):
         """Put the mean where the steps look for ``on``."""
         on, first = self._combined.on, self.members[0]
         self.__dict__["_replaced"] = {}
-        for name in (*first._modules, *first._parameters, *first._buffers):
+        for name in registered_names(first):
             self.__dict__.pop(name, None)  # `net = None` until `configure_model` made it
         if on is None:
             return
@@ -262,12 +263,12 @@ class Ensemble(LightningModule):
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
-        if "_replaced" not in own or any(name in own[kind] for kind in ("_modules", "_parameters", "_buffers")):
+        if "_replaced" not in own or is_registered(self, name):
             return super().__getattr__(name)
         if name in own["_replaced"]:
             return own["_replaced"][name]
         try:
-            return getattr(own["_modules"]["members"][0], name)
+            return getattr(submodule_of(self, "members")[0], name)
         except AttributeError:
             return super().__getattr__(name)
 
@@ -428,8 +429,8 @@ def _checked(where: str, step: Callable[..., Any]) -> Callable[..., Any]:
         if strays:
             rank_zero_warn(
                 f"`{where}` also used layers of the first member outside of the combined call"
-                f" (`on={self._combined.on!r}`): {sorted(strays)}. Their output is one member's. Set `on` to a submodule"
-                " that holds them, or to None where the step calls `self(…)`."
+                f" (`on={self._combined.on!r}`): {sorted(strays)}. Their output is one member's. Set `on` to a"
+                " submodule that holds them, or to None where the step calls `self(…)`."
             )
         return result
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_optim.base import shards, sparse
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.layer_classes import RunningNormBase
 from lightning_optim.base.norms import tensor_norms
 from lightning_optim.runtime.lightning import (
     GradientAccumulationScheduler,
@@ -116,7 +117,7 @@ class SharpnessAwareMixin(LightningModule):
         buffers = [
             buffer
             for module in self.modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase)
+            if isinstance(module, RunningNormBase)
             for buffer in module.buffers(recurse=False)
         ]
         kept = [buffer.clone() for buffer in buffers]

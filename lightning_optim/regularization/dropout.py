@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
 
 
 class DropPath(nn.Module):
@@ -132,7 +131,7 @@ def is_layer(module: nn.Module) -> bool:
 
     Those of a lazy module have none before its first forward pass: it counts as a layer, unless it normalizes.
     """
-    lazy_layer = not isinstance(module, _NormBase)
+    lazy_layer = not isinstance(module, RunningNormBase)
     own = module.parameters(recurse=False)
     return any(lazy_layer if is_lazy(parameter) else parameter.ndim >= 2 for parameter in own)
 
@@ -143,7 +142,7 @@ def rate_attribute(module: nn.Module) -> str | None:
     torch's dropout layers have ``p``, attention and recurrent layers ``dropout``, stochastic depth here and in timm
     ``drop_prob``. Functional dropout with a number in the code of ``forward`` cannot be seen.
     """
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, DropoutBase):
         return "p"
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return "dropout"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.module_registry import buffer_of, is_persistent, set_buffer
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import Trainer
 
@@ -29,7 +30,7 @@ class Buffers:
         self._made = {
             name: (weakref.ref(buffer), shards.version(buffer))
             for name, owner, key, buffer in _present(trainer.lightning_module)
-            if key in owner._non_persistent_buffers_set
+            if not is_persistent(owner, key)
         }
 
     def of_rank(self) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ class Buffers:
         found = {
             name: buffer
             for name, owner, key, buffer in _present(trainer.lightning_module)
-            if key not in owner._non_persistent_buffers_set or self._has_changed(name, buffer)
+            if is_persistent(owner, key) or self._has_changed(name, buffer)
         }
         for callback in trainer.callbacks:
             displaced = callback.displaced() if isinstance(callback, OptimCallback) else {}
@@ -51,7 +52,7 @@ class Buffers:
         """Return copies of those that no ``state_dict`` holds."""
         trainer = self._trainer()
         present = [] if trainer is None else list(_present(trainer.lightning_module))
-        hidden = {name for name, owner, key, _ in present if key in owner._non_persistent_buffers_set}
+        hidden = {name for name, owner, key, _ in present if not is_persistent(owner, key)}
         return {name: buffer.detach().cpu().clone() for name, buffer in self.of_rank().items() if name in hidden}
 
     def _has_changed(self, name: str, buffer: Tensor) -> bool:
@@ -65,18 +66,18 @@ def set_buffers_(trainer: Trainer, saved: dict[str, Tensor]) -> None:
     present = {name: (owner, key) for name, owner, key in module_tensors.buffer_places(trainer.lightning_module)}
     for name, value in saved.items():
         owner, key = present.get(name, (None, ""))
-        live = None if owner is None else owner._buffers[key]
+        live = None if owner is None else buffer_of(owner, key)
         if owner is None:
             continue
         if live is None or live.shape != value.shape:
             device = trainer.strategy.root_device if live is None else live.device
-            owner._buffers[key] = value.to(device, copy=True)
+            set_buffer(owner, key, value.to(device, copy=True))
         elif not torch.equal(live.cpu(), value):  # one that cannot be written, such as an expanded one, has not changed
             live.copy_(value)
 
 
 def _present(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     for name, owner, key in module_tensors.buffer_places(module):
-        buffer = owner._buffers[key]
+        buffer = buffer_of(owner, key)
         if buffer is not None and not isinstance(buffer, DTensor):
             yield name, owner, key, buffer

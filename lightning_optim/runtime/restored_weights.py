@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.base import module_tensors
+from lightning_optim.base.module_registry import buffer_of, is_persistent
 from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.lightning import DDPStrategy, ModelParallelStrategy, Trainer, rank_zero_warn
 
@@ -79,9 +80,7 @@ def _buffers_of_ranks(trainer: Trainer) -> dict[str, Any]:
     return {
         name: checkpoint_state.digest(buffer)
         for name, owner, key in module_tensors.buffer_places(trainer.lightning_module)
-        if (buffer := owner._buffers[key]) is not None
-        and key not in owner._non_persistent_buffers_set
-        and _may_differ(owner, buffer)
+        if (buffer := buffer_of(owner, key)) is not None and is_persistent(owner, key) and _may_differ(owner, buffer)
     }
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_optim.averaging.batchnorm.batches import generator_state, is_generator, set_generator_state_
 from lightning_optim.averaging.training.averaged_tensors import same
 from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.module_registry import REGISTRIES
 from lightning_optim.runtime.lightning import Callback, LightningDataModule, Logger, Trainer
 
 _NUMBERS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None))
@@ -124,7 +125,7 @@ class ModuleState:
             self._remember(owner, name, _NOTHING)
         self._remember(attributes, name, _OfContainer(attributes))
         for key, item in list(attributes.items()):
-            if isinstance(owner, nn.Module) and key in ("_parameters", "_buffers", "_modules"):
+            if isinstance(owner, nn.Module) and key in REGISTRIES:
                 if isinstance(item, dict):
                     self._remember(item, name, _OfContainer(item))
                 self._found += [(its_value, f"{name}.{its_name}") for its_name, its_value in item.items()]

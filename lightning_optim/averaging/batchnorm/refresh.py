@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from lightning_optim.averaging.batchnorm.batches import all_agree, separate_batches, to_device
 from lightning_optim.averaging.batchnorm.isolated_step import isolated
 from lightning_optim.averaging.batchnorm.statistics import Write, collect, statistics_layers, write_
+from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import (
     LightningModule,
@@ -62,7 +62,7 @@ class BatchNormRefresh(OptimCallback):
         trainer: Trainer,
         pl_module: LightningModule,
         seed: int,
-        layers: Sequence[_BatchNorm] | None = None,
+        layers: Sequence[BatchNormBase] | None = None,
         write: Write | None = None,
     ) -> None:
         """Estimate the statistics for the weights that the module holds now, over all ranks.
@@ -80,7 +80,7 @@ class BatchNormRefresh(OptimCallback):
                 moments, _ = collect(pl_module, batches, runs, layers)
                 write_(layers, moments, data_group(trainer), write)
 
-    def try_before_first_step(self, trainer: Trainer, pl_module: LightningModule, layers: list[_BatchNorm]) -> None:
+    def try_before_first_step(self, trainer: Trainer, pl_module: LightningModule, layers: list[BatchNormBase]) -> None:
         """Refuse, before the first training step, an estimate that cannot work. Call it in ``on_train_start``.
 
         One batch is tried when the module is about to train: its own hooks have prepared it then. Nothing remains of
@@ -105,7 +105,7 @@ class BatchNormRefresh(OptimCallback):
 
         self._running.replace(loop, "run", try_and_run)
 
-    def _try(self, trainer: Trainer, pl_module: LightningModule, layers: list[_BatchNorm]) -> None:
+    def _try(self, trainer: Trainer, pl_module: LightningModule, layers: list[BatchNormBase]) -> None:
         own = getattr(self.forward_batch, "__func__", None) is not BatchNormRefresh.forward_batch
         if not own and not pl_module.automatic_optimization:
             raise self._refusal(pl_module, "under manual optimization that would take optimizer steps")
@@ -159,7 +159,7 @@ class BatchNormRefresh(OptimCallback):
             yield counted(given), [without_gradients, with_gradients]
 
 
-def in_training(layers: Sequence[_BatchNorm]) -> list[_BatchNorm]:
+def in_training(layers: Sequence[BatchNormBase]) -> list[BatchNormBase]:
     """Return the layers that are not frozen."""
     return [layer for layer in layers if layer.training]
 

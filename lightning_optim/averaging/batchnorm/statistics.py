@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_optim.base import foreach, shards
+from lightning_optim.base.layer_classes import BatchNormBase
 
-Write: TypeAlias = Callable[[_BatchNorm, Tensor, Tensor], None]
+Write: TypeAlias = Callable[[BatchNormBase, Tensor, Tensor], None]
 """Takes the running mean and the running variance of a layer."""
 
 
@@ -56,23 +56,23 @@ class _Moments:
         """Whether there is a variance: it takes two values."""
         return self.count > 1
 
-    def write_(self, layer: _BatchNorm, write: Write) -> None:
+    def write_(self, layer: BatchNormBase, write: Write) -> None:
         """Hand over the mean and, unbiased as torch keeps it, the variance."""
         assert self.mean is not None and self.squares is not None
         write(layer, self.mean, self.squares / (self.count - 1))
 
 
 @torch.no_grad()
-def set_statistics_(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+def set_statistics_(layer: BatchNormBase, mean: Tensor, variance: Tensor) -> None:
     """Set the layer's running mean and variance."""
     assert layer.running_mean is not None and layer.running_var is not None
     shards.copy_(layer.running_mean, mean)
     shards.copy_(layer.running_var, variance)
 
 
-def statistics_layers(module: nn.Module) -> list[_BatchNorm]:
+def statistics_layers(module: nn.Module) -> list[BatchNormBase]:
     """The BatchNorm layers of a model (1d, 2d, 3d, synchronized) that keep running statistics."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [m for m in module.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None]
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def refresh_batchnorm_(
     batches: Iterable[Any],
     forward: Callable[[Any], Any] | None = None,
     *,
-    layers: Sequence[_BatchNorm] | None = None,
+    layers: Sequence[BatchNormBase] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> int:
     r"""Set the running statistics of BatchNorm to those of the present weights on these batches.
@@ -119,7 +119,7 @@ def refresh_batchnorm_(
 
 @torch.no_grad()
 def collect(
-    module: nn.Module, batches: Iterable[Any], runs: Sequence[Callable[[Any], Any]], layers: Sequence[_BatchNorm]
+    module: nn.Module, batches: Iterable[Any], runs: Sequence[Callable[[Any], Any]], layers: Sequence[BatchNormBase]
 ) -> tuple[list[_Moments], int]:
     """Return the moments of each layer's inputs over these batches, and the number of batches on this rank.
 
@@ -151,7 +151,10 @@ def collect(
 
 
 def write_(
-    layers: Sequence[_BatchNorm], moments: list[_Moments], group: dist.ProcessGroup | None, write: Write | None = None
+    layers: Sequence[BatchNormBase],
+    moments: list[_Moments],
+    group: dist.ProcessGroup | None,
+    write: Write | None = None,
 ) -> None:
     """Pool these moments over the ranks of ``group``, and set the layers' statistics to them.
 
@@ -169,7 +172,7 @@ def write_(
 
 
 @contextlib.contextmanager
-def _collecting(module: nn.Module, layers: Sequence[_BatchNorm], moments: list[_Moments]) -> Iterator[None]:
+def _collecting(module: nn.Module, layers: Sequence[BatchNormBase], moments: list[_Moments]) -> Iterator[None]:
     """Let each layer normalize by its batch and tell its moments; put back every mode and buffer afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(layer, layer.running_mean, layer.running_var, layer.track_running_stats) for layer in layers]
@@ -193,7 +196,7 @@ class _Listener:
         self.moments = moments
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, _BatchNorm)
+        assert isinstance(layer, BatchNormBase)
         single = self.moments.take_in(inputs[0]) == 1
         # In training mode without tracking torch normalizes by the batch and touches no buffer. One value per channel
         # has no variance, and torch refuses it: it is normalized by what is known so far, in buffers of its own.
@@ -205,7 +208,7 @@ class _Listener:
             self.moments.write_(layer, set_statistics_)
 
 
-def _over_ranks(layers: Sequence[_BatchNorm], moments: list[_Moments], group: dist.ProcessGroup) -> list[_Moments]:
+def _over_ranks(layers: Sequence[BatchNormBase], moments: list[_Moments], group: dist.ProcessGroup) -> list[_Moments]:
     """Merge the moments of all ranks, in the order of ranks, so that every rank has the same result."""
     if not layers:
         return moments

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_optim.averaging.average import Average
 from lightning_optim.base import foreach, module_tensors, shards
+from lightning_optim.base.layer_classes import RunningNormBase
+from lightning_optim.base.module_registry import buffer_of
 
 Names = dict[int, tuple[str, ...]]
 """The ``id`` of each parameter and saved buffer to its names, all of them if it is tied."""
@@ -45,7 +46,7 @@ class Source:
     @property
     def live(self) -> Tensor | None:
         """The live tensor; ``None`` for a buffer that is gone."""
-        return self.parameter if self.owner is None else self.owner._buffers.get(self.key)
+        return self.parameter if self.owner is None else buffer_of(self.owner, self.key)
 
     @property
     def tensor(self) -> Tensor:
@@ -111,7 +112,9 @@ class Buffers(Sources):
         self._places = [(source.owner, source.key) for source in self._sources]
         self._seen = [source.tensor for source in self._sources]
         # Running statistics are finite as long as the weights are.
-        self._may_be_infinite = [i for i, (owner, _) in enumerate(self._places) if not isinstance(owner, _NormBase)]
+        self._may_be_infinite = [
+            i for i, (owner, _) in enumerate(self._places) if not isinstance(owner, RunningNormBase)
+        ]
         self._shapes = [tensor.shape for tensor in self._seen]
         super()._prepare()
 
@@ -119,7 +122,7 @@ class Buffers(Sources):
         """Look the tensors up again; return the positions of those that can still be averaged, if some cannot."""
         same = True
         for (owner, key), seen, shape in zip(self._places, self._seen, self._shapes):  # noqa: B905 (on the hot path)
-            same = same and owner._buffers.get(key) is seen and seen.shape == shape  # type: ignore[union-attr]
+            same = same and owner is not None and buffer_of(owner, key) is seen and seen.shape == shape
         if same:
             return None
         kept = [i for i, source in enumerate(self._sources) if self._still_fits(i, source.live)]

@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -34,6 +33,8 @@ from lightning_optim.averaging.training.buffer_plan import BufferPlan
 from lightning_optim.averaging.training.pruning import Pruning
 from lightning_optim.averaging.training.spectral_norm import Estimates
 from lightning_optim.base import foreach, module_tensors, shards
+from lightning_optim.base.layer_classes import BatchNormBase
+from lightning_optim.base.module_registry import buffer_of
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.interrupts import uninterrupted
 
@@ -313,11 +314,11 @@ class AveragedWeights:
             theirs.copy_(ours)
 
     @torch.no_grad()
-    def take_statistics(self, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    def take_statistics(self, layer: BatchNormBase, mean: Tensor, variance: Tensor) -> None:
         """While the average is in the model: let a layer, and later uses, have statistics that were estimated anew."""
         places = {source.place: average for source, average in self._exchanged}
         for key, value in (("running_mean", mean), ("running_var", variance)):
-            live = layer._buffers[key]
+            live = buffer_of(layer, key)
             assert live is not None
             if (average := places.get((id(layer), key))) is not None:
                 shards.copy_(live, self.buffers.estimate((id(layer), key), average, value))

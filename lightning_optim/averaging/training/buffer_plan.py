@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.averaging.training import spectral_norm
 from lightning_optim.averaging.training.averaged_tensors import Names, Source, has_mean, names_in
+from lightning_optim.base.layer_classes import BatchNormBase
+from lightning_optim.base.module_registry import buffer_names, buffer_of
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import MisconfigurationException
 
@@ -51,7 +52,7 @@ class BufferPlan:
     """
 
     averaged: list[Source] = field(default_factory=list)
-    layers: list[_BatchNorm] = field(default_factory=list)
+    layers: list[BatchNormBase] = field(default_factory=list)
     vectors: list[spectral_norm.Spectral] = field(default_factory=list)
 
 
@@ -88,7 +89,7 @@ def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, c
     rest = patterns.pop("*", default)
     names = names_in(module)
     chosen = _by_pattern(module, names, patterns, callback)
-    normed = [n for n in spectral_norm.find(module) if all(key in n.owner._buffers for key in n.keys)]
+    normed = [n for n in spectral_norm.find(module) if all(key in buffer_names(n.owner) for key in n.keys)]
     of_vectors = {(id(norm.owner), key) for norm in normed for key in norm.keys}
     copied = set(_no_means(module))
     estimable = of_vectors | {(id(layer), key) for layer in statistics_layers(module) for key in _STATISTICS}
@@ -124,7 +125,7 @@ def _estimate_in_pairs(
     def whole(owner: nn.Module, keys: Iterable[str]) -> bool:
         treatments = [found.get((id(owner), key)) for key in keys]
         if "refresh" in treatments and len(set(treatments)) > 1:
-            pair = [_name(names, owner._buffers[key]) for key in keys]
+            pair = [_name(names, buffer_of(owner, key)) for key in keys]
             raise MisconfigurationException(
                 f'{callback}(buffers=…): {pair} are estimated together, and got {treatments}: give both "refresh",'
                 " or none of them."
@@ -159,7 +160,8 @@ def _by_pattern(
 def _saved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, Any]]:
     """Yield each buffer that a ``state_dict`` holds, with the module that owns it and its name there."""
     for owner in module.modules():
-        for key, buffer in owner._buffers.items():
+        for key in buffer_names(owner):
+            buffer = buffer_of(owner, key)
             if buffer is not None and id(buffer) in names:
                 yield owner, key, buffer
 
@@ -169,7 +171,7 @@ def _no_means(module: nn.Module) -> Iterator[tuple[int, str]]:
     kinds = tuple(kind for name, of in _NOT_MEANS if isinstance(kind := getattr(sys.modules.get(name), of, None), type))
     for owner in module.modules():
         if isinstance(owner, kinds):
-            yield from ((id(part), key) for part in owner.modules() for key in part._buffers)
+            yield from ((id(part), key) for part in owner.modules() for key in buffer_names(part))
         for hook in owner._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod):
                 yield id(owner), f"{hook._tensor_name}_mask"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
@@ -19,6 +18,7 @@ from lightning_optim.averaging.training.averaged_weights import AveragedWeights,
 from lightning_optim.averaging.training.buffer_plan import BufferModes
 from lightning_optim.averaging.training.comparison import Comparison
 from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer, rank_zero_warn
@@ -39,9 +39,9 @@ class AveragedEvaluation(BatchNormRefresh):
     compare: bool
     comparison: Comparison
     _averaged: AveragedWeights | None
-    _layers: list[_BatchNorm]  # whose statistics are estimated anew
+    _layers: list[BatchNormBase]  # whose statistics are estimated anew
     _held: dict[str, Tensor]  # the average, in a copy of a callback
-    _unfrozen: list[_BatchNorm] | None  # at the last update, so that an estimate does not depend on when it is made
+    _unfrozen: list[BatchNormBase] | None  # at the last update, so that an estimate does not depend on when it is made
 
     @property
     def started(self) -> bool:

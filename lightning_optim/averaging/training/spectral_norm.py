@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_optim.averaging.training.averaged_tensors import Source
 from lightning_optim.base import foreach
+from lightning_optim.base.module_registry import buffer_of
 from lightning_optim.base.module_tensors import plain_name
 
 _ITERATIONS = 50  # the estimate of the largest singular value is right to some percent even where the next one is close
@@ -48,7 +49,7 @@ class Spectral:
     @torch.no_grad()
     def estimate_(self) -> None:
         """Set both vectors to those of the present weight, by power iteration that starts at the present ones."""
-        u, v = (self.owner._buffers[key] for key in self.keys)
+        u, v = (buffer_of(self.owner, key) for key in self.keys)
         assert u is not None and v is not None
         matrix = self.matrix()
         matrix = matrix.to(foreach.accumulation_dtype(matrix))
