@@ -41,8 +41,8 @@ from lightning_optim.regularization.scheduled_dropout import ScheduledDropout
 from lightning_optim.regularization.weight_regularization import WeightRegularization
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.evaluated_weights import evaluated_state
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.session import evaluated_state
 from lightning_optim.runtime.step import drop_step, gradients_of, total_steps
 from lightning_optim.stopping.combined_criteria import AllOf, AnyOf, AtLeast
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold

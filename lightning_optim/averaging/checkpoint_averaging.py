@@ -143,7 +143,7 @@ class CheckpointAveraging(BatchNormRefresh):
         if len(ranked) < 2:
             rank_zero_info("CheckpointAveraging: there is one checkpoint only, which is not averaged.")
             return
-        with self._running.without_average(), _kept(pl_module):
+        with self.session.without_average(), _kept(pl_module):
             mean, self.kept, score = self._mean(trainer, pl_module, checkpoint, {path: scores[path] for path in ranked})
             if score is None or len(self.kept) < 2:
                 return
@@ -160,7 +160,7 @@ class CheckpointAveraging(BatchNormRefresh):
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.best_path:
             return False
-        is_own = self.best_path in self._running.own_files
+        is_own = self.best_path in self.session.own_files
         self._displaced.keep_raw(pl_module)
         try:
             checkpoint_state.load_weights_(pl_module, self.best_path, weights_only=not is_own)
@@ -246,7 +246,7 @@ class CheckpointAveraging(BatchNormRefresh):
 
     def _reader(self, trainer: Trainer, pl_module: LightningModule, best: str) -> Callable[[str], StateDict]:
         """Return a function that reads a checkpoint's weights, and the best one's buffers where these have no mean."""
-        read = _reading(trainer, pl_module, self._running.own_files)
+        read = _reading(trainer, pl_module, self.session.own_files)
         first, averaged = read(best), {id(source.tensor) for source in self._buffer_plan(pl_module).averaged}
         known = {name for name, tensor in module_tensors.named_tensors(pl_module).items() if id(tensor) in averaged}
         known |= dict(pl_module.named_parameters(remove_duplicate=False)).keys()

@@ -132,7 +132,7 @@ class StochasticWeightAveraging(WeightAveraging):
         return self.swa_epoch_start - 1
 
     def _due_epoch(self, step: int, epoch: int) -> bool:
-        return epoch >= self.first_epoch(self._running.trainer)
+        return epoch >= self.first_epoch(self.session.trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)

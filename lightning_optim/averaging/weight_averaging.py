@@ -30,7 +30,7 @@ from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden
-from lightning_optim.runtime.spawned import check_not_lost
+from lightning_optim.runtime.spawned_processes import check_not_lost
 
 
 class WeightAveraging(AveragedEvaluation):
@@ -184,7 +184,7 @@ class WeightAveraging(AveragedEvaluation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if isinstance(self.start, float):
-            self._start_step = int(self.start * self._running.total)
+            self._start_step = int(self.start * self.session.total)
         self._begin(trainer, pl_module)
         self.try_before_first_step(trainer, pl_module, self._layers)
 
@@ -310,7 +310,7 @@ class WeightAveraging(AveragedEvaluation):
 
     def _end_epoch(self) -> None:
         for index, step in enumerate(self.steps):
-            if self._due_epoch(step, self._running.trainer.current_epoch):
+            if self._due_epoch(step, self.session.trainer.current_epoch):
                 self._update(index)
 
     def _update(self, index: int, step: int | None = None) -> None:

@@ -115,7 +115,7 @@ class GradientAccumulation(OptimCallback):
         if isinstance(self.n, TargetBatchSize):
             self._resolve_when_loaded(self.n, trainer, pl_module)
         if pl_module.automatic_optimization:
-            self._running.replace(trainer, "accumulate_grad_batches", self.batches_per_step(trainer.current_epoch))
+            self.session.patch(trainer, "accumulate_grad_batches", self.batches_per_step(trainer.current_epoch))
         elif not isinstance(pl_module, ManualOptimizationMixin):
             raise MisconfigurationException(
                 "GradientAccumulation under manual optimization needs a module that steps through"
@@ -133,7 +133,7 @@ class GradientAccumulation(OptimCallback):
                 self._sizes = {0: micro_batches_for(target, trainer)}
                 self._set_size(trainer, pl_module)
 
-        self._running.replace(trainer.fit_loop, "setup_data", setup_data_and_size)
+        self.session.patch(trainer.fit_loop, "setup_data", setup_data_and_size)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -149,7 +149,7 @@ class GradientClipping(OptimCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         weights, grads = gradients_of(optimizer)
         norm_type = self.policies[0].norm_type
-        norm = self._running.take_norm(optimizer, grads, norm_type)
+        norm = self.session.take_norm(optimizer, grads, norm_type)
         if not grads:
             return
         index = trainer.optimizers.index(optimizer)
@@ -181,7 +181,7 @@ class GradientClipping(OptimCallback):
     ) -> None:
         """Apply the policies; ``norm`` is that of all gradients, and ``value`` the same on the host, where known."""
         acted = self._acted[index] = []
-        step, total, norm_type = self.steps[index], self._running.total, self.policies[0].norm_type
+        step, total, norm_type = self.steps[index], self.session.total, self.policies[0].norm_type
         for policy, selection in zip(self._copies[index], self._chosen, strict=True):
             if value is not None and policy.norm_type == norm_type and policy.is_idle(value, step=step, total=total):
                 continue

@@ -138,7 +138,7 @@ class GradientMonitor(OptimCallback):
         self._attempts.tried(index)
         norm = total_norm(sparse.dense_rows(weights, grads)[1], self._norm_type)
         if self._clipping is not None:
-            self._running.share_norm(optimizer, grads, self._norm_type, norm)
+            self.session.share_norm(optimizer, grads, self._norm_type, norm)
         self._steps[index] = step = _Step(norm, self.logs_now(trainer))
         if step.logs:
             step.weights, step.copies = weights, _copies(weights)

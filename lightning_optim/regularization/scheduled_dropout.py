@@ -71,10 +71,10 @@ class ScheduledDropout(OptimCallback):
         """What sets the rate of one place; undone with the fit."""
         if site.attribute is None:
             inserted = _Inserted(site.name, self.draw)
-            self._running.undo(site.module.register_forward_hook(inserted).remove)
+            self.session.on_close(site.module.register_forward_hook(inserted).remove)
             return inserted.set_rate
         attribute, module = site.attribute, site.module
-        self._running.replace(module, attribute, getattr(module, attribute))
+        self.session.patch(module, attribute, getattr(module, attribute))
         return lambda rate: setattr(module, attribute, rate)
 
     def draw(self, name: str, like: Tensor, rate: float) -> Tensor:
@@ -94,7 +94,7 @@ class ScheduledDropout(OptimCallback):
         step = self.steps[0] if self.steps else 0
         logs = self.logs_now(trainer)
         for pattern, rate in self.rates.items():
-            now = value_at(rate, step, self._running.total)
+            now = value_at(rate, step, self.session.total)
             for set_rate in self._setters[pattern]:
                 set_rate(now)
             if logs and isinstance(rate, Schedule):

@@ -96,7 +96,7 @@ class WeightRegularization(OptimCallback):
         if not has_gradients(optimizer):
             return
         index = trainer.optimizers.index(optimizer)
-        step, total = self.steps[index], self._running.total
+        step, total = self.steps[index], self.session.total
         logs = self.logs_now(trainer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for label, term, chosen in zip(self._labels, self._copies[index], self._chosen, strict=True):
@@ -114,7 +114,7 @@ class WeightRegularization(OptimCallback):
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = trainer.optimizers.index(optimizer)
-        step, total = self.steps[index] - 1, self._running.total
+        step, total = self.steps[index] - 1, self.session.total
         for term, chosen in zip(self._copies[index], self._chosen, strict=True):
             if isinstance(term, Proximal):
                 for group in optimizer.param_groups:

@@ -131,7 +131,7 @@ class ExactResume(OptimCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._stage == "fit" and checkpoint.get("global_step"):
             # Lightning checks validation anew when it resumes at an epoch's end; the run that went on did not.
-            self._running.replace(trainer, "num_sanity_val_steps", 0)
+            self.session.patch(trainer, "num_sanity_val_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trainer": None, "_buffers": None}
@@ -150,8 +150,8 @@ class ExactResume(OptimCallback):
         self._buffers = Buffers(trainer)
         # When the fit loop is run, all state is restored and nothing has begun. No hook comes at that moment.
         run, validate = fit_loop.run, val_loop.run
-        self._running.replace(fit_loop, "run", lambda: self._run(trainer, run))
-        self._running.replace(val_loop, "run", lambda: self._validate(trainer, validate))
+        self.session.patch(fit_loop, "run", lambda: self._run(trainer, run))
+        self.session.patch(val_loop, "run", lambda: self._validate(trainer, validate))
 
     def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
         # The learning-rate finder runs the loop too, and takes the callbacks away for it.
@@ -159,7 +159,7 @@ class ExactResume(OptimCallback):
             return run()
         saved, self._loaded = self._loaded, None
         resume = Resume(trainer, saved)
-        resume.prepare(self._running.replace)
+        resume.prepare(self.session.patch)
         resume.run(run)
 
     def _validate(self, trainer: Trainer, validate: Callable[[], Any]) -> Any:

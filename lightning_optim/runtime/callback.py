@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.runtime import checkpoint_state, overridden_hooks, spawned
-from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer
-from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.refusals import refuse_endless, refuse_setup, refuse_start, taken
-from lightning_optim.runtime.session import Fit
+from lightning_optim.runtime import checkpoint_state, spawned_processes
+from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.order import Slot, arrange
+from lightning_optim.runtime.overridden_hooks import OverridableHooks
+from lightning_optim.runtime.refusals import in_another_fit, refuse_endless, refuse_setup, refuse_start
+from lightning_optim.runtime.session import Session
 
 
-class OptimCallback(Callback):
+class OptimCallback(OverridableHooks):
     r"""A Lightning callback that hears of each optimizer step that really happened.
 
     Lightning has no hook after an optimizer step (asked for since 2022, `#11688`_), and ``trainer.global_step`` also
@@ -31,7 +30,8 @@ class OptimCallback(Callback):
       gathered when they are saved; plain tensors in which ranks differ are named by :meth:`rank_state`.
     * Gradients in ``on_before_optimizer_step`` are whole, averaged over ranks and unscaled, also for a fused optimizer
       under a GradScaler. Take them with :func:`gradients_of`.
-    * What it installs with ``self.fit.replace(object, "name", value)`` is put back at the end, and after an exception.
+    * What it installs with ``self.session.patch(object, "name", value)`` is put back at the end, also after an
+      exception.
     * A hook that it overrides, :meth:`reset` and the state's methods need no ``super()``: what this class does there,
       and any other class of this package that it derives from, is done before, once. The hooks of a step,
       ``on_before_optimizer_step`` and :meth:`on_after_optimizer_step`, are the exception: to override these is to
@@ -71,21 +71,17 @@ class OptimCallback(Callback):
     """Whether validation uses weights that this callback holds."""
 
     name: str | None = None
-    fit: Fit | None = None
-    launched_as: int | None = None  # the `id` of the callback of which this is a copy, in the process that made it
-    launched: bool = False  # whether the last fit ran in other processes
-    lost: str = ""  # why the attributes of a fit in other processes did not come back
+    fit: Session | None = None
+    """The session of the running fit, ``None`` outside of one."""
+    launcher_id: int | None = None  # the `id` of the callback of which this is a copy, in the process that copied it
+    ran_elsewhere: bool = False  # the last fit ran in processes that a launcher started
+    not_returned: str = ""  # the reason why the attributes of such a fit did not come back
     _stage: str | None = None
-    _done: Mapping[str, Any] = MappingProxyType({})  # Hooks of this turn whose part of ours is done, and its result.
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
         self.steps: list[int] = []
-        spawned.remember(self)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        overridden_hooks.guard(cls)
+        spawned_processes.remember(self)
 
     # ---- for subclasses ----------------------------------------------------------------------------------------------
 
@@ -174,7 +170,7 @@ class OptimCallback(Callback):
 
     def _save_ranks(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         own = type(self).rank_state is not OptimCallback.rank_state
-        if own and (self.fit is None or self.fit.ranks_answer):
+        if own and (self.fit is None or self.fit.collectives_allowed):
             checkpoint_state.save_ranks(self.rank_state(), trainer, checkpoint, self.state_key)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -182,19 +178,15 @@ class OptimCallback(Callback):
         if self._stage == "fit":
             checkpoint_state.load_shards(trainer, pl_module, checkpoint, self.state_key)
             checkpoint_state.load_ranks(trainer, checkpoint, self.state_key)
-            self._running.loaded(checkpoint)
+            self.session.loaded(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy that is pickled belongs to no running fit, and takes no model with it.
-
-        Lightning binds the module's ``log`` and ``log_dict`` to every callback, and with them the module.
-        """
-        held = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**overridden_hooks.without_bound(held), "fit": None, "launched_as": id(self)}
+        """Return the attributes without the running fit, its Trainer and its module: a copy is in no fit."""
+        return {**super().__getstate__(), "fit": None, "launcher_id": id(self)}
 
     def __setstate__(self, held: dict[str, Any]) -> None:
         self.__dict__.update(held)
-        spawned.remember(self)
+        spawned_processes.remember(self)
 
     def __repr__(self) -> str:
         return self.state_key
@@ -204,80 +196,71 @@ class OptimCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, forget an earlier fit, and take our place in the order."""
         if self.fit is not None and not self.fit.running:
-            self.fit.close()  # whoever handled the exception never came to the Trainer's own teardown
-        if self._taken(trainer):
+            self.fit.close()  # the exception was handled before the Trainer's own teardown
+        if self._is_in_another_fit(trainer):
             if stage == "fit":
-                raise taken(self)
+                raise in_another_fit(self)
             return
         self._stage = stage
         if stage != "fit":
             return
         refuse_setup(self, trainer)
-        self.fit = Fit.of(trainer)
-        self.fit.members.append(self)
-        self.steps, self.launched, self.lost = [], False, ""
+        self.fit = Session.of(trainer)
+        self.fit.callbacks.append(self)
+        self.fit.on_close(self._leave)
+        self.steps, self.ran_elsewhere, self.not_returned = [], False, ""
         self.reset()
-        _arrange(trainer)
+        arrange(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Optimizers and sharded parameters are there; weights may still be restored after this."""
         refuse_start(self, trainer)
-        self._running.start()
+        self.session.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All state is restored: the earliest hook at which weights may be read."""
-        self._running.begin()
+        self.session.begin()
         if self.needs_total:
-            refuse_endless(self, self._running.total)
+            refuse_endless(self, self.session.total)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every file is written: now the module gets what it ends with."""
-        self._running.end(pl_module)
+        self.session.end(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put back all that was installed."""
-        if self._taken(trainer):
+        if self._is_in_another_fit(trainer):
             self._leave_nested()
         elif self.fit is not None:
             self.fit.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """See that all that was installed is put back: after an exception Lightning calls no ``teardown``."""
-        if self._taken(trainer):
+        if self._is_in_another_fit(trainer):
             self._leave_nested()
         elif self.fit is not None:
             self.fit.fail()
 
-    def _taken(self, trainer: Trainer) -> bool:
-        """Whether the fit of another Trainer is running, and this one runs within it."""
+    def _leave(self) -> None:
+        self.fit = None
+
+    def _is_in_another_fit(self, trainer: Trainer) -> bool:
+        """Return True if the fit of another Trainer is running, within which this Trainer runs."""
         return self.fit is not None and self.fit.trainer is not trainer
 
     def _leave_nested(self) -> None:
         """Log to the module of the running fit again: each Trainer binds its own module's functions to a callback."""
-        module = self._running.trainer.lightning_module
+        module = self.session.trainer.lightning_module
         self.log, self.log_dict = module.log, module.log_dict
 
     @property
-    def _running(self) -> Fit:
+    def session(self) -> Session:
+        """The session of the running fit: :attr:`fit`, or a RuntimeError outside of one."""
         if self.fit is None:
             raise RuntimeError(f"{type(self).__name__} is in no fit: a Trainer calls its hooks")
         return self.fit
 
     # ---- logging -----------------------------------------------------------------------------------------------------
-
-    @property
-    def log(self) -> Callable[..., None]:
-        """The module's ``log``. Lightning sets it at the start of each run, before the first hook."""
-        try:
-            found: Callable[..., None] = self.__dict__["log"]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__} has `log` within a run of a Trainer only") from None
-        return found
-
-    @log.setter
-    def log(self, log: Callable[..., None]) -> None:
-        self.__dict__["log"] = log
-        overridden_hooks.bind(self)
 
     @staticmethod
     def logs_now(trainer: Trainer) -> bool:
@@ -289,19 +272,3 @@ class OptimCallback(Callback):
         optimizers = pl_module.trainer.optimizers
         suffix = f"/{optimizers.index(optimizer)}" if len(optimizers) > 1 else ""
         pl_module.log(name + suffix, value, on_step=True, on_epoch=False)
-
-
-overridden_hooks.guard(OptimCallback)
-
-
-def _arrange(trainer: Trainer) -> None:
-    """Bring our own callbacks into the order of their slots; the user's keep their places.
-
-    Lightning is walking the present list: a new one is bound, since sorting in place would skip one ``setup`` and run
-    another twice.
-    """
-    slotted = [
-        cb for cb in trainer.callbacks if getattr(cb, "slot", None) is not None and isinstance(cb, OptimCallback)
-    ]
-    ordered = iter(sorted(slotted, key=lambda cb: cb.slot))  # type: ignore[arg-type, return-value]
-    trainer.callbacks = [next(ordered) if cb in slotted else cb for cb in trainer.callbacks]

@@ -22,7 +22,7 @@ from lightning_optim.base import module_tensors, shards
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.files.sharded_reading import load_folder
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Strategy, Trainer
-from lightning_optim.runtime.patching import replaced
+from lightning_optim.runtime.patching import patched
 
 _ENTRY = "lightning_optim"
 _RANKS = "of_each_rank"  # what ranks differ in, in a callback's state
@@ -178,7 +178,7 @@ def edit_before_write(strategy: Strategy, edit: Callable[[dict[str, Any]], None]
         edit(checkpoint)
         save(checkpoint, *args, **kwargs)
 
-    back.enter_context(replaced(strategy, "save_checkpoint", save_checkpoint))
+    back.enter_context(patched(strategy, "save_checkpoint", save_checkpoint))
 
 
 def _drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Interrupts that wait until weights are whole again."""
+"""Delay an interrupt while weights are being exchanged."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Context manager: an interrupt waits until the end, since half of the weights in place would be no weights."""
+    """Context manager: an interrupt (SIGINT) takes effect at the end, never between two tensors of an exchange."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
+        if received:
             signal.raise_signal(signal.SIGINT)

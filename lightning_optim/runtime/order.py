@@ -1,17 +1,20 @@
-"""The order in which callbacks of ours act, whatever the order of the user's list."""
+"""The order in which callbacks act within a step, and what the session of a fit needs from a callback."""
 
 from __future__ import annotations
 
 import enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_optim.runtime.lightning import LightningModule, Trainer
 
 
 class Slot(enum.IntEnum):
-    """When a callback acts within one step.
+    """Place of a callback within one step, whatever the order of the user's list.
 
-    The step itself, and projections after it, come between CLIP and AVERAGE.
+    The optimizer's step itself, and projections after it, come between CLIP and AVERAGE.
     """
 
     ACCUMULATE = 0
@@ -22,8 +25,89 @@ class Slot(enum.IntEnum):
     STOP = 5
 
 
+def callbacks_in(trainer: Trainer, slot: Slot) -> list[Any]:
+    """Return the callbacks of the Trainer's list that act in a slot."""
+    return [callback for callback in trainer.callbacks if getattr(callback, "slot", None) is slot]
+
+
+def arrange(trainer: Trainer) -> None:
+    """Bring the callbacks that have a slot into its order; every other one keeps its place in the list.
+
+    Lightning iterates over the present list: sorting it in place would skip one ``setup`` and run another twice, so a
+    new list is bound.
+    """
+    ordered = iter([callback for slot in Slot for callback in callbacks_in(trainer, slot)])
+    trainer.callbacks = [
+        next(ordered) if isinstance(getattr(callback, "slot", None), Slot) else callback
+        for callback in trainer.callbacks
+    ]
+
+
+class SessionCallback(Protocol):
+    """Callback as the session of a fit sees it: every ``OptimCallback``."""
+
+    steps: list[int]
+    launcher_id: int | None
+    ran_elsewhere: bool
+    not_returned: str
+
+    @property
+    def slot(self) -> Slot | None:
+        """Place within a step."""
+
+    @property
+    def touches(self) -> frozenset[str]:
+        """``"gradients"``, ``"weights"``, or both: what the callback reads or writes in a step."""
+
+    @property
+    def evaluates(self) -> bool:
+        """True if validation uses weights that the callback holds."""
+
+    @property
+    def final_rank(self) -> int | None:
+        """Priority of :meth:`write_final_`: the lowest comes first."""
+
+    @property
+    def gathers_ranks(self) -> bool:
+        """True if its state is gathered from all ranks for each checkpoint."""
+
+    @property
+    def needs_total(self) -> bool:
+        """True if it needs the number of steps of the whole run."""
+
+    @property
+    def stays(self) -> frozenset[str]:
+        """Attributes that are not sent back from a process that a launcher started."""
+
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Act after a step."""
+
+    def write_final_(self, pl_module: LightningModule) -> bool:
+        """Write the weights that the module holds after the fit; return whether there were any to write."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes of a copy."""
+
+    def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over what was loaded for a run in which nothing was left to train."""
+
+
 class EvaluatedAverage(Protocol):
-    """Who holds the weights that a validation uses in place of the raw ones."""
+    """Average that validation and checkpoints use instead of the raw weights."""
 
     def averaged_state(self) -> dict[str, Tensor]:
-        """Name in the model's ``state_dict`` to averaged tensor; empty as long as raw weights are evaluated."""
+        """Return the averaged tensors by their names in the ``state_dict``; none before the first update."""
+
+
+class AccumulationWindows(Protocol):
+    """Accumulation windows, one for each optimizer, as a hand-written step sees them."""
+
+    @property
+    def is_open(self) -> bool:
+        """True if a window holds gradients with which no step was taken yet."""
+
+    def window(self, trainer: Trainer, index: int) -> Any:
+        """Return the open window of the optimizer with this index, or open one."""
+
+    def weigh(self, window: Any) -> Tensor | None:
+        """Add the present micro-batch to a window; return the factor for its loss, ``None`` if all weigh the same."""

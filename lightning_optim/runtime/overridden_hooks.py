@@ -1,17 +1,15 @@
-"""Hooks that a subclass overrides without `super()`: the package's own part runs all the same."""
+"""Run the package's part of a hook before a user's, so that a subclass needs no ``super()`` in a hook it overrides."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from lightning_optim.runtime.lightning import Callback
-
-if TYPE_CHECKING:
-    from lightning_optim.runtime.callback import OptimCallback
 
 _PACKAGE = __name__.partition(".")[0]
 _OF_LIGHTNING = {name for name, value in vars(Callback).items() if inspect.isfunction(value) and name[0] != "_"}
@@ -19,23 +17,97 @@ _OF_LIGHTNING = {name for name, value in vars(Callback).items() if inspect.isfun
 _HOOKS = _OF_LIGHTNING - {"on_before_optimizer_step"} | {"reset", "extra_state", "load_extra_state", "rank_state"}
 
 
-def guard(cls: type[OptimCallback]) -> None:
-    """Let each hook that a class of this package defines run once in a turn, for :func:`bind`.
+class OverridableHooks(Callback):
+    """Callback whose hooks run in two parts: the package's own, then that of a user's class, mixin or object.
 
-    A user's class is left alone. To be called when the class is made.
+    A class of this package has its hooks wrapped when it is made (:func:`_once`). A hook that is overridden outside of
+    the package is replaced on the object by a :class:`TwoPartHook` when a Trainer sets ``log``: at the start of each
+    run, before its first hook, when every override is in place.
     """
-    if _is_ours(cls):
-        for name in _HOOKS & vars(cls).keys():
-            setattr(cls, name, _once(name, vars(cls)[name]))
+
+    _package_results: Mapping[str, Any] = MappingProxyType({})  # of parts that have run
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if _is_ours(cls):
+            for name in _HOOKS & vars(cls).keys():
+                setattr(cls, name, _once(name, vars(cls)[name]))
+
+    @property
+    def log(self) -> Callable[..., None]:
+        """The module's ``log``. Lightning sets it at the start of each run, before the first hook."""
+        try:
+            found: Callable[..., None] = self.__dict__["log"]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has `log` only while a Trainer runs") from None
+        return found
+
+    @log.setter
+    def log(self, log: Callable[..., None]) -> None:
+        self.__dict__["log"] = log
+        for name in _HOOKS:
+            ours, theirs = _parts(type(self), name)
+            on_object = self.__dict__.get(name)
+            if ours is not None and not isinstance(on_object, TwoPartHook) and (on_object or theirs):
+                self.__dict__[name] = TwoPartHook(self, name, ours, on_object)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without the module that ``log`` is bound to, and with hooks as they were before a run.
+
+        Lightning binds the module's ``log`` and ``log_dict`` to every callback, and with them the module.
+        """
+        held = {
+            name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict", "_package_results")
+        }
+        hooks = {name: value for name, value in held.items() if isinstance(value, TwoPartHook)}
+        on_object = {name: hook.on_object for name, hook in hooks.items() if hook.on_object}
+        return {name: value for name, value in held.items() if name not in hooks} | on_object
 
 
-def bind(callback: OptimCallback) -> None:
-    """Put our own part before each hook that a user overrides, in a subclass, a mixin or on the callback itself."""
-    for name in _HOOKS:
-        ours, theirs = _parts(type(callback), name)
-        on_itself = callback.__dict__.get(name)
-        if ours is not None and not isinstance(on_itself, Bound) and (on_itself or theirs):
-            callback.__dict__[name] = Bound(callback, name, ours, on_itself)
+class TwoPartHook:
+    """Hook that runs the package's part, then the user's, whose ``super()`` call finds that the first has run.
+
+    If both parts return a dictionary of state, the two are merged.
+
+    Attributes:
+        on_object: The user's function, if it is an attribute of the callback itself and not of its class.
+    """
+
+    def __init__(
+        self, callback: OverridableHooks, name: str, ours: Callable[..., Any], on_object: Callable[..., Any] | None
+    ) -> None:
+        # A callback that held itself would keep the weights that it holds until the garbage is collected.
+        self._callback, self._name, self._ours, self.on_object = weakref.ref(callback), name, ours, on_object
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        callback = self._callback()
+        assert callback is not None
+        before = callback._package_results
+        # In a hook that the user's part of another one starts, such as a second validation's, ours runs again.
+        callback._package_results = {name: result for name, result in before.items() if name != self._name}
+        try:
+            result = self._ours(callback, *args, **kwargs)
+            callback._package_results = {**before, self._name: result}
+            theirs = self.on_object or _bound_override(callback, self._name)
+            returned = theirs(*args, **kwargs) if theirs else None
+        finally:
+            callback._package_results = before
+        return {**result, **(returned or {})} if isinstance(result, dict) else returned
+
+
+def is_overridden(callback: OverridableHooks, name: str) -> bool:
+    """Return True if a user's class, or the callback object itself, overrides a method of this package."""
+    return name in vars(callback) or not _is_ours(next(cls for cls in type(callback).__mro__ if name in vars(cls)))
+
+
+def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a hook of this package: return the first result when a user's part calls it again through ``super()``."""
+
+    @functools.wraps(hook)
+    def once(self: OverridableHooks, *args: Any, **kwargs: Any) -> Any:
+        return self._package_results[name] if name in self._package_results else hook(self, *args, **kwargs)
+
+    return once
 
 
 def _parts(kind: type, name: str) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
@@ -46,62 +118,10 @@ def _parts(kind: type, name: str) -> tuple[Callable[..., Any] | None, Callable[.
     return ours, theirs
 
 
-def is_overridden(callback: OptimCallback, name: str) -> bool:
-    """Return whether a user's class, or the callback itself, overrides a method of this package."""
-    return name in vars(callback) or not _is_ours(next(cls for cls in type(callback).__mro__ if name in vars(cls)))
-
-
-def without_bound(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return a callback's attributes as they were before :func:`bind`: a copy is bound by a run of its own."""
-    attributes = {name: value for name, value in attributes.items() if name != "_done"}
-    bound = {name: value for name, value in attributes.items() if isinstance(value, Bound)}
-    on_itself = {name: value.on_itself for name, value in bound.items() if value.on_itself}
-    return {name: value for name, value in attributes.items() if name not in bound} | on_itself
-
-
-class Bound:
-    """A hook in two parts: that of this package, then the user's, in which ``super()`` finds that ours is done.
-
-    Dictionaries of state that both return are merged.
-
-    Attributes:
-        on_itself: The user's function, if it is an attribute of the callback itself and not of its class.
-    """
-
-    def __init__(
-        self, callback: OptimCallback, name: str, ours: Callable[..., Any], on_itself: Callable[..., Any] | None
-    ) -> None:
-        # A callback that held itself would keep the weights that it holds until the garbage is collected.
-        self._callback, self._name, self._ours, self.on_itself = weakref.ref(callback), name, ours, on_itself
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        callback = self._callback()
-        assert callback is not None
-        done = callback._done
-        # Of a call within the user's part of another, such as a second validation, ours is to be done again.
-        callback._done = {name: result for name, result in done.items() if name != self._name}
-        try:
-            result = self._ours(callback, *args, **kwargs)
-            callback._done = {**done, self._name: result}
-            theirs = self.on_itself or _of_class(callback, self._name)
-            said = theirs(*args, **kwargs) if theirs else None
-        finally:
-            callback._done = done
-        return {**result, **(said or {})} if isinstance(result, dict) else said
-
-
-def _of_class(callback: OptimCallback, name: str) -> Callable[..., Any] | None:
-    """Bind the user's hook to the callback as Python does: it may be a class method, or partial."""
-    of_class: Any = _parts(type(callback), name)[1]
-    return of_class.__get__(callback, type(callback)) if hasattr(of_class, "__get__") else of_class
-
-
-def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(hook)
-    def once(self: OptimCallback, *args: Any, **kwargs: Any) -> Any:
-        return self._done[name] if name in self._done else hook(self, *args, **kwargs)
-
-    return once
+def _bound_override(callback: OverridableHooks, name: str) -> Callable[..., Any] | None:
+    """Bind the override of the user's class as Python does: it may be a class method, or partial."""
+    override: Any = _parts(type(callback), name)[1]
+    return override.__get__(callback, type(callback)) if hasattr(override, "__get__") else override
 
 
 def _is_ours(cls: type) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Context manager: ``owner.name`` is ``value``; afterwards it is again what it was, or not the instance's own."""
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context manager: ``owner.name`` is ``value``; afterwards the instance has its own attribute back, or none."""
     had, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -25,10 +24,7 @@ from lightning_optim.runtime.lightning import (
     XLAStrategy,
     rank_zero_warn,
 )
-from lightning_optim.runtime.order import Slot
-
-if TYPE_CHECKING:
-    from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.order import SessionCallback, Slot
 
 _STRATEGIES = {
     DeepSpeedStrategy: "DeepSpeed keeps gradients and weights to itself; use DDP or `ModelParallelStrategy` (FSDP2)",
@@ -42,7 +38,7 @@ def hides_weights(strategy: Strategy) -> str | None:
     return next((sentence for kind, sentence in _STRATEGIES.items() if isinstance(strategy, kind)), None)
 
 
-def refuse_setup(callback: OptimCallback, trainer: Trainer) -> None:
+def refuse_setup(callback: SessionCallback, trainer: Trainer) -> None:
     """Raise for what is known to be wrong before anything is installed."""
     name = type(callback).__name__
     if not isinstance(trainer, Trainer):
@@ -57,15 +53,15 @@ def refuse_setup(callback: OptimCallback, trainer: Trainer) -> None:
         raise _no_total(callback)
 
 
-def taken(callback: OptimCallback) -> MisconfigurationException:
+def in_another_fit(callback: SessionCallback) -> MisconfigurationException:
     """Make the error for a callback that is in the running fit of another Trainer."""
     return MisconfigurationException(
-        f"{type(callback).__name__} is taken: another Trainer, whose fit is still running, has this very object among"
-        " its callbacks. Give each Trainer an object of its own, such as `copy.deepcopy(callback)`."
+        f"{type(callback).__name__} is in the running fit of another Trainer: give each Trainer an object of its own,"
+        " such as `copy.deepcopy(callback)`."
     )
 
 
-def refuse_more_optimizers(callbacks: Sequence[OptimCallback], trainer: Trainer) -> None:
+def refuse_more_optimizers(callbacks: Sequence[SessionCallback], trainer: Trainer) -> None:
     """Raise if there are more optimizers by now than when the fit began."""
     before, now = min(len(callback.steps) for callback in callbacks), len(trainer.optimizers)
     if now > before:
@@ -77,7 +73,7 @@ def refuse_more_optimizers(callbacks: Sequence[OptimCallback], trainer: Trainer)
         )
 
 
-def _refuse_same_job(callback: OptimCallback, trainer: Trainer) -> None:
+def _refuse_same_job(callback: SessionCallback, trainer: Trainer) -> None:
     name = type(callback).__name__
     slots = Counter(getattr(other, "slot", None) for other in trainer.callbacks)
     if callback.slot is Slot.CLIP:
@@ -126,7 +122,7 @@ def _refuse_same_job(callback: OptimCallback, trainer: Trainer) -> None:
             )
 
 
-def refuse_start(callback: OptimCallback, trainer: Trainer) -> None:
+def refuse_start(callback: SessionCallback, trainer: Trainer) -> None:
     """Raise for what is known once the optimizers are there."""
     acts_at_steps = callback.touches and callback.slot is not Slot.STOP
     if acts_at_steps and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
@@ -164,13 +160,13 @@ def refuse_parts(policy: Policy, parameters: Iterable[Tensor]) -> None:
                 )
 
 
-def refuse_endless(callback: OptimCallback, total: int | float) -> None:
+def refuse_endless(callback: SessionCallback, total: int | float) -> None:
     """Raise if a schedule has no end to run to; only the loaded data tells where they have no length."""
     if callback.needs_total and math.isinf(total):
         raise _no_total(callback)
 
 
-def _no_total(callback: OptimCallback) -> MisconfigurationException:
+def _no_total(callback: SessionCallback) -> MisconfigurationException:
     return MisconfigurationException(
         f"{type(callback).__name__} has a schedule or a start given as a fraction, and this run has no end that is"
         " known: set `Trainer(max_steps=…)`, or `max_epochs` with data that have a length."

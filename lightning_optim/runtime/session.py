@@ -1,156 +1,217 @@
-"""What the callbacks of one running fit share: the true step, the evaluated weights, and the one writer at the end."""
+"""One running fit: its state, the steps that it counts, and everything that is undone when it is over."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_optim.base import module_tensors, shards
+from lightning_optim.base import shards
 from lightning_optim.runtime.files.own_files import OwnFiles
-from lightning_optim.runtime.lightning import (
-    LightningModule,
-    ModelParallelStrategy,
-    Trainer,
-    TrainerStatus,
-)
-from lightning_optim.runtime.order import EvaluatedAverage
-from lightning_optim.runtime.patching import replaced
+from lightning_optim.runtime.final_weights import write_final_weights_
+from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer, TrainerStatus
+from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot
+from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
 from lightning_optim.runtime.restored_weights import Restored
-from lightning_optim.runtime.spawned import send_back
+from lightning_optim.runtime.spawned_processes import send_back
 from lightning_optim.runtime.step import has_gradients, total_steps
-
-if TYPE_CHECKING:
-    from lightning_optim.runtime.callback import OptimCallback
 
 Fingerprint: TypeAlias = list[tuple[int, int]]
 
-_fits: WeakKeyDictionary[Trainer, Fit] = WeakKeyDictionary()
+
+class State(enum.Enum):
+    """State of a session. Each fit has a session of its own: a closed one is not opened again.
+
+    ::
+
+        SETUP ──> STARTED ──> TRAINING ──> ENDED ──> CLOSED
+          └──────────┴───────────┴───────────┴──> FAILED ──> CLOSED
+
+    A fit that stops without a word, such as one whose ``on_exception`` raised, is CLOSED from where it was.
+    """
+
+    SETUP = "callbacks join and are checked"
+    STARTED = "optimizers and sharded parameters exist; weights may still be restored"
+    TRAINING = "all state is restored; steps are counted"
+    ENDED = "the last checkpoint is written, and the module holds its final weights"
+    FAILED = "an exception was raised; Trainer and checkpoint callbacks may still be writing"
+    CLOSED = "everything is undone"
 
 
-class Fit:
-    """One run of ``trainer.fit``, from the first ``setup`` of a callback of ours to ``teardown`` or an exception.
+_NEXT: dict[State, set[State]] = {
+    State.SETUP: {State.STARTED, State.FAILED, State.CLOSED},
+    State.STARTED: {State.TRAINING, State.FAILED, State.CLOSED},
+    State.TRAINING: {State.ENDED, State.FAILED, State.CLOSED},
+    State.ENDED: {State.FAILED, State.CLOSED},
+    State.FAILED: {State.CLOSED},
+    State.CLOSED: set(),
+}
 
-    Whatever is installed (optimizer hooks, replaced methods, changed settings) is installed here, so that it is undone
-    in one place, in the reverse order, also when something else failed.
+_sessions: WeakKeyDictionary[Trainer, Session] = WeakKeyDictionary()
+
+
+class Session:
+    """Session of one ``trainer.fit``, shared by the callbacks of this package that are in it.
+
+    It opens in the first ``setup`` of such a callback, and closes in ``teardown`` or after an exception. Whatever is
+    installed for the length of the fit is installed here, with :meth:`patch` or :meth:`on_close`, so that it is undone
+    in one place, in reverse order, even if undoing something else raises.
 
     Attributes:
         trainer: The Trainer that runs.
-        members: Our callbacks in it, in the order in which their ``setup`` ran.
-        average: The average that validation uses, if any.
+        callbacks: The callbacks of this package in it, in the order in which their ``setup`` ran.
+        state: The :class:`State`, which only :meth:`start`, :meth:`begin`, :meth:`end`, :meth:`fail` and :meth:`close`
+            change. Every callback calls these; the first call counts.
+        average: The average that validation and checkpoints use, if any.
         own_files: The checkpoints that this process wrote in this fit.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.members: list[OptimCallback] = []
+        self.callbacks: list[SessionCallback] = []
+        self.state = State.SETUP
         self.average: EvaluatedAverage | None = None
-        self._undo = contextlib.ExitStack()
-        self._started = self._begun = self._ended = self._failed = self._saving = False
-        self._total: int | float | None = None
-        self._restored, self._load_seen = Restored(trainer), False
-        self._heard: WeakSet[Optimizer] = WeakSet()
-        self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
         self.own_files = OwnFiles()
-        self.replace(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
+        self._undo = contextlib.ExitStack()
+        self._total: int | float | None = None
+        self._restored = Restored(trainer)
+        self._watched: WeakSet[Optimizer] = WeakSet()
+        # Not a state: a checkpoint may be written in any of them.
+        self._saving_optimizer = False
+        self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
+        self.patch(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
 
     @staticmethod
-    def of(trainer: Trainer) -> Fit:
-        """The running fit of ``trainer``; begun here if there is none."""
-        if trainer in _fits and _fits[trainer]._failed:
-            _fits[trainer].close()  # whoever handled the exception never came to the Trainer's own teardown
-        if trainer not in _fits:
-            _fits[trainer] = Fit(trainer)
-        return _fits[trainer]
+    def of(trainer: Trainer) -> Session:
+        """Return the open session of a Trainer, or open one."""
+        if trainer in _sessions and _sessions[trainer].failed:
+            _sessions[trainer].close()  # the exception was handled before the Trainer's own teardown
+        if trainer not in _sessions:
+            _sessions[trainer] = Session(trainer)
+        return _sessions[trainer]
 
-    # ---- life --------------------------------------------------------------------------------------------------------
+    @staticmethod
+    def find(trainer: Trainer) -> Session | None:
+        """Return the open session of a Trainer, if there is one."""
+        return _sessions.get(trainer)
+
+    # ---- for the length of the fit -----------------------------------------------------------------------------------
+
+    def patch(self, owner: Any, name: str, value: Any) -> None:
+        """Set ``owner.name`` to ``value`` for the length of the fit."""
+        self._undo.enter_context(patched(owner, name, value))
+
+    def on_close(self, action: Callable[[], Any]) -> None:
+        """Call ``action`` when the fit is over: after ``on_fit_end``, or after an exception."""
+        self._undo.callback(action)
+
+    @contextlib.contextmanager
+    def without_average(self) -> Iterator[None]:
+        """Context manager: validation and checkpoints use the module's own weights instead of the evaluated average."""
+        average, self.average = self.average, None
+        try:
+            yield
+        finally:
+            self.average = average
+
+    @property
+    def failed(self) -> bool:
+        """True after an exception. It may be this process's alone, so that no other rank would answer."""
+        return self.state is State.FAILED
+
+    @property
+    def running(self) -> bool:
+        """True while the fit goes on: it did not fail, and its Trainer did not stop without a word."""
+        return not self.failed and self.trainer.state.status is TrainerStatus.RUNNING
+
+    @property
+    def collectives_allowed(self) -> bool:
+        """True if all ranks take part in a checkpoint: after an exception only if a callback relies on that."""
+        return not self.failed or any(callback.gathers_ranks for callback in self.callbacks)
+
+    @property
+    def total(self) -> int | float:
+        """Number of optimizer steps of the whole run (:func:`~lightning_optim.total_steps`), computed once."""
+        if self._total is None:
+            self._total = total_steps(self.trainer)
+        return self._total
+
+    @property
+    def windows(self) -> AccumulationWindows | None:
+        """Open accumulation windows; ``None`` if nothing accumulates, as in the trial steps of a finder."""
+        found: Any = next((callback for callback in self._acting() if callback.slot is Slot.ACCUMULATE), None)
+        return found
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def _enter(self, state: State) -> bool:
+        """Go to the next state; return False if another callback's call has come first."""
+        if state is self.state:
+            return False
+        if state not in _NEXT[self.state]:
+            raise RuntimeError(f"A fit cannot go from {self.state.name} to {state.name}: {self.state.value}.")
+        self.state = state
+        return True
 
     def start(self) -> None:
-        """At ``on_fit_start``: hear of each optimizer step that happens. Once, whoever calls first."""
-        if self._started:
+        """At ``on_fit_start``: watch each optimizer for steps."""
+        if not self._enter(State.STARTED):
             return
-        self._started = True
         self._restored.start()
         warn_unsharded(self.trainer)
-        send_back(self.trainer, self.members)
+        send_back(self.trainer, self.callbacks)
         for optimizer in self.trainer.optimizers:
-            self._hear(optimizer)
+            self._watch(optimizer)
         strategy = self.trainer.strategy
-        self.replace(strategy, "optimizer_step", self._hearing(strategy.optimizer_step))
+        self.patch(strategy, "optimizer_step", self._watching_new_optimizers(strategy.optimizer_step))
         if isinstance(strategy, ModelParallelStrategy):
-            self.replace(strategy, "optimizer_state", self._unheard(strategy.optimizer_state))
-
-    def _hear(self, optimizer: Optimizer) -> None:
-        self._heard.add(optimizer)
-        self._undo.callback(optimizer.register_step_post_hook(self._stepped).remove)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales
-            # before the hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
-            self.replace(optimizer, "_step_supports_amp_scaling", False)
-
-    def _hearing(self, optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
-        """Hear of optimizers too that a user puts in the place of others in the middle of a fit."""
-
-        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if optimizer not in self._heard and optimizer in self.trainer.optimizers:
-                if self._begun:
-                    refuse_more_optimizers(self.members, self.trainer)
-                self._hear(optimizer)
-            return optimizer_step(optimizer, *args, **kwargs)
-
-        return step
-
-    def begin(self) -> None:
-        """At ``on_train_start``: all state is restored. A callback that is new on resume learns how far the run is."""
-        if self._begun:
-            return
-        self._begun = True
-        self._restored.begin(any(member.gathers_ranks for member in self.members))
-        count = len(self.trainer.optimizers)
-        # Of a file that holds no state of ours, Lightning's count of calls is the best there is.
-        known = any(member.steps for member in self.members)
-        floor = 0 if known or not count else self.trainer.global_step // count
-        steps = [max((m.steps[i] for m in self.members if i < len(m.steps)), default=floor) for i in range(count)]
-        for member in self.members:
-            member.steps = list(steps)
+            self.patch(strategy, "optimizer_state", self._not_counting(strategy.optimizer_state))
 
     def loaded(self, checkpoint: dict[str, Any]) -> None:
-        """At ``on_load_checkpoint``, before the fit starts or, with sharded weights, after. The first call counts."""
-        if self._load_seen or self._begun:
+        """At ``on_load_checkpoint``: in SETUP or, with sharded weights, in STARTED."""
+        if self.state in (State.SETUP, State.STARTED):
+            self._restored.loaded(checkpoint)
+
+    def begin(self) -> None:
+        """At ``on_train_start``: give a callback that the checkpoint does not know the step count of the run."""
+        if not self._enter(State.TRAINING):
             return
-        self._load_seen = True
-        self._restored.loaded(checkpoint)
+        self._restored.begin(any(callback.gathers_ranks for callback in self.callbacks))
+        count = len(self.trainer.optimizers)
+        # If the checkpoint has no state of this package, Lightning's count of calls is the best there is.
+        known = any(callback.steps for callback in self.callbacks)
+        floor = 0 if known or not count else self.trainer.global_step // count
+        steps = [
+            max((callback.steps[index] for callback in self.callbacks if index < len(callback.steps)), default=floor)
+            for index in range(count)
+        ]
+        for callback in self.callbacks:
+            callback.steps = list(steps)
 
     def end(self, pl_module: LightningModule) -> None:
-        """At ``on_fit_end``, when every file is written: one callback of ours decides what the module ends with."""
-        if self._ended:
-            return
-        self._ended = True
-        if not self._begun:  # nothing was left to train
+        """At ``on_fit_end``, after the last checkpoint: write the weights that the module keeps."""
+        if self.state is State.STARTED:  # nothing was left to train
             self.begin()
-            for member in self._in_order():
-                member.resume_ended(self.trainer, pl_module)
-        ranked = sorted((m for m in self.members if m.final_rank is not None), key=lambda m: m.final_rank or 0)
-        if any(member.write_final_(pl_module) for member in ranked):
-            self.average = None  # checkpoints of hooks that come later hold what the module holds, as after the fit
+            for callback in self._acting():
+                callback.resume_ended(self.trainer, pl_module)
+        if self._enter(State.ENDED) and write_final_weights_(self.callbacks, pl_module):
+            self.average = None  # a checkpoint that a later hook writes holds what the module holds, as after the fit
 
     def fail(self) -> None:
-        """At ``on_exception``: close as late as in a fit that ends well.
+        """At ``on_exception``: close as late as in a fit that ends well, in the Trainer's own teardown.
 
-        Checkpoint callbacks come after ours, and what they write now must still hold the evaluated weights. The
-        Trainer's own teardown is the last thing that happens.
+        Checkpoint callbacks come after those of this package, and what they write now must still hold the evaluated
+        weights.
         """
-        if self._failed:
+        if not self._enter(State.FAILED):
             return
-        self._failed = True
         strategy = self.trainer.strategy
         teardown = strategy.teardown
 
@@ -158,80 +219,72 @@ class Fit:
             self.close()
             teardown()
 
-        self.replace(strategy, "teardown", close_and_teardown)
+        self.patch(strategy, "teardown", close_and_teardown)
 
     def close(self) -> None:
         """Undo everything that was installed."""
-        _fits.pop(self.trainer, None)
-        self._undo.close()
-        for member in self.members:
-            member.fit = None
-
-    def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Set ``owner.name`` for the length of the fit."""
-        self._undo.enter_context(replaced(owner, name, value))
-
-    @property
-    def failed(self) -> bool:
-        """Whether an exception ended it: this process's own, perhaps, so that no other rank would answer."""
-        return self._failed
-
-    @property
-    def running(self) -> bool:
-        """Whether it is going on: it did not fail, and its Trainer did not stop without a word."""
-        return not self._failed and self.trainer.state.status is TrainerStatus.RUNNING
-
-    @property
-    def ranks_answer(self) -> bool:
-        """Whether all ranks take part in a checkpoint: after an exception only if some callback counts on that."""
-        return not self._failed or any(member.gathers_ranks for member in self.members)
-
-    @contextlib.contextmanager
-    def without_average(self) -> Iterator[None]:
-        """Within this, validation and files take the module's weights as they are, and not an average's."""
-        average, self.average = self.average, None
-        try:
-            yield
-        finally:
-            self.average = average
-
-    def undo(self, action: Callable[[], Any]) -> None:
-        """Call ``action`` when the fit is closed."""
-        self._undo.callback(action)
+        if self._enter(State.CLOSED):
+            _sessions.pop(self.trainer, None)
+            self._undo.close()
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._begun or self._saving:
+        if self.state is not State.TRAINING or self._saving_optimizer:
             return  # torch steps, at a learning rate of zero, to make the state that it then restores (FSDP2)
         if not has_gradients(optimizer):
             return  # cancelled or dropped: torch calls the hook although nothing moved
         index = self.trainer.optimizers.index(optimizer)
-        members = self._in_order()
-        for member in members:
-            member.steps[index] += 1
-        for member in members:
-            member.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
+        callbacks = self._acting()
+        for callback in callbacks:
+            callback.steps[index] += 1
+        for callback in callbacks:
+            callback.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
 
-    def _in_order(self) -> list[OptimCallback]:
-        """Return our callbacks in the order of the Trainer's list.
+    def _acting(self) -> list[SessionCallback]:
+        """Return the callbacks in the order of the Trainer's list.
 
-        A learning-rate finder takes them out of that list for its trial steps, which they must not hear of.
+        A learning-rate finder takes them out of that list for its trial steps, which they must not see.
         """
-        return [callback for callback in self.trainer.callbacks if callback in self.members]
+        listed: list[Any] = self.trainer.callbacks
+        return [callback for callback in listed if callback in self.callbacks]
 
-    def _unheard(self, optimizer_state: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Any]:
-        """To save an optimizer that holds no state (FSDP2), torch steps at a learning rate of zero: that is no step."""
+    def _watch(self, optimizer: Optimizer) -> None:
+        self._watched.add(optimizer)
+        self.on_close(optimizer.register_step_post_hook(self._stepped).remove)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales
+            # before the hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
+            self.patch(optimizer, "_step_supports_amp_scaling", False)
 
-        def without_hearing(optimizer: Optimizer) -> Any:
-            self._saving = True
+    def _watching_new_optimizers(self, optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``strategy.optimizer_step``: watch an optimizer that a user put in place of another during the fit."""
+
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if optimizer not in self._watched and optimizer in self.trainer.optimizers:
+                if self.state is State.TRAINING:
+                    refuse_more_optimizers(self.callbacks, self.trainer)
+                self._watch(optimizer)
+            return optimizer_step(optimizer, *args, **kwargs)
+
+        return step
+
+    def _not_counting(self, optimizer_state: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Any]:
+        """Wrap ``strategy.optimizer_state``: to save an optimizer without state (FSDP2), torch takes a step with lr 0.
+
+        It is not a step of the run.
+        """
+
+        def state_of(optimizer: Optimizer) -> Any:
+            self._saving_optimizer = True
             try:
                 return optimizer_state(optimizer)
             finally:
-                self._saving = False
+                self._saving_optimizer = False
 
-        return without_hearing
+        return state_of
 
     def share_norm(self, optimizer: Optimizer, grads: Sequence[Tensor], norm_type: float, norm: Tensor) -> None:
         """Keep the norm of the gradients of a step, which whoever clips needs too (:meth:`take_norm`)."""
@@ -247,35 +300,7 @@ class Fit:
             return None
         return shared[2]
 
-    @property
-    def total(self) -> int | float:
-        """:func:`total_steps`, computed once: it cannot change while the run goes on."""
-        if self._total is None:
-            self._total = total_steps(self.trainer)
-        return self._total
-
 
 def _fingerprint(grads: Sequence[Tensor]) -> Fingerprint:
     """What changes when a gradient is written to, or replaced."""
     return [(id(grad), grad._version) for grad in shards.local_shards(grads)]
-
-
-def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:
-    """The weights and buffers that a validation would use now, by their names in the model's ``state_dict``.
-
-    These are an average's once it has started and is the evaluated one, else the module's. The tensors are live
-    storage: copy what you keep. Under FSDP2 they are DTensors. Lazy parameters without data are left out.
-
-    Example::
-
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> trainer = Trainer(logger=False, enable_checkpointing=False, fast_dev_run=True, enable_model_summary=False)
-        >>> trainer.strategy.connect(BoringModel())
-        >>> list(evaluated_state(trainer))
-        ['layer.weight', 'layer.bias']
-    """
-    fit = _fits.get(trainer)
-    averaged = fit.average.averaged_state() if fit is not None and fit.average is not None else {}
-    shards.reshard_(trainer.lightning_module)
-    named = module_tensors.named_tensors(trainer.lightning_module).items()
-    return {**{name: tensor.detach() for name, tensor in named if not is_lazy(tensor)}, **averaged}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.runtime.lightning import Trainer, isolate_rng
-from lightning_optim.runtime.patching import replaced
+from lightning_optim.runtime.patching import patched
 
 
 def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
         setattr(connector, name, {})
     try:
         # The module may save in a hook of its own. It will do so in the validation that is seen, with callbacks' state.
-        with replaced(trainer, "save_checkpoint", lambda *args, **kwargs: None):
+        with patched(trainer, "save_checkpoint", lambda *args, **kwargs: None):
             yield
     finally:
         trainer.callbacks, trainer.loggers, loop.batch_progress = callbacks, loggers, progress

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.runtime.cpu_copies import copies_of, exchange_, fitting, localized
+from lightning_optim.runtime.evaluated_weights import evaluated_state
 from lightning_optim.runtime.files.own_files import OwnFiles, resolved
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, get_filesystem, rank_zero_warn
 from lightning_optim.runtime.raw_weights import Displaced, on_cpu
-from lightning_optim.runtime.session import evaluated_state
 from lightning_optim.stopping.saved_weights import SavedWeights, with_pruning_applied
 
 

@@ -18,7 +18,7 @@ from lightning_optim.runtime.lightning import EarlyStopping as LightningEarlySto
 from lightning_optim.runtime.lightning import EarlyStoppingReason, LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import hides_weights
-from lightning_optim.runtime.spawned import check_not_lost, check_weights_are_here
+from lightning_optim.runtime.spawned_processes import check_not_lost, check_weights_are_here
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
 from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
@@ -267,7 +267,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         said = next((type(one) for one in candidates if one.reason), Plateau)
         mine = (_REASONS.get(said, EarlyStoppingReason.PATIENCE_EXHAUSTED).value, self.criterion.reason)
         reasons = [mine]
-        if self._running.trainer.world_size > 1 and torch.distributed.is_initialized():
+        if self.session.trainer.world_size > 1 and torch.distributed.is_initialized():
             reasons = [mine] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(reasons, mine)
         if mine[1]:
@@ -309,7 +309,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.restore_best or not self._best_weights.has_best:
             return False
-        if hides_weights(self._running.trainer.strategy):
+        if hides_weights(self.session.trainer.strategy):
             rank_zero_warn(
                 f"The best weights are in {self.best_path}: under this strategy they cannot be put into the module."
             )
@@ -402,7 +402,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         )
         self._best_weights.load_extra_state(extra)
         if self._training:  # a learning-rate finder restores what was before its trials, the module first
-            self._best_weights.resume_(self._running.trainer.lightning_module)
+            self._best_weights.resume_(self.session.trainer.lightning_module)
 
 
 def _asked_to_stop(callback: LightningEarlyStopping) -> bool:

@@ -348,7 +348,7 @@ def test_a_swap_allocates_a_few_megabytes_and_an_update_nothing() -> None:
     callback.setup(run := trainer([callback]), model, "fit")
     run.strategy.connect(model)
     run.strategy.optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
-    callback.fit._begun = True
+    callback.fit.start()
     callback.steps = [0]
     callback.on_train_start(run, model)
     for step in range(1, 3):

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim import L2, AutoClip, GradientClipping, OptimCallback, WeightRegularization
 from lightning_optim.resume.exact_resume import ExactResume
-from lightning_optim.runtime import overridden_hooks
+from lightning_optim.runtime.overridden_hooks import TwoPartHook
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
@@ -187,7 +187,7 @@ def test_a_copy_is_overridden_too() -> None:
     Copying.__qualname__ = "Copying"
     original = Copying(0.1)
     first = fit(BY_NAME["plain"], STEPS, Remembering, callbacks=[original])
-    assert not any(isinstance(value, overridden_hooks.Bound) for one in original.copies for value in vars(one).values())
+    assert not any(isinstance(value, TwoPartHook) for one in original.copies for value in vars(one).values())
     for one in original.copies:
         again = fit(BY_NAME["plain"], STEPS, Remembering, callbacks=[one])
         assert_same(again, first)
@@ -311,7 +311,7 @@ def test_a_nested_fit_is_refused_and_harms_nothing(with_another_of_ours: bool) -
     callbacks = BY_NAME["several"].all_callbacks(STEPS)
     fresh = [WeightRegularization(L2(0.1), name="inner")] if with_another_of_ours else []
     nesting, fitted = nested("fit", callbacks, [*fresh, callbacks[1]])
-    assert "GradientClipping is taken: another Trainer" in str(nesting.error)
+    assert "GradientClipping is in the running fit of another Trainer" in str(nesting.error)
     assert all(callback.fit is None for callback in [*fresh, *fitted.ours])
     assert_same(fitted, fit(BY_NAME["several"], STEPS))
 
@@ -366,6 +366,6 @@ def test_outside_of_a_run_a_sentence_says_so() -> None:
     own = OptimCallback()
     with pytest.raises(RuntimeError, match="OptimCallback is in no fit"):
         own.on_fit_start(Trainer(barebones=True, accelerator="cpu"), LightningModule())
-    with pytest.raises(AttributeError, match="within a run of a Trainer"):
+    with pytest.raises(AttributeError, match="only while a Trainer runs"):
         own.log("x", 1.0)
     assert not hasattr(own, "log")

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_optim.averaging.batchnorm.module_state import ModuleState
 from lightning_optim.runtime.lightning import LightningModule, Logger, Trainer, _ResultCollection, rank_zero_warn
 from lightning_optim.runtime.lightning.log_interception import intercept_log
-from lightning_optim.runtime.patching import replaced
+from lightning_optim.runtime.patching import patched
 
 
 class Isolated:
@@ -78,7 +78,7 @@ def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[Isolated]
         for module in pl_module.modules():
             if isinstance(module, LightningModule):
                 stack.enter_context(intercept_log(module, _ignore))
-                stack.enter_context(replaced(module, "print", _ignore))
+                stack.enter_context(patched(module, "print", _ignore))
         stack.enter_context(_unheard(trainer))
         stack.callback(calls.close)
         yield calls
@@ -113,7 +113,7 @@ def _unheard(trainer: Trainer) -> Iterator[None]:
     module._current_fx_name = "training_step"
     trainer.loggers = [_SilentLogger(logger) for logger in loggers]
     # For who calls Lightning's own `log` past the module's.
-    with replaced(epoch_loop, "_results", _ResultCollection(training=True)):
+    with patched(epoch_loop, "_results", _ResultCollection(training=True)):
         try:
             yield
         finally:

@@ -103,7 +103,7 @@ class BatchNormRefresh(OptimCallback):
             lazy.clear()  # a parameter that the first step does not use is not made by a trial either
             return run(*args, **kwargs)
 
-        self._running.replace(loop, "run", try_and_run)
+        self.session.patch(loop, "run", try_and_run)
 
     def _try(self, trainer: Trainer, pl_module: LightningModule, layers: list[BatchNormBase]) -> None:
         own = getattr(self.forward_batch, "__func__", None) is not BatchNormRefresh.forward_batch

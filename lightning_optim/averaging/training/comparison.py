@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_optim.plotting import canvas
 from lightning_optim.runtime.lightning import Trainer
-from lightning_optim.runtime.patching import replaced
+from lightning_optim.runtime.patching import patched
 
 
 class Comparison:
@@ -49,7 +49,7 @@ class Comparison:
             connector._callback_metrics.update(beside)
             log({**metrics, **beside})
 
-        with replaced(connector, "log_eval_end_metrics", log_both):
+        with patched(connector, "log_eval_end_metrics", log_both):
             yield
 
     def plot(self, metric: str | None = None) -> tuple[Any, Any]:

@@ -22,8 +22,8 @@ from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer, rank_zero_warn
-from lightning_optim.runtime.patching import replaced
-from lightning_optim.runtime.spawned import check_weights_are_here
+from lightning_optim.runtime.patching import patched
+from lightning_optim.runtime.spawned_processes import check_weights_are_here
 from lightning_optim.runtime.validation import validate
 
 
@@ -83,7 +83,7 @@ class AveragedEvaluation(BatchNormRefresh):
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the average is ready for use: buffers agree over ranks, statistics are of these weights."""
-        if self.started and self._averaged is not None and not self._running.failed:  # other ranks may not have failed
+        if self.started and self._averaged is not None and not self.session.failed:  # other ranks may not have failed
             self._agree()
             self._averaged.estimate_()
             if self._stale:
@@ -95,7 +95,7 @@ class AveragedEvaluation(BatchNormRefresh):
         return bool(self._layers) and self._averaged is not None and not self._averaged.fresh
 
     def _agree(self) -> None:
-        if self.fit is not None and self.fit.ranks_answer and self._averaged is not None:
+        if self.fit is not None and self.fit.collectives_allowed and self._averaged is not None:
             group = data_group(self.fit.trainer)
             if group is not None:
                 self._averaged.agree(group)
@@ -139,7 +139,7 @@ class AveragedEvaluation(BatchNormRefresh):
         """The validation loop, with the average in the module from its first hook to its last."""
 
         def evaluate() -> Any:
-            if self._running.average is not self:
+            if self.session.average is not self:
                 return run()
             raw = validate(trainer, run) if self.compare and self.started else {}
             if self.started:
@@ -164,7 +164,7 @@ class AveragedEvaluation(BatchNormRefresh):
 
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
             shadow = self._averaged
-            if self._running.average is not self or shadow is None or not shadow.started:
+            if self.session.average is not self or shadow is None or not shadow.started:
                 return save(filepath, weights_only, storage_options)
             with contextlib.ExitStack() as saving:
                 saving.enter_context(raw_in(pl_module))
@@ -182,7 +182,7 @@ class AveragedEvaluation(BatchNormRefresh):
         """Return a ``state_dict`` with the average, for checkpoints that are made but not saved by the Trainer."""
 
         def dump() -> dict[str, Any]:
-            if self._running.average is not self or self._averaged is None or self._averaged.uppermost:
+            if self.session.average is not self or self._averaged is None or self._averaged.uppermost:
                 return state_dict()
             self._settle(trainer, pl_module)
             saved = state_dict()
@@ -200,12 +200,12 @@ class AveragedEvaluation(BatchNormRefresh):
 
     def _install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let validation and files use the average from its start on."""
-        fit, loop, strategy = self._running, trainer.fit_loop.epoch_loop.val_loop, trainer.strategy
-        fit.average = self
-        fit.replace(loop, "run", self._evaluating(loop.run, trainer, pl_module))
-        fit.replace(trainer, "save_checkpoint", self._saving(trainer.save_checkpoint, trainer, pl_module))
+        session, loop, strategy = self.session, trainer.fit_loop.epoch_loop.val_loop, trainer.strategy
+        session.average = self
+        session.patch(loop, "run", self._evaluating(loop.run, trainer, pl_module))
+        session.patch(trainer, "save_checkpoint", self._saving(trainer.save_checkpoint, trainer, pl_module))
         dumping = self._dumping(strategy.lightning_module_state_dict, trainer, pl_module)
-        fit.replace(strategy, "lightning_module_state_dict", dumping)
+        session.patch(strategy, "lightning_module_state_dict", dumping)
 
     def state_dict(self) -> dict[str, Any]:
         self._agree()
@@ -249,7 +249,7 @@ def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
             own = "state_dict" in vars(callback) or type(callback).state_dict is not Callback.state_dict
             if own and not isinstance(callback, AveragedEvaluation):
                 kept = tree_map_only(Tensor, copied, callback.state_dict())
-                back.enter_context(replaced(callback, "state_dict", lambda kept=kept: kept))
+                back.enter_context(patched(callback, "state_dict", lambda kept=kept: kept))
         yield
 
 

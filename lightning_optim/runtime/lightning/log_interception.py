@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_optim.runtime.patching import replaced
+from lightning_optim.runtime.patching import patched
 
 
 @contextlib.contextmanager
@@ -29,5 +29,5 @@ def intercept_log(pl_module: LightningModule, handler: Callable[..., Any]) -> It
         >>> logged
         [('loss', 1.0), ('a', 2.0), ('b', 3.0)]
     """
-    with replaced(pl_module, "log", handler):
+    with patched(pl_module, "log", handler):
         yield

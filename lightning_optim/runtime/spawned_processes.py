@@ -15,27 +15,25 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from lightning_optim.runtime.lightning import Trainer, rank_zero_warn
+from lightning_optim.runtime.order import SessionCallback
 
-if TYPE_CHECKING:
-    from lightning_optim.runtime.callback import OptimCallback
-
-_here: WeakValueDictionary[int, OptimCallback] = WeakValueDictionary()
+_here: WeakValueDictionary[int, SessionCallback] = WeakValueDictionary()
 """The callbacks of this process, by their ``id``."""
 
 
-def remember(callback: OptimCallback) -> None:
+def remember(callback: SessionCallback) -> None:
     """Register a new callback, to be found when its attributes come back from other processes."""
     _here[id(callback)] = callback
 
 
-def send_back(trainer: Trainer, callbacks: list[OptimCallback]) -> None:
+def send_back(trainer: Trainer, callbacks: list[SessionCallback]) -> None:
     """In a process that was launched: add the attributes of callbacks to what it returns when it ends."""
     launcher: Any = trainer.strategy.launcher
     if not hasattr(launcher, "get_extra_results"):
@@ -44,7 +42,7 @@ def send_back(trainer: Trainer, callbacks: list[OptimCallback]) -> None:
     forked = getattr(launcher, "_start_method", "spawn") == "fork"  # a fork leaves each object where it was
 
     def get_extra_results(trainer: Trainer) -> dict[str, Any]:
-        origins = [id(callback) if forked else callback.launched_as for callback in callbacks]
+        origins = [id(callback) if forked else callback.launcher_id for callback in callbacks]
         folder = Path(tempfile.mkdtemp(prefix="lightning_optim-"))
         parcels = [_write(callback, origin, folder) for callback, origin in zip(callbacks, origins, strict=True)]
         return {**collect(trainer), "lightning_optim": _Returned(str(folder), parcels)}
@@ -72,8 +70,8 @@ class _Returned:
         return _receive, (self.folder, self.parcels)
 
 
-def _write(callback: OptimCallback, origin: int | None, folder: Path) -> _Parcel:
-    out = {*callback.stays, "launched_as", "launched", "lost"}
+def _write(callback: SessionCallback, origin: int | None, folder: Path) -> _Parcel:
+    out = {*callback.stays, "launcher_id", "ran_elsewhere", "not_returned"}
     # A Trainer or a module of this process is no use in the other.
     sent = {
         name: value
@@ -93,13 +91,13 @@ def _receive(folder: str, parcels: Iterable[_Parcel]) -> None:
         callback = _here.get(parcel.origin or 0)
         if callback is None or type(callback).__qualname__ != parcel.kind:
             continue
-        callback.launched = True
+        callback.ran_elsewhere = True
         try:
             if parcel.failure:
                 raise RuntimeError(parcel.failure)
             callback.__dict__.update(_read(parcel.path))
         except Exception as error:
-            callback.lost = str(error)
+            callback.not_returned = str(error)
             rank_zero_warn(f"{_reason(callback)} Its attributes here are those from before the fit.")
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -116,17 +114,17 @@ def _read(path: str) -> dict[str, Any]:
             del sys.modules["__mp_main__"]
 
 
-def check_not_lost(callback: OptimCallback) -> None:
+def check_not_lost(callback: SessionCallback) -> None:
     """Raise if the callback's last fit ran in other processes, and its attributes did not come back.
 
     Raises:
         RuntimeError: With the reason, and what to do instead.
     """
-    if callback.lost:
+    if callback.not_returned:
         raise RuntimeError(f'{_reason(callback)} Train with `strategy="ddp"`, or load a checkpoint of that fit.')
 
 
-def check_weights_are_here(callback: OptimCallback, what: str, remedy: str) -> None:
+def check_weights_are_here(callback: SessionCallback, what: str, remedy: str) -> None:
     """Raise if the callback's last fit ran in other processes, in which its weights stayed.
 
     Args:
@@ -137,13 +135,13 @@ def check_weights_are_here(callback: OptimCallback, what: str, remedy: str) -> N
     Raises:
         RuntimeError: With the remedy.
     """
-    if callback.launched:
+    if callback.ran_elsewhere:
         raise RuntimeError(
             f"The fit ran in other processes (a strategy such as `ddp_spawn`), and {what} of {type(callback).__name__}"
             f" stayed there: only the module's weights come back. {remedy}"
         )
 
 
-def _reason(callback: OptimCallback) -> str:
+def _reason(callback: SessionCallback) -> str:
     name = type(callback).__name__
-    return f"The fit ran in other processes, and what {name} holds could not be brought back: {callback.lost}."
+    return f"The fit ran in other processes, and what {name} holds could not be brought back: {callback.not_returned}."
