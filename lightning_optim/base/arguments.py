@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, get_args
 
 
 def check_number(
@@ -61,6 +61,30 @@ def check_number(
         kind = "an integer" if integer else "a number"
         kind += " (or a schedule of them)" if schedule else ""
         raise ValueError(f"`{name}` must be {kind} {_range(low, high, low_open, high_open)}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Refuse an argument that is not one of the values of a ``Literal``; the message names it and what is allowed.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The argument.
+        choices: The ``Literal`` that the signature has, so that signature and check cannot differ.
+
+    Raises:
+        ValueError: If ``value`` is not allowed.
+
+    Example::
+
+        >>> from typing import Literal
+        >>> check_choice("mode", "largest", Literal["min", "max"])
+        Traceback (most recent call last):
+            ...
+        ValueError: `mode` must be one of 'min', 'max', got 'largest'
+    """
+    allowed = get_args(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def _range(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:

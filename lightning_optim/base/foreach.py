@@ -18,6 +18,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the floating-point dtype with the most digits that the device has: fp64, or fp32 on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Cut two lists into pieces of some MB, the size of a temporary: small tensors together, large ones in views.
 

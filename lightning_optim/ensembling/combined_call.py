@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lightning_optim.base.module_registry import with_submodules
-from lightning_optim.ensembling.mean_prediction import Outputs, combine
+from lightning_optim.ensembling.mean_prediction import Outputs, mean_prediction
 from lightning_optim.runtime.lightning import LightningModule, to_uncompiled
 
 _NAMES = ("members", "member_outputs", "from_checkpoints")  # what an ensemble has beside a member's own
@@ -78,7 +78,7 @@ class CombinedCall(nn.Module):
         self.calls += 1
         self._running = True
         try:
-            return combine(self.each(*args, **kwargs), self.outputs, self.dim)
+            return mean_prediction(self.each(*args, **kwargs), self.outputs, self.dim)
         finally:
             self._running = False
 

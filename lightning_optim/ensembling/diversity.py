@@ -1,49 +1,52 @@
-"""How far the members of an ensemble are apart, as a metric."""
+"""Measure how much the predictions of an ensemble's members differ."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_optim.ensembling.mean_prediction import mutual_information, pairwise_disagreement
+from lightning_optim.base.arguments import check_choice
+from lightning_optim.base.foreach import widest_dtype
+from lightning_optim.ensembling.mean_prediction import log_mean_exp
 
 Measure = Literal["pairwise", "mutual_information"]
+Scores = Literal["probabilities", "logits"]
 _SUM_TOLERANCE = 0.02  # of probabilities in bf16, each rounded to 1 part in 256
 
 
 class Disagreement(Metric):
-    r"""How far members are apart: the share of pairs that predict different labels, or the mutual information.
+    r"""Measure how much members disagree: the share of pairs with different labels, or the mutual information.
 
-    ``"pairwise"``, with :math:`n_c` of M members for class ``c``, averaged over samples:
+    ``"pairwise"`` is, for :math:`M` members of which :math:`n_c` predict class ``c``, averaged over samples,
 
-    .. math:: 1 - \sum_c \frac{n_c (n_c - 1)}{M (M - 1)}
+    .. math:: 1 - \sum_c \frac{n_c (n_c - 1)}{M (M - 1)},
 
-    is the probability that two members drawn without replacement differ: 0 if all agree, 1 if no two do. No pair is
-    visited: sorting the labels is enough. Divided by the error rate it tells ensembles of different accuracy apart
-    (`Deep Ensembles: A Loss Landscape Perspective <https://arxiv.org/abs/1912.02757>`_).
+    the probability that two different members predict different labels: 0 if all agree, 1 if no two do. The cost is one
+    sort over the members, not one comparison per pair. Divide it by the error rate to compare ensembles of different
+    accuracy (`Deep Ensembles: A Loss Landscape Perspective <https://arxiv.org/abs/1912.02757>`_).
 
-    ``"mutual_information"`` is :math:`\frac{1}{M} \sum_i KL(p_i \,\|\, \bar p)`, averaged over samples, in nats: the
-    part of the mean's entropy that comes from the members' disagreement, between 0 and ``log M``. It also sees members
-    that are differently sure of one label. In this form nothing cancels where members nearly agree.
+    ``"mutual_information"`` is :math:`\frac{1}{M} \sum_i KL(p_i \,\|\, \bar p)`, averaged over samples: the part of the
+    entropy of the mean prediction that comes from disagreement, between 0 and ``log M``, in nats. It also measures how
+    differently confident members are that predict the same label.
+
+    Pass the members' predictions to ``update(predictions)``, stacked in the first dimension: integer labels
+    ``[M, batch, …]``, or probabilities or logits ``[M, batch, class, …]``. The states are sums, so processes add up.
+    The value has no gradient.
 
     Args:
         measure: ``"pairwise"`` or ``"mutual_information"``.
-        outputs: What floating-point predictions are: ``"probabilities"`` or ``"logits"``, of which
-            ``"mutual_information"`` is exact for the smallest probabilities too. It is not guessed: what is said to be
-            probabilities, and does not add up to 1 over the classes, is refused. Labels need nothing, and
-            ``"pairwise"`` is the same for both.
-        kwargs: Of :class:`torchmetrics.Metric`.
+        outputs: What floating-point predictions are: ``"probabilities"`` or ``"logits"``. Prefer logits for
+            ``"mutual_information"``, which is then exact for the smallest probabilities too. It makes no difference for
+            labels and for ``"pairwise"``.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If an argument is not allowed; in ``update``, for predictions of less than two members, of a wrong
-            shape, labels where probabilities are needed, or scores that are no probabilities.
-
-    ``update(predictions)`` takes the members in the first dimension: integer labels ``[M, batch, …]``, or probabilities
-    or logits ``[M, batch, class, …]``. States are sums, so that processes add up; pairs are counted in integers. Values
-    have no gradients.
+        ValueError: If an argument is not allowed; in ``update``, if there are fewer than two members, the shape is
+            wrong, labels come where probabilities are needed, or "probabilities" do not add up to 1 over the classes.
 
     Example::
 
@@ -53,6 +56,11 @@ class Disagreement(Metric):
         >>> metric = Disagreement("mutual_information")
         >>> metric(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
         tensor(0.6931)
+
+    In the ``test_step`` of a module, where Lightning computes and resets it::
+
+        self.disagreement.update(torch.stack(self.member_outputs(x)))  # `self` is an Ensemble there
+        self.log("disagreement", self.disagreement)
     """
 
     is_differentiable = False
@@ -63,35 +71,28 @@ class Disagreement(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(
-        self,
-        measure: Measure = "pairwise",
-        outputs: Literal["probabilities", "logits"] = "probabilities",
-        **kwargs: Any,
-    ) -> None:
-        if measure not in get_args(Measure):
-            raise ValueError(f"`measure` is one of {list(get_args(Measure))}, got {measure!r}")
-        if outputs not in ("probabilities", "logits"):
-            raise ValueError(f"`outputs` is 'probabilities' or 'logits', got {outputs!r}")
+    def __init__(self, measure: Measure = "pairwise", outputs: Scores = "probabilities", **kwargs: Any) -> None:
+        check_choice("measure", measure, Measure)
+        check_choice("outputs", outputs, Scores)
         super().__init__(**kwargs)
         self.measure, self.outputs = measure, outputs
-        whole = measure == "pairwise"
-        self.add_state("total", torch.tensor(0 if whole else 0.0), dist_reduce_fx="sum")
+        counts_pairs = measure == "pairwise"
+        self.add_state("total", torch.tensor(0 if counts_pairs else 0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor) -> None:
-        """Add a batch of predictions, the members in the first dimension."""
+        """Add a batch of predictions, with the members in the first dimension."""
         predictions = predictions.detach()
         scores = predictions.is_floating_point()
         if predictions.ndim < (3 if scores else 2) or predictions.shape[0] < 2:
             raise ValueError(
-                "`predictions` are labels [members, batch, …] or scores [members, batch, class, …] of at least two"
+                "`predictions` must be labels [members, batch, …] or scores [members, batch, class, …] of at least two"
                 f" members, got {predictions.dtype} of shape {list(predictions.shape)}"
             )
         if scores and predictions.shape[2] == 1:
             raise ValueError(
                 f"`predictions` of shape {list(predictions.shape)} are scores of one class, on which all members agree:"
-                " of binary decisions give the labels, or the scores of both classes"
+                " for binary decisions pass the labels, or the scores of both classes"
             )
         if self.measure == "pairwise":
             differing, pairs = pairwise_disagreement(predictions.argmax(2) if scores else predictions)
@@ -100,20 +101,71 @@ class Disagreement(Metric):
             return
         if not scores:
             raise ValueError('`measure="mutual_information"` needs probabilities or logits, got labels')
-        wide = predictions.to(torch.float32 if predictions.device.type == "mps" else torch.float64)
+        wide = predictions.to(widest_dtype(predictions.device))
         if self.outputs == "probabilities" and (((wide.sum(2) - 1).abs() > _SUM_TOLERANCE).any() or (wide < 0).any()):
             raise ValueError(
                 "`predictions` are no probabilities: they do not add up to 1 over the classes, dimension 2. Set"
-                ' `outputs="logits"` for what comes before a softmax; of binary decisions give both classes'
+                ' `outputs="logits"` for values before the softmax; for binary decisions pass both classes'
             )
         information = mutual_information(wide.log() if self.outputs == "probabilities" else wide.log_softmax(2), dim=2)
         self.total += information.sum().to(self.total.dtype)
         self.count += information.numel()
 
     def compute(self) -> Tensor:
-        """The mean over all samples; ``nan`` before the first."""
+        """Return the mean over all samples; ``nan`` before the first."""
         return self.total / self.count
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot a value, or a list of them; see :meth:`torchmetrics.Metric.plot`. Returns figure and axes."""
+        """Plot a value, or a list of values, and return the figure and axes; see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
+
+
+def pairwise_disagreement(labels: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Count the ordered pairs of members that disagree, summed over all positions; return that count and all pairs.
+
+    :math:`M(M-1) - \sum_c n_c (n_c - 1)` at a position where :math:`n_c` members predict ``c``. No pair is visited, and
+    the number of classes need not be known: after sorting, the k-th label of a run agrees with the k - 1 before it.
+
+    Args:
+        labels: Integers of shape ``[M, …]`` for at least two members.
+
+    Example::
+
+        >>> pairwise_disagreement(torch.tensor([[0, 7], [0, 8], [1, 9]]))
+        (tensor(10), tensor(12))
+    """
+    members = labels.shape[0]
+    ordered = labels.sort(dim=0).values
+    position = torch.arange(members, device=labels.device).view(-1, *[1] * (labels.ndim - 1))
+    starts_run = torch.ones_like(ordered, dtype=torch.bool)
+    starts_run[1:] = ordered[1:] != ordered[:-1]
+    run_start = torch.where(starts_run, position, 0).cummax(dim=0).values
+    agreeing = 2 * (position - run_start).sum()
+    pairs = torch.tensor(members * (members - 1) * labels[0].numel(), device=labels.device)
+    return pairs - agreeing, pairs
+
+
+def mutual_information(log_probabilities: Tensor, dim: int = -1) -> Tensor:
+    r"""Return the part of the mean's entropy that comes from disagreement: :math:`\frac{1}{M}\sum_i KL(p_i\|\bar p)`.
+
+    It equals :math:`H(\bar p) - \frac{1}{M} \sum_i H(p_i)`, the total minus the aleatoric uncertainty, and lies in
+    ``[0, log M]``. The difference of two entropies cancels where members nearly agree; this form does not.
+
+    Args:
+        log_probabilities: Log-probabilities of shape ``[M, …]``. They are converted to fp64 (fp32 on a device without
+            it).
+        dim: The dimension of the classes.
+
+    Returns:
+        One value of at least zero for each position, in nats.
+
+    Example::
+
+        >>> mutual_information(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).log()).exp()
+        tensor([2.], dtype=torch.float64)
+    """
+    wide = log_probabilities.to(widest_dtype(log_probabilities.device))
+    difference = wide - log_mean_exp(wide)
+    # A class of probability zero contributes nothing; 0 times infinity would be nan.
+    terms = torch.where(wide == -math.inf, 0.0, wide.exp() * difference)
+    return terms.sum(dim).mean(0).clamp_min(0.0)

@@ -122,8 +122,8 @@ def test_reset_pickle_and_plot() -> None:
 @pytest.mark.parametrize(
     ("arguments", "predictions", "sentence"),
     [
-        ({"measure": "kappa"}, None, "`measure` is one of"),
-        ({"outputs": "labels"}, None, "`outputs` is"),
+        ({"measure": "kappa"}, None, "`measure` must be one of 'pairwise', 'mutual_information'"),
+        ({"outputs": "labels"}, None, "`outputs` must be one of 'probabilities', 'logits'"),
         ({}, torch.zeros(1, 5, dtype=torch.long), "at least two members"),
         ({}, torch.zeros(3, dtype=torch.long), r"got torch.int64 of shape \[3\]"),
         ({}, torch.zeros(3, 5), "scores"),

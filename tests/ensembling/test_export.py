@@ -111,7 +111,7 @@ def test_the_exported_result_has_no_gradients_either() -> None:
 def test_tracing_warns_of_nothing_and_refuses_what_a_traced_program_cannot_compare(tmp_path: Path) -> None:
     Ensemble(members(), outputs="binary_logits").to_torchscript(method="trace", example_inputs=X)
     path = tmp_path / "traced.pt"
-    with pytest.raises(ValueError, match=r"a traced program cannot see: use `torch.export`"):
+    with pytest.raises(ValueError, match=r"a traced program cannot check: use `torch.export`"):
         Ensemble([Labels(1), Labels(2)], outputs="values").to_torchscript(path, method="trace", example_inputs=X)
     assert not path.exists()
 

@@ -11,13 +11,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, nll_loss
 
+from lightning_optim.ensembling.diversity import mutual_information
 from lightning_optim.ensembling.mean_prediction import (
-    combine,
     log_mean_exp,
-    mean,
     mean_binary_logits,
     mean_logits,
-    mutual_information,
+    mean_prediction,
+    mean_values,
 )
 
 M, B, C = 5, 32, 4
@@ -61,14 +61,14 @@ def test_binary_logits_of_scale_100_stay_finite_and_exact() -> None:
 def test_copies_of_one_member_give_that_member(kind: str) -> None:
     z = logits()[0]
     one = torch.softmax(z, -1) if kind == "probabilities" else z.log_softmax(-1)
-    assert torch.allclose(combine([one] * 7, kind), one, atol=1e-5)
+    assert torch.allclose(mean_prediction([one] * 7, kind), one, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["values", "logits", "binary_logits", "probabilities"])
 def test_the_order_of_members_does_not_matter(kind: str) -> None:
     z = logits()
-    assert torch.allclose(combine(z, kind), combine(z.flip(0), kind), atol=1e-5)
-    assert not torch.allclose(combine(z, kind), combine(z[1:], kind), atol=1e-2)
+    assert torch.allclose(mean_prediction(z, kind), mean_prediction(z.flip(0), kind), atol=1e-5)
+    assert not torch.allclose(mean_prediction(z, kind), mean_prediction(z[1:], kind), atol=1e-2)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -87,7 +87,10 @@ def test_on_every_batch_the_mean_loses_at_most_as_much_as_its_members(seed: int)
             [binary_cross_entropy_with_logits(member, binary, reduction="none") for member in z],
             binary_cross_entropy_with_logits(mean_binary_logits(z), binary, reduction="none"),
         ),
-        ([mse_loss(member, targets, reduction="none") for member in z], mse_loss(mean(z), targets, reduction="none")),
+        (
+            [mse_loss(member, targets, reduction="none") for member in z],
+            mse_loss(mean_values(z), targets, reduction="none"),
+        ),
     ):
         average = torch.stack(member_losses).mean(0)
         assert (loss <= average + 1e-5).all()
@@ -96,8 +99,8 @@ def test_on_every_batch_the_mean_loses_at_most_as_much_as_its_members(seed: int)
 
 def test_the_squared_error_of_the_mean_is_the_members_less_their_ambiguity() -> None:
     f, y = logits().double(), logits(seed=1)[0].double()
-    ambiguity = (f - mean(f)).square().mean(0)
-    assert torch.allclose((mean(f) - y).square(), (f - y).square().mean(0) - ambiguity)
+    ambiguity = (f - mean_values(f)).square().mean(0)
+    assert torch.allclose((mean_values(f) - y).square(), (f - y).square().mean(0) - ambiguity)
 
 
 def test_total_uncertainty_is_aleatoric_plus_mutual_information() -> None:
@@ -130,7 +133,7 @@ def test_sklearn_says_the_same_of_probabilities_and_loss() -> None:
     expected = torch.from_numpy(voting.predict_proba(x.numpy()))
     assert torch.allclose(mean_logits(z).exp(), expected, atol=1e-9)
     assert float(cross_entropy(mean_logits(z), y)) == pytest.approx(log_loss(y.numpy(), expected.numpy()), rel=1e-9)
-    probabilities = combine(z.softmax(-1), "probabilities")
+    probabilities = mean_prediction(z.softmax(-1), "probabilities")
     assert float(nll_loss(probabilities.log(), y)) == pytest.approx(log_loss(y.numpy(), expected.numpy()), rel=1e-9)
 
 
@@ -147,21 +150,21 @@ def test_values_are_combined_leaf_by_leaf() -> None:
     outputs = [
         {"y": (torch.full((2,), v), [torch.full((1,), -v)]), "n": 3, "mask": torch.tensor([True])} for v in (1.0, 2.0)
     ]
-    result = mean(iter(outputs))
+    result = mean_values(iter(outputs))
     assert torch.equal(result["y"][0], torch.full((2,), 1.5)) and torch.equal(result["y"][1][0], torch.tensor([-1.5]))
     assert result["n"] == 3 and torch.equal(result["mask"], torch.tensor([True]))
 
 
 def test_values_in_half_precision_are_summed_in_fp32() -> None:
     outputs = torch.tensor([60000.0, 60000.0, 1.0]).half()
-    assert mean(outputs) == pytest.approx((2 * float(outputs[0]) + 1) / 3)
+    assert mean_values(outputs) == pytest.approx((2 * float(outputs[0]) + 1) / 3)
 
 
 def test_the_members_outputs_are_left_alone() -> None:
     z = list(logits())
     before = [output.clone() for output in z]
     for kind in ("values", "logits", "binary_logits", "probabilities"):
-        combine(z, kind)
+        mean_prediction(z, kind)
     assert all(torch.equal(a, b) for a, b in zip(z, before, strict=True))
 
 
@@ -180,7 +183,7 @@ def test_the_members_outputs_are_left_alone() -> None:
         ([True, 1], "values", "cannot be averaged"),
         ([(torch.zeros(4), torch.zeros(4))], "logits", "return one tensor"),
         ([torch.zeros(4, 1)], "logits", "one class"),
-        ([torch.zeros(4, 2, 3)], "logits", "where the classes are"),
+        ([torch.zeros(4, 2, 3)], "logits", "dimension of the classes is not known"),
         ([], "values", "no output"),
         ([], "logits", "no output"),
         ([], "binary_logits", "no output"),
@@ -188,10 +191,10 @@ def test_the_members_outputs_are_left_alone() -> None:
 )
 def test_what_has_no_mean_is_refused(outputs: list[object], kind: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        combine(outputs, kind)
+        mean_prediction(outputs, kind)
 
 
 def test_where_the_classes_are_can_be_said() -> None:
     z = torch.randn(M, 2, C, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(combine(z, "logits", dim=1).exp(), z.softmax(2).mean(0), atol=1e-6)
-    assert torch.allclose(combine(z, "logits", dim=-1).exp(), z.softmax(-1).mean(0), atol=1e-6)
+    assert torch.allclose(mean_prediction(z, "logits", dim=1).exp(), z.softmax(2).mean(0), atol=1e-6)
+    assert torch.allclose(mean_prediction(z, "logits", dim=-1).exp(), z.softmax(-1).mean(0), atol=1e-6)

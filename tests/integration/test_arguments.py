@@ -133,8 +133,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("Ensemble([3])", "members", "int", "are LightningModules"),
     ("Ensemble([LightningModule()], outputs='labels')", "outputs", "'labels'", "is one of"),
     ("Ensemble([LightningModule()], outputs='logits', dim=0.5)", "dim", "0.5", "an integer"),
-    ("Disagreement('other')", "measure", "'other'", "is one of"),
-    ("Disagreement(outputs='labels')", "outputs", "'labels'", "'probabilities' or 'logits'"),
+    ("Disagreement('other')", "measure", "'other'", "'pairwise', 'mutual_information'"),
+    ("Disagreement(outputs='labels')", "outputs", "'labels'", "'probabilities', 'logits'"),
 ]
 
 # Base classes without arguments of their own, and what takes names, selections and switches only.

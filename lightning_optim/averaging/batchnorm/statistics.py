@@ -47,7 +47,7 @@ class _Moments:
         count = values.numel() // max(1, values.shape[1])
         dims = [dim for dim in range(values.ndim) if dim != 1]
         variance, mean = torch.var_mean(values.detach().to(foreach.accumulation_dtype(values)), dims, correction=0)
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        wide = foreach.widest_dtype(values.device)
         self.add(count, mean.to(wide), variance.to(wide) * count)
         return count
 
@@ -213,7 +213,7 @@ def _over_ranks(layers: Sequence[BatchNormBase], moments: list[_Moments], group:
     if not layers:
         return moments
     sizes = [layer.num_features for layer in layers]
-    wide = torch.float32 if layers[0].running_mean.device.type == "mps" else torch.float64  # type: ignore[union-attr]
+    wide = foreach.widest_dtype(layers[0].running_mean.device)  # type: ignore[union-attr]
     parts = []
     for layer, seen, size in zip(layers, moments, sizes, strict=True):
         nothing = torch.zeros(size, dtype=wide, device=layer.running_mean.device)  # type: ignore[union-attr]
