@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_optim.resume.exactness import resumes_exactly_from_here
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.runtime.files.safe_reading import check, first_line, load
 from lightning_optim.runtime.lightning import (
@@ -129,31 +130,12 @@ class CheckpointLabel(Callback):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_KEY] = {"seed": self.seed, "index": self.index, "exact": _resumes_exactly(trainer)}
+        checkpoint[_KEY] = {"seed": self.seed, "index": self.index, "exact": resumes_exactly_from_here(trainer)}
 
     def marks(self, checkpoint: Any) -> bool:
         """Whether a file is this member's, and a run that goes on from it ends as one that was never killed."""
         mark = {"seed": self.seed, "index": self.index, "exact": True}
         return isinstance(checkpoint, dict) and checkpoint.get(_KEY) == mark
-
-
-def _resumes_exactly(trainer: Trainer) -> bool:
-    """Whether :class:`~lightning_optim.ExactResume` would have no doubt about a file that is written now."""
-    fit_loop, progress = trainer.fit_loop, trainer.fit_loop.epoch_loop.batch_progress
-    loaders = [] if fit_loop._combined_loader is None else fit_loop._combined_loader.flattened
-    if any(getattr(loader, "persistent_workers", False) for loader in loaders):
-        return False
-    if progress.is_last_batch or progress.current.ready >= trainer.num_training_batches:
-        return True
-    # In the middle of an epoch loaders must save their position, and no window may be open.
-    automatic = trainer.lightning_module.automatic_optimization
-    closed = automatic and progress.current.ready % trainer.accumulate_grad_batches == 0
-    return closed and all(map(_saves_position, loaders))
-
-
-def _saves_position(loader: Any) -> bool:
-    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") and hasattr(loader, "__len__")
-    return stateful and not getattr(loader, "num_workers", 0)
 
 
 def last_checkpoint(trainer: Trainer, mark: CheckpointLabel) -> Path | None:

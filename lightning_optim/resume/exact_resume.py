@@ -14,6 +14,7 @@ from lightning_optim.resume.buffers import Buffers
 from lightning_optim.resume.loops import Resume
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.logged_values import logged_values, metric_updates
 
 
 class ExactResume(OptimCallback):
@@ -114,10 +115,10 @@ class ExactResume(OptimCallback):
             # What metrics have of a validation: if it runs again they have none of it, and if it is done they are reset
             # when its last hook was called.
             before, updates = self._before_validation
-            counts = rank_state.metric_updates(trainer)
+            counts = metric_updates(trainer)
             touched = {name for name, count in counts.items() if count != updates.get(name)}
             moment = before if validation == "running" else moment
-        loaders, logged = rank_state.loader_state(trainer), rank_state.logged_state(trainer, touched)
+        loaders, logged = rank_state.loader_state(trainer), logged_values(trainer, touched)
         return {"moment": moment, "loaders": loaders, "logged": logged}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
@@ -164,5 +165,5 @@ class ExactResume(OptimCallback):
 
     def _validate(self, trainer: Trainer, validate: Callable[[], Any]) -> Any:
         # Before the loader's iterator is made, which draws.
-        self._before_validation = rank_state.moment(trainer), rank_state.metric_updates(trainer)
+        self._before_validation = rank_state.moment(trainer), metric_updates(trainer)
         return validate()

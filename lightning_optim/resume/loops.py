@@ -8,7 +8,9 @@ from typing import Any
 
 from lightning_optim.resume import rank_state
 from lightning_optim.resume.buffers import set_buffers_
-from lightning_optim.runtime.lightning import Trainer, _Stateful, rank_zero_warn
+from lightning_optim.resume.exactness import inexact_parts
+from lightning_optim.runtime.lightning import Trainer, rank_zero_warn
+from lightning_optim.runtime.logged_values import set_logged_values_
 
 
 class Place(enum.Enum):
@@ -144,7 +146,7 @@ class Resume:
             return
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed if self.within_epoch else 0
         rank_state.set_rebuilt_(self.trainer, self.mine["loaders"]["rebuilt"])
-        rank_state.set_logged_state_(self.trainer, self.mine["logged"], done)
+        set_logged_values_(self.trainer, self.mine["logged"], done)
         set_buffers_(self.trainer, self.buffers)
         rank_state.set_moment_(self.trainer, self.mine["moment"])
         if self.place is Place.EPOCH_END:
@@ -210,48 +212,18 @@ class Resume:
             rank_zero_warn(f"This resume is not exact: {'; '.join(doubts)}.")
 
     def _doubts(self) -> list[str]:
-        """What cannot be exact, and what to do instead."""
-        loaders = rank_state.loaders(self.trainer)
+        """Name what cannot be exact, each with what to change."""
         doubts = []
         if not self.known:
-            doubts.append("the file was written without `ExactResume`")
+            doubts.append("the checkpoint was written without `ExactResume`")
         elif self.mine is None:
             doubts.append(
-                f"{self._writers} processes wrote the file and {self.trainer.world_size} read it: resume with as many"
+                f"{self._writers} processes wrote the checkpoint and {self.trainer.world_size} read it: resume with as"
+                " many"
             )
-        if self.within_epoch and not self.trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-            doubts += self._doubts_within_epoch(loaders)
         if self.place is Place.INSIDE_BATCH:
-            doubts.append("the file was written inside a training batch: write it in `on_train_batch_end` or later")
-        if any(getattr(loader, "persistent_workers", False) for loader in loaders):
             doubts.append(
-                "workers that outlive an epoch go on with a random state that is in no file: set"
-                " `persistent_workers=False`, if the data set draws random numbers"
+                "the checkpoint was written inside a training batch: write it in `on_train_batch_end` or later"
             )
-        return doubts
-
-    def _doubts_within_epoch(self, loaders: list[Any]) -> list[str]:
-        doubts = []
-        if not all(isinstance(loader, _Stateful) for loader in loaders):
-            doubts.append(
-                "the file is from the middle of an epoch and a training loader does not save its position: give it"
-                " `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader` has them), or resume from an"
-                " epoch's end"
-            )
-        if any(getattr(loader, "num_workers", 0) for loader in loaders):
-            doubts.append(
-                "the file is from the middle of an epoch and holds no random state of worker processes: set"
-                " `num_workers=0`, or resume from an epoch's end, if the data set draws random numbers"
-            )
-        if getattr(self.trainer.fit_loop._data_fetcher, "batches", None):
-            doubts.append(
-                "a training loader has no length, so Lightning had fetched the next batch already, and the file does"
-                " not hold it: give the loader `__len__`, or resume from an epoch's end"
-            )
-        window_is_open = self.trainer.fit_loop.epoch_loop._should_accumulate()
-        if window_is_open and all(p.grad is None for p in self.trainer.lightning_module.parameters()):
-            doubts.append(
-                "the file does not hold the gradients of the accumulation window that was open: use"
-                " `GradientAccumulation` in place of `Trainer(accumulate_grad_batches=…)`"
-            )
-        return doubts
+        batches_are_left = not self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        return doubts + inexact_parts(self.trainer, within_epoch=self.within_epoch and batches_are_left)

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_optim import Ensemble, fit_members
-from lightning_optim.ensembling.member_files import _saves_position, member_seed
-from tests.ensembling.test_fit_members import Makes, Net, Positioned, make_member, same, shuffling, weights
+from lightning_optim.ensembling.member_files import member_seed
+from tests.ensembling.test_fit_members import Makes, Net, make_member, same, shuffling, weights
 
 
 def fit(folder: Path, makes: Makes, size: int = 2) -> list[str]:
@@ -144,13 +144,6 @@ def test_hyper_parameters_of_any_kind_do_not_make_a_member_new(tmp_path: Path) -
     assert len(makes.trainers) == 1
     ensemble = Ensemble.from_checkpoints(Net, paths, outputs="values", on="net", weights_only=False)
     assert same([ensemble.members[0].state_dict()], [torch.load(paths[0], weights_only=False)["state_dict"]])
-
-
-def test_loaders_that_workers_read_ahead_of_do_not_save_the_position_of_the_step() -> None:
-    loader = Positioned()
-    assert _saves_position(loader) and not _saves_position(shuffling())
-    loader.num_workers = 2
-    assert not _saves_position(loader)
 
 
 def test_the_list_of_members(tmp_path: Path) -> None:

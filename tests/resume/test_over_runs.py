@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 
 from lightning_optim.resume.exact_resume import ExactResume
-from lightning_optim.resume.rank_state import random_state, set_random_state_
+from lightning_optim.runtime.random_state import random_state, set_random_state_
 from tests.resume.helpers import WriteAndDie, difference, fit, killed
 from tests.resume.models import Net, PositionLoader, shuffling
 
@@ -70,7 +70,7 @@ def test_warns_of_another_number_of_processes(path: Path) -> None:
     file = torch.load(path, weights_only=True)
     file["callbacks"]["ExactResume"]["ranks"] *= 2
     torch.save(file, path)
-    with pytest.warns(UserWarning, match="2 processes wrote the file and 1 read it"):
+    with pytest.warns(UserWarning, match="2 processes wrote the checkpoint and 1 read it"):
         fit([ExactResume()], path=path)
 
 

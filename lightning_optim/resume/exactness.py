@@ -1,0 +1,75 @@
+"""Decide whether a resume from here is exact, and say what to change where it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_optim.resume.rank_state import loaders
+from lightning_optim.runtime.lightning import Trainer, _Stateful
+from lightning_optim.runtime.order import Slot
+
+
+def resumes_exactly_from_here(trainer: Trainer) -> bool:
+    """Return True if a run that resumes from a checkpoint written now, with ``ExactResume``, equals this one.
+
+    Within an epoch of manual optimization the answer is always False: only the module knows whether it accumulates.
+    """
+    within_epoch = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    if within_epoch and not trainer.lightning_module.automatic_optimization:
+        return False
+    return not inexact_parts(trainer, within_epoch)
+
+
+def inexact_parts(trainer: Trainer, within_epoch: bool) -> list[str]:
+    """Name the parts of a run that no checkpoint holds, each with what to change.
+
+    Args:
+        trainer: A Trainer whose training data are set up, when a checkpoint is written or resumed from.
+        within_epoch: True if batches of the running epoch are left.
+    """
+    parts = _inexact_within_epoch(trainer) if within_epoch else []
+    if any(getattr(loader, "persistent_workers", False) for loader in loaders(trainer)):
+        parts.append(
+            "worker processes that outlive an epoch go on with a random state that no checkpoint holds: set"
+            " `persistent_workers=False` if the data set draws random numbers"
+        )
+    return parts
+
+
+def _inexact_within_epoch(trainer: Trainer) -> list[str]:
+    parts, training_loaders = [], loaders(trainer)
+    if not all(isinstance(loader, _Stateful) for loader in training_loaders):
+        parts.append(
+            "the checkpoint is from the middle of an epoch and a training loader does not save its position: give it"
+            " `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader` has them), or resume from an"
+            " epoch's end"
+        )
+    if any(getattr(loader, "num_workers", 0) for loader in training_loaders):
+        parts.append(
+            "the checkpoint is from the middle of an epoch and holds no random state of worker processes: set"
+            " `num_workers=0`, or resume from an epoch's end, if the data set draws random numbers"
+        )
+    if not all(map(_has_length, training_loaders)):
+        parts.append(
+            "a training loader has no length, so Lightning had fetched the next batch already, and the checkpoint does"
+            " not hold it: give the loader `__len__`, or resume from an epoch's end"
+        )
+    if trainer.fit_loop.epoch_loop._should_accumulate() and not _window_is_saved(trainer):
+        parts.append(
+            "the checkpoint does not hold the gradients of the accumulation window that was open: use"
+            " `GradientAccumulation` in place of `Trainer(accumulate_grad_batches=…)`"
+        )
+    return parts
+
+
+def _window_is_saved(trainer: Trainer) -> bool:
+    """Return True if a callback of this package saves an open window, and its gradients are here."""
+    saves = any(getattr(callback, "slot", None) is Slot.ACCUMULATE for callback in trainer.callbacks)
+    return saves and any(parameter.grad is not None for parameter in trainer.lightning_module.parameters())
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):  # it has no `__len__`, or one that its data set does not answer
+        return False

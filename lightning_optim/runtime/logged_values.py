@@ -1,0 +1,122 @@
+"""Read and set what ``self.log`` and torchmetrics have gathered in an epoch.
+
+States are tensors and plain values, so that a checkpoint that holds them loads with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_optim.runtime.lightning import Trainer
+
+# A checkpoint names a reduction by its index here: nothing that a checkpoint says is looked up among all functions.
+_REDUCTIONS = (torch.mean, torch.sum, torch.max, torch.min, sum, max, min)
+_SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+_META = (
+    "fx",
+    "name",
+    "prog_bar",
+    "logger",
+    "on_step",
+    "on_epoch",
+    "enable_graph",
+    "add_dataloader_idx",
+    "metric_attribute",
+)
+
+
+def metric_updates(trainer: Trainer) -> dict[str, int]:
+    """Return how often each torchmetrics metric of the module was updated since its reset, by name."""
+    modules = trainer.lightning_module.named_modules()
+    return {name: module._update_count for name, module in modules if isinstance(module, Metric)}
+
+
+def logged_values(trainer: Trainer, without_metrics: Collection[str] = ()) -> dict[str, Any]:
+    """Copy to the CPU what was logged so far in this epoch, the metrics that callbacks see, and those of torchmetrics.
+
+    Args:
+        trainer: A Trainer that fits.
+        without_metrics: Names of torchmetrics metrics that are left out.
+    """
+    connector, epoch_loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    updates = {name: count for name, count in metric_updates(trainer).items() if count and name not in without_metrics}
+    modules = dict(trainer.lightning_module.named_modules())
+    return {
+        "shown": {name: copied(getattr(connector, name)) for name in _SHOWN},
+        "hook": connector._current_fx,
+        # A process group cannot be saved, so a value that is reduced over a group of the user's starts anew.
+        "results": [_result(m) for m in epoch_loop._results.values() if not m.has_reset and m.meta.sync.group is None],
+        "metrics": {name: [count, copied(modules[name].metric_state)] for name, count in updates.items()},
+    }
+
+
+def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) -> None:
+    """Set what was logged to a copy that :func:`logged_values` returned.
+
+    Args:
+        trainer: A Trainer that fits.
+        state: The copy.
+        batches: Number of batches of the running epoch that are done; 0 between epochs.
+    """
+    connector, device = trainer._logger_connector, trainer.strategy.root_device
+    for name in _SHOWN:
+        setattr(connector, name, copied(state["shown"][name], device))
+    # Lightning empties what a hook logged before when it logs in an epoch's first batch: this is not the first.
+    connector._current_fx, connector._first_loop_iter = state["hook"], batches == 1 if batches else None
+    modules = dict(trainer.lightning_module.named_modules())
+    for name, (count, values) in state["metrics"].items():
+        metric = modules.get(name)
+        if isinstance(metric, Metric) and metric._defaults.keys() == values.keys():
+            for key, value in values.items():
+                setattr(metric, key, copied(value, metric.device))
+            metric._update_count, metric._computed = count, None
+    for result in state["results"]:
+        _set_result_(trainer, result, modules)
+
+
+def copied(tree: Any, device: torch.device | str = "cpu") -> Any:
+    """Copy nested dictionaries and lists, with their tensors on ``device``."""
+    if isinstance(tree, dict):
+        return {name: copied(value, device) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [copied(value, device) for value in tree]
+    return tree.detach().clone().to(device) if isinstance(tree, Tensor) else tree
+
+
+def _result(result: Any) -> dict[str, Any]:
+    """Return one logged name: its options, and the value so far."""
+    meta = result.meta
+    return {
+        "meta": {name: getattr(meta, name) for name in _META},
+        "reduction": _REDUCTIONS.index(meta.reduce_fx),
+        "sync": [meta.sync.should, meta.sync.rank_zero_only],
+        "states": copied(result.metric_state) if result.is_tensor else None,
+        "last": copied(result._forward_cache) if isinstance(result._forward_cache, Tensor) else None,
+    }
+
+
+def _set_result_(trainer: Trainer, state: dict[str, Any], modules: dict[str, Any]) -> None:
+    meta, (sync, rank_zero_only) = state["meta"], state["sync"]
+    value = modules.get(meta["metric_attribute"]) if state["states"] is None else torch.zeros(())
+    if not isinstance(value, Tensor | Metric):
+        return
+    results = trainer.fit_loop.epoch_loop._results
+    # Logged once, so that Lightning builds the entry, and without reduction: a collective has no place here.
+    results.log(
+        value=value,
+        reduce_fx=_REDUCTIONS[state["reduction"]],
+        sync_dist_fn=trainer.strategy.reduce,
+        batch_size=1,
+        rank_zero_only=rank_zero_only,
+        **meta,
+    )
+    result = results[f"{meta['fx']}.{meta['name']}"]
+    result.meta.sync.should = sync
+    for key, tensor in (state["states"] or {}).items():
+        setattr(result, key, copied(tensor, trainer.strategy.root_device))
+    result._forward_cache = copied(state["last"], trainer.strategy.root_device)
