@@ -61,6 +61,15 @@ def in_another_fit(callback: SessionCallback) -> MisconfigurationException:
     )
 
 
+def nested_averages(callback: SessionCallback) -> MisconfigurationException:
+    """Make the error for an average that would go into a module that holds another callback's average."""
+    return MisconfigurationException(
+        f"The module holds the average of another callback now, as in each validation with `evaluate=True`, and cannot"
+        f" hold that of {type(callback).__name__} too: put it into a copy of the module, with"
+        " `callback.averaged_weights(copy)`."
+    )
+
+
 def refuse_more_optimizers(callbacks: Sequence[SessionCallback], trainer: Trainer) -> None:
     """Raise if there are more optimizers by now than when the fit began."""
     before, now = min(len(callback.steps) for callback in callbacks), len(trainer.optimizers)

@@ -226,16 +226,14 @@ def test_an_exchange_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPat
 
 
 class Saved(Callback):
-    """Saves at the end of the first epoch, within the contexts that it is given, and remembers what lay there then."""
+    """Save at the end of the first epoch, while the module holds an average."""
 
-    def __init__(self, path: Path, *within: WeightAveraging) -> None:
-        self.path, self.within = path, within
+    def __init__(self, path: Path, average: WeightAveraging | None) -> None:
+        self.path, self.average = path, average
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         if trainer.current_epoch == 0:
-            with contextlib.ExitStack() as contexts:
-                for callback in self.within:
-                    contexts.enter_context(callback.averaged_weights(pl_module))
+            with self.average.averaged_weights(pl_module) if self.average else contextlib.nullcontext():
                 trainer.save_checkpoint(self.path)
 
 
@@ -256,7 +254,7 @@ def _resumed(path: Path, *callbacks: WeightAveraging) -> list[dict[str, torch.Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("evaluates", "within"), [(True, "ab"), (True, "b"), (False, "a"), (False, "ba"), (True, "")])
+@pytest.mark.parametrize(("evaluates", "within"), [(True, "a"), (True, "b"), (False, "a"), (True, "")])
 def test_a_file_that_is_written_within_averaged_weights_resumes(tmp_path, evaluates, within, dtype) -> None:
     def averages() -> dict[str, WeightAveraging]:
         return {
@@ -265,7 +263,7 @@ def test_a_file_that_is_written_within_averaged_weights_resumes(tmp_path, evalua
         }
 
     model, run = Model(), averages()
-    fit(model, [*run.values(), Saved(tmp_path / "one.ckpt", *(run[name] for name in within))], max_epochs=1)
+    fit(model, [*run.values(), Saved(tmp_path / "one.ckpt", run.get(within))], max_epochs=1)
     raw, of_a, of_b = _resumed(tmp_path / "one.ckpt", *averages().values())
     assert_equal(raw, model.trajectory[-1])
     assert_close(of_a, ema(model.trajectory, DECAY))

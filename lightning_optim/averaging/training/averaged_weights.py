@@ -38,8 +38,8 @@ from lightning_optim.base.module_registry import buffer_of
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.interrupts import uninterrupted
 
-_inside: WeakKeyDictionary[nn.Module, list[AveragedWeights]] = WeakKeyDictionary()
-"""Whose averages lie in a module, each over those before it."""
+_holding: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
+"""Modules that hold an average now, and this average."""
 
 
 class AveragedWeights:
@@ -69,12 +69,12 @@ class AveragedWeights:
         self._lazy: list[nn.Parameter] = []
         self.buffers = AveragedBuffers(plan.averaged if optimizers else (), average)
         self._estimates = Estimates(plan.vectors)
-        self.inside = self.fresh = False
+        self.inside = self.left = self.fresh = False
         self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}
         self._exchanged: list[tuple[Source, Tensor]] = []
         self._versions: list[tuple[Tensor, int]] = []
-        _inside[module] = []
+        _holding.pop(module, None)
         for index in range(len(optimizers)):
             self.follow(index)
 
@@ -186,25 +186,19 @@ class AveragedWeights:
 
     def located(self) -> Iterator[tuple[Source, Tensor, Tensor]]:
         """Yield each averaged tensor with its raw value and its average, wherever these lie at this moment."""
-        stack = self._stack
-        displaced = [shadow._displaced() for shadow in stack]
-        above = displaced[stack.index(self) + 1 :] if self in stack else []
+        holder = self.holder
+        displaced = {} if holder is None else holder._displaced()
         for source, average in self.pairs():
             place, live = source.place, source.tensor
-            raw = next((lain[place] for lain in displaced if place in lain), live)
             if self.inside and place not in self._raw:
-                average = next((lain[place] for lain in above if place in lain), live)
-            yield source, raw, self.buffers.used(place, average)
+                average = live
+            yield source, displaced.get(place, live), self.buffers.used(place, average)
 
     @property
-    def _stack(self) -> list[AveragedWeights]:
+    def holder(self) -> AveragedWeights | None:
+        """The average that the model holds now: this one, or one of another callback."""
         module = self.module
-        return [] if module is None else _inside[module]
-
-    @property
-    def uppermost(self) -> bool:
-        """Whether what the model holds now is this average."""
-        return self.inside and self._stack[-1:] in ([self], [])
+        return None if module is None else _holding.get(module)
 
     def _displaced(self) -> dict[tuple[int, str], Tensor]:
         """Return the raw tensors that this average has replaced in the model: kept beside, or in its own storage."""
@@ -248,18 +242,18 @@ class AveragedWeights:
                 raise
             self.inside = not self.inside
             self._exchanged = moving if self.inside else []
-            if not self.inside:
-                self._raw, self._versions = {}, []
             self._pruning.exchange_products(module, self.inside)
             if self.inside:
-                self._stack.append(self)
+                _holding[module] = self
             else:
-                self._stack.remove(self)
+                self._raw = {}
+                _holding.pop(module, None)
 
     def leave_in(self) -> None:
         """Put the average into the model for good, and note the versions of its parameters."""
         if not self.inside:
             self.exchange_()
+        self.left = True
         held = (source.tensor for source, _ in self._exchanged if source.owner is None)
         self._versions = [(tensor, shards.version(tensor)) for tensor in held]
 
@@ -276,12 +270,13 @@ class AveragedWeights:
     def estimate_(self) -> None:
         """Estimate the singular vectors of the averaged weights, unless this was done since the last update."""
         if not self.estimated and not self.inside:
-            with self.in_model():
+            with raw_weights_in(self._alive()), self.exchanged():
                 pass
 
     @contextlib.contextmanager
-    def in_model(self) -> Iterator[None]:
-        """Context manager: the model holds the average; afterwards the raw weights again, also after an exception."""
+    def exchanged(self) -> Iterator[None]:
+        """Context manager: average and raw weights have changed places, and change back afterwards in any case."""
+        before = self.inside
         with contextlib.ExitStack() as versions:
             for source, _ in self.pairs():
                 # What was computed before may go backward afterwards: by then the weights are what they were.
@@ -290,7 +285,7 @@ class AveragedWeights:
                 self.exchange_()
                 yield
             finally:
-                if self.inside:
+                if self.inside is not before:
                     self.exchange_()
 
     def _swap_(self, source: Source, average: Tensor, leaving: bool) -> None:
@@ -434,10 +429,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def raw_in(module: nn.Module) -> Iterator[None]:
-    """Context manager: ``module`` holds its raw weights, whatever averages lie in it; afterwards these again."""
-    with contextlib.ExitStack() as back:
-        for shadow in reversed(list(_inside.get(module, []))):
-            shadow.exchange_()
-            back.callback(shadow.exchange_)
+def raw_weights_in(module: nn.Module) -> Iterator[None]:
+    """Context manager: ``module`` holds its raw weights; afterwards again the average that it held, if any."""
+    holder = _holding.get(module)
+    with contextlib.nullcontext() if holder is None or holder.lost else holder.exchanged():
         yield

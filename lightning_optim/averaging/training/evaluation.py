@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, data_group, in_training
 from lightning_optim.averaging.training import pruning
-from lightning_optim.averaging.training.averaged_weights import AveragedWeights, raw_in
+from lightning_optim.averaging.training.averaged_weights import AveragedWeights, raw_weights_in
 from lightning_optim.averaging.training.buffer_plan import BufferModes
 from lightning_optim.averaging.training.comparison import Comparison
 from lightning_optim.base import module_tensors, shards
@@ -23,6 +23,7 @@ from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.patching import patched
+from lightning_optim.runtime.refusals import nested_averages
 from lightning_optim.runtime.spawned_processes import check_weights_are_here
 from lightning_optim.runtime.validation import validate
 
@@ -57,27 +58,26 @@ class AveragedEvaluation(BatchNormRefresh):
 
         Raises:
             RuntimeError: If the fit ran in other processes (``ddp_spawn``), in which the average stayed.
+            MisconfigurationException: If ``module`` is being trained and holds another callback's average now, as
+                within a validation with that one: put this average into a copy of the module.
         """
         self._check_is_here()
-        shadow = self._averaged
-        if shadow is None:
+        average = self._averaged
+        if average is None:
             with _copied_into(module, self._held):
                 yield
-        elif not shadow.started:
+        elif not average.started or (module is average.module and average.inside):
             yield
-        elif module is not shadow.module:
-            if shadow.module is not None:
-                shadow.estimate_()
-            with _copied_into(module, shadow.named()):
-                yield
-        elif shadow.uppermost:
-            yield
-        elif shadow.inside:  # and another one over it
-            with raw_in(module), self.averaged_weights(module):
+        elif module is not average.module:
+            if average.module is not None:
+                average.estimate_()
+            with _copied_into(module, average.named()):
                 yield
         else:
+            if average.holder is not None and not average.holder.left:
+                raise nested_averages(self)
             self._agree()
-            with shadow.in_model():
+            with raw_weights_in(module), average.exchanged():
                 self._refresh()
                 yield
 
@@ -115,7 +115,7 @@ class AveragedEvaluation(BatchNormRefresh):
     def _saved_as_state_dict(self) -> bool:
         """Whether it is this average that a file written now holds as ``state_dict``."""
         evaluated = self.fit and self.fit.average
-        return evaluated is self or (evaluated is None and self._averaged is not None and self._averaged.uppermost)
+        return evaluated is self or (evaluated is None and self._averaged is not None and self._averaged.inside)
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """The averaged tensors by name; empty before the first update."""
@@ -167,7 +167,7 @@ class AveragedEvaluation(BatchNormRefresh):
             if self.session.average is not self or shadow is None or not shadow.started:
                 return save(filepath, weights_only, storage_options)
             with contextlib.ExitStack() as saving:
-                saving.enter_context(raw_in(pl_module))
+                saving.enter_context(raw_weights_in(pl_module))
                 if not weights_only:
                     exchanged = shards.local_shards(source.tensor for source, _ in shadow.pairs())
                     saving.enter_context(_states_of_now(trainer, exchanged))
@@ -182,7 +182,7 @@ class AveragedEvaluation(BatchNormRefresh):
         """Return a ``state_dict`` with the average, for checkpoints that are made but not saved by the Trainer."""
 
         def dump() -> dict[str, Any]:
-            if self.session.average is not self or self._averaged is None or self._averaged.uppermost:
+            if self.session.average is not self or self._averaged is None or self._averaged.inside:
                 return state_dict()
             self._settle(trainer, pl_module)
             saved = state_dict()
