@@ -43,7 +43,7 @@ from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.evaluated_weights import evaluated_state
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.step import drop_step, gradients_of, total_steps
+from lightning_optim.runtime.step import OptimizerStep, drop_step, gradients_of, total_steps
 from lightning_optim.stopping.combined_criteria import AllOf, AnyOf, AtLeast
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.early_stopping import EarlyStopping
@@ -86,6 +86,7 @@ __all__ = [
     "NonFinite",
     "NormClipping",
     "OptimCallback",
+    "OptimizerStep",
     "Penalty",
     "Piecewise",
     "Plateau",

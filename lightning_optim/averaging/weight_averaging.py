@@ -200,10 +200,10 @@ class WeightAveraging(AveragedEvaluation):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         assert self._averaged is not None
-        self._averaged.follow(trainer.optimizers.index(optimizer))
+        self._averaged.follow(self.current_step(optimizer).index)
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        index = trainer.optimizers.index(optimizer)
+        index = self.current_step(optimizer).index
         if not self._asks and self._due(self.steps[index]):
             self._update(index)
 

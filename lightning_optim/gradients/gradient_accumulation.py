@@ -19,7 +19,6 @@ from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.step import gradients_of
 
 
 class GradientAccumulation(OptimCallback):
@@ -172,7 +171,8 @@ class GradientAccumulation(OptimCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        window = self._windows.pop(trainer.optimizers.index(optimizer), None)
+        step = self.current_step(optimizer)
+        window = self._windows.pop(step.index, None)
         if window is None or window.count == 0:
             return
         factor = window.correction(trainer.world_size)
@@ -180,7 +180,7 @@ class GradientAccumulation(OptimCallback):
             # What a micro-batch weighed, for a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
-            _, grads = sparse.dense_rows(*gradients_of(optimizer))
+            _, grads = sparse.dense_rows(step.weights, step.grads)
             for grad in shards.local_shards(grads):
                 grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
 

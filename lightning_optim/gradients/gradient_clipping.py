@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from lightning_optim.base import shards, sparse
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.norms import total_norm
 from lightning_optim.base.policy import PerOptimizer
 from lightning_optim.base.selection import Selection
 from lightning_optim.gradients.attempts import Attempts
@@ -23,7 +22,7 @@ from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zer
 from lightning_optim.runtime.lightning.grad_scaler import agree_on_overflow, scale_of
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_parts
-from lightning_optim.runtime.step import drop_step, gradients_of
+from lightning_optim.runtime.step import OptimizerStep, drop_step
 
 NonFinite = Literal["skip", "raise", "ignore"]
 
@@ -147,43 +146,33 @@ class GradientClipping(OptimCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        weights, grads = gradients_of(optimizer)
-        norm_type = self.policies[0].norm_type
-        norm = self.session.take_norm(optimizer, grads, norm_type)
-        if not grads:
+        step = self.current_step(optimizer)
+        if not step.grads:
             return
-        index = trainer.optimizers.index(optimizer)
-        logs, guards = self.logs_now(trainer), self.nonfinite != "ignore" or self.spike is not None
-        if norm is None and (logs or guards):
-            norm = total_norm(sparse.dense_rows(weights, grads)[1], norm_type)
+        norm_type = self.policies[0].norm_type
+        checks = self.nonfinite != "ignore" or self.spike is not None
+        norm = step.norm(norm_type) if checks or step.logs else step.known_norm(norm_type)
         verdict: Verdict = "fine"
         value: float | None = None
-        if guards and norm is not None:
-            verdict, value = self._guards[index].judge(norm, trainer.world_size)
+        if checks and norm is not None:
+            verdict, value = self._guards[step.index].judge(norm, trainer.world_size)
         if verdict == "fine" or value is None:
-            self._attempts.tried(index)
-            self._clip_(optimizer, index, weights, grads, norm, value)
+            self._attempts.tried(step.index)
+            self._clip_(step, norm, value)
         else:
-            self._drop(trainer, pl_module, optimizer, verdict, value)
-        if logs and norm is not None:
+            self._drop(trainer, step, verdict, value)
+        if step.logs and norm is not None:
             self.log_value(pl_module, "gradients/norm", norm, optimizer)
-            if self.skipped[index]:
-                self.log_value(pl_module, "gradients/skipped", float(self.skipped[index]), optimizer)
+            if self.skipped[step.index]:
+                self.log_value(pl_module, "gradients/skipped", float(self.skipped[step.index]), optimizer)
 
-    def _clip_(
-        self,
-        optimizer: Optimizer,
-        index: int,
-        weights: list[Tensor],
-        grads: list[Tensor],
-        norm: Tensor | None,
-        value: float | None,
-    ) -> None:
+    def _clip_(self, step: OptimizerStep, norm: Tensor | None, value: float | None) -> None:
         """Apply the policies; ``norm`` is that of all gradients, and ``value`` the same on the host, where known."""
-        acted = self._acted[index] = []
-        step, total, norm_type = self.steps[index], self.session.total, self.policies[0].norm_type
-        for policy, selection in zip(self._copies[index], self._chosen, strict=True):
-            if value is not None and policy.norm_type == norm_type and policy.is_idle(value, step=step, total=total):
+        acted = self._acted[step.index] = []
+        norm_type, weights, grads = self.policies[0].norm_type, step.weights, step.grads
+        when: dict[str, Any] = {"step": step.number, "total": step.total}
+        for policy, selection in zip(self._copies[step.index], self._chosen, strict=True):
+            if value is not None and policy.norm_type == norm_type and policy.is_idle(value, **when):
                 continue
             some_weights, some_grads, chosen = weights, grads, None
             if selection is not None:
@@ -193,11 +182,13 @@ class GradientClipping(OptimCallback):
                 some_weights, some_grads = [w for w, _ in pairs], [g for _, g in pairs]
             if some_grads:
                 known = norm if chosen is None and policy.norm_type == norm_type else None
-                units = {}  # Only a policy that asks for them must take them: users' own may know nothing of units.
+                units: dict[
+                    str, Any
+                ] = {}  # Only a policy that asks for them must take them: users' own may know nothing of units.
                 if policy.scope != "global":
-                    units["units"] = _units(policy.scope, optimizer, chosen, some_weights)
+                    units["units"] = _units(policy.scope, step, chosen, some_weights)
                 some_weights, some_grads = sparse.dense_rows(some_weights, some_grads)
-                policy.clip_(some_grads, some_weights, norm=known, step=step, total=total, **units)
+                policy.clip_(some_grads, some_weights, norm=known, **when, **units)
                 acted.append(policy)
                 norm = value = None  # of the gradients before; the next policy sees others
 
@@ -213,22 +204,20 @@ class GradientClipping(OptimCallback):
 
     # ---- skipped steps -----------------------------------------------------------------------------------------------
 
-    def _drop(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, verdict: Verdict, value: float
-    ) -> None:
-        index = trainer.optimizers.index(optimizer)
+    def _drop(self, trainer: Trainer, step: OptimizerStep, verdict: Verdict, value: float) -> None:
+        optimizer, index = step.optimizer, step.index
         where = f"in epoch {trainer.current_epoch}, batch {self._batch_idx} the norm of its gradients is {value:.4g}"
         curable = verdict == "nonfinite" and scale_of(trainer) > 1.0  # by a smaller scale
         if not curable:
             self._in_a_row[index] += 1
             row = self._in_a_row[index]
             if verdict == "nonfinite" and self.nonfinite == "raise":
-                raise RuntimeError(f"{type(optimizer).__name__}: {where}. {_not_finite(pl_module, optimizer)}")
+                raise RuntimeError(f"{type(optimizer).__name__}: {where}. {_not_finite(step)}")
             if row > self.max_consecutive_skips:
                 raise RuntimeError(
                     f"{row} steps in a row of {type(optimizer).__name__} would be skipped, more than"
                     f" `max_consecutive_skips={self.max_consecutive_skips}`: {where}."
-                    f" {_not_finite(pl_module, optimizer)}"
+                    f" {_not_finite(step)}"
                 )
         if verdict == "nonfinite":
             agree_on_overflow(trainer, optimizer, overflow=curable)
@@ -240,7 +229,7 @@ class GradientClipping(OptimCallback):
         self.skipped_at = [*self.skipped_at[1 - _PLACES :], [index, trainer.current_epoch, self._batch_idx]]
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        index = trainer.optimizers.index(optimizer)
+        index = self.current_step(optimizer).index
         self._attempts.happened(index)
         self._in_a_row[index] = 0
 
@@ -283,18 +272,16 @@ def _from_number(number: Any) -> Clipping:
     return ClipByNorm(float(number))
 
 
-def _units(scope: Scope, optimizer: Optimizer, chosen: set[int] | None, weights: list[Tensor]) -> list[int]:
+def _units(scope: Scope, step: OptimizerStep, chosen: set[int] | None, weights: list[Tensor]) -> list[int]:
     """The number of each weight's group, or its own among all that are chosen, whether they have a gradient or not."""
-    grouped = [(id(p), number) for number, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    grouped = [(id(parameter), number) for number, group in enumerate(step.groups) for parameter in group]
     listed = [(key, number) for key, number in grouped if chosen is None or key in chosen]
     unit_of = {key: own if scope == "tensor" else number for own, (key, number) in enumerate(listed)}
     return [unit_of[id(weight)] for weight in weights]
 
 
-def _not_finite(pl_module: LightningModule, optimizer: Optimizer) -> str:
+def _not_finite(step: OptimizerStep) -> str:
     """A sentence with the parameters whose gradients, or their parts on this rank, are not finite, if any are."""
-    names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-    weights, grads = gradients_of(optimizer)
-    pairs = zip(weights, shards.local_shards(sparse.dense_rows(weights, grads)[1]), strict=True)
-    found = [names.get(id(weight), "?") for weight, grad in pairs if not bool(grad.isfinite().all())]
+    named = zip(step.names, shards.local_shards(sparse.dense_rows(step.weights, step.grads)[1]), strict=True)
+    found = [name for name, grad in named if not bool(grad.isfinite().all())]
     return f"On this rank not finite are the gradients of {found}." if found else "On this rank all are finite."

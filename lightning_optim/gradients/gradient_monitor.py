@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.base import module_tensors, shards, sparse
+from lightning_optim.base import shards, sparse
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.norms import tensor_norms, total_norm
 from lightning_optim.base.ring import Ring
@@ -20,7 +20,7 @@ from lightning_optim.plotting import canvas
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.step import gradients_of
+from lightning_optim.runtime.step import OptimizerStep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,12 +32,13 @@ _BEFORE, _AFTER, _UPDATE, _CLIPPED = range(4)  # The columns of what is remember
 
 
 @dataclass
-class _Step:
-    """What is known of a step of one optimizer, as far as it has come."""
+class _Measured:
+    """Measurements of one optimizer's step, and what the rest of them needs."""
 
     norm: Tensor
     logs: bool
     weights: list[Tensor] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     copies: list[Tensor] = field(default_factory=list)
     values: dict[str, Tensor] = field(default_factory=dict)
 
@@ -102,21 +103,15 @@ class GradientMonitor(OptimCallback):
 
     def reset(self) -> None:
         self._recent: list[Ring] = []
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, _Measured] = {}
         self._attempts = Attempts()
         self._clipping: GradientClipping | None = None
-        self._names: dict[int, str] = {}
         self.skipped: list[int] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         found = (cb for cb in trainer.callbacks if isinstance(cb, GradientClipping))
         self._clipping = next(found, None)
-        shards.reshard_(pl_module)
-        names = {id(p): module_tensors.plain_name(name) for name, p in pl_module.named_parameters()}
-        if self.level == "module":
-            names = {key: name.rpartition(".")[0] or "root" for key, name in names.items()}
-        self._names = names
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -131,63 +126,62 @@ class GradientMonitor(OptimCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        weights, grads = gradients_of(optimizer)
-        if not grads:
+        step = self.current_step(optimizer)
+        if not step.grads:
             return
-        index = trainer.optimizers.index(optimizer)
-        self._attempts.tried(index)
-        norm = total_norm(sparse.dense_rows(weights, grads)[1], self._norm_type)
-        if self._clipping is not None:
-            self.session.share_norm(optimizer, grads, self._norm_type, norm)
-        self._steps[index] = step = _Step(norm, self.logs_now(trainer))
+        self._attempts.tried(step.index)
+        self._steps[step.index] = measured = _Measured(step.norm(self._norm_type), step.logs)
         if step.logs:
-            step.weights, step.copies = weights, _copies(weights)
-            step.values |= {"gradients/norm": norm, **self._detailed("gradients/norm", weights, grads)}
+            measured.weights, measured.copies = step.weights, _copies(step.weights)
+            measured.labels = self._labels(step)
+            measured.values |= {"gradients/norm": measured.norm, **self._detailed("gradients/norm", step)}
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        index = trainer.optimizers.index(optimizer)
-        self._attempts.happened(index)
-        step = self._steps.get(index)
-        if step is None:
+        step = self.current_step(optimizer)
+        self._attempts.happened(step.index)
+        measured = self._steps.get(step.index)
+        if measured is None:
             return
-        nothing = torch.full_like(step.norm, math.nan)
-        row = [step.norm, nothing, nothing, nothing]
-        clipped = None if self._clipping is None else self._clipping.clipped(index)
+        nothing = torch.full_like(measured.norm, math.nan)
+        row = [measured.norm, nothing, nothing, nothing]
+        clipped = None if self._clipping is None else self._clipping.clipped(step.index)
         if clipped is not None:
             row[_CLIPPED] = clipped.to(nothing) if isinstance(clipped, Tensor) else nothing.new_full((), clipped)
-        if step.logs:
-            weights, grads = gradients_of(optimizer)
-            row[_AFTER] = total_norm(sparse.dense_rows(weights, grads)[1], self._norm_type)
-            row[_UPDATE] = self._measure_update(step)
+        if measured.logs:
+            row[_AFTER] = step.norm(self._norm_type)
+            row[_UPDATE] = self._measure_update(measured)
             if row[_CLIPPED] is nothing and self._only_limits:
-                row[_CLIPPED] = (row[_AFTER] < step.norm).to(step.norm)
-            step.values |= {"gradients/norm_clipped": row[_AFTER], "gradients/update_ratio": row[_UPDATE]}
-            step.values |= self._detailed("gradients/norm_clipped", weights, grads)
-        self._recent[index].append(torch.stack(row))
-        if step.logs and row[_CLIPPED] is not nothing:
-            step.values["gradients/share_clipped"] = self._recent[index].rows[:, _CLIPPED].nanmean()
+                row[_CLIPPED] = (row[_AFTER] < measured.norm).to(measured.norm)
+            measured.values |= {"gradients/norm_clipped": row[_AFTER], "gradients/update_ratio": row[_UPDATE]}
+            measured.values |= self._detailed("gradients/norm_clipped", step)
+        self._recent[step.index].append(torch.stack(row))
+        if measured.logs and row[_CLIPPED] is not nothing:
+            measured.values["gradients/share_clipped"] = self._recent[step.index].rows[:, _CLIPPED].nanmean()
 
-    def _measure_update(self, step: _Step) -> Tensor:
-        weights, copies = step.weights, step.copies
+    def _measure_update(self, measured: _Measured) -> Tensor:
+        weights, copies = measured.weights, measured.copies
         before, sizes = total_norm(copies), tensor_norms(copies) if self.level != "total" else None
         torch._foreach_sub_(shards.local_shards(copies), shards.local_shards([weight.detach() for weight in weights]))
         if sizes is not None:
-            moved = _by_name(self._labels(weights), tensor_norms(copies), 2.0)
-            held = _by_name(self._labels(weights), sizes, 2.0)
-            step.values |= {f"gradients/update_ratio/{name}": _ratio(moved[name], held[name]) for name in moved}
+            moved = _by_name(measured.labels, tensor_norms(copies), 2.0)
+            held = _by_name(measured.labels, sizes, 2.0)
+            measured.values |= {f"gradients/update_ratio/{name}": _ratio(moved[name], held[name]) for name in moved}
         ratio = _ratio(total_norm(copies), before)
-        step.weights, step.copies = [], []
+        measured.weights, measured.copies = [], []
         return ratio
 
-    def _detailed(self, prefix: str, weights: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
+    def _detailed(self, prefix: str, step: OptimizerStep) -> dict[str, Tensor]:
         if self.level == "total":
             return {}
-        each = tensor_norms(sparse.dense_rows(weights, grads)[1], self._norm_type)
-        found = _by_name(self._labels(weights), each, self._norm_type)
+        each = tensor_norms(sparse.dense_rows(step.weights, step.grads)[1], self._norm_type)
+        found = _by_name(self._labels(step), each, self._norm_type)
         return {f"{prefix}/{name}": norm for name, norm in found.items()}
 
-    def _labels(self, weights: list[Tensor]) -> list[str]:
-        return [self._names.get(id(weight), "unnamed") for weight in weights]
+    def _labels(self, step: OptimizerStep) -> list[str]:
+        """Return under which name the norm of each weight is logged."""
+        if self.level == "total":
+            return []
+        return [name.rpartition(".")[0] or "root" for name in step.names] if self.level == "module" else step.names
 
     @property
     def _norm_type(self) -> float:

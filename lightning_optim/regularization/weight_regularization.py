@@ -19,7 +19,6 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_parts
-from lightning_optim.runtime.step import has_gradients
 
 _TERMS = (Penalty, Proximal)
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
@@ -93,32 +92,29 @@ class WeightRegularization(OptimCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not has_gradients(optimizer):
+        step = self.current_step(optimizer)
+        if step.dropped:
             return
-        index = trainer.optimizers.index(optimizer)
-        step, total = self.steps[index], self.session.total
-        logs = self.logs_now(trainer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for label, term, chosen in zip(self._labels, self._copies[index], self._chosen, strict=True):
-            if chosen.follow(parameters):
+        when: dict[str, Any] = {"step": step.number, "total": step.total}
+        for label, term, chosen in zip(self._labels, self._copies[step.index], self._chosen, strict=True):
+            if chosen.follow(step.parameters):
                 self._looked_up = _looked_up(pl_module)
-            weights = _trainable(parameters, chosen)
+            weights = _trainable(step.parameters, chosen)
             if not weights or not isinstance(term, Penalty):
                 continue
-            if logs:
-                value = term.value(weights, step=step, total=total)
+            if step.logs:
+                value = term.value(weights, **when)
                 self.log_value(pl_module, f"regularization/{label}", value, optimizer)
             weights = [p for p in weights if p.grad is not None or id(p) not in self._looked_up]
             weights, grads = sparse.dense_rows(weights, [_gradient_of(p) for p in weights])
-            term.add_grad_(weights, grads, step=step, total=total)
+            term.add_grad_(weights, grads, **when)
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        index = trainer.optimizers.index(optimizer)
-        step, total = self.steps[index] - 1, self.session.total
-        for term, chosen in zip(self._copies[index], self._chosen, strict=True):
+        step = self.current_step(optimizer)
+        for term, chosen in zip(self._copies[step.index], self._chosen, strict=True):
             if isinstance(term, Proximal):
-                for group in optimizer.param_groups:
-                    term.project_(_trainable(group["params"], chosen), lr=float(group["lr"]), step=step, total=total)
+                for group, lr in zip(step.groups, step.lr, strict=True):
+                    term.project_(_trainable(group, chosen), lr=lr, step=step.number, total=step.total)
 
     def extra_state(self) -> dict[str, Any]:
         return {"terms": self._copies.state_dict()}

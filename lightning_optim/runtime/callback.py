@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.runtime import checkpoint_state, spawned_processes
-from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning import LightningModule, LightningOptimizer, Trainer
 from lightning_optim.runtime.order import Slot, arrange
 from lightning_optim.runtime.overridden_hooks import OverridableHooks
 from lightning_optim.runtime.refusals import in_another_fit, refuse_endless, refuse_setup, refuse_start
 from lightning_optim.runtime.session import Session
+from lightning_optim.runtime.step import OptimizerStep
 
 
 class OptimCallback(OverridableHooks):
@@ -29,7 +30,7 @@ class OptimCallback(OverridableHooks):
     * What it remembers is in :meth:`extra_state` and :meth:`load_extra_state`: tensors and plain values. DTensors are
       gathered when they are saved; plain tensors in which ranks differ are named by :meth:`rank_state`.
     * Gradients in ``on_before_optimizer_step`` are whole, averaged over ranks and unscaled, also for a fused optimizer
-      under a GradScaler. Take them with :func:`gradients_of`.
+      under a GradScaler. Take them from :meth:`current_step`.
     * What it installs with ``self.session.patch(object, "name", value)`` is put back at the end, also after an
       exception.
     * A hook that it overrides, :meth:`reset` and the state's methods need no ``super()``: what this class does there,
@@ -143,6 +144,21 @@ class OptimCallback(OverridableHooks):
     def stays(self) -> frozenset[str]:
         """Attributes that stay in another process in which a fit ran (``ddp_spawn``): large ones, such as weights."""
         return frozenset()
+
+    def current_step(self, optimizer: Optimizer | LightningOptimizer) -> OptimizerStep:
+        """Return the step of ``optimizer`` that is under way: its number, learning rates, weights, gradients and norm.
+
+        To be called in ``on_before_optimizer_step`` and :meth:`on_after_optimizer_step`, anew in each. All callbacks of
+        a fit share one object, so that a norm that one of them has computed is at hand for the next.
+
+        Args:
+            optimizer: One of ``trainer.optimizers``, or the wrapper that ``pl_module.optimizers()`` returns for it.
+
+        Raises:
+            RuntimeError: Outside of a fit.
+        """
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return self.session.current_step(plain)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.base import shards
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.final_weights import write_final_weights_
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer, TrainerStatus
@@ -21,9 +19,7 @@ from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
 from lightning_optim.runtime.restored_weights import Restored
 from lightning_optim.runtime.spawned_processes import send_back
-from lightning_optim.runtime.step import has_gradients, total_steps
-
-Fingerprint: TypeAlias = list[tuple[int, int]]
+from lightning_optim.runtime.step import OptimizerStep, total_steps
 
 
 class State(enum.Enum):
@@ -85,7 +81,7 @@ class Session:
         self._watched: WeakSet[Optimizer] = WeakSet()
         # Not a state: a checkpoint may be written in any of them.
         self._saving_optimizer = False
-        self._norms: dict[int, tuple[float, Fingerprint, Tensor]] = {}
+        self._steps: dict[Optimizer, OptimizerStep] = {}
         self.patch(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
 
     @staticmethod
@@ -233,14 +229,29 @@ class Session:
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if self.state is not State.TRAINING or self._saving_optimizer:
             return  # torch steps, at a learning rate of zero, to make the state that it then restores (FSDP2)
-        if not has_gradients(optimizer):
-            return  # cancelled or dropped: torch calls the hook although nothing moved
-        index = self.trainer.optimizers.index(optimizer)
-        callbacks = self._acting()
-        for callback in callbacks:
-            callback.steps[index] += 1
-        for callback in callbacks:
-            callback.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
+        step, callbacks = self.current_step(optimizer), self._acting()
+        if not step.dropped:  # torch calls the hook although nothing moved
+            for callback in callbacks:
+                callback.steps[step.index] += 1
+            for callback in callbacks:
+                callback.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
+        del self._steps[optimizer]
+
+    def current_step(self, optimizer: Optimizer) -> OptimizerStep:
+        """Return the step of an optimizer that is under way, made if nobody asked for it before, to be read anew."""
+        step = self._steps.get(optimizer)
+        if step is None:
+            index, callback = self.trainer.optimizers.index(optimizer), self.callbacks[0]
+            step = self._steps[optimizer] = OptimizerStep(
+                optimizer,
+                index=index,
+                number=callback.steps[index],
+                total=lambda: self.total,
+                logs=callback.logs_now(self.trainer),
+                module=self.trainer.lightning_module,
+            )
+        step.refresh()
+        return step
 
     def _acting(self) -> list[SessionCallback]:
         """Return the callbacks in the order of the Trainer's list.
@@ -267,7 +278,10 @@ class Session:
                 if self.state is State.TRAINING:
                     refuse_more_optimizers(self.callbacks, self.trainer)
                 self._watch(optimizer)
-            return optimizer_step(optimizer, *args, **kwargs)
+            try:
+                return optimizer_step(optimizer, *args, **kwargs)
+            finally:
+                self._steps.pop(optimizer, None)  # also of a step that the scaler skipped, or that raised
 
         return step
 
@@ -285,22 +299,3 @@ class Session:
                 self._saving_optimizer = False
 
         return state_of
-
-    def share_norm(self, optimizer: Optimizer, grads: Sequence[Tensor], norm_type: float, norm: Tensor) -> None:
-        """Keep the norm of the gradients of a step, which whoever clips needs too (:meth:`take_norm`)."""
-        self._norms[id(optimizer)] = (norm_type, _fingerprint(grads), norm)
-
-    def take_norm(self, optimizer: Optimizer, grads: Sequence[Tensor], norm_type: float) -> Tensor | None:
-        """The norm that was shared in this step, if nobody changed the gradients since.
-
-        It is forgotten then: the gradients of the next step may lie at the same places.
-        """
-        shared = self._norms.pop(id(optimizer), None)
-        if shared is None or shared[0] != norm_type or shared[1] != _fingerprint(grads):
-            return None
-        return shared[2]
-
-
-def _fingerprint(grads: Sequence[Tensor]) -> Fingerprint:
-    """What changes when a gradient is written to, or replaced."""
-    return [(id(grad), grad._version) for grad in shards.local_shards(grads)]

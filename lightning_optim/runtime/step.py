@@ -1,20 +1,228 @@
-"""Gradients and counts of optimizer steps."""
+"""One step of one optimizer, as the callbacks of a fit see it; the number of steps in a run; a step that is dropped."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.base import shards, sparse
+from lightning_optim.base import module_tensors, shards, sparse
+from lightning_optim.base.norms import total_norm
+from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.runtime.lightning import GradientAccumulationScheduler, Trainer, rank_zero_info
 from lightning_optim.runtime.order import Slot
 
 
-def has_gradients(optimizer: Optimizer) -> bool:
-    """Whether any parameter of this optimizer has a gradient. If none has, somebody cancelled the step."""
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+class OptimizerStep:
+    """One step of one optimizer: its number, its learning rates, its weights and their gradients.
+
+    A callback gets it from :meth:`OptimCallback.current_step` in ``on_before_optimizer_step`` and
+    ``on_after_optimizer_step``. It is made when the first callback asks, shared by all of them, and dropped after the
+    step. Ask for it anew in each hook: then :attr:`parameters`, :attr:`weights` and :attr:`grads` are read anew, since
+    another callback may have replaced a gradient, set it to ``None``, added parameters or dropped the step.
+
+    In a hand-written loop, ``OptimizerStep(optimizer)`` reads the optimizer's parameters and their ``grad``.
+
+    Args:
+        optimizer: The optimizer that steps.
+        index: Its position in ``trainer.optimizers``.
+        number: Number of steps that it has taken before this one.
+        total: Number of its steps in the whole run, or a function that counts them; ``inf`` if the run has no end.
+        logs: True if the values of this step are logged.
+        module: The model, which knows the names of the parameters.
+        weights: Where to read the parameters, instead of ``optimizer.param_groups``; for *views*, such as the row that
+            belongs to one member in parameters that stack an ensemble.
+        grads: Where to read their gradients, in the same order, instead of ``parameter.grad``; ``None`` for one that
+            has no gradient.
+
+    Attributes:
+        optimizer: The optimizer that steps.
+        index: Its position in ``trainer.optimizers``.
+        number: Number of steps that it has taken before this one. The ``step`` of a schedule or a policy.
+        logs: True if the values of this step are logged (``Trainer(log_every_n_steps=…)``).
+
+    Example::
+
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> step = OptimizerStep(torch.optim.SGD([weight], lr=0.1))
+        >>> step.grads, step.lr, step.norm()
+        ([tensor([3., 4.])], [0.1], tensor(5.))
+
+    A callback for a Trainer that logs how well the gradient and the weights are aligned::
+
+        >>> from lightning_optim import OptimCallback
+        >>> class Alignment(OptimCallback):
+        ...     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        ...         step = self.current_step(optimizer)
+        ...         if step.logs:
+        ...             dots = [(w.detach() * g).sum() for w, g in zip(step.weights, step.grads)]
+        ...             self.log_value(pl_module, "alignment", sum(dots), optimizer)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        index: int = 0,
+        number: int = 0,
+        total: float | Callable[[], float] = math.inf,
+        logs: bool = False,
+        module: nn.Module | None = None,
+        weights: Callable[[], list[Tensor]] | None = None,
+        grads: Callable[[], list[Tensor | None]] | None = None,
+    ) -> None:
+        self.optimizer, self.index, self.number, self.logs = optimizer, index, number, logs
+        self._total, self._module, self._weights_source, self._grads_source = total, module, weights, grads
+        self._parameters: list[Tensor] | None = None
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self._latest: list[Tensor] = []  # Gradients as read last: held, so that no new tensor has an old one's `id`.
+        self._versions: list[int] = []  # … as they were when the norms were computed.
+        self._norms: dict[float, Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def refresh(self) -> None:
+        """Read parameters and gradients anew when they are asked for next."""
+        self._parameters = self._pairs = None
+
+    @property
+    def total(self) -> float:
+        """Number of this optimizer's steps in the whole run; ``inf`` if the run has no end."""
+        return self._total() if callable(self._total) else self._total
+
+    @property
+    def lr(self) -> list[float]:
+        """Learning rate of each of the optimizer's ``param_groups``."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters of the optimizer, in the order of its ``param_groups``, with a gradient or without."""
+        if self._parameters is None:
+            self._parameters = self._weights_source() if self._weights_source else parameters_of(self.optimizer)
+        return self._parameters
+
+    @property
+    def groups(self) -> list[list[Tensor]]:
+        """:attr:`parameters` of each of the optimizer's ``param_groups``, in the order of :attr:`lr`."""
+        remaining = iter(self.parameters)
+        return [list(itertools.islice(remaining, len(group["params"]))) for group in self.optimizer.param_groups]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        return self._read()[0]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """Gradients of :attr:`weights`, in the same order: whole, unscaled, averaged over ranks, live.
+
+        They have the placements of their parameters; a sparse gradient is coalesced. Those of another optimizer's
+        parameters are never in it. Empty if the step was dropped.
+        """
+        return self._read()[1]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of :attr:`weights` in the model, without what ``torch.compile`` adds.
+
+        A parameter that the model does not hold is named by its place, such as ``"param_groups.1.params.0"``.
+        """
+        if not self._names.keys() >= set(map(id, self.weights)):
+            named: dict[int, str] = {}
+            if self._module is not None:
+                shards.reshard_(self._module)
+                named = module_tensors.parameter_names(self._module)
+            self._names = {
+                id(parameter): module_tensors.plain_name(
+                    named.get(id(parameter), f"param_groups.{number}.params.{place}")
+                )
+                for number, group in enumerate(self.groups)
+                for place, parameter in enumerate(group)
+            }
+        return [self._names[id(weight)] for weight in self.weights]
+
+    @property
+    def dropped(self) -> bool:
+        """True if no parameter has a gradient: somebody cancelled or dropped the step, and it moves nothing."""
+        return not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+
+    def value_of(self, number: float | Schedule) -> float:
+        """Return the value at this step of a number or a schedule."""
+        return value_at(number, self.number, self.total)
+
+    def norm(self, norm_type: float = 2.0) -> Tensor:
+        """Return the norm of all :attr:`grads` together, and compute it only if they changed since it was asked for.
+
+        A gradient that was replaced, or written to in place, is seen by its identity and by the version that torch
+        counts; a write through ``.data``, which torch does not count, is not. With sharded gradients the norm is a
+        collective: ask for it on all ranks alike.
+
+        Args:
+            norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
+
+        Returns:
+            A scalar on the device of the first gradient, in fp32 or better, the same on all ranks.
+        """
+        norm = self.known_norm(norm_type)
+        if norm is None:
+            norm = self._norms[norm_type] = total_norm(sparse.dense_rows(self.weights, self.grads)[1], norm_type)
+        return norm
+
+    def known_norm(self, norm_type: float = 2.0) -> Tensor | None:
+        """Return :meth:`norm` if it was computed and no gradient changed since, else ``None``."""
+        versions = [shard._version for shard in shards.local_shards(self.grads)]
+        if versions != self._versions:
+            self._norms.clear()
+            self._versions = versions
+        return self._norms.get(norm_type)
+
+    def _read(self) -> tuple[list[Tensor], list[Tensor]]:
+        if self._pairs is None:
+            if self._grads_source is None:
+                self._pairs = _aligned(self.parameters)
+            else:
+                self._pairs = _having_gradients(self.parameters, self._grads_source())
+            before, self._latest = self._latest, self._pairs[1]
+            if len(before) != len(self._latest) or not all(map(operator.is_, before, self._latest)):
+                self._norms.clear()
+        return self._pairs
+
+
+def gradients_of(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """Return this optimizer's parameters that have a gradient, and these gradients in the parameters' placement.
+
+    The short form of :attr:`OptimizerStep.weights` and :attr:`OptimizerStep.grads` for hand-written loops. Both lists
+    are empty when the step was cancelled or dropped. The gradients of another optimizer's parameters, which may be left
+    from an earlier step, are never in the result. A sparse gradient, as ``Embedding(sparse=True)`` makes, is coalesced:
+    its ``values()`` are what is read and written.
+    """
+    return _aligned(parameters_of(optimizer))
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return all parameters of an optimizer, in the order of its ``param_groups``."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _aligned(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    weights, grads = _having_gradients(parameters, [parameter.grad for parameter in parameters])
+    if shards.any_sharded(grads) or sparse.any_sparse(grads):
+        grads = [grad for weight in weights if (grad := shards.align_grad_(weight)) is not None]
+    return weights, grads
+
+
+def _having_gradients(weights: list[Tensor], grads: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    if type(None) in set(map(type, grads)):  # a question that costs little where hundreds of tensors have a gradient
+        weights = [weight for weight, grad in zip(weights, grads, strict=True) if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
+    return weights, grads
 
 
 def drop_step(trainer: Trainer, optimizer: Optimizer, reason: str) -> None:
@@ -66,20 +274,3 @@ def micro_batches(trainer: Trainer, epoch: int) -> int:
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
     return trainer.accumulate_grad_batches
-
-
-def gradients_of(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-    """This optimizer's parameters that have a gradient, and these gradients in the parameters' placement.
-
-    Both lists are empty when the step was cancelled or dropped. The gradients of another optimizer's parameters lie
-    around stale: they are never in the result. A sparse gradient, as ``Embedding(sparse=True)`` makes, is coalesced:
-    its ``values()`` are what is read and written.
-    """
-    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grads = [weight.grad for weight in weights]
-    if type(None) in set(map(type, grads)):  # a question that costs little where hundreds of tensors have a gradient
-        weights = [weight for weight, grad in zip(weights, grads, strict=True) if grad is not None]
-        grads = [grad for grad in grads if grad is not None]
-    if shards.any_sharded(grads) or sparse.any_sparse(grads):
-        grads = [shards.align_grad_(weight) for weight in weights]
-    return weights, grads
