@@ -20,25 +20,37 @@ from lightning_optim import (
     L2,
     LAWA,
     SWA,
+    AllOf,
+    AnyOf,
+    AtLeast,
     AutoClip,
     Centralize,
     CheckpointAveraging,
     ClipByNorm,
     ClipByValue,
+    Constant,
+    Cosine,
+    Criterion,
+    Divergence,
     EarlyStopping,
     ElasticNet,
     EMAWeightAveraging,
     ExactResume,
+    Exponential,
     GradientAccumulation,
     GradientClipping,
     GradientMonitor,
     Linear,
     Noise,
+    NonFinite,
     OptimCallback,
     Piecewise,
+    Plateau,
     ProximalL1,
     ScheduledDropout,
     StochasticWeightAveraging,
+    TargetBatchSize,
+    Threshold,
     WeightAveraging,
     WeightRegularization,
     ZClip,
@@ -47,6 +59,8 @@ from tests.harness import averaging_formulas, formulas, gradient_formulas, run
 from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
 from tests.harness.dropout_formulas import Dropout, fixed
 from tests.harness.reference_loop import Chain, Formula, Outcome
+from tests.harness.schedule_formulas import Scheduled, cosine, exponential, linear
+from tests.harness.stopping_formulas import Below, Enough, First, Matching, Patience, Rule, StopBy
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
 
@@ -141,6 +155,58 @@ def _spike_formula() -> Formula:
     return gradient_formulas.Spike(8.0, start=0.6)
 
 
+def _criteria() -> list[Entry]:
+    """Entries of criteria, which see scores and no tensor of the model."""
+    nan = math.nan
+    table: tuple[tuple[str, Callable[[], Criterion], Callable[[], Rule], tuple[float, ...]], ...] = (
+        ("threshold", lambda: Threshold("val_score", 2.5), lambda: Below(2.5), _SCORES),
+        (
+            "divergence",
+            lambda: Divergence("val_score", 4.5),
+            lambda: Matching(lambda score: score > 4.5),
+            (3.0, 4.0, 4.5, 5.0, 3.0, 3.0),
+        ),
+        (
+            "nonfinite",
+            lambda: NonFinite("val_score"),
+            lambda: Matching(lambda score: not math.isfinite(score)),
+            (3.0, 4.0, nan, 5.0, 3.0, 3.0),
+        ),
+        (
+            "any_of",
+            lambda: AnyOf([NonFinite("val_score"), Divergence("val_score", 9.0), Plateau("val_score", patience=2)]),
+            lambda: First(
+                Matching(lambda score: not math.isfinite(score)), Matching(lambda score: score > 9.0), Patience(2)
+            ),
+            _SCORES,
+        ),
+        (
+            "all_of",
+            lambda: AllOf([Plateau("val_score", patience=1), Divergence("val_score", 3.5)]),
+            lambda: Enough(2, Patience(1), Matching(lambda score: score > 3.5)),
+            _SCORES,
+        ),
+        (
+            "at_least",
+            lambda: AtLeast(2, [Plateau("val_score", patience=1), Threshold("val_score", 3.5), NonFinite("val_score")]),
+            lambda: Enough(2, Patience(1), Below(3.5), Matching(lambda score: not math.isfinite(score))),
+            _SCORES,
+        ),
+    )
+    return [
+        Entry(
+            name,
+            "run",
+            lambda _, made=made: [EarlyStopping(made())],
+            lambda _, rule=rule: StopBy(rule()),
+            scores=scores,
+            epochs=3,
+            cells="strategies",
+        )
+        for name, made, rule, scores in table
+    ]
+
+
 # The best lies in the middle; the last, which is better still, comes after the stop.
 _SCORES = (5.0, 4.0, 2.0, 3.0, 4.0, 1.0)
 
@@ -161,6 +227,15 @@ ENTRIES = (
         "windows",
         lambda cell: [GradientAccumulation({0: cell.accumulation, 1: 2})],
         lambda cell: formulas.Accumulate({0: cell.accumulation, 1: 2}),
+        accumulates=True,
+    ),
+    Entry(
+        "target_batch_size",
+        "windows",
+        # Of each micro-batch of eight samples, two processes take four each.
+        lambda cell: [GradientAccumulation(TargetBatchSize(16, micro_batch_size=8 // cell.processes))],
+        lambda cell: formulas.Accumulate({0: 2}),
+        without=lambda _: formulas.Accumulate({0: 1}),
         accumulates=True,
     ),
     Entry(
@@ -187,6 +262,35 @@ ENTRIES = (
         "weights",
         lambda _: [WeightRegularization(ProximalL1(2.0))],
         lambda _: formulas.SoftThreshold(2.0),
+    ),
+    Entry(
+        "scheduled_terms",
+        "gradients",
+        lambda _: [
+            WeightRegularization(
+                [
+                    L1(Linear(0.4, 0.0)),
+                    L2(Cosine(0.0, 0.3)),
+                    ElasticNet(Constant(0.1), 0.0),
+                    ProximalL1(Exponential(2.0, 0.2)),
+                ]
+            )
+        ],
+        lambda _: Chain(
+            Scheduled(lambda l1: formulas.Penalize("l1", l1=l1), linear(0.4, 0.0)),
+            Scheduled(lambda l2: formulas.Penalize("l2", l2=l2), cosine(0.0, 0.3)),
+            formulas.Penalize("elasticnet", l1=0.1),
+            Scheduled(formulas.SoftThreshold, exponential(2.0, 0.2)),
+        ),
+    ),
+    Entry(
+        "scheduled_clipping",
+        "gradients",
+        lambda _: [GradientClipping([ClipByNorm(Exponential(0.5, 0.2)), ClipByValue(Linear(0.1, 0.05))])],
+        lambda _: Chain(
+            Scheduled(formulas.ClipNorm, exponential(0.5, 0.2)),
+            Scheduled(lambda value: formulas.ClipValue(value, logs=False), linear(0.1, 0.05)),
+        ),
     ),
     Entry("exact_resume", "nothing", lambda _: [ExactResume()], _plain),
     Entry(
@@ -275,6 +379,7 @@ ENTRIES = (
         epochs=3,
         cells="all",
     ),
+    *_criteria(),
     Entry("several", "run", _several, _several_formula, accumulates=True, scores=_SCORES, epochs=3),
 )
 
