@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.gradients.accumulation_window import Window
 from lightning_optim.runtime.lightning import (
     LightningModule,
     LightningOptimizer,
@@ -16,11 +16,8 @@ from lightning_optim.runtime.lightning import (
     _block_parallel_sync_behavior,
 )
 from lightning_optim.runtime.lightning.grad_scaler import scaler_of
-from lightning_optim.runtime.order import Slot
-
-if TYPE_CHECKING:
-    from lightning_optim.gradients.accumulation_window import Window
-    from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
+from lightning_optim.runtime.order import AccumulationWindows
+from lightning_optim.runtime.session import Session
 
 
 class ManualOptimizationMixin(LightningModule):
@@ -63,13 +60,13 @@ class ManualOptimizationMixin(LightningModule):
         trainer = self.trainer
         wrapped = _wrapped(trainer, optimizer)
         plain = wrapped.optimizer
-        accumulation = _accumulation(trainer)
-        window = accumulation.window(trainer, trainer.optimizers.index(plain)) if accumulation else None
+        windows = _windows(trainer)
+        window: Window | None = windows.window(trainer, trainer.optimizers.index(plain)) if windows else None
         if window is None or window.count == 0:
             plain.zero_grad()
-        if accumulation is not None and window is not None:
+        if windows is not None and window is not None:
             _rescale_(window, plain, trainer)
-            share = accumulation.weigh(window)
+            share = windows.weigh(window)
             loss = loss / window.size if share is None else loss * (share / window.size)
         closes = window is None or window.count >= window.size or trainer.is_last_batch
         # A window that stays open needs no reduction over ranks. With several optimizers it is reduced all the same:
@@ -82,14 +79,14 @@ class ManualOptimizationMixin(LightningModule):
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of an open window: under manual optimization Lightning takes every batch for a step."""
-        accumulation = _accumulation(self.trainer)
-        if accumulation is None or not accumulation.is_open:
+        windows = _windows(self.trainer)
+        if windows is None or not windows.is_open:
             super().on_validation_model_zero_grad()
 
 
-def _accumulation(trainer: Trainer) -> GradientAccumulation | None:
-    found: Any = next((cb for cb in trainer.callbacks if getattr(cb, "slot", None) is Slot.ACCUMULATE), None)
-    return found
+def _windows(trainer: Trainer) -> AccumulationWindows | None:
+    session = Session.find(trainer)
+    return None if session is None else session.windows
 
 
 def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:

@@ -1,12 +1,14 @@
-"""Who imports whom, read from the source: policies know no Lightning, rooms know no other room."""
+"""Imports, read from the source: each folder imports what it may, and no two files import each other."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import importlib
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,20 @@ import lightning_optim
 from lightning_optim import OptimCallback, Policy
 
 ROOT = Path(lightning_optim.__file__).parent
-FILES = sorted(path for path in ROOT.rglob("*.py"))
-FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
-ROOMS = FOLDERS - {"base", "runtime"}
-ALSO = {"ensembling": {"resume"}}  # A room that may import another: members ask whether a resume is exact.
-PUBLIC = {"lightning_optim", "lightning_optim.cli"}  # which may import all rooms
+WALL = "lightning_optim.runtime.lightning"
+ROOMS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {"base", "runtime"}
+LIGHTNING = {"lightning", "pytorch_lightning", "torchmetrics"}
+ALL = ROOMS | {"base", "runtime", "plotting", ""}
+# What may be imported, by folder or file of the package; the package's own `__init__` has the name "".
+ALLOWED: dict[str, set[str]] = {
+    "base": {"base"},
+    "runtime": {"base", "runtime"},
+    "plotting": set(),
+    **{room: {"base", "runtime", "plotting", room} for room in ROOMS},
+    "ensembling": {"base", "runtime", "plotting", "ensembling", "resume"},
+    "cli": ALL,
+    "": ALL,
+}
 
 
 def module_of(path: Path) -> str:
@@ -28,45 +39,44 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_of(path): path for path in FILES}
+MODULES = {module_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-WALL = "lightning_optim.runtime.lightning"
-
-
-def folder_of(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in FOLDERS else None
-
-
-def room_of(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else None
+def place_of(module: str) -> str:
+    """Return the folder of a module, or the name of a file that lies beside the folders."""
+    return module.split(".")[1] if "." in module else ""
 
 
 @functools.cache
 def imports_of(module: str, lazy: bool = True) -> frozenset[str]:
-    """The modules that a file imports when it runs, not what only a type checker reads; in functions if ``lazy``."""
-    found: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(MODULES[module].read_text())]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            waiting += node.orelse
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else str(node.module) for name in whole}
-        elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            waiting += ast.iter_child_nodes(node)
-    return frozenset(found)
+    """Return the modules that a file imports, also for type checkers alone; those in functions only if ``lazy``."""
+    return frozenset(imported(ast.parse(MODULES[module].read_text()), module, lazy))
+
+
+def imported(node: ast.AST, module: str, lazy: bool) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{module} has a relative import"
+            whole = {f"{child.module}.{alias.name}" for alias in child.names}
+            yield from {name if name in MODULES else str(child.module) for name in whole}
+        elif lazy or not (isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_type_checkers(child)):
+            yield from imported(child, module, lazy)
+
+
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports_for_type_checkers(module: str) -> set[str]:
+    blocks = [node for node in ast.walk(ast.parse(MODULES[module].read_text())) if is_for_type_checkers(node)]
+    return {name for block in blocks for name in imported(block, module, lazy=True)}
 
 
 @functools.cache
 def reached_from(module: str) -> frozenset[str]:
-    """Everything that is imported on the way, in the package and out of it."""
+    """Return everything that is imported on the way, in the package and out of it."""
     reached: set[str] = set()
     waiting = [module]
     while waiting:
@@ -78,67 +88,83 @@ def reached_from(module: str) -> frozenset[str]:
 
 
 def defines(module: str, base: type) -> bool:
-    classes = vars(importlib.import_module(module)).values()
-    return any(isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == module for cls in classes)
+    """Return True if a file has the source of a subclass; a public class calls the package its module."""
+    classes = [value for value in vars(importlib.import_module(module)).values() if isinstance(value, type)]
+    names = {node.name for node in ast.parse(MODULES[module].read_text()).body if isinstance(node, ast.ClassDef)}
+    return any(issubclass(cls, base) and cls.__name__ in names for cls in classes)
+
+
+def outsiders(modules: frozenset[str]) -> set[str]:
+    return {name.split(".")[0] for name in modules if name not in MODULES}
+
+
+POLICIES = [name for name in MODULES if defines(name, Policy)]
+CALLBACKS = [name for name in MODULES if defines(name, OptimCallback)]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_room_imports_another(module: str) -> None:
-    if module not in PUBLIC:
-        room = room_of(module)
-        rooms = {room_of(name) for name in imports_of(module)} - {None, room} - ALSO.get(room or "", set())
-        assert not rooms, f"{module} imports {rooms}"
+def test_a_folder_imports_what_it_may(module: str) -> None:
+    allowed = ALLOWED[place_of(module)]
+    other = {name for name in imports_of(module) if name in MODULES and place_of(name) not in allowed}
+    assert not other, f"{module} imports {sorted(other)}; it may import {sorted(allowed)}"
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Neither when they run, nor in functions, nor for type checkers."""
+    graph = {name: {one for one in imports_of(name) if one in MODULES} for name in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_type_checkers_import_no_more_of_the_package(module: str) -> None:
+    ours = {name for name in imports_for_type_checkers(module) if name.split(".")[0] == "lightning_optim"}
+    assert not ours, f"{module} imports {sorted(ours)} for type checkers alone: name a protocol instead"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_what_is_imported_is_installed_with_the_package(module: str) -> None:
     """At the top of a file: torch, lightning, torchmetrics and the standard library; the rest where it is used."""
     tops = {name.split(".")[0] for name in imports_of(module, lazy=False)}
-    # Lightning and torchmetrics bring numpy and jsonargparse's absence; matplotlib is an extra.
+    # Lightning and torchmetrics bring numpy, but neither jsonargparse nor matplotlib: these are extras.
     allowed = {"torch", "lightning", "torchmetrics", "lightning_optim", *sys.stdlib_module_names}
     assert tops <= allowed, tops - allowed
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if defines(name, Policy)])
-def test_policies_know_no_lightning(module: str) -> None:
-    """Neither they, nor anything that they import."""
-    assert not {name for name in reached_from(module) if name.split(".")[0] in ("lightning", "torchmetrics")}
-    outside = {name for name in imports_of(module) if name in MODULES and room_of(name) is None}
-    other = {name for name in outside if folder_of(name) != "base"}
-    assert not other, f"{module} imports {other}"
-
-
-@pytest.mark.parametrize("module", [name for name in MODULES if folder_of(name) == "base"])
-def test_base_imports_torch_alone(module: str) -> None:
+@pytest.mark.parametrize("module", POLICIES)
+def test_policies_know_no_trainer(module: str) -> None:
+    """A policy, and all that it imports, is torch, `base/` and policies of its room."""
     reached = reached_from(module)
-    assert not {name for name in reached if name.split(".")[0] in ("lightning", "torchmetrics")}
-    assert {folder_of(name) for name in reached if name in MODULES} <= {"base"}
+    assert not outsiders(reached) & LIGHTNING
+    assert {place_of(name) for name in reached if name in MODULES} <= {"base", place_of(module)}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if folder_of(name) == "runtime"])
-def test_runtime_imports_base_and_itself(module: str) -> None:
-    assert {folder_of(name) for name in imports_of(module) if name in MODULES} <= {"base", "runtime"}
+@pytest.mark.parametrize("module", [name for name in MODULES if place_of(name) == "base"])
+def test_base_imports_torch_alone(module: str) -> None:
+    assert outsiders(reached_from(module)) <= {"torch", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith(WALL)])
 def test_only_the_wall_imports_lightning(module: str) -> None:
-    if not module.startswith(WALL):
-        found = {name for name in imports_of(module) if name.split(".")[0] in ("lightning", "pytorch_lightning")}
-        assert not found, f"{module} imports {found}: import it from {WALL}"
+    found = outsiders(imports_of(module)) & {"lightning", "pytorch_lightning"}
+    assert not found, f"{module} imports {found}: import it from {WALL}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) and defines(name, OptimCallback)])
+@pytest.mark.parametrize("module", CALLBACKS)
 def test_callbacks_hold_no_policy(module: str) -> None:
     """A policy says what, a callback says when: they are different files."""
-    assert not defines(module, Policy)
+    assert module not in POLICIES
 
 
 def test_the_reader_sees_imports() -> None:
     assert "lightning.pytorch" in imports_of(WALL)
     assert "lightning_optim.runtime.session" in imports_of("lightning_optim.runtime.callback")
     assert "lightning.pytorch" in reached_from("lightning_optim.gradients.gradient_clipping")
-    assert {"averaging", "gradients", "regularization", "stopping"} <= ROOMS
-    assert len([name for name in MODULES if defines(name, Policy)]) >= 5
+    assert "matplotlib.axes" in imports_for_type_checkers("lightning_optim.plotting")
+    assert {"averaging", "ensembling", "gradients", "regularization", "resume", "stopping"} <= ROOMS
+    assert len(POLICIES) >= 5
+    assert len(CALLBACKS) >= 5
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"one": {"other"}, "other": {"one"}}).prepare()
 
 
 def test_no_public_name_is_a_module() -> None:
