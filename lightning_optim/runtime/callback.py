@@ -1,4 +1,4 @@
-"""The base class of every callback here, public for users' own: one hook that Lightning lacks, state, order, life."""
+"""OptimCallback: the base class of every callback of this package, and of a user's own."""
 
 from __future__ import annotations
 
@@ -17,133 +17,168 @@ from lightning_optim.runtime.step import OptimizerStep
 
 
 class OptimCallback(OverridableHooks):
-    r"""A Lightning callback that hears of each optimizer step that really happened.
+    r"""Act at optimizer steps: the base class of every callback of this package, and of your own.
 
     Lightning has no hook after an optimizer step (asked for since 2022, `#11688`_), and ``trainer.global_step`` also
     grows when a GradScaler skipped the step, and once for each optimizer. A subclass of this class overrides
     :meth:`on_after_optimizer_step`, under automatic and manual optimization, in every precision, under DDP, FSDP2 and
     tensor parallelism.
 
-    What a subclass may rely on:
+    Within a step:
 
-    * :attr:`steps` counts the real steps of each optimizer, also over a resume.
-    * What it remembers is in :meth:`extra_state` and :meth:`load_extra_state`: tensors and plain values. DTensors are
-      gathered when they are saved; plain tensors in which ranks differ are named by :meth:`rank_state`.
-    * Gradients in ``on_before_optimizer_step`` are whole, averaged over ranks and unscaled, also for a fused optimizer
-      under a GradScaler. Take them from :meth:`current_step`.
-    * What it installs with ``self.session.patch(object, "name", value)`` is put back at the end, also after an
-      exception.
-    * A hook that it overrides, :meth:`reset` and the state's methods need no ``super()``: what this class does there,
-      and any other class of this package that it derives from, is done before, once. The hooks of a step,
-      ``on_before_optimizer_step`` and :meth:`on_after_optimizer_step`, are the exception: to override these is to
-      change what is done to the step, and ``super()`` does what the class itself does.
+    * :meth:`current_step` returns the step that is under way: its number, weights, gradients, names, learning rates and
+      norm. In ``on_before_optimizer_step`` the gradients are whole, averaged over ranks and unscaled, also for a fused
+      optimizer under a GradScaler. Scale them in place, or drop the step with :func:`~lightning_optim.drop_step`.
+    * :attr:`steps` counts the steps of each optimizer that were really taken, also over a resume.
+    * :meth:`log_value` logs a value of a step. Compute it only if ``current_step(optimizer).logs``.
+
+    Over a fit:
+
+    * :meth:`reset` forgets an earlier fit, so that one object may be used in several fits, one after the other.
+    * :meth:`extra_state` and :meth:`load_extra_state` save and load what the callback remembers: tensors and plain
+      values. DTensors are gathered when they are saved. :meth:`rank_state` names the tensors in which ranks differ.
+    * ``self.session.patch(owner, "name", value)`` sets an attribute of the Trainer, the module or any other object for
+      the length of the fit, and ``self.session.on_close(action)`` calls a function at its end. All of it is undone in
+      reverse order after the last hook, also after an exception.
+    * ``total``, in ``current_step(optimizer).total``, is the number of steps of the whole run. If you use it, override
+      :attr:`needs_total`, so that a run without an end is refused at its start.
+
+    No hook needs ``super()``. What this class does in a hook, and any other class of this package from which a subclass
+    derives, is done once, before the subclass's own part. The same holds for :meth:`reset` and the methods of the
+    state. The two hooks of a step are the exception: to override ``on_before_optimizer_step`` or
+    :meth:`on_after_optimizer_step` of a class such as ``GradientClipping`` is to change what it does to the step, and
+    ``super()`` does what the class itself does. A constructor calls ``super().__init__()``, as in any Python class.
+
+    Callbacks of this package act in the order of their :class:`~lightning_optim.Slot`, whatever the order of the list.
+    One without a slot, such as your own, keeps its place in the list: list it first to see the gradients before any of
+    them acts, and last to see them as the optimizer does.
 
     Args:
-        name: Tells two callbacks of one class and one identity apart, in checkpoints. Lightning refuses them without
-            it.
+        name: Distinguishes two callbacks of one class with equal arguments in checkpoints. Lightning refuses two such
+            callbacks without it.
 
     Attributes:
-        steps: The real steps of each optimizer in this run, in the order of ``trainer.optimizers``.
+        steps: Number of steps that each optimizer has taken in this run, in the order of ``trainer.optimizers``.
+        fit: The session of the running fit, ``None`` outside of a fit.
 
     Example::
 
         >>> import torch
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> class Steps(OptimCallback):
+        >>> class UnitRows(OptimCallback):
+        ...     '''Scale each row of every matrix to norm 1 after a step; remember the mean norm before that.'''
+        ...     def reset(self):
+        ...         self.mean = {}
         ...     def on_after_optimizer_step(self, trainer, pl_module, optimizer):
-        ...         self.largest = max(p.abs().max().item() for p in pl_module.parameters())
-        >>> trainer = Trainer(max_steps=3, callbacks=[Steps()], barebones=True)
-        >>> trainer.fit(BoringModel())
-        >>> trainer.callbacks[0].steps
-        [3]
+        ...         step = self.current_step(optimizer)
+        ...         for name, weight in zip(step.names, step.weights):
+        ...             if weight.ndim == 2:
+        ...                 norm = weight.norm(dim=1, keepdim=True)
+        ...                 weight.div_(norm)
+        ...                 self.mean[name] = norm.mean()
+        ...     def extra_state(self):
+        ...         return {"mean": self.mean}
+        ...     def load_extra_state(self, extra):
+        ...         self.mean = extra["mean"]
+        >>> callback, model = UnitRows(), BoringModel()
+        >>> Trainer(max_steps=3, callbacks=[callback], barebones=True).fit(model)
+        >>> callback.steps, list(callback.mean)
+        ([3], ['layer.weight'])
+        >>> torch.allclose(model.layer.weight.norm(dim=1), torch.ones(2))
+        True
 
     .. _#11688: https://github.com/Lightning-AI/pytorch-lightning/issues/11688
     """
 
-    slot: ClassVar[Slot | None] = None
-    """Where it acts within a step; ``None`` (a user's own) keeps its place in the list."""
-    touches: ClassVar[frozenset[str]] = frozenset()
-    """``"gradients"``, ``"weights"``: what must not be hidden from it by a strategy or an optimizer."""
-    final_rank: ClassVar[int | None] = None
-    """The lowest rank that has something to write decides what the module holds after ``fit``."""
-    gathers_ranks: ClassVar[bool] = False
-    """Whether its state is gathered from all ranks, whenever a checkpoint is written."""
-    evaluates: bool = False
-    """Whether validation uses weights that this callback holds."""
-
     name: str | None = None
     fit: Session | None = None
-    """The session of the running fit, ``None`` outside of one."""
     launcher_id: int | None = None  # the `id` of the callback of which this is a copy, in the process that copied it
     ran_elsewhere: bool = False  # the last fit ran in processes that a launcher started
     not_returned: str = ""  # the reason why the attributes of such a fit did not come back
     _stage: str | None = None
+
+    # What techniques of this package declare of themselves. The defaults are right for a callback of a user.
+
+    slot: ClassVar[Slot | None] = None
+    """Place within a step. ``None``: the callback keeps its place in the Trainer's list."""
+    touches: ClassVar[frozenset[str]] = frozenset()
+    """``"gradients"``, ``"weights"``, or both: a strategy or an optimizer that hides them is refused."""
+    final_rank: ClassVar[int | None] = None
+    """Priority of :meth:`write_final_`: of all callbacks that have weights to write, the lowest writes them."""
+    gathers_ranks: ClassVar[bool] = False
+    """True if the state is gathered from all ranks for every checkpoint."""
+    evaluates: bool = False
+    """True if validation uses weights that this callback holds."""
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
         self.steps: list[int] = []
         spawned_processes.remember(self)
 
-    # ---- for subclasses ----------------------------------------------------------------------------------------------
+    # ---- to override -------------------------------------------------------------------------------------------------
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Called once after each step of ``optimizer`` that really happened, without gradient tracking.
+        """Act after a step of ``optimizer`` that was really taken. Gradients are not tracked.
 
-        The weights are new; the gradients are those that the optimizer used. Not called when the scaler skipped the
-        step, when it was dropped (:func:`~lightning_optim.drop_step`), or when ``training_step`` returned ``None``.
+        The weights are new; the gradients are those that the optimizer used. It is not called when the scaler skipped
+        the step, when the step was dropped (:func:`~lightning_optim.drop_step`), or when ``training_step`` returned
+        ``None``.
         """
-
-    def extra_state(self) -> dict[str, Any]:
-        """What is remembered beyond :attr:`steps`: tensors and plain values, as ``weights_only=True`` demands.
-
-        It is called on all ranks, and what rank 0 returns is stored. A DTensor may be a leaf: it is gathered.
-        """
-        return {}
-
-    def load_extra_state(self, extra: dict[str, Any]) -> None:
-        """Take over what :meth:`extra_state` returned. Called before or after ``on_fit_start``, by strategy."""
-
-    def rank_state(self) -> dict[str, Tensor]:
-        """Tensors of :meth:`extra_state` that each rank has of its own, such as statistics of its batches, by path.
-
-        The path of ``extra["seen"]["mean"]`` is ``"seen/mean"``. The other ranks' are stored beside rank 0's where they
-        differ, and each rank gets its own back; with another number of ranks, each gets the mean. DTensors and what is
-        equal on all ranks need no path here.
-        """
-        return {}
-
-    def displaced(self) -> dict[str, Tensor]:
-        """Tensors of the module, by plain name, in whose place this callback has put others for a while."""
-        return {}
 
     def reset(self) -> None:
         """Forget an earlier fit. Called in ``setup("fit")``, before any state is loaded."""
 
-    def write_final_(self, pl_module: LightningModule) -> bool:
-        """Write into the module what it shall hold after ``fit``, if there is anything; return whether there was."""
-        return False
+    def extra_state(self) -> dict[str, Any]:
+        """Return the state beyond :attr:`steps`: tensors and plain values, which ``weights_only=True`` loads.
 
-    def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over what was loaded where nothing was left to train, so that ``on_train_start`` was not called."""
+        It is called on all ranks, and the result of rank 0 is saved. A leaf may be a DTensor: it is gathered.
+        """
+        return {}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        """Load what :meth:`extra_state` returned. Called before ``on_fit_start``, or after it with sharded weights."""
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """Return the tensors of :meth:`extra_state` that differ between ranks, such as statistics of batches, by path.
+
+        The path of ``extra["seen"]["mean"]`` is ``"seen/mean"``. The tensors of other ranks are saved beside those of
+        rank 0 where they differ, and each rank loads its own; with another number of ranks, each loads their mean.
+        DTensors, and tensors that are equal on all ranks, need no path here.
+        """
+        return {}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The arguments that say which callback this is. Numbers that a user tunes are not in it."""
+        """Arguments that distinguish two callbacks of this class in a checkpoint; numbers to tune are left out."""
         return {}
-
-    def batches_per_step(self, epoch: int) -> int:
-        """For who accumulates (slot ACCUMULATE): the micro-batches in a step of ``epoch``."""
-        return 1
 
     @property
     def needs_total(self) -> bool:
-        """Whether a schedule that is not constant, or a start given as a fraction, needs the run's length."""
+        """True if the callback needs the number of steps of the whole run, as a schedule does."""
         return False
 
     @property
     def stays(self) -> frozenset[str]:
-        """Attributes that stay in another process in which a fit ran (``ddp_spawn``): large ones, such as weights."""
+        """Names of large attributes, such as weights, that ``ddp_spawn`` does not send back from its processes."""
         return frozenset()
+
+    def displaced(self) -> dict[str, Tensor]:
+        """Return the module's own tensors, by plain name, if the module holds tensors of this callback instead."""
+        return {}
+
+    def write_final_(self, pl_module: LightningModule) -> bool:
+        """Write the weights that the module holds after ``fit``; return False if there are none to write."""
+        return False
+
+    def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Use the loaded state in a run with nothing left to train: ``on_train_start`` is not called in it."""
+
+    def batches_per_step(self, epoch: int) -> int:
+        """Return the number of micro-batches in a step of ``epoch``, if the callback accumulates gradients."""
+        return 1
+
+    # ---- to call -----------------------------------------------------------------------------------------------------
 
     def current_step(self, optimizer: Optimizer | LightningOptimizer) -> OptimizerStep:
         """Return the step of ``optimizer`` that is under way: its number, learning rates, weights, gradients and norm.
@@ -160,27 +195,45 @@ class OptimCallback(OverridableHooks):
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return self.session.current_step(plain)
 
+    @property
+    def session(self) -> Session:
+        """The session of the running fit: ``patch``, ``on_close``, ``total``. A RuntimeError outside of a fit."""
+        if self.fit is None:
+            raise RuntimeError(f"{type(self).__name__} is in no fit: a Trainer calls its hooks")
+        return self.fit
+
+    @staticmethod
+    def logs_now(trainer: Trainer) -> bool:
+        """Return True if the values of this batch are logged; compute what is only logged only then."""
+        return trainer._logger_connector.should_update_logs
+
+    def log_value(self, pl_module: LightningModule, name: str, value: Tensor | float, optimizer: Optimizer) -> None:
+        """Log a value of this step as ``name``, or, with several optimizers, as ``name/0``, ``name/1``, …."""
+        optimizers = pl_module.trainer.optimizers
+        suffix = f"/{optimizers.index(optimizer)}" if len(optimizers) > 1 else ""
+        pl_module.log(name + suffix, value, on_step=True, on_epoch=False)
+
     # ---- state -------------------------------------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        """Under which name a checkpoint holds the state: class, identity, and ``name`` if there is one."""
+        """Key of the state in a checkpoint: class, :attr:`identity`, and ``name`` if there is one."""
         identity = self.identity if self.name is None else {**self.identity, "name": self.name}
         return self._generate_state_key(**identity) if identity else type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint. Under FSDP2 a collective: Lightning calls it on all ranks."""
+        """Return the state for a checkpoint. A collective under FSDP2, where Lightning calls it on all ranks."""
         return checkpoint_state.export({"steps": list(self.steps), **self.extra_state()}, self.fit and self.fit.trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint's state; not for ``validate``, ``test`` and ``predict``, which must not touch it."""
+        """Load a checkpoint's state for a fit; a no-op in ``validate``, ``test`` and ``predict``."""
         if self._stage in (None, "fit"):
             extra = dict(state_dict)
             self.steps = list(extra.pop("steps", []))
             self.load_extra_state(extra)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put sharded state into a distributed checkpoint, beside the optimizers' shards, and what ranks differ in."""
+        """Add sharded state to a distributed checkpoint, and the tensors that differ between ranks."""
         checkpoint_state.save_shards(self.extra_state, trainer, checkpoint, self.state_key)
         self._save_ranks(trainer, checkpoint)
 
@@ -190,7 +243,7 @@ class OptimCallback(OverridableHooks):
             checkpoint_state.save_ranks(self.rank_state(), trainer, checkpoint, self.state_key)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read sharded state back from a distributed checkpoint, and take what this rank had."""
+        """Load sharded state from a distributed checkpoint, and the tensors of this rank."""
         if self._stage == "fit":
             checkpoint_state.load_shards(trainer, pl_module, checkpoint, self.state_key)
             checkpoint_state.load_ranks(trainer, checkpoint, self.state_key)
@@ -207,10 +260,10 @@ class OptimCallback(OverridableHooks):
     def __repr__(self) -> str:
         return self.state_key
 
-    # ---- life --------------------------------------------------------------------------------------------------------
+    # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, forget an earlier fit, and take our place in the order."""
+        """Join the session of the fit: refuse what cannot work, forget an earlier fit, sort the callbacks by slot."""
         if self.fit is not None and not self.fit.running:
             self.fit.close()  # the exception was handled before the Trainer's own teardown
         if self._is_in_another_fit(trainer):
@@ -223,68 +276,48 @@ class OptimCallback(OverridableHooks):
         refuse_setup(self, trainer)
         self.fit = Session.of(trainer)
         self.fit.callbacks.append(self)
-        self.fit.on_close(self._leave)
+        self.fit.on_close(self._leave_fit)
         self.steps, self.ran_elsewhere, self.not_returned = [], False, ""
         self.reset()
         arrange(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Optimizers and sharded parameters are there; weights may still be restored after this."""
+        """Watch the optimizers. Sharded parameters exist by now; their weights may be restored after this hook."""
         refuse_start(self, trainer)
         self.session.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All state is restored: the earliest hook at which weights may be read."""
+        """Begin to count steps. All state is restored: no earlier hook may read weights."""
         self.session.begin()
         if self.needs_total:
             refuse_endless(self, self.session.total)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every file is written: now the module gets what it ends with."""
+        """Write the weights that the module keeps: the last checkpoint is written."""
         self.session.end(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put back all that was installed."""
+        """Undo all that was installed for the fit."""
         if self._is_in_another_fit(trainer):
-            self._leave_nested()
+            self._return_to_fit()
         elif self.fit is not None:
             self.fit.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """See that all that was installed is put back: after an exception Lightning calls no ``teardown``."""
+        """Have all that was installed undone, since Lightning calls no ``teardown`` after an exception."""
         if self._is_in_another_fit(trainer):
-            self._leave_nested()
+            self._return_to_fit()
         elif self.fit is not None:
             self.fit.fail()
 
-    def _leave(self) -> None:
+    def _leave_fit(self) -> None:
         self.fit = None
 
     def _is_in_another_fit(self, trainer: Trainer) -> bool:
         """Return True if the fit of another Trainer is running, within which this Trainer runs."""
         return self.fit is not None and self.fit.trainer is not trainer
 
-    def _leave_nested(self) -> None:
-        """Log to the module of the running fit again: each Trainer binds its own module's functions to a callback."""
+    def _return_to_fit(self) -> None:
+        """Bind ``log`` to the module of the running fit again: the nested Trainer has bound it to its own module."""
         module = self.session.trainer.lightning_module
         self.log, self.log_dict = module.log, module.log_dict
-
-    @property
-    def session(self) -> Session:
-        """The session of the running fit: :attr:`fit`, or a RuntimeError outside of one."""
-        if self.fit is None:
-            raise RuntimeError(f"{type(self).__name__} is in no fit: a Trainer calls its hooks")
-        return self.fit
-
-    # ---- logging -----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def logs_now(trainer: Trainer) -> bool:
-        """Whether this batch is one at which values are logged: what is only logged is computed only then."""
-        return trainer._logger_connector.should_update_logs
-
-    def log_value(self, pl_module: LightningModule, name: str, value: Tensor | float, optimizer: Optimizer) -> None:
-        """Log a value of this step; with several optimizers one name each, since under one name the last would win."""
-        optimizers = pl_module.trainer.optimizers
-        suffix = f"/{optimizers.index(optimizer)}" if len(optimizers) > 1 else ""
-        pl_module.log(name + suffix, value, on_step=True, on_epoch=False)
