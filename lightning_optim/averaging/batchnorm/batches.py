@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim.base.arguments import check_number
 from lightning_optim.runtime.lightning import CombinedLoader, LightningModule, Trainer, isolate_rng
+from lightning_optim.runtime.random_state import generator_state, is_generator, set_generator_state_
 
 
 @contextlib.contextmanager
@@ -157,32 +158,6 @@ def _draws_kept(loader: Any) -> Iterator[list[torch.Generator]]:
     finally:
         for generator, state in states:
             set_generator_state_(generator, state)
-
-
-def is_generator(value: Any) -> bool:
-    """Return whether ``value`` is an object that draws random numbers: one of torch, Python or NumPy."""
-    from numpy.random import BitGenerator, Generator, RandomState
-
-    return isinstance(value, torch.Generator | random.Random | BitGenerator | Generator | RandomState)
-
-
-def generator_state(generator: Any) -> Any:
-    """Return the state of such an object."""
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    generator = getattr(generator, "bit_generator", generator)
-    return copy.deepcopy(generator.state) if hasattr(generator, "state") else generator.get_state()
-
-
-def set_generator_state_(generator: Any, state: Any) -> None:
-    """Put back what :func:`generator_state` returned."""
-    generator = getattr(generator, "bit_generator", generator)
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif hasattr(generator, "state"):
-        generator.state = state
-    else:
-        generator.set_state(state)
 
 
 def _parts(loader: Any) -> list[Any]:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_optim.averaging.batchnorm.module_state import ModuleState
 from lightning_optim.runtime.lightning import LightningModule, Logger, Trainer, _ResultCollection, rank_zero_warn
 from lightning_optim.runtime.lightning.log_interception import intercept_log
+from lightning_optim.runtime.object_state import ObjectState
 from lightning_optim.runtime.patching import patched
 
 
@@ -25,14 +25,16 @@ class Isolated:
 
     def __init__(self, pl_module: LightningModule) -> None:
         self._module = pl_module
-        self._state: ModuleState | None = None
+        self._state: ObjectState | None = None
         self.remains: list[str] = []
 
     def call(self, run: Callable[[Any], Any], batch: Any) -> None:
         """Call ``run(batch)``, and undo its changes to the batch too: a call that failed is tried in another way."""
         if self._state is None:  # not earlier: the caller may have changed the module for the length of all calls
-            self._state = ModuleState(self._module)
-        given = ModuleState(_Holder(batch))
+            self._state = ObjectState({"self": self._module})
+            self._state.set_gradients_aside()
+        given = ObjectState({"batch": [batch]})
+        given.set_gradients_aside()
         self._state.watch()
         try:
             run(batch)
@@ -40,22 +42,14 @@ class Isolated:
             _abort(self._module)
             raise
         finally:
-            given.put_back()
-            given.close()
-            self.remains += [name for name in self._state.put_back() if name not in self.remains]
+            given.restore_()
+            given.return_gradients()
+            self.remains += [name for name in self._state.restore_() if name not in self.remains]
 
     def close(self) -> None:
         """Give back the gradients."""
         if self._state is not None:
-            self._state.close()
-
-
-class _Holder(nn.Module):
-    """Holds a batch as a module holds its plain attributes."""
-
-    def __init__(self, batch: Any) -> None:
-        super().__init__()
-        self.__dict__["batch"] = batch
+            self._state.return_gradients()
 
 
 def _abort(module: nn.Module) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -186,11 +184,6 @@ def all_of(optimizer: Optimizer | None) -> list[nn.Parameter]:
 def trainable(optimizer: Optimizer) -> list[nn.Parameter]:
     """Return the parameters that are trainable now: fine-tuning callbacks add, freeze and unfreeze some."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-
-
-def same(one: Collection[Any], other: Collection[Any]) -> bool:
-    """Return whether both hold the very same objects, in one order."""
-    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def keep(sources: Sources, average: Average, positions: list[int]) -> None:

@@ -26,7 +26,6 @@ from lightning_optim.averaging.training.averaged_tensors import (
     copies_of,
     keep,
     names_in,
-    same,
     trainable,
 )
 from lightning_optim.averaging.training.buffer_plan import BufferPlan
@@ -37,6 +36,7 @@ from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_of
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.interrupts import uninterrupted
+from lightning_optim.runtime.object_state import same_objects
 
 _holding: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
 """Modules that hold an average now, and this average."""
@@ -104,7 +104,7 @@ class AveragedWeights:
         """Average parameters that became trainable, and drop those that left the model; call it before each step."""
         optimizer = self._optimizers[index]()
         now = [] if optimizer is None else trainable(optimizer)
-        if same(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
+        if same_objects(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
             return
         self._trainable[index] = now
         self._lazy = [parameter for parameter in self._alive().parameters() if is_lazy(parameter)]

@@ -1,4 +1,4 @@
-"""What a module holds is put back, in the same objects, whatever was done to it."""
+"""Everything that a module holds is put back, in the same objects, whatever was done to it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import Dataset
 
-from lightning_optim.averaging.batchnorm.module_state import ModuleState
 from lightning_optim.runtime.lightning.log_interception import intercept_log
+from lightning_optim.runtime.object_state import ObjectState
 
 
 class Dictionary(dict):
@@ -114,12 +114,13 @@ def test_a_change_is_put_back(change: Callable[[Any], Any]) -> None:
     module = _module()
     module(torch.randn(3, 2)).square().sum().backward()
     before = _seen(module)
-    state = ModuleState(module)
+    state = ObjectState({"self": module})
+    state.set_gradients_aside()
     assert all(p.grad is None for p in module.parameters())
     for _ in range(2):
         change(module)
-        assert state.put_back() == []
-    state.close()
+        assert state.restore_() == []
+    state.return_gradients()
     assert _seen(module) == before
 
 
@@ -128,21 +129,22 @@ def test_attributes_may_be_deep() -> None:
     module.chain, module.links = types.SimpleNamespace(next=None, value=0), []
     for value in range(3000):
         module.chain, module.links = types.SimpleNamespace(next=module.chain, value=value), [module.links]
-    state = ModuleState(module)
+    state = ObjectState({"self": module})
     last = module.chain
     while last.next is not None:
         last = last.next
     last.value = 1
-    assert state.put_back() == [] and last.value == 0
+    assert state.restore_() == [] and last.value == 0
 
 
 def test_a_graph_from_before_is_still_good() -> None:
     module = nn.Linear(2, 2)
     loss = module(torch.randn(3, 2)).square().sum()
-    state = ModuleState(module)
+    state = ObjectState({"self": module})
+    state.set_gradients_aside()
     module.weight.data.add_(1.0)
-    state.put_back()
-    state.close()
+    state.restore_()
+    state.return_gradients()
     loss.backward()
     assert module.weight.grad is not None
 
@@ -158,15 +160,15 @@ def test_what_lies_in_libraries_files_and_the_dead_is_left_alone(tmp_path: Path)
         module.inferred = torch.ones(2)
     module.scripted = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
     scripted = module.scripted.weight.clone()
-    state = ModuleState(module)
+    state = ObjectState({"self": module})
     module.rows[0] = 1.0
     assert module.dataset[3] == 3
     module.scripted.weight.data.add_(1.0)
-    assert state.put_back() == []
+    assert state.restore_() == []
     assert module.rows[0] == 1.0 and module.dataset.cache == {3: 3}
     assert torch.equal(module.scripted.weight, scripted)
     module.expanded.data = torch.zeros(3)
-    assert state.put_back() == [] and module.expanded.tolist() == [1.0] * 3
+    assert state.restore_() == [] and module.expanded.tolist() == [1.0] * 3
 
 
 def test_what_cannot_be_put_back_is_named() -> None:
@@ -178,16 +180,16 @@ def test_what_cannot_be_put_back_is_named() -> None:
     module[0].connection, module.names = Connection(), {"all": [iter("abc")]}
     module.sparse = torch.eye(2).to_sparse()
     letters = module.names["all"][0]
-    state = ModuleState(module)
+    state = ObjectState({"self": module})
     state.watch()
-    assert state.put_back() == []
+    assert state.restore_() == []
     module[0].connection.queue.append(1)
-    assert state.put_back() == ["self.0.connection (Connection)"]
+    assert state.restore_() == ["self.0.connection (Connection)"]
     module[0].connection.queue.clear()
     state.watch()
     assert [letter for letter in module.names["all"][0]] == ["a", "b", "c"]
     module.sparse.zero_()
-    assert sorted(state.put_back()) == ["self.names['all'][0]", "self.sparse"]
+    assert sorted(state.restore_()) == ["self.names['all'][0]", "self.sparse"]
     assert module.names["all"][0] is letters
 
 
