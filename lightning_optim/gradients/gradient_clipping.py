@@ -21,7 +21,7 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_optim.runtime.lightning.grad_scaler import agree_on_overflow, scale_of
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.refusals import refuse_parts
+from lightning_optim.runtime.refusals import refuse_split_units
 from lightning_optim.runtime.step import OptimizerStep, drop_step
 
 NonFinite = Literal["skip", "raise", "ignore"]
@@ -122,7 +122,7 @@ class GradientClipping(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         shards.reshard_(pl_module)
         for policy in self.policies:
-            refuse_parts(policy, pl_module.parameters())
+            refuse_split_units(policy, pl_module.parameters())
             if policy.on is None and policy.exclude is None:
                 self._chosen.append(None)
             else:

@@ -18,7 +18,7 @@ from lightning_optim.regularization.proximal import Proximal
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.refusals import refuse_parts
+from lightning_optim.runtime.refusals import refuse_split_units
 
 _TERMS = (Penalty, Proximal)
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
@@ -86,7 +86,7 @@ class WeightRegularization(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         shards.reshard_(pl_module)
         for term in self.terms:
-            refuse_parts(term, selection.select(pl_module, term.on, term.exclude).values())
+            refuse_split_units(term, selection.select(pl_module, term.on, term.exclude).values())
             self._chosen.append(Selection(pl_module, term.on, term.exclude))
         self._looked_up = _looked_up(pl_module)
 

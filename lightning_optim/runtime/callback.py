@@ -11,7 +11,7 @@ from lightning_optim.runtime import checkpoint_state, spawned_processes
 from lightning_optim.runtime.lightning import LightningModule, LightningOptimizer, Trainer
 from lightning_optim.runtime.order import Slot, arrange
 from lightning_optim.runtime.overridden_hooks import OverridableHooks
-from lightning_optim.runtime.refusals import in_another_fit, refuse_endless, refuse_setup, refuse_start
+from lightning_optim.runtime.refusals import in_another_fit, refuse_setup, refuse_start, refuse_unknown_length
 from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.step import OptimizerStep
 
@@ -290,7 +290,7 @@ class OptimCallback(OverridableHooks):
         """Begin to count steps. All state is restored: no earlier hook may read weights."""
         self.session.begin()
         if self.needs_total:
-            refuse_endless(self, self.session.total)
+            refuse_unknown_length(self, self.session.total)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights that the module keeps: the last checkpoint is written."""

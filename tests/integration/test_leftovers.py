@@ -47,7 +47,7 @@ def test_after_a_refusal_in_setup(entry: Entry) -> None:
     endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")
     fitted = prepare(entry, CELL, extra=(endless,), max_epochs=-1)
     weights, before = models.full_weights(fitted.module), settings(fitted.trainer)
-    with pytest.raises(MisconfigurationException, match="no end that is known"):
+    with pytest.raises(MisconfigurationException, match="length of this run is unknown"):
         fitted.trainer.fit(fitted.module)
     assert_untouched(fitted, weights, before)
     again = fit(entry, CELL, callbacks=[callback for callback in fitted.callbacks if callback is not endless])
@@ -61,7 +61,7 @@ def test_after_a_refusal_at_the_start_of_training(entry: Entry) -> None:
     fitted = prepare(entry, CELL, extra=(endless,), max_epochs=1000, limit_train_batches=1.0, val_check_interval=1)
     fitted.module.train_dataloader = lambda: iter(models.Model.train_dataloader(fitted.module))
     weights, before = models.full_weights(fitted.module), settings(fitted.trainer)
-    with pytest.raises(MisconfigurationException, match="no end that is known"):
+    with pytest.raises(MisconfigurationException, match="length of this run is unknown"):
         fitted.trainer.fit(fitted.module)
     assert_untouched(fitted, weights, before)
 

@@ -61,7 +61,7 @@ class SecondOrder:
 
 @each_entry
 def test_lbfgs(entry: Entry) -> None:
-    """It evaluates many gradients within a step. What acts on neither gradients nor weights in a step works."""
+    """It computes many gradients within a step: callbacks that act on neither gradients nor weights work."""
     fitted = prepare(entry, STEPS, SecondOrder, callbacks=entry.callbacks(STEPS))
     if any(callback.touches for callback in fitted.ours if not isinstance(callback, EarlyStopping)):
         assert_refused(fitted, "acts once per optimizer step, and LBFGS .* use a first-order optimizer")
@@ -90,7 +90,9 @@ def test_strategies_that_hide_weights(entry: Entry, strategy: type) -> None:
     trainer = run.make_trainer(CELL, [])
     connector = trainer._accelerator_connector
     connector.strategy = strategy.__new__(strategy)  # type: ignore[attr-defined]
-    use = {DeepSpeedStrategy: "DeepSpeed keeps", FSDPStrategy: "FSDP1 hides", XLAStrategy: "XLA was never"}[strategy]
+    use = {DeepSpeedStrategy: "DeepSpeed hides", FSDPStrategy: "FSDP1 hides", XLAStrategy: "XLA is not tested"}[
+        strategy
+    ]
     for callback in entry.all_callbacks(CELL):
         assert isinstance(callback, OptimCallback)
         if callback.touches:
@@ -157,9 +159,9 @@ TWICE: dict[str, Any] = {
         [GradientAccumulation(2), GradientAccumulationScheduler({0: 2})],
         {},
         "GradientAccumulation and GradientAccumulationScheduler both accumulate: "
-        "give GradientAccumulation a dictionary",
+        "give GradientAccumulation the dictionary of epochs to sizes",
     ),
-    "two averages": (averages(), {}, "Two averages with `evaluate=True`.* Give the others `evaluate=False`"),
+    "two averages": (averages(), {}, "Two averages have `evaluate=True`.*: give the rest `evaluate=False`"),
     "Lightning's average": ([averages()[0], LightningWeightAveraging()], {}, "WeightAveraging both write the weights"),
     "Lightning's SWA": ([averages()[0], LightningSWA(0.1)], {}, "StochasticWeightAveraging both write the weights"),
 }
@@ -210,7 +212,8 @@ def test_a_schedule_needs_an_end(callback: Any, known_before: bool) -> None:
     )
     fitted.module.train_dataloader = lambda: iter(models.Model.train_dataloader(fitted.module))
     assert_refused(
-        fitted, r"no end that is known: set `Trainer\(max_steps=…\)`, or `max_epochs` with data that have a length"
+        fitted,
+        r"length of this run is unknown: set `Trainer\(max_steps=…\)`, or `max_epochs` with data that have a length",
     )
     finite = prepare(BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=-1, max_steps=4)
     finite.trainer.fit(finite.module)

@@ -74,5 +74,7 @@ def test_their_steps_are_heard_of(way: str, manual: bool) -> None:
 
 def test_more_of_them_are_refused() -> None:
     trainer = Trainer(max_epochs=2, limit_train_batches=2, callbacks=[GradientClipping(1.0)], barebones=True)
-    with pytest.raises(MisconfigurationException, match=r"has 2 optimizers, and had 1 .*'GradientClipping'.*place"):
+    with pytest.raises(
+        MisconfigurationException, match=r"has 2 optimizers, and had 1 .*GradientClipping cannot follow.*place"
+    ):
         trainer.fit(Replacing("more", manual=True))
