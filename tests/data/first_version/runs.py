@@ -6,6 +6,7 @@ import io
 import lzma
 import math
 import random
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -178,9 +179,15 @@ def read(callback: Callback | Criterion, module: LightningModule) -> dict[str, A
 def unpack(name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """Put the checkpoint of a case, and the folder that belongs to it, into a folder; what the run was and ended as."""
     path = folder / f"{name}.ckpt"
+    if (HERE / name).is_dir():
+        shutil.copytree(HERE / name, folder / name)
     path.write_bytes(lzma.decompress((HERE / f"{name}{CHECKPOINT}").read_bytes()))
-    end = io.BytesIO(lzma.decompress((HERE / f"{name}{END}").read_bytes()))
-    return path, torch.load(end, weights_only=True)
+    return path, unpack_end(name)
+
+
+def unpack_end(name: str) -> dict[str, Any]:
+    """What a run was at the moment of its file, and ended as."""
+    return torch.load(io.BytesIO(lzma.decompress((HERE / f"{name}{END}").read_bytes())), weights_only=True)
 
 
 def whole(case: Case) -> Run:

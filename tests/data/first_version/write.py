@@ -20,6 +20,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # as in the tests, before torch starts: threads add in another order
+
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
