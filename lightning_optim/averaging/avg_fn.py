@@ -22,6 +22,11 @@ class AvgFnAverage(Average):
         super().__init__()
         self.function = function
 
+    @property
+    def identity(self) -> str:
+        """The name in checkpoints, which is that of the class when the first of them were written."""
+        return "ByFunction()"
+
     @torch.no_grad()
     def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
         if not self.started:
