@@ -75,6 +75,8 @@ class Case:
         trainer: Arguments for the Trainer.
         draws: Whether the run must also leave the generators as the whole run did.
         folder: A folder of files that belongs to the checkpoint.
+        scales: Whether it is trained in 16 bit, with a loss scale that grows between the next steps of two optimizers.
+        raises: Whether the run must end with an error.
         tolerance: How far a value may be from the one in the file where the processor rounds otherwise.
     """
 
@@ -89,6 +91,8 @@ class Case:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     draws: bool = False
     folder: str | None = None
+    scales: bool = False
+    raises: bool = False
     tolerance: float = 1e-6
 
 
@@ -230,6 +234,12 @@ CASES = (
         traits=_SPIKES,
         **_TWO,
     ),
+    Case(
+        "skipped_in_a_row",
+        lambda: [GradientClipping(0.5, max_consecutive_skips=1)],
+        traits={"faults": {12: NAN, 13: NAN}},
+        raises=True,
+    ),
     Case("monitor_module", lambda: [GradientMonitor("module", history=15)]),
     # Accumulation.
     Case("weighted", lambda: [GradientAccumulation(2, weight_by="sample")], traits=_UNEVEN),
@@ -239,6 +249,13 @@ CASES = (
         traits=_UNEVEN,
     ),
     Case("weighted_two", lambda: [GradientAccumulation(2, weight_by="sample")], traits=_UNEVEN, **_TWO),
+    Case(
+        "scaled_two",
+        lambda: [GradientAccumulation(2), GradientClipping(ClipByNorm(0.5)), WeightAveraging(EMA(0.9))],
+        scales=True,
+        tolerance=1e-2,
+        **_TWO,
+    ),
     Case(
         "accumulation_manual",
         lambda: [GradientAccumulation(4), GradientClipping(0.5), WeightAveraging(EMA(0.6))],

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -111,7 +112,11 @@ class Run:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        if case.scales:
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=13)
+            arguments["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
         self.trainer = Trainer(**(arguments | dict(case.trainer)))
+        self.raised = ""
 
     def fit(self, path: Path | None = None) -> None:
         # A run that goes on starts from another state of the generators: only its file can bring it onto its way.
@@ -119,7 +124,12 @@ class Run:
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        self.trainer.fit(self.module, ckpt_path=path, weights_only=True)
+        try:
+            self.trainer.fit(self.module, ckpt_path=path, weights_only=True)
+        except RuntimeError as error:
+            if not self.case.raises:
+                raise
+            self.raised = type(error).__name__
 
     def now(self) -> dict[str, Any]:
         """What the run is at this moment: weights, momentum, and what callbacks remember."""
@@ -145,6 +155,7 @@ class Run:
             "rates": [group["lr"] for opt in self.trainer.optimizers for group in opt.param_groups],
             "draws": [torch.rand(1).item(), random.random(), np.random.rand()] if self.case.draws else [],
             "read": self.read(),
+            **({"raised": self.raised} if self.case.raises else {}),
         }
 
     def read(self) -> list[dict[str, Any]]:
