@@ -417,7 +417,7 @@ def test_without_an_evaluated_average_validation_sees_raw_weights() -> None:
 
 
 def test_two_evaluated_averages_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="Two averages with `evaluate=True`"):
+    with pytest.raises(MisconfigurationException, match="Two averages have `evaluate=True`"):
         fit(Model(), [averaging(), averaging(average=SWA())])
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         trainer([averaging(), averaging(evaluate=False)])
@@ -427,7 +427,7 @@ def test_two_averages_that_the_module_would_end_with_are_refused() -> None:
     short = averaging(average=EMA(0.5, warmup=None), evaluate=False)
     long = averaging(average=SWA(), evaluate=False)
     for callbacks in ([short, long], [long, short]):
-        with pytest.raises(MisconfigurationException, match=r"2 averages .* Give the others `apply_at_end=False`"):
+        with pytest.raises(MisconfigurationException, match=r"2 averages .* give the rest `apply_at_end=False`"):
             fit(Model(), callbacks)
     beside = averaging(average=SWA(), evaluate=False, apply_at_end=False)
     for callbacks in ([beside, short], [short, beside]):
@@ -497,7 +497,7 @@ def test_arguments_are_refused(arguments, sentence: str) -> None:
 
 
 def test_a_fraction_without_an_end_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="this run has no end"):
+    with pytest.raises(MisconfigurationException, match="the length of this run is unknown"):
         fit(Model(), [averaging(start=0.5)], max_epochs=-1)
 
 
