@@ -1,9 +1,9 @@
-"""Weight averaging, as a callback: one average, the same in validation, files, test and predict."""
+"""The callback that averages the weights of a run: when an average is updated, saved, loaded and applied."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from lightning_optim.averaging.training.buffer_plan import (
     check_buffer_modes,
     plan_buffers,
 )
+from lightning_optim.averaging.training.checkpoint_state_dict import AveragedCheckpoints
 from lightning_optim.averaging.training.comparison import Comparison
-from lightning_optim.averaging.training.evaluation import AveragedEvaluation
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
@@ -32,68 +32,73 @@ from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden
 from lightning_optim.runtime.spawned_processes import check_not_lost
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-class WeightAveraging(AveragedEvaluation):
-    r"""Keep an average of the weights over the steps, and evaluate with it; the raw weights go on training.
 
-    Each parameter is averaged when *its* optimizer really stepped; what was never trainable is not copied, and what was
-    averaged once is averaged on, also while it is frozen. Integer and bool buffers are the latest.
+class WeightAveraging(AveragedCheckpoints):
+    r"""Average the weights over the optimizer steps, and validate, save and end with the average.
 
-    With ``evaluate=True`` there is one truth, as soon as the average has started: the averaged weights are what
-    validation sees, so what is monitored, what every checkpoint holds as ``state_dict`` (weights-only files too), what
-    is restored as the best, and what ``test``, ``predict`` and ``load_from_checkpoint`` use. The raw weights are in
-    this callback's state, and training resumes from them. An average that never started is never used.
+    The raw weights go on training. A parameter is averaged after each step of *its* optimizer that really happened;
+    frozen parameters that never were trainable are not copied. Integer and bool buffers are the latest ones.
 
-    The average is in the module during a validation and during ``trainer.save_checkpoint``: what a callback saves or
-    exports by itself in ``on_save_checkpoint`` has the score that was monitored. In other hooks of training the module
-    holds raw weights, and ``with callback.averaged_weights(module)`` puts the average in.
+    With ``evaluate=True`` the averaged weights are, from the first update on, those of the validation and so of the
+    monitored metric; the ``state_dict`` of every checkpoint, weights-only ones included; the weights that are restored
+    as the best; and those of ``test``, ``predict`` and ``load_from_checkpoint``. The raw weights are in this callback's
+    state in the checkpoint, and training resumes from them. An average without an update is never used.
 
-    A checkpoint of Lightning's ``WeightAveraging`` resumes here, and one of this callback there. Of several averages in
-    one run each keeps its own weights; read one out with ``with callback.averaged_weights(module)``, or from a file
-    with :func:`~lightning_optim.averaged_state_dict`.
+    The module holds the average during a validation and during ``trainer.save_checkpoint``, so that whatever another
+    callback exports there has the score that was monitored. In the other hooks of training it holds the raw weights;
+    use :meth:`averaged_weights` to export the average from there.
+
+    Checkpoints of Lightning's ``WeightAveraging`` resume here, and those of this callback resume there. If a run has
+    several of these callbacks, each keeps its own average: read one out of the module with :meth:`averaged_weights`,
+    or out of a checkpoint with :func:`~lightning_optim.averaged_state_dict`.
 
     Args:
-        average: What kind: ``EMA(0.999)``, ``SWA()``, ``LAWA(6)``.
-        start: The optimizer steps that are left out before the first update; a float in [0, 1] is a fraction of the
-            run. SWA is usually started at 0.75.
-        every: Optimizer steps between two updates, >= 1; the first is after step ``start + 1``. An EMA's horizon in
-            steps does not depend on it. ``"epoch"``: at the last batch of each epoch, before the validation there.
-        device: Where the average is kept; ``"cpu"`` saves memory of the accelerator, and costs a copy at each update.
-            Default: beside the weights, where a swap needs no more than a few MB.
-        dtype: In what the average is kept, whatever the weights are. Default fp32: in bf16 an average with a decay of
-            0.999 never moves. ``None``: fp32 for what is narrower, else the weights' own.
-        buffers: What becomes of floating-point buffers, such as running statistics: ``"average"`` averages them like
+        average: The policy: ``EMA(0.999)``, ``SWA()`` or ``LAWA(6)``.
+        start: Number of optimizer steps before the first update, or, as a float in [0, 1], their share of the run.
+            Default 0. SWA usually starts at 0.75.
+        every: Number of optimizer steps from one update to the next, >= 1; the first update is after step
+            ``start + 1``. ``"epoch"`` updates at the last batch of each epoch, before the validation there. The
+            horizon of an EMA, in steps, does not depend on it.
+        device: Device of the averaged tensors. Default ``None``: that of the weights, where an exchange for a
+            validation takes a few MB. ``"cpu"`` saves memory of the accelerator, and copies at every update.
+        dtype: Floating dtype of the averaged tensors, whatever that of the weights is. Default fp32, since an average
+            with decay 0.999 never moves in bf16. ``None``: fp32 for half precision, else that of the weight.
+        buffers: Mode of the floating-point buffers, such as running statistics. ``"average"`` averages them like
             weights; ``"copy"`` uses the latest; ``"refresh"`` averages them, and estimates the statistics of BatchNorm
-            anew before every use of an average that changed. ``None`` is ``"average"`` for an EMA, whose weights are
-            close to one another, and ``"refresh"`` for SWA and LAWA, which break down without it. A dictionary from
-            patterns of names to these: the first that matches decides, and ``"*"`` is the rest. Of that, known kinds
-            that are no means are found: scales of fake quantization, observers and masks of pruning are copied, and the
-            vectors of spectral normalization are estimated by power iteration.
-        refresh_batches: How many batches a refresh takes, at most one pass over the data. ``None``: all.
-        refresh_loader: Where they come from. Default: the training data, over an iterator of its own.
-        evaluate: Whether validation and files use the average. Of several averages at most one may.
-        apply_at_end: Whether the module ends with the average when the fit ends normally. Of several averages the
-            evaluated one goes before, and ``EarlyStopping(restore_best=True)`` before all.
-        compare: Validate the raw weights too, before each validation of the average: :meth:`plot` shows both, and
-            ``averaging/raw/…`` is logged with the metrics of the average. It costs a second validation, in which the
-            module's hooks run but callbacks do not.
-        name: Tells two averages of one kind apart in checkpoints.
+            anew before every use of an average that has changed. Default ``None``: ``"average"`` for an EMA, whose
+            weights are close to one another, and ``"refresh"`` for SWA and LAWA, whose accuracy breaks down without.
+            A dictionary from name patterns to modes uses the first pattern that matches; ``"*"`` is for all other
+            buffers, except for kinds that are known to have no mean: scales of fake quantization, observers and masks
+            of pruning are copied, and vectors of spectral normalization are estimated by power iteration.
+        refresh_batches: Number of batches of one refresh, at most those of one epoch. Default 100; ``None``: all.
+        refresh_loader: Loader of these batches. Default: the training data, through a separate iterator.
+        evaluate: If True, validations and checkpoints use this average. At most one callback of a run may.
+        apply_at_end: If True, the module holds the average after a fit that ended normally. Of several averages the
+            evaluated one is taken, and the weights of ``EarlyStopping(restore_best=True)`` go before any average.
+        compare: If True, the raw weights are validated too, before each validation of the average: :meth:`plot` shows
+            both, and ``averaging/raw/<metric>`` is logged beside the metrics of the average. The second validation
+            calls the hooks of the module and none of callbacks.
+        name: Name that tells two averages of one kind apart in checkpoints.
 
     Attributes:
-        comparison: What ``compare`` has collected.
+        comparison: Metrics that ``compare=True`` has collected.
 
     Raises:
-        ValueError: If an argument is none of these.
-        MisconfigurationException: For a pattern of ``buffers`` that matches nothing, for two evaluated averages, for
-            two others that the module would both end with, beside Lightning's own averaging, for a fraction in a run
-            without a known end, or for statistics to refresh that ``training_step`` cannot estimate; the message says
-            what to do.
+        ValueError: If an argument is not allowed.
+        MisconfigurationException: In ``setup`` or before the first step: for a pattern of ``buffers`` that matches
+            nothing, two evaluated averages, two averages of which neither is evaluated and both would be applied at
+            the end, Lightning's own averaging beside an evaluated one, a fraction as ``start`` in a run without a known
+            end, or BatchNorm statistics that ``training_step`` cannot estimate. The message names the way out.
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
         >>> from lightning_optim import EMA, SWA, WeightAveraging
-        >>> WeightAveraging(EMA(0.999))
-        WeightAveraging{'average': 'EMA()'}
+        >>> trainer = Trainer(callbacks=[WeightAveraging(EMA(0.999))], logger=False)
         >>> WeightAveraging(SWA(), start=0.75, every="epoch").buffers
         'refresh'
     """
@@ -145,7 +150,7 @@ class WeightAveraging(AveragedEvaluation):
 
     @property
     def stays(self) -> frozenset[str]:
-        return frozenset({"refresh_loader", "_held", "_loaded"})
+        return frozenset({"refresh_loader", "_copied", "_loaded"})
 
     @property
     def needs_total(self) -> bool:
@@ -154,12 +159,12 @@ class WeightAveraging(AveragedEvaluation):
     def reset(self) -> None:
         self.comparison = Comparison()
         self._averaged: AveragedWeights | None = None
-        self._held: dict[str, Tensor] = {}
+        self._copied: dict[str, Tensor] = {}
         self._loaded: dict[str, Any] | None = None
         self._layers: list[BatchNormBase] = []
         self._unfrozen = None
         self._start_step = 0 if isinstance(self.start, float) else self.start
-        self._asked = [0, -1]  # the last step and the last epoch at which `should_update` said yes
+        self._decided = [0, -1]  # the last step and the last epoch at which an overridden `should_update` returned True
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class WeightAveraging(AveragedEvaluation):
         super().on_fit_start(trainer, pl_module)
         self._buffer_plan(pl_module)  # before a sanity check
         if self.evaluates:
-            self._install(trainer, pl_module)
+            self._use_in_evaluation(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -191,11 +196,9 @@ class WeightAveraging(AveragedEvaluation):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.average.keep_in(self.dtype, self.device)
         plan = self._buffer_plan(pl_module)
-        self._averaged, self._layers = (
-            AveragedWeights(pl_module, trainer.optimizers, self.average, plan),
-            plan.layers,
-        )
-        self._take_over(self._averaged)
+        self._layers = plan.layers
+        self._averaged = AveragedWeights(pl_module, trainer.optimizers, self.average, plan)
+        self._load_into(self._averaged)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -204,16 +207,16 @@ class WeightAveraging(AveragedEvaluation):
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = self.current_step(optimizer).index
-        if not self._asks and self._due(self.steps[index]):
+        if not self._user_decides and self._due(self.steps[index]):
             self._update(index)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._asks:
-            if trainer.global_step > self._asked[0] and self.should_update(step_idx=trainer.global_step - 1):
-                self._asked[0] = trainer.global_step
+        if self._user_decides:
+            if trainer.global_step > self._decided[0] and self.should_update(step_idx=trainer.global_step - 1):
+                self._decided[0] = trainer.global_step
                 self._update_all()
             return
         loop = trainer.fit_loop.epoch_loop
@@ -223,11 +226,11 @@ class WeightAveraging(AveragedEvaluation):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if not self._asks:
+        if not self._user_decides:
             # An epoch that `on_train_batch_start` or a later callback's stop cut short had no last batch's end.
             self._end_epoch()
-        elif trainer.current_epoch > self._asked[1] and self.should_update(epoch_idx=trainer.current_epoch):
-            self._asked[1] = trainer.current_epoch
+        elif trainer.current_epoch > self._decided[1] and self.should_update(epoch_idx=trainer.current_epoch):
+            self._decided[1] = trainer.current_epoch
             self._update_all()
         self._follow_pruning()
 
@@ -235,10 +238,10 @@ class WeightAveraging(AveragedEvaluation):
         super().on_train_end(trainer, pl_module)
         self._follow_pruning()
         if self.apply_at_end or self.evaluates:
-            self._settle(trainer, pl_module)
+            self._make_ready(pl_module)
 
     def _follow_pruning(self) -> None:
-        # Pruning ends in `on_train_end`. At the epoch's end or there, before or after us, its last masks are seen.
+        # A callback that prunes may come before or after this one. Its last masks are there at the latest at the end.
         if self._averaged is not None:
             self._averaged.follow_pruning()
 
@@ -246,13 +249,13 @@ class WeightAveraging(AveragedEvaluation):
         if self._loaded is not None:
             self._begin(trainer, pl_module)
             if self.apply_at_end or self.evaluates:
-                self._settle(trainer, pl_module)
+                self._make_ready(pl_module)
 
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.apply_at_end or not self.started:
             return False
         assert self._averaged is not None
-        self._averaged.leave_in()
+        self._averaged.leave_in_model_()
         return True
 
     def _buffer_plan(self, pl_module: LightningModule) -> BufferPlan:
@@ -260,7 +263,7 @@ class WeightAveraging(AveragedEvaluation):
         if sharded := [type(norm.owner).__name__ for norm in plan.vectors if norm.sharded]:
             raise MisconfigurationException(
                 f"{type(self).__name__} estimates the vectors of spectral normalization anew for averaged weights, and"
-                f" no rank holds the whole weight of these: {sharded}. Train with DDP, or pass"
+                f" no rank holds the whole weight of {sharded}. Train with DDP, or pass"
                 ' `buffers={"*_u": "copy", "*_v": "copy"}`, which uses the latest.'
             )
         return plan
@@ -268,16 +271,16 @@ class WeightAveraging(AveragedEvaluation):
     # ---- when --------------------------------------------------------------------------------------------------------
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Decide whether to update after a step, or at the end of an epoch; override it to choose the moments.
+        """Decide whether to update the average now; override it to choose the moments yourself.
 
-        An override is called as by Lightning's ``WeightAveraging``: at the end of each batch that stepped, with
-        ``step_idx``, and at the end of each training epoch, with ``epoch_idx``. Each update takes in the weights of all
-        optimizers and counts as one step, so that an EMA decays once, whatever lies between two updates. By default
-        ``start`` and ``every`` decide, step by step of each optimizer.
+        An override is called as Lightning's ``WeightAveraging`` calls it: at the end of each batch with a step, with
+        ``step_idx``, and at the end of each training epoch, with ``epoch_idx``. Each update then takes in the weights
+        of all optimizers and counts as one step, so that an EMA decays once however many steps lie between two updates.
+        By default ``start`` and ``every`` decide, separately for each optimizer.
 
         Args:
-            step_idx: The index of the last step, from 0, or ``None`` at the end of an epoch.
-            epoch_idx: The index of the epoch that ends, from 0, or ``None`` after a step.
+            step_idx: Index of the last step, from 0; ``None`` at the end of an epoch.
+            epoch_idx: Index of the epoch that ends, from 0; ``None`` after a step.
 
         Example::
 
@@ -295,17 +298,17 @@ class WeightAveraging(AveragedEvaluation):
         return epoch_idx is not None and self._due_epoch(max(self.steps, default=self._start_step + 1), epoch_idx)
 
     @property
-    def _asks(self) -> bool:
-        """Whether a user decides when to update."""
+    def _user_decides(self) -> bool:
+        """True if the user's override of :meth:`should_update` decides."""
         return is_overridden(self, "should_update")
 
     def _due(self, step: int) -> bool:
-        """Whether to update after this step of an optimizer."""
+        """Return True if an update is due after this step of an optimizer, counted from 1."""
         since = step - self._start_step - 1
         return self.every != "epoch" and since >= 0 and since % self.every == 0
 
     def _due_epoch(self, step: int, epoch: int) -> bool:
-        """Whether to update at the end of this epoch, with so many steps behind."""
+        """Return True if an update is due at the end of this epoch, after so many steps."""
         return self.every == "epoch" and step > self._start_step
 
     def _end_epoch(self) -> None:
@@ -319,7 +322,7 @@ class WeightAveraging(AveragedEvaluation):
         self._unfrozen = in_training(self._layers)
 
     def _update_all(self) -> None:
-        """Take in all weights; to the average it is one step after the last update."""
+        """Update with the weights of all optimizers, as one step after the last update."""
         assert self._averaged is not None
         for index, average in enumerate(self._averaged.averages):
             self._update(index, average.counters.get("last", self.steps[index] - 1) + 1)
@@ -330,8 +333,8 @@ class WeightAveraging(AveragedEvaluation):
         if self._averaged is None:
             return self._loaded or {}
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
-        asked = {"asked": list(self._asked)} if self._asks else {}
-        averages = pruning.permanent(self._averaged.state(self._saved_as_state_dict), self._masks())
+        asked = {"asked": list(self._decided)} if self._user_decides else {}
+        averages = pruning.permanent(self._averaged.state(self._saved_as_state_dict), self._permanent_masks())
         return {**averages, **comparison, **asked, **self._unfrozen_by_name()}
 
     def _unfrozen_by_name(self) -> dict[str, list[str]]:
@@ -342,37 +345,24 @@ class WeightAveraging(AveragedEvaluation):
         unfrozen = {id(layer) for layer in self._unfrozen}
         return {"unfrozen": [plain_name(name) for name, layer in module.named_modules() if id(layer) in unfrozen]}
 
-    def _masks(self) -> dict[str, Tensor]:
-        """Return the masks of weights that are pruned in the module, and whose pruning is permanent in checkpoints."""
-        module = None if self._averaged is None else self._averaged.module
-        if module is None or self.fit is None or not pruning.is_permanent_in_files(self.fit.trainer.callbacks):
-            return {}
-        return pruning.masks_by_name(module)
-
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._loaded = extra or None
         if self.fit is not None and self._averaged is not None:
-            # In the middle of a fit: a learning-rate finder restores what was before its trials. The module has the
-            # file's weights already, which are the averaged ones.
-            self._take_over(self._averaged)
+            # In the middle of a fit a learning-rate finder restores the checkpoint from before its trials. The module
+            # has the weights of its `state_dict` already, which are the averaged ones.
+            self._load_into(self._averaged)
 
-    def _take_over(self, shadow: AveragedWeights) -> None:
+    def _load_into(self, average: AveragedWeights) -> None:
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
-            self._asked = list(loaded.get("asked", [0, -1]))
-            if "unfrozen" in loaded and (module := shadow.module) is not None:
+            self._decided = list(loaded.get("asked", [0, -1]))
+            if "unfrozen" in loaded and (module := average.module) is not None:
                 named = {plain_name(name): layer for name, layer in module.named_modules()}
                 self._unfrozen = [
                     layer for layer in self._layers if any(layer is named.get(n) for n in loaded["unfrozen"])
                 ]
-            shadow.load(lightning_checkpoints.with_counters(loaded, self.steps))
+            average.load(lightning_checkpoints.with_counters(loaded, self.steps))
             self.comparison.load(loaded.get("comparison", []))
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._saved_as_state_dict and self._averaged is not None:
-            lightning_checkpoints.add_for_lightning(checkpoint, self._averaged, self._masks())
-            lightning_checkpoints.leave_out_as_state_dict(trainer.strategy)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
@@ -380,27 +370,30 @@ class WeightAveraging(AveragedEvaluation):
             self._loaded = lightning_checkpoints.state_from_other_average(checkpoint, self.average, self.state_key)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy holds the average as loaded state: the model's own tensors do not travel with the callback."""
-        held = {**super().__getstate__(), "_averaged": None, "_layers": [], "_unfrozen": None}
+        """Return the state of a copy, which holds copies of the averaged tensors and no tensor of the model."""
+        copied = {**super().__getstate__(), "_averaged": None, "_layers": [], "_unfrozen": None}
         if self._averaged is not None and self._averaged.started:
-            held["_loaded"] = checkpoint_state.export(self.extra_state(), None)
+            copied["_loaded"] = checkpoint_state.export(self.extra_state(), None)
             averaged = {name: tensor.detach() for name, tensor in self._averaged.named().items()}
-            held["_held"] = checkpoint_state.export(averaged, None)
-        return held
+            copied["_copied"] = checkpoint_state.export(averaged, None)
+        return copied
 
-    # ---- pictures ----------------------------------------------------------------------------------------------------
-
-    def plot(self, metric: str | None = None) -> tuple[Any, Any]:
-        """The metric of the raw weights against that of the averaged ones, over the steps, where ``compare=True``.
+    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot a metric of the raw and of the averaged weights over the optimizer steps.
 
         Args:
-            metric: Its name, which may be left out if validation logs one only.
+            metric: Name of the metric. It may be left out if a validation logs only one.
+            ax: Axes to draw on. Default: those of a new figure.
 
         Returns:
-            The figure and its axes. It needs matplotlib.
+            The figure and its axes.
+
+        Raises:
+            ValueError: If no validation has compared, which takes ``compare=True``, or none logged this metric.
+            ModuleNotFoundError: If matplotlib is not installed.
         """
         check_not_lost(self)
-        return self.comparison.plot(metric)
+        return self.comparison.plot(metric, ax=ax)
 
 
 def _device(device: str | int | torch.device | None) -> torch.device | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 def widest_dtype(device: torch.device) -> torch.dtype:
     """Return the floating-point dtype with the most digits that the device has: fp64, or fp32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def has_mean(value: Any) -> bool:
+    """Return True if ``value`` is a tensor of real or complex floating-point numbers, which have a mean."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_optim.base.foreach import accumulation_dtype
+from lightning_optim.base.foreach import accumulation_dtype, has_mean
 
 Outputs: TypeAlias = Literal["values", "logits", "binary_logits", "probabilities"]
 
@@ -65,14 +65,14 @@ def mean_values(outputs: Iterable[Any]) -> Any:
         leaves, structure = tree_flatten(output)
         count += 1
         if first is None:
-            first, sums = structure, [_upcast(leaf) if _can_average(leaf) else leaf for leaf in leaves]
+            first, sums = structure, [_upcast(leaf) if has_mean(leaf) else leaf for leaf in leaves]
         elif structure != first:
             raise ValueError(f"The members' outputs differ in structure: {first} and {structure}")
         else:
             sums = [_add(total, leaf) for total, leaf in zip(sums, leaves, strict=True)]
     if first is None:
         raise ValueError(_NO_OUTPUT)
-    return tree_unflatten([leaf / count if _can_average(leaf) else leaf for leaf in sums], first)
+    return tree_unflatten([leaf / count if has_mean(leaf) else leaf for leaf in sums], first)
 
 
 def log_mean_exp(values: Iterable[Tensor]) -> Tensor:
@@ -153,16 +153,12 @@ def _upcast(tensor: Tensor) -> Tensor:
     return tensor.to(accumulation_dtype(tensor))
 
 
-def _can_average(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
 def _add(total: Any, leaf: Any) -> Any:
-    if _can_average(total) and _can_average(leaf):
+    if has_mean(total) and has_mean(leaf):
         _check_shapes(total, leaf)
         return total + leaf
     tensors = isinstance(total, Tensor) and isinstance(leaf, Tensor)
-    if _can_average(total) or _can_average(leaf) or type(total) is not type(leaf):
+    if has_mean(total) or has_mean(leaf) or type(total) is not type(leaf):
         raise ValueError(_DIFFER)
     if tensors and _tracing():
         raise ValueError(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from lightning_optim.averaging.average import kept_dtype
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.base import shards
+from lightning_optim.base.foreach import has_mean
 from lightning_optim.runtime.files import safe_reading
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -183,13 +184,13 @@ class RunningMean:
         """Take in one more; its name stands in the error if it does not fit."""
         leaves = dict(reading.leaves(state))
         for path, value in leaves.items():
-            if isinstance(value, Tensor) and (value.is_meta or _has_mean(value)):
+            if isinstance(value, Tensor) and (value.is_meta or has_mean(value)):
                 _check_values(path, value, label)
         if not self._last:
-            if not any(map(_has_mean, leaves.values())):
+            if not any(map(has_mean, leaves.values())):
                 raise ValueError(f"{label} holds no floating-point tensors by name: there is nothing to average")
             self._ties, self._label = ties(leaves), label
-            self._means = {p: _wide(value) for p, value in leaves.items() if _has_mean(value) and p not in self._ties}
+            self._means = {p: _wide(value) for p, value in leaves.items() if has_mean(value) and p not in self._ties}
             self.total = weight
         else:
             _check_like(leaves, self._last, label, self._label)
@@ -199,7 +200,7 @@ class RunningMean:
             for path, mean in self._means.items():
                 _move_(mean, leaves[path], share)
         self._last = {
-            path: _Averaged(value.dtype, value.shape) if _has_mean(value) else _copied(value)
+            path: _Averaged(value.dtype, value.shape) if has_mean(value) else _copied(value)
             for path, value in leaves.items()
         }
 
@@ -270,10 +271,6 @@ def _wide(value: Tensor) -> Tensor:
     return value.detach().to(kept_dtype(value.dtype), copy=True, memory_format=torch.contiguous_format)
 
 
-def _has_mean(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -283,7 +280,7 @@ def ties(state: Mapping[Any, Any]) -> dict[Any, Any]:
     first: dict[Any, Any] = {}
     found = {}
     for name, value in state.items():
-        if not _has_mean(value) or value.layout is not torch.strided or value.is_nested:
+        if not has_mean(value) or value.layout is not torch.strided or value.is_nested:
             continue
         (part,) = shards.local_shards([value])  # a DTensor itself has no address
         if part.numel():
@@ -319,7 +316,7 @@ def _check_like(
 
 def _kind(value: Any) -> str:
     """Return the kind of a value: between values of two kinds there is no mean."""
-    if not isinstance(value, _Averaged) and not _has_mean(value):
+    if not isinstance(value, _Averaged) and not has_mean(value):
         return "no floating-point numbers"
     return "complex" if value.dtype.is_complex else "real"
 

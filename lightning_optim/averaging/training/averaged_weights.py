@@ -1,4 +1,4 @@
-"""The averages of one model's weights: beside the model, in it, and in a checkpoint."""
+"""Hold the averages of one model's weights: update them, exchange them with the model's, save and load them."""
 
 from __future__ import annotations
 
@@ -39,29 +39,32 @@ from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.object_state import same_objects
 
 _holding: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
-"""Modules that hold an average now, and this average."""
+"""Each module that holds an average now, and that average."""
 
 
 class AveragedWeights:
-    """One average for each optimizer's weights; buffers are averaged with the first optimizer.
+    """The averages of a model's parameters, one for each optimizer, and of its buffers, with the first optimizer.
+
+    To use the average it is exchanged with the model's tensors: the raw weights then lie in the storage of the average,
+    or in a copy where dtype or device differ. Raw buffers always lie in a copy.
 
     Args:
-        module: The model, with its optimizers' parameters.
-        optimizers: Those that step.
-        average: The policy, of which each optimizer gets a copy.
-        plan: The treatment of the model's buffers.
+        module: The model.
+        optimizers: The optimizers that step its parameters.
+        average: The policy. Each optimizer gets a copy of it.
+        plan: The modes of the model's buffers.
 
     Attributes:
-        sources: The parameters that are averaged with each optimizer. What was averaged once is averaged on, also while
-            it is frozen: its value stands still, and the average goes on towards it.
-        buffers: The buffers that are averaged, and their average.
-        inside: Whether the model holds the average now. The raw weights lie in the average's storage meanwhile, or
-            beside where dtype or device differ; raw buffers always lie beside.
-        fresh: Whether the BatchNorm statistics in the average were estimated for its present weights.
+        sources: The averaged parameters of each optimizer. A parameter that is frozen later stays averaged: its value
+            stands still, and the average moves towards it.
+        buffers: The averaged buffers.
+        inside: True if the model holds the average now.
+        left: True if the average was left in the model at the end of the fit.
+        fresh: True if the BatchNorm statistics in the average belong to its present weights.
     """
 
     def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: Average, plan: BufferPlan) -> None:
-        self._module = weakref.ref(module)  # a callback that is kept keeps no module alive
+        self._module = weakref.ref(module)  # so that a callback that outlives the fit does not keep the module alive
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self.averages = [copy.deepcopy(average) for _ in optimizers]
         self.sources = [Sources() for _ in optimizers]
@@ -85,23 +88,23 @@ class AveragedWeights:
 
     @property
     def started(self) -> bool:
-        """Whether there is an average that could be used."""
+        """True if there was an update."""
         return any(average.started for average in self.averages)
 
     def _alive(self) -> nn.Module:
         module = self.module
-        assert module is not None, "the caller, who moves weights, holds the module"
+        assert module is not None, "the caller holds the module whose weights it moves"
         return module
 
     @property
     def updates(self) -> int:
-        """The number of updates of the average that had most."""
+        """Number of updates, of several optimizers the largest."""
         return max((average.counters.get("updates", 0) for average in self.averages), default=0)
 
-    # ---- what is averaged --------------------------------------------------------------------------------------------
+    # ---- parameters and updates --------------------------------------------------------------------------------------
 
     def follow(self, index: int) -> None:
-        """Average parameters that became trainable, and drop those that left the model; call it before each step."""
+        """Add parameters that became trainable, and drop those that left the model. Call it before each step."""
         optimizer = self._optimizers[index]()
         now = [] if optimizer is None else trainable(optimizer)
         if same_objects(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
@@ -117,7 +120,7 @@ class AveragedWeights:
             self._add(place, trainable(reference()) if reference() is not None else [], names)  # type: ignore[arg-type]
 
     def _add(self, index: int, parameters: Sequence[nn.Parameter], names: dict[int, tuple[str, ...]]) -> None:
-        """Average parameters with an optimizer from now on: those of the model that are averaged with none so far."""
+        """Average these parameters of the model with an optimizer from now on, unless they are averaged already."""
         known = {id(source.parameter) for sources in self.sources for source in sources}
         new = {id(p): p for p in parameters if id(p) in names and id(p) not in known and not is_lazy(p)}.values()
         if new:
@@ -126,14 +129,19 @@ class AveragedWeights:
                 self.averages[index].extend(list(new))
 
     def update_(self, index: int, step: int) -> None:
-        """Take in the present weights of one optimizer, and with the first one the buffers."""
+        """Update the average of one optimizer's weights, and with the first optimizer that of the buffers.
+
+        Args:
+            index: Index of the optimizer.
+            step: Number of its steps so far. If there was none since the last update, nothing happens.
+        """
         if self._pruning.changed:
             self.follow_pruning()
         average = self.averages[index]
         before = average.counters
         average.update_(self.sources[index].tensors, step=step)
         if average.counters == before:
-            return  # no step was made since the last update
+            return
         if index == 0:
             self.buffers.update_(step)
         self.buffers.changed()
@@ -142,9 +150,9 @@ class AveragedWeights:
 
     @torch.no_grad()
     def follow_pruning(self) -> None:
-        """Mask the averages of weights whose pruning was made permanent since this was called last.
+        """Mask the averages of weights whose pruning was made permanent since the last call.
 
-        The weights in the model were multiplied by their masks then; the tensors that are kept here were not.
+        That multiplied the weights in the model by their masks, but not the tensors that are kept here.
         """
         if (module := self.module) is None:
             return
@@ -161,7 +169,7 @@ class AveragedWeights:
                         tensor.mul_(mask.to(tensor))
 
     def _look_up(self) -> None:
-        """Renew all names."""
+        """Look up the names of all tensors, which pruning and parametrizations change in the middle of a run."""
         if (module := self.module) is None:
             return
         self.follow_pruning()
@@ -170,7 +178,7 @@ class AveragedWeights:
             source.look_up(names)
 
     def pairs(self) -> Iterator[tuple[Source, Tensor]]:
-        """Yield each averaged tensor that is still in the model with its average, once that has started."""
+        """Yield each tensor that is still in the model, and its average; nothing before the first update."""
         self._look_up()
         for sources, average in zip(self.sources, self.averages, strict=True):
             if average.started:
@@ -181,11 +189,11 @@ class AveragedWeights:
             yield from self._estimates.pairs({id(source.parameter) for source in itertools.chain(*self.sources)})
 
     def named(self) -> dict[str, Tensor]:
-        """The averaged tensors under all their names, wherever they lie now; empty before the first update."""
+        """Return the averaged tensors under all their names, in or out of the model; empty before the first update."""
         return {name: average for source, _, average in self.located() for name in source.names}
 
     def located(self) -> Iterator[tuple[Source, Tensor, Tensor]]:
-        """Yield each averaged tensor with its raw value and its average, wherever these lie at this moment."""
+        """Yield each tensor with its raw value and its average, in or out of the model."""
         holder = self.holder
         displaced = {} if holder is None else holder._displaced()
         for source, average in self.pairs():
@@ -196,25 +204,25 @@ class AveragedWeights:
 
     @property
     def holder(self) -> AveragedWeights | None:
-        """The average that the model holds now: this one, or one of another callback."""
+        """The average that the model holds now, of this callback or of another one."""
         module = self.module
         return None if module is None else _holding.get(module)
 
     def _displaced(self) -> dict[tuple[int, str], Tensor]:
-        """Return the raw tensors that this average has replaced in the model: kept beside, or in its own storage."""
+        """Return the raw tensors that this average has replaced in the model, by place."""
         displaced = {}
         for source, average in self._exchanged:
-            beside = self._raw.get(source.place)
-            displaced[source.place] = average if beside is None else shards.placed_as(beside, average)
+            copied = self._raw.get(source.place)
+            displaced[source.place] = average if copied is None else shards.placed_as(copied, average)
         return displaced
 
-    def agree(self, group: dist.ProcessGroup) -> None:
-        """Compute the mean over ranks of the averages of buffers, for uses of the present average."""
+    def reduce_buffers(self, group: dist.ProcessGroup) -> None:
+        """Compute the mean over ranks of the averaged buffers, for uses of the present average."""
         if not self.inside:
-            self.buffers.agree(group)
+            self.buffers.reduce_over_ranks(group)
 
     def of_rank(self) -> dict[str, Tensor]:
-        """Return this rank's own averages of buffers where uses see others, by their paths in the state."""
+        """Return this rank's averaged buffers that differ from those in use, by their paths in the state."""
         self._look_up()
         return self.buffers.of_rank()
 
@@ -222,7 +230,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def exchange_(self) -> None:
-        """Let average and raw weights change places: all of them, or none if something fails."""
+        """Exchange the average and the model's tensors: all of them, or none of them if an error is raised."""
         with uninterrupted():
             module = self._alive()
             shards.reshard_(module)
@@ -249,8 +257,8 @@ class AveragedWeights:
                 self._raw = {}
                 _holding.pop(module, None)
 
-    def leave_in(self) -> None:
-        """Put the average into the model for good, and note the versions of its parameters."""
+    def leave_in_model_(self) -> None:
+        """Put the average into the model to stay, and note the versions of the parameters (:attr:`lost`)."""
         if not self.inside:
             self.exchange_()
         self.left = True
@@ -259,27 +267,27 @@ class AveragedWeights:
 
     @property
     def lost(self) -> bool:
-        """Whether somebody has written to the parameters since the average was left in the model."""
+        """True if the parameters were written to after the average was left in the model."""
         return self.inside and any(shards.version(tensor) != version for tensor, version in self._versions)
 
     @property
     def estimated(self) -> bool:
-        """Whether nothing is left to estimate without data."""
+        """True if the vectors of spectral normalization belong to the present average, or there are no vectors."""
         return self._estimates.done or not self.started
 
     def estimate_(self) -> None:
-        """Estimate the singular vectors of the averaged weights, unless this was done since the last update."""
+        """Estimate the vectors of spectral normalization for the averaged weights, once after each update."""
         if not self.estimated and not self.inside:
             with raw_weights_in(self._alive()), self.exchanged():
                 pass
 
     @contextlib.contextmanager
     def exchanged(self) -> Iterator[None]:
-        """Context manager: average and raw weights have changed places, and change back afterwards in any case."""
+        """Context manager: average and model are exchanged; afterwards, also after an error, they are as before."""
         before = self.inside
         with contextlib.ExitStack() as versions:
             for source, _ in self.pairs():
-                # What was computed before may go backward afterwards: by then the weights are what they were.
+                # A graph from before may go backward afterwards, when the weights have their values again.
                 versions.enter_context(torch.autograd._unsafe_preserve_version_counter(source.tensor))
             try:
                 self.exchange_()
@@ -289,7 +297,7 @@ class AveragedWeights:
                     self.exchange_()
 
     def _swap_(self, source: Source, average: Tensor, leaving: bool) -> None:
-        """Put one average into the model; or if it is leaving, the raw tensor, which stays known until all are back."""
+        """Put one average into the model or, if ``leaving``, the raw tensor, of which a copy is kept until all are."""
         live, place = source.live, source.place
         if live is None or live.shape != average.shape:  # the model has changed while the average was in it
             self._raw.pop(place, None)
@@ -304,28 +312,28 @@ class AveragedWeights:
             theirs.copy_(ours)
             ours.copy_(kept)
         else:
-            # What validation writes to a buffer must not get into the average, so buffers are never exchanged.
+            # Buffers are copied and never exchanged, so that what a validation writes to one stays out of the average.
             self._raw[place] = theirs.clone()
             theirs.copy_(ours)
 
     @torch.no_grad()
-    def take_statistics(self, layer: BatchNormBase, mean: Tensor, variance: Tensor) -> None:
-        """While the average is in the model: let a layer, and later uses, have statistics that were estimated anew."""
+    def set_statistics_(self, layer: BatchNormBase, mean: Tensor, variance: Tensor) -> None:
+        """Set estimated statistics in a layer of the model, which holds the average, and for later uses of it."""
         places = {source.place: average for source, average in self._exchanged}
         for key, value in (("running_mean", mean), ("running_var", variance)):
             live = buffer_of(layer, key)
             assert live is not None
             if (average := places.get((id(layer), key))) is not None:
-                shards.copy_(live, self.buffers.estimate((id(layer), key), average, value))
+                shards.copy_(live, self.buffers.set_estimate((id(layer), key), average, value))
 
     # ---- in a checkpoint ---------------------------------------------------------------------------------------------
 
     def state(self, evaluated: bool) -> dict[str, Any]:
-        """Return the state that a checkpoint needs beside the module's ``state_dict``.
+        """Return what a checkpoint holds in addition to the model's ``state_dict``.
 
         Args:
-            evaluated: Whether ``state_dict`` holds the average. Then the raw weights are here, and of the average only
-                what lost bits in the module's dtype; else the average.
+            evaluated: True if ``state_dict`` holds the average. The state then has the raw weights, and of the average
+                only tensors that the model's dtype rounds; otherwise it has the average.
         """
         if self.module is not None:
             self.estimate_()
@@ -348,12 +356,12 @@ class AveragedWeights:
         }
 
     def _parts(self, index: int) -> list[tuple[Sources, Average]]:
-        """Return the tensors averaged with an optimizer, and their averages; the first one also has the buffers."""
+        """Return the tensors that are averaged with an optimizer, and their average; with the first one buffers too."""
         of_buffers = [(self.buffers.sources, self.buffers.average)] if index == 0 else []
         return [(self.sources[index], self.averages[index]), *of_buffers]
 
     def _memory(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """Return what the averages remember, by optimizer, place and name."""
+        """Return the past weights that policies keep (LAWA), by optimizer, age and name."""
         memory = {}
         for index, average in enumerate(self.averages):
             remembered: dict[str, dict[str, Tensor]] = {str(place): {} for place in range(len(average.memory))}
@@ -366,12 +374,15 @@ class AveragedWeights:
         return memory
 
     def raw(self) -> dict[str, Tensor]:
-        """The raw tensors of what is averaged, under all their names."""
+        """Return the raw values of the averaged tensors, under all their names."""
         return {name: raw for source, raw, _ in self.located() for name in source.names}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
-        """Take over the average from a state, else from the model, which has the file's; then raw weights go in."""
+        """Load a :meth:`state`, after the model has loaded its ``state_dict``; write the raw weights into the model.
+
+        An average that is not in the state is that of ``state_dict``, which the model holds.
+        """
         module = self._alive()
         named = {plain_name(name): tensor for name, tensor in module_tensors.named_tensors(module).items()}
         raw, averaged = by_plain_name(state["raw"]), by_plain_name(state["averaged"])
@@ -383,7 +394,7 @@ class AveragedWeights:
         for index, counters in enumerate(state["counters"][: len(self.averages)]):
             if not counters:
                 continue
-            # A weight that the file's average did not hold is as it was in training.
+            # A weight without an average in the checkpoint begins with its raw value.
             saved = {name: value for name, value in raw.items() if name not in recorded} | averaged | own
             remembered = state.get("memory", {}).get(str(index), {})
             for sources, average in self._parts(index):
@@ -395,7 +406,7 @@ class AveragedWeights:
         for name, tensor in named.items():
             if (value := raw.pop(name, None)) is not None and value.shape == tensor.shape:
                 shards.copy_(tensor, value)
-        if raw:  # what is neither parameter nor buffer, such as metrics; the user's override may hide it
+        if raw:  # neither parameters nor buffers, such as metrics, which an override of `state_dict` may hide
             for name, tensor in nn.Module.state_dict(module).items():
                 if plain_name(name) in raw and isinstance(tensor, Tensor):
                     shards.copy_(tensor, raw[plain_name(name)])
@@ -403,7 +414,7 @@ class AveragedWeights:
     def _add_recorded(
         self, state: dict[str, Any], raw: dict[str, Tensor], averaged: dict[str, Tensor], named: dict[str, Tensor]
     ) -> set[str]:
-        """Average all parameters of which a state holds an average, frozen or not; return the names of all it holds."""
+        """Average all parameters that a state has averages of, also frozen ones; return the names of its tensors."""
         names = names_in(self._alive())
         held = {id(p): i for i, o in reversed(list(enumerate(self._optimizers))) for p in all_of(o())}
         if "names" in state:
@@ -414,7 +425,7 @@ class AveragedWeights:
             for name in raw.keys() | averaged.keys():
                 parameter = named.get(name)
                 if isinstance(parameter, nn.Parameter) and self.averages:
-                    # Lightning's averages hold all weights. Where average and weight agree, it stood still.
+                    # Lightning averages all weights. One that equals its average was not trained.
                     if "updates_of_lightning" in state and _equal(
                         averaged.get(name, parameter), raw.get(name, parameter)
                     ):
@@ -430,7 +441,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 @contextlib.contextmanager
 def raw_weights_in(module: nn.Module) -> Iterator[None]:
-    """Context manager: ``module`` holds its raw weights; afterwards again the average that it held, if any."""
+    """Context manager: ``module`` holds its raw weights; afterwards it holds the average again that it held before."""
     holder = _holding.get(module)
     with contextlib.nullcontext() if holder is None or holder.lost else holder.exchanged():
         yield

@@ -14,7 +14,8 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.averaging.training import spectral_norm
-from lightning_optim.averaging.training.averaged_tensors import Names, Source, has_mean, names_in
+from lightning_optim.averaging.training.averaged_buffers import can_be_averaged
+from lightning_optim.averaging.training.averaged_tensors import Names, Source, names_in
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_names, buffer_of
 from lightning_optim.base.module_tensors import plain_name
@@ -99,13 +100,13 @@ def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, c
         place = (id(owner), key)
         by_kind: BufferMode = "refresh" if place in of_vectors else "copy" if place in copied else rest
         found[place] = chosen.get(place, by_kind)
-        if chosen.get(place) == "refresh" and place not in estimable and has_mean(buffer):
+        if chosen.get(place) == "refresh" and place not in estimable and can_be_averaged(buffer):
             raise MisconfigurationException(
                 f'{callback}(buffers={buffers!r}): "refresh" estimates statistics of BatchNorm and vectors of spectral'
                 f' normalization anew, and {_name(names, buffer)!r} is neither: choose "average" or "copy" for it.'
             )
         estimated = place in of_vectors and found[place] == "refresh"
-        if found[place] != "copy" and not estimated and has_mean(buffer) and id(buffer) not in done:
+        if found[place] != "copy" and not estimated and can_be_averaged(buffer) and id(buffer) not in done:
             done.add(id(buffer))  # a shared buffer once
             plan.averaged.append(Source(owner=owner, key=key, names=names[id(buffer)]))
     _estimate_in_pairs(plan, module, normed, names, found, callback)
@@ -146,9 +147,9 @@ def _by_pattern(
         for owner, key, buffer in _saved(module, names):
             if any(fnmatch.fnmatchcase(plain_name(name), pattern) for name in names[id(buffer)]):
                 chosen.setdefault((id(owner), key), treatment)
-                hits += treatment == "copy" or has_mean(buffer)
+                hits += treatment == "copy" or can_be_averaged(buffer)
         if not hits:
-            known = [plain_name(names[id(b)][0]) for _, _, b in _saved(module, names) if has_mean(b)]
+            known = [plain_name(names[id(b)][0]) for _, _, b in _saved(module, names) if can_be_averaged(b)]
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
             raise MisconfigurationException(
                 f"{callback}(buffers=…): the pattern {pattern!r} matches no saved floating-point buffer of"

@@ -1,10 +1,10 @@
-"""Raw against averaged weights, metric by metric, over the steps of a run."""
+"""Collect and plot the metrics of raw and of averaged weights over the steps of a run (``compare=True``)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,32 +12,35 @@ from lightning_optim.plotting import canvas
 from lightning_optim.runtime.lightning import Trainer
 from lightning_optim.runtime.patching import patched
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 class Comparison:
-    """The metrics of validations that were run twice: with raw weights, then with averaged ones.
+    """The metrics of validations that ran twice: with the raw weights, then with the averaged ones.
 
     Attributes:
-        points: For each validation its optimizer ``step``, and the metrics ``raw`` and ``averaged`` by name. While the
-            second validation runs, and if it never ended, ``averaged`` is empty.
+        points: A dictionary for each validation: the optimizer ``step``, and the metrics ``raw`` and ``averaged`` by
+            name. ``averaged`` is empty until the second validation has ended.
     """
 
     def __init__(self) -> None:
         self.points: list[dict[str, Any]] = []
 
     def load(self, points: list[dict[str, Any]]) -> None:
-        """Take over the points of an interrupted run."""
+        """Load the points of an interrupted run."""
         self.points = list(points)
 
     @contextlib.contextmanager
     def adding(self, trainer: Trainer, steps: list[int], raw: dict[str, Tensor]) -> Iterator[None]:
-        """Context manager: the validation in it is the second one, whose metrics are compared with ``raw``.
+        """Context manager: add the metrics of the validation in it, which uses the averaged weights, and log ``raw``.
 
-        The point is complete, and the raw metrics are logged with those of the average, before the first
-        ``on_validation_end``: a checkpoint that is saved there holds it.
+        Both happen before the first ``on_validation_end``, so that a checkpoint that is saved there holds the point.
         """
         point = {"step": max(steps, default=0), "raw": {name: float(value) for name, value in raw.items()}}
         if self.points and self.points[-1]["step"] == point["step"] and not self.points[-1]["averaged"]:
-            self.points.pop()  # of a validation that was cut short, and is run again after a resume
+            self.points.pop()  # its validation was cut short, and is run again after a resume
         self.points.append({**point, "averaged": {}})
         beside = {f"averaging/raw/{name}": value for name, value in raw.items()}
         connector = trainer._logger_connector
@@ -52,19 +55,19 @@ class Comparison:
         with patched(connector, "log_eval_end_metrics", log_both):
             yield
 
-    def plot(self, metric: str | None = None) -> tuple[Any, Any]:
-        """The metric of both over the steps: figure and axes."""
+    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot a metric of both over the steps; see :meth:`WeightAveraging.plot`."""
         names = sorted({name for point in self.points for name in point["raw"]})
         if not names:
             raise ValueError("there is nothing to plot: no validation has compared, which takes `compare=True`")
         metric = names[0] if metric is None and len(names) == 1 else metric
         if metric is None or metric not in names:
             raise ValueError(f"`metric` must be one of {names}, got {metric!r}")
-        figure, axes = canvas()
+        figure, ax = canvas(ax)
         for kind in ("raw", "averaged"):
             shown = [(point["step"], point[kind][metric]) for point in self.points if metric in point[kind]]
-            axes.plot(*zip(*shown, strict=True), marker=".", label=kind)
-        axes.set_xlabel("optimizer steps")
-        axes.set_ylabel(metric)
-        axes.legend()
-        return figure, axes
+            ax.plot(*zip(*shown, strict=True), marker=".", label=kind)
+        ax.set_xlabel("optimizer steps")
+        ax.set_ylabel(metric)
+        ax.legend()
+        return figure, ax

@@ -101,7 +101,7 @@ def masks_by_name(module: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): masks[id(parameter)] for name, parameter in named if id(parameter) in masks}
 
 
-def is_permanent_in_files(callbacks: Iterable[Callback]) -> bool:
+def is_permanent_in_checkpoints(callbacks: Iterable[Callback]) -> bool:
     """Return whether a callback writes pruned weights into checkpoints as if pruning were permanent."""
     return any(isinstance(callback, ModelPruning) and callback._make_pruning_permanent for callback in callbacks)
 
