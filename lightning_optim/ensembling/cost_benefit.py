@@ -1,4 +1,4 @@
-"""How many members are worth their cost."""
+"""Measure how many members of an ensemble are worth their cost."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lightning_optim.base.arguments import check_number
 from lightning_optim.base.shards import local_shards
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
@@ -24,18 +25,22 @@ from lightning_optim.runtime.lightning import (
     rank_zero_info,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class Cost:
-    """One row of :class:`CostBenefit`.
+    """Hold one row of :class:`CostBenefit`.
 
     Attributes:
-        members: The number of members.
-        value: The metric, averaged over the groups of so many members that were tried.
-        lowest: The smallest of them.
-        highest: The largest of them.
-        seconds: Of one pass over the data, the fastest of these groups.
-        megabytes: Of the weights and buffers, in 10^6 bytes, averaged over these groups.
+        members: Number of members.
+        value: The metric, averaged over the groups of this many members.
+        lowest: The smallest value of these groups.
+        highest: The largest value of these groups.
+        seconds: Duration of one pass over the data, for the fastest of these groups.
+        megabytes: Size of the weights and buffers, in 10^6 bytes, averaged over these groups.
     """
 
     members: int
@@ -48,10 +53,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostBenefit:
-    """A metric over the number of members, beside time and memory; it prints as a table.
+    """Hold a metric for each number of members, with time and memory. It prints as a table.
 
     Attributes:
-        monitor: The name of the metric.
+        monitor: Name of the metric.
         rows: One :class:`Cost` for each number of members, from one on.
     """
 
@@ -65,27 +70,36 @@ class CostBenefit:
         lines = (zip(line, widths, strict=True) for line in [names, *cells])
         return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in line) for line in lines)
 
-    def plot(self, ax: Any = None) -> tuple[Any, Any]:
-        """Plot the metric, with the range over the groups, and the seconds of a pass.
+    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot a metric over the number of members.
 
         Args:
-            ax: Matplotlib axes to draw into; ``None`` makes a figure.
+            metric: ``monitor``, with the range over the groups; ``"seconds"`` or ``"megabytes"``. Default: ``monitor``,
+                with the seconds on a second axis.
+            ax: Axes to draw on; a new figure by default.
 
         Returns:
-            The figure, and the axes of the metric.
+            The figure and its axes.
 
         Raises:
+            ValueError: If there is no such metric.
             ModuleNotFoundError: If matplotlib is not installed.
         """
+        names = (self.monitor, "seconds", "megabytes")
+        if metric is not None and metric not in names:
+            raise ValueError(f"`metric` must be one of {names}, got {metric!r}")
         figure, axes = canvas(ax)
         numbers = [row.members for row in self.rows]
-        lowest, highest = [row.lowest for row in self.rows], [row.highest for row in self.rows]
-        axes.fill_between(numbers, lowest, highest, alpha=0.2, linewidth=0)
-        axes.plot(numbers, [row.value for row in self.rows], marker="o", label=self.monitor)
-        axes.set(xlabel="members", ylabel=self.monitor, xticks=numbers)
-        times = axes.twinx()
-        times.plot(numbers, [row.seconds for row in self.rows], color="gray", linestyle="--", marker=".")
-        times.set(ylabel="seconds of a pass (dashed)", ylim=(0, None))
+        column = "value" if metric in (None, self.monitor) else str(metric)
+        axes.plot(numbers, [getattr(row, column) for row in self.rows], marker="o", label=metric or self.monitor)
+        axes.set(xlabel="members", ylabel=metric or self.monitor, xticks=numbers)
+        if column == "value":
+            lowest, highest = [row.lowest for row in self.rows], [row.highest for row in self.rows]
+            axes.fill_between(numbers, lowest, highest, alpha=0.2, linewidth=0)
+        if metric is None:
+            times = axes.twinx()
+            times.plot(numbers, [row.seconds for row in self.rows], color="gray", linestyle="--", marker=".")
+            times.set(ylabel="seconds per pass (dashed)", ylim=(0, None))
         return figure, axes
 
 
@@ -100,27 +114,26 @@ def cost_benefit(
     dim: int | None = None,
     groups: int | None = None,
 ) -> CostBenefit:
-    r"""A metric over the number of members, beside the time of a pass and the memory of the weights.
+    r"""Measure a metric for each number of members, with the time of a pass and the memory of the weights.
 
-    For each number ``k`` the metric is the mean over groups of ``k`` members: the cyclic windows ``(i, …, i + k - 1)``
-    of the given order. Each member is in equally many of them, so one lucky member does not decide the curve, as in a
-    single order it would. With ``M`` members and all windows this takes as much as
-    :math:`M \left(\binom{M}{2} + 1\right)` passes of one member.
+    For ``k`` members the metric is the mean over groups of ``k``: the cyclic windows ``(i, …, i + k - 1)`` of the given
+    order. Every member is in equally many groups, so a single good member does not decide the curve. With ``M`` members
+    and all groups this takes as long as :math:`M \left(\binom{M}{2} + 1\right)` passes of one member.
 
     Args:
-        members: The members, as for :class:`~lightning_optim.Ensemble`, which are copied; or an ``Ensemble``, the one
-            that will be used: it is evaluated itself, and has its own ``outputs``, ``on`` and ``dim``.
-        trainer: Runs ``trainer.validate`` on each group, through the user's validation step.
-        data: The validation data, as for ``trainer.validate``; ``None`` for the first member's own.
-        monitor: The name under which the validation logs the metric.
-        outputs: As for :class:`~lightning_optim.Ensemble`, of which it has no default either.
+        members: The members, as for :class:`~lightning_optim.Ensemble`, which are copied; or the ``Ensemble`` itself,
+            which is evaluated with its own ``outputs``, ``on`` and ``dim``.
+        trainer: Runs ``trainer.validate`` on each group, with your validation step.
+        data: The validation data, as for ``trainer.validate``. Default: the first member's own.
+        monitor: The name under which the validation step logs the metric.
+        outputs: As for :class:`~lightning_optim.Ensemble`; without a default there too.
         on: As for :class:`~lightning_optim.Ensemble`.
         dim: As for :class:`~lightning_optim.Ensemble`.
-        groups: How many windows to try for each number at most; ``None`` for all. With 1 the curve is that of the
-            members in their given order.
+        groups: How many groups of each size to evaluate at most, at least 1. Default: all. With 1 the curve is that of
+            the members in their given order.
 
     Returns:
-        The rows, with ``plot()``; printed, they are a table.
+        The rows; ``print`` shows them as a table, ``plot()`` draws them.
 
     Raises:
         ValueError: If an argument is not allowed.
@@ -138,15 +151,15 @@ def cost_benefit(
         >>> [row.members for row in found.rows], found.rows[0].value > found.rows[2].value
         ([1, 2, 3], True)
     """
-    if groups is not None and (not isinstance(groups, int) or groups < 1):
-        raise ValueError(f"`groups` is the number of groups of one size, at least 1, or None for all, got {groups!r}")
+    if groups is not None:
+        check_number("groups", groups, low=1, integer=True)
     ensemble = _ensemble_of(members, outputs, on, dim)
-    watch = _Watch()
+    timer = _ValidationTimer()
     callbacks, active = trainer.callbacks, ensemble._combined.active
-    trainer.callbacks = [*callbacks, watch]
+    trainer.callbacks = [*callbacks, timer]
     try:
         sizes = range(1, len(ensemble.members) + 1)
-        rows = [_row(ensemble, size, groups, trainer, data, monitor, watch) for size in sizes]
+        rows = [_row(ensemble, size, groups, trainer, data, monitor, timer) for size in sizes]
     finally:
         trainer.callbacks, ensemble._combined.active = callbacks, active
     return CostBenefit(monitor, tuple(rows))
@@ -164,7 +177,13 @@ def _ensemble_of(members: Any, outputs: Outputs | None, on: str | None, dim: int
 
 
 def _row(
-    ensemble: Ensemble, size: int, groups: int | None, trainer: Trainer, data: Any, monitor: str, watch: _Watch
+    ensemble: Ensemble,
+    size: int,
+    groups: int | None,
+    trainer: Trainer,
+    data: Any,
+    monitor: str,
+    timer: _ValidationTimer,
 ) -> Cost:
     values, seconds, megabytes = [], [], []
     for group in _windows(len(ensemble.members), size)[:groups]:
@@ -175,10 +194,12 @@ def _row(
                 f"`monitor={monitor!r}` is not logged in validation, where there are {sorted(trainer.callback_metrics)}"
             )
         values.append(float(trainer.callback_metrics[monitor]))
-        seconds.append(watch.seconds)
+        seconds.append(timer.seconds)
         megabytes.append(_bytes([ensemble.members[index] for index in group]) / 1e6)
     row = Cost(size, statistics.fmean(values), min(values), max(values), min(seconds), statistics.fmean(megabytes))
-    rank_zero_info(f"Members: {size} of {len(ensemble.members)}, {monitor} {row.value:.4g}, {row.seconds:.3g} s a pass")
+    rank_zero_info(
+        f"Members: {size} of {len(ensemble.members)}, {monitor} {row.value:.4g}, {row.seconds:.3g} s per pass"
+    )
     return row
 
 
@@ -188,7 +209,7 @@ def _windows(count: int, size: int) -> list[tuple[int, ...]]:
 
 
 def _bytes(members: list[nn.Module]) -> int:
-    # By storage: what members share counts once.
+    # By storage, so that weights which members share count once.
     tensors = itertools.chain.from_iterable((*member.parameters(), *member.buffers()) for member in members)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local_shards(tensors)
@@ -196,8 +217,8 @@ def _bytes(members: list[nn.Module]) -> int:
     return sum(storages.values())
 
 
-class _Watch(Callback):
-    """The seconds from the first to the last hook of a validation."""
+class _ValidationTimer(Callback):
+    """Measure the seconds from the first to the last hook of a validation."""
 
     seconds = 0.0
 

@@ -1,8 +1,8 @@
-"""Save an ensemble's members in one checkpoint, and make them of it again.
+"""Save the members of an ensemble in one checkpoint, and build them from it.
 
-The ensemble's ``state_dict`` holds the members' under ``members.0.…``, ``members.1.…``. Under ``"ensemble"`` there are
-the ensemble's own arguments and, for each member, its class and what its own checkpoint would hold beside the weights:
-hyper-parameters, and what its ``on_save_checkpoint`` adds.
+The ensemble's ``state_dict`` holds the members' weights under ``members.0.…``, ``members.1.…``. The entry
+``"ensemble"`` holds the ensemble's own arguments and, for each member, the name of its class and the content of its own
+checkpoint beside the weights: hyper-parameters, and what its ``on_save_checkpoint`` adds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib
 import inspect
 import io
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,45 +30,28 @@ _HPARAMS, _HPARAMS_NAME, _HPARAMS_TYPE = (
 )
 
 
-class Keys(NamedTuple):
-    """The names that ``load_state_dict`` did not find, and those that it did not need."""
+class IncompatibleKeys(NamedTuple):
+    """Return value of ``load_state_dict``: the names that it did not find, and those that it did not need."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
-class Members(nn.ModuleList):
-    """The members. Each is asked for its own ``state_dict``, since its class may save a part, or other names."""
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the members' states, numbered."""
-        if destination is None:
-            destination = OrderedDict()
-            destination._metadata = OrderedDict()
-        for index, member in enumerate(self):
-            own = member.state_dict(keep_vars=True) if keep_vars else member.state_dict()
-            destination.update({f"{prefix}{index}.{name}": value for name, value in own.items()})
-            if hasattr(destination, "_metadata"):
-                about = getattr(own, "_metadata", {})
-                destination._metadata.update({f"{prefix}{index}.{name}".rstrip("."): v for name, v in about.items()})
-        return destination
-
-
-def load_weights(members: nn.ModuleList, state: Mapping[str, Any], strict: bool, assign: bool) -> Keys:
+def load_weights(members: nn.ModuleList, state: Mapping[str, Any], strict: bool, assign: bool) -> IncompatibleKeys:
     """Let each member load its own weights.
 
     Raises:
-        RuntimeError: If a weight has another shape; if ``strict``, also if one is missing, or nobody needs it.
+        RuntimeError: If a weight has another shape; with ``strict``, also if one is missing or unexpected.
     """
-    parts = [_part(state, index) for index in range(len(members))]
-    known = _joined(parts)
+    parts = [_part_of(state, index) for index in range(len(members))]
+    known = _join(parts)
     unexpected = [name for name in state if name not in known]
     if strict and unexpected:
         raise RuntimeError(f"An ensemble of {len(members)} members has no {unexpected[:3]}, of {len(unexpected)} such")
-    keys = Keys([], unexpected)
+    keys = IncompatibleKeys([], unexpected)
     for index, (member, part) in enumerate(zip(members, parts, strict=True)):
         try:
-            # A member that saves a part has `strict_loading = False`, which is not said of the others.
+            # A member that saves a part has `strict_loading = False`, which does not hold for the other members.
             is_strict = strict and bool(member.strict_loading)
             found = member.load_state_dict(part, strict=is_strict, **({"assign": True} if assign else {}))
         except RuntimeError as error:
@@ -80,12 +62,12 @@ def load_weights(members: nn.ModuleList, state: Mapping[str, Any], strict: bool,
 
 
 def save_members(members: nn.ModuleList, arguments: dict[str, Any], checkpoint: dict[str, Any]) -> None:
-    """Write into a checkpoint of the ensemble what a checkpoint of each member would hold.
+    """Add the content of each member's own checkpoint to a checkpoint of the ensemble.
 
     Args:
         members: The members.
-        arguments: The ensemble's own, beside ``members``.
-        checkpoint: What Lightning is about to write.
+        arguments: The ensemble's own arguments, beside ``members``.
+        checkpoint: The checkpoint that Lightning is about to write.
     """
     parts = []
     member: Any
@@ -93,7 +75,7 @@ def save_members(members: nn.ModuleList, arguments: dict[str, Any], checkpoint: 
         parts.append(_with_hyper_parameters(member, _checkpoint_of(checkpoint, index)))
         member.on_save_checkpoint(parts[-1])
     if "state_dict" in checkpoint:
-        checkpoint["state_dict"] = _joined([part.pop("state_dict") for part in parts])
+        checkpoint["state_dict"] = _join([part.pop("state_dict") for part in parts])
     classes = [f"{type(member).__module__}:{type(member).__qualname__}" for member in members]
     own = [{key: value for key, value in part.items() if value is not checkpoint.get(key)} for part in parts]
     written = [{"class": name, "checkpoint": part} for name, part in zip(classes, own, strict=True)]
@@ -101,15 +83,15 @@ def save_members(members: nn.ModuleList, arguments: dict[str, Any], checkpoint: 
 
 
 def load_members(members: nn.ModuleList, checkpoint: dict[str, Any]) -> None:
-    """Let each member see its own checkpoint, and change it, before the weights are loaded."""
+    """Call each member's ``on_load_checkpoint`` with its own checkpoint, which it may change."""
     parts = [_checkpoint_of(checkpoint, index) for index in range(len(members))]
     member: Any
     for member, part in zip(members, parts, strict=True):
         member.on_load_checkpoint(part)
     if "state_dict" in checkpoint:
-        own = _joined([part["state_dict"] for part in parts])
-        # The rest is of members that this ensemble does not have, which loading the weights will say.
-        known = _joined([_part(checkpoint["state_dict"], index) for index in range(len(members))])
+        own = _join([part["state_dict"] for part in parts])
+        # The rest belongs to members that this ensemble does not have: loading the weights reports it.
+        known = _join([_part_of(checkpoint["state_dict"], index) for index in range(len(members))])
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in known} | own
 
 
@@ -117,8 +99,8 @@ def read(path: Any, weights_only: bool) -> dict[str, Any]:
     """Read a checkpoint into memory, on the CPU.
 
     Raises:
-        ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values and
-            ``weights_only`` is set.
+        ValueError: If it is damaged, not a checkpoint of Lightning, or holds more than tensors and plain values with
+            ``weights_only``.
     """
     if isinstance(path, str | os.PathLike):
         _refuse_folder(path)
@@ -127,61 +109,61 @@ def read(path: Any, weights_only: bool) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`, of names with weights")
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict` with named weights")
     return dict(loaded)
 
 
 def arguments_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the ensemble that wrote the checkpoint; empty if it is of something else."""
-    written = _written(checkpoint)
+    """Return the arguments of the ensemble that wrote the checkpoint; empty if no ensemble wrote it."""
+    written = _entry(checkpoint)
     return {} if written is None else {name: written.get(name) for name in ("outputs", "on", "dim")}
 
 
-def _written(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the entry that :func:`save_members` wrote; ``None`` if there is none, or it is damaged."""
+def _entry(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the entry that :func:`save_members` wrote; ``None`` if it is missing or damaged."""
     written = checkpoint.get(_KEY)
     members = written.get("members") if isinstance(written, dict) else None
-    return written if isinstance(members, list) and members and all(map(_is_member, members)) else None
+    return written if isinstance(members, list) and members and all(map(_is_member_entry, members)) else None
 
 
-def _is_member(entry: Any) -> bool:
+def _is_member_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("class"), str) and isinstance(entry.get("checkpoint"), dict)
 
 
 def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: bool) -> list[type[LightningModule]]:
-    """Return the members' classes: those given, or, if the file is trusted, those that it names.
+    """Return the members' classes: those that are given, or those that the checkpoint names if it is trusted.
 
     Raises:
-        ValueError: If the file is of no ensemble, or names no classes that could be imported, or is not trusted.
+        ValueError: If no ensemble wrote the checkpoint, it is not trusted, or a class that it names cannot be imported.
     """
-    written = _written(checkpoint)
+    written = _entry(checkpoint)
     if written is None:
         raise ValueError(
-            f"{path} is no checkpoint of an Ensemble: for members in files of their own there is"
-            " `Ensemble.from_checkpoints`; if an older version wrote it, give `members=` and `outputs=`"
+            f"{path} is no checkpoint of an Ensemble: use `Ensemble.from_checkpoints` for members in checkpoints of"
+            " their own; if an older version wrote it, pass `members=` and `outputs=`"
         )
     names = [entry["class"] for entry in written["members"]]
     if given is not None:
         classes = list(given) if isinstance(given, Sequence) else [given] * len(names)
         if len(classes) != len(names) or not all(map(_is_module_class, classes)):
             raise ValueError(
-                f"`member_class` is a LightningModule's class, or a list of one for each of {len(names)} members, got"
-                f" {given!r}"
+                f"`member_class` must be a LightningModule class, or a list with one for each of {len(names)} members,"
+                f" got {given!r}"
             )
         return classes
     if weights_only:
         raise ValueError(
-            f"{path} names its members' classes, {sorted(set(names))}, and nothing that a file names is called: pass"
-            " `member_class=`, or `weights_only=False` if you trust it"
+            f"{path} names its members' classes, {sorted(set(names))}, and nothing that a checkpoint names is called:"
+            " pass `member_class=`, or `weights_only=False` if you trust it"
         )
-    return [_imported(path, name) for name in names]
+    return [_import_class(path, name) for name in names]
 
 
 def _is_module_class(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, LightningModule)
 
 
-def _imported(path: Any, name: str) -> type[LightningModule]:
+def _import_class(path: Any, name: str) -> type[LightningModule]:
     module, _, qualified = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -195,29 +177,29 @@ def _imported(path: Any, name: str) -> type[LightningModule]:
 
 
 def build_members(path: Any, checkpoint: dict[str, Any], classes: list[type[LightningModule]], kwargs: Any) -> Any:
-    """Make the members that a checkpoint holds, each with its own class's ``load_from_checkpoint``."""
+    """Build the members that a checkpoint holds, each with the ``load_from_checkpoint`` of its own class."""
     members = []
     for index, member_class in enumerate(classes):
         part = io.BytesIO()
         torch.save(_checkpoint_of(checkpoint, index), part)
         part.seek(0)
         try:
-            members.append(_loaded(member_class, part, kwargs))
+            members.append(_load_from_checkpoint(member_class, part, kwargs))
         except TypeError as error:
             raise ValueError(
-                f"{path}: member {index}, a {member_class.__name__}, cannot be made of the hyper-parameters that were"
-                f" saved ({error}): give its arguments here as keywords, or the members themselves, `members=[…]`"
+                f"{path}: member {index}, a {member_class.__name__}, cannot be built from the saved hyper-parameters"
+                f" ({error}): pass its arguments here as keywords, or the members themselves, `members=[…]`"
             ) from error
     return members
 
 
 def load_member(member_class: type[LightningModule], path: str | Path, kwargs: dict[str, Any]) -> LightningModule:
-    """Load the model in a file, which is not unpickled unless ``weights_only=False`` says so.
+    """Load the model in a checkpoint. Objects other than tensors and plain values need ``weights_only=False``.
 
     Raises:
-        ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
-        RuntimeError: If its weights are not those of the class.
-        TypeError: If the class has arguments that are not in it.
+        ValueError: If the checkpoint is damaged, not one of Lightning, or holds such objects.
+        RuntimeError: If its weights do not fit the class.
+        TypeError: If the class has arguments that the checkpoint does not hold.
     """
     arguments: dict[str, Any] = {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
     if os.path.exists(path):
@@ -227,12 +209,12 @@ def load_member(member_class: type[LightningModule], path: str | Path, kwargs: d
             _refuse_folder(path)
             safe_reading.check(path, weights_only=False)
     try:
-        return _loaded(member_class, path, arguments)
+        return _load_from_checkpoint(member_class, path, arguments)
     except (RuntimeError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _loaded(member_class: type[LightningModule], file: Any, arguments: dict[str, Any]) -> LightningModule:
+def _load_from_checkpoint(member_class: type[LightningModule], file: Any, arguments: dict[str, Any]) -> LightningModule:
     if "weights_only" not in inspect.signature(member_class.load_from_checkpoint).parameters:
         arguments = {name: value for name, value in arguments.items() if name != "weights_only"}  # before Lightning 2.6
     return member_class.load_from_checkpoint(file, **arguments)
@@ -241,31 +223,31 @@ def _loaded(member_class: type[LightningModule], file: Any, arguments: dict[str,
 def _refuse_folder(path: str | os.PathLike[str]) -> None:
     if os.path.isdir(path):
         raise ValueError(
-            f"{path} is a folder, a distributed checkpoint, which Lightning loads through a Trainer's `ckpt_path` only:"
-            " `python -m lightning.pytorch.utilities.consolidate_checkpoint` makes a file of it"
+            f"{path} is a folder, a distributed checkpoint, which Lightning loads only through a Trainer's `ckpt_path`:"
+            " convert it to a file with `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
         )
 
 
-# ---- the parts of members --------------------------------------------------------------------------------------------
+# ---- one member's part ----------------------------------------------------------------------------------------------
 
 
-def _part(state: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _part_of(state: Mapping[str, Any], index: int) -> dict[str, Any]:
     prefix = f"{_PREFIX}{index}."
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{_PREFIX}{index}.{name}": value for index, part in enumerate(parts) for name, value in part.items()}
 
 
 def _checkpoint_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return a checkpoint of one member alone. The hyper-parameters beside the members are the first member's."""
-    written = _written(checkpoint)
+    """Return the checkpoint of one member. The hyper-parameters of the whole checkpoint are the first member's."""
+    written = _entry(checkpoint)
     part = {key: value for key, value in checkpoint.items() if key != _KEY}
     if written is not None and index < len(written["members"]):
         part = _without_hyper_parameters(part) | written["members"][index]["checkpoint"]
     if "state_dict" in checkpoint:
-        part["state_dict"] = _part(checkpoint["state_dict"], index)
+        part["state_dict"] = _part_of(checkpoint["state_dict"], index)
     return part
 
 

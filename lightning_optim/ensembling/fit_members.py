@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch.utils._pytree import tree_leaves
 
+from lightning_optim.base.arguments import check_number
 from lightning_optim.base.shards import reshard_
-from lightning_optim.ensembling.member_files import CheckpointLabel, FinishedMembers, last_checkpoint, member_seed
+from lightning_optim.ensembling.member_files import FinishedMembers, LabelCheckpoints, last_checkpoint
 from lightning_optim.resume.exact_resume import ExactResume
-from lightning_optim.runtime.files.atomic_writing import write_atomically
+from lightning_optim.runtime.checkpoint_state import is_distributed
+from lightning_optim.runtime.files.checkpoint_io import AtomicCheckpointIO, using_checkpoint_io
 from lightning_optim.runtime.lightning import (
-    CheckpointIO,
     LightningDataModule,
     LightningModule,
     ModelCheckpoint,
-    ModelParallelStrategy,
     Trainer,
     TrainerStatus,
     isolate_rng,
     rank_zero_info,
     seed_everything,
 )
+from lightning_optim.runtime.patching import patched
 
 
 def fit_members(
@@ -40,41 +41,39 @@ def fit_members(
     dirpath: str | Path,
     seed: int = 0,
 ) -> list[str]:
-    r"""Train several models that differ in their seed, and in whatever else ``make_member`` makes of the index.
+    r"""Train several models that differ in their seed, and in whatever ``make_member`` changes with the index.
 
-    For each index all random generators are seeded with a seed that follows from ``(seed, index)``, different for each
-    index (:func:`~lightning_optim.ensembling.member_files.member_seed`); then ``make_member(index)``,
-    ``make_trainer(index)`` and ``trainer.fit`` are called. So a member depends on ``(seed, index)``, and on nothing
-    that happened before. What the fit ended with (the average, the best: what callbacks write into the module) goes to
-    ``dirpath/member-{index}.ckpt``, and ``dirpath/members.json`` tells which are finished.
+    For each index all random generators are seeded with a number that follows from ``(seed, index)``
+    (:func:`~lightning_optim.ensembling.fit_members.member_seed`); then ``make_member(index)``, ``make_trainer(index)``
+    and ``trainer.fit`` are called. A member therefore depends on ``(seed, index)`` only: the first members are the same
+    for every ``size``, and a larger ``size`` extends an ensemble. The weights at the end of the fit (the average or the
+    best weights, if a callback restores them) are written to ``dirpath/member-{index}.ckpt``.
 
-    **A run that is killed** and called again ends with the same members, bit for bit. A finished one is not trained
-    again, unless its file is damaged. One that was under way goes on from the newest checkpoint that its Trainer's own
-    ``ModelCheckpoint`` wrote, if the run can be exact from there, else it starts again from its seed. To that end
-    :class:`~lightning_optim.ExactResume` is added to a Trainer that has a ``ModelCheckpoint``, which writes to
-    ``dirpath/member-{index}`` if it has no ``dirpath`` of its own. Exact are files from an epoch's end; and from the
-    middle of one, if the training loaders save their position (``state_dict``, as torchdata's do).
+    **A run that was killed** and is called again ends with the same members, bit for bit. Finished members, listed in
+    ``dirpath/members.json``, are not trained again unless their checkpoint is damaged. The member that was interrupted
+    goes on from the newest checkpoint of its Trainer's ``ModelCheckpoint`` from which a resume is exact, or else starts
+    again from its seed. For this :class:`~lightning_optim.ExactResume` is added to each Trainer with a
+    ``ModelCheckpoint``, which writes to ``dirpath/member-{index}`` unless it has a ``dirpath`` of its own. Exact are
+    checkpoints from the end of an epoch, and from the middle of one if the training loaders save their position (they
+    have ``state_dict``, like torchdata's).
 
-    The first ``k`` members are the same for every ``size``: a larger ``size`` extends an ensemble, a smaller one
-    returns the first of its members. Another ``seed`` needs another ``dirpath``. What ``make_member`` and
-    ``make_trainer`` do is not looked at: after a change there, take another ``dirpath`` too.
-
-    Under DDP and FSDP2 all processes call this function, rank 0 writes, and all return the same list. They must share
-    the file system that ``dirpath`` is on.
+    Changes in ``make_member`` and ``make_trainer`` are not noticed: use another ``dirpath`` after one. Under DDP and
+    FSDP2 every process calls this function; they must share the file system of ``dirpath``.
 
     Args:
-        make_member: Makes the model of an index, with its first weights. It may make another architecture of each.
-        size: The number of members. `Deep Ensembles <https://arxiv.org/abs/1612.01474>`_ takes five. The first few
-            gain the most; :func:`~lightning_optim.cost_benefit` shows it for yours.
-        make_trainer: Makes a new Trainer for an index.
-        data: What ``trainer.fit`` takes: a LightningDataModule, a loader or several, ``None`` for the members' own; or
-            a function of the index that returns it, for members on different data (bagging). Loaders are copied for
-            each member, without their data sets: the order of one member's data does not depend on other members.
+        make_member: Function from the index to a new model. It may choose another architecture for each index.
+        size: The number of members, at least 1. `Deep Ensembles <https://arxiv.org/abs/1612.01474>`_ uses five. The
+            first few gain the most; measure it with :func:`~lightning_optim.cost_benefit`.
+        make_trainer: Function from the index to a new Trainer.
+        data: The argument of ``trainer.fit``: a LightningDataModule, one or several loaders, ``None`` for the members'
+            own; or a function from the index to one of these, for members on different data (bagging). Loaders are
+            copied for each member, without their data sets, so that a member's order of data depends on no other
+            member.
         dirpath: The folder for the members.
-        seed: The seed of the whole ensemble.
+        seed: The seed of the ensemble, an integer of at least 0. Default 0. Another seed needs another ``dirpath``.
 
     Returns:
-        The members' files in their order, for :meth:`Ensemble.from_checkpoints <lightning_optim.Ensemble>`.
+        The paths of the members' checkpoints, in order, for ``Ensemble.from_checkpoints``.
 
     Raises:
         ValueError: If an argument is not allowed, ``dirpath`` holds members of another seed, or its ``members.json`` is
@@ -91,25 +90,45 @@ def fit_members(
         ...     [Path(path).name for path in paths]
         ['member-0.ckpt', 'member-1.ckpt']
     """
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"`size` is the number of members, an integer of at least 1, got {size!r}")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed` is an integer of at least 0, got {seed!r}")
-    manifest = FinishedMembers(Path(dirpath), seed)
-    waiting = [index for index in range(size) if index not in manifest]
-    rank_zero_info(f"Members: {size - len(waiting)} of {size} are finished in {manifest.folder}")
+    check_number("size", size, low=1, integer=True)
+    check_number("seed", seed, low=0, integer=True)
+    finished = FinishedMembers(Path(dirpath), seed)
+    missing = [index for index in range(size) if index not in finished]
+    rank_zero_info(f"Members: {size - len(missing)} of {size} are finished in {finished.folder}")
     begin = time.monotonic()
-    with _restored():
-        for done, index in enumerate(waiting):
-            _fit_member(make_member, index, make_trainer, data, manifest)
-            left = (time.monotonic() - begin) / (done + 1) * (len(waiting) - done - 1)
-            rank_zero_info(f"Members: {index} is finished, {len(waiting) - done - 1} to go, about {left:.0f} s")
-    return [str(manifest.path(index)) for index in range(size)]
+    with _preserved_random_state():
+        for done, index in enumerate(missing, 1):
+            _fit_member(make_member, index, make_trainer, data, finished)
+            left = (time.monotonic() - begin) / done * (len(missing) - done)
+            rank_zero_info(f"Members: {index} is finished, {len(missing) - done} to go, about {left:.0f} s")
+    return [str(finished.path(index)) for index in range(size)]
+
+
+def member_seed(seed: int, index: int) -> int:
+    r"""Return the seed of one member: 32 bits, as ``seed_everything`` takes.
+
+    :math:`f((\mathrm{sha256}(\mathrm{seed})_{32} + \mathrm{index}) \bmod 2^{32})`, where ``f`` is the finalizer of
+    MurmurHash3. ``f`` is one to one, so no two members of an ensemble share a seed; neighbouring seeds and indices give
+    unrelated results, and member 0 does not have the ensemble's seed itself. It depends on no library's version.
+
+    Args:
+        seed: The seed of the ensemble.
+        index: The index of the member.
+
+    Example::
+
+        >>> [member_seed(0, index) for index in range(3)]
+        [3202332595, 171021625, 3110237010]
+    """
+    x = (int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") + index) % 2**32
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
 
 
 @contextmanager
-def _restored() -> Iterator[None]:
-    """Leave the generators, and what ``seed_everything`` tells loaders' workers, as they were."""
+def _preserved_random_state() -> Iterator[None]:
+    """Context manager: afterwards the random generators, and the seed for loaders' workers, are as before."""
     before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
     with isolate_rng():
         yield
@@ -125,46 +144,47 @@ def _fit_member(
     index: int,
     make_trainer: Callable[[int], Trainer],
     data: Any,
-    manifest: FinishedMembers,
+    finished: FinishedMembers,
 ) -> None:
-    seed_everything(member_seed(manifest.seed, index), workers=True, verbose=False)
+    own_seed = member_seed(finished.seed, index)
+    seed_everything(own_seed, workers=True, verbose=False)
     member, trainer = make_member(index), make_trainer(index)
     if not isinstance(member, LightningModule):
-        raise ValueError(f"`make_member` returns a LightningModule, got a {type(member).__name__}")
+        raise ValueError(f"`make_member` must return a LightningModule, got a {type(member).__name__}")
     if not isinstance(trainer, Trainer) or trainer.state.fn is not None:
         got = "one that was used already" if isinstance(trainer, Trainer) else f"a {type(trainer).__name__}"
-        raise ValueError(f"`make_trainer` returns a new `lightning.pytorch.Trainer` for each member, got {got}")
-    mark = CheckpointLabel(manifest.seed, index)
-    _prepare(trainer, mark, manifest.folder / f"member-{index}")
-    mark.resumes = last_checkpoint(trainer, mark)
+        raise ValueError(f"`make_trainer` must return a new `lightning.pytorch.Trainer` for each member, got {got}")
+    label = LabelCheckpoints(finished.seed, index)
+    _add_callbacks(trainer, label, finished.folder / f"member-{index}")
+    label.resume_from = last_checkpoint(trainer, label)
     start = time.monotonic()
-    trainer.fit(member, _own(data, index), ckpt_path=mark.resumes)
+    trainer.fit(member, _data_of(data, index), ckpt_path=label.resume_from)
     if trainer.state.status is not TrainerStatus.FINISHED:
         raise RuntimeError(f"The fit of member {index} did not finish; call `fit_members` again to go on")
     reshard_(member)
-    path = manifest.path(index)
+    path = finished.path(index)
     _save(trainer, path)
     if trainer.is_global_zero:
-        epochs, steps = trainer.current_epoch, trainer.global_step
-        manifest.add(index, epochs=epochs, steps=steps, seconds=round(time.monotonic() - start, 3))
+        seconds = round(time.monotonic() - start, 3)
+        finished.add(index, seed=own_seed, epochs=trainer.current_epoch, steps=trainer.global_step, seconds=seconds)
     trainer.strategy.barrier("fit_members")
 
 
-def _prepare(trainer: Trainer, mark: CheckpointLabel, folder: Path) -> None:
-    """See that the Trainer's own files are this member's, say so, and can be resumed from exactly."""
-    added: list[Any] = [mark]
-    files = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
-    for callback in files:
+def _add_callbacks(trainer: Trainer, label: LabelCheckpoints, folder: Path) -> None:
+    """Add the callbacks that label the Trainer's checkpoints as this member's and make resuming from them exact."""
+    added: list[Any] = [label]
+    savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    for callback in savers:
         if callback.dirpath is None:
-            # Lightning would take a folder by the logger's version, which is another one after a kill.
+            # Lightning would choose a folder by the logger's version, which is another one after a kill.
             callback.dirpath = str(folder)
-    if files and not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):
+    if savers and not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):
         added.append(ExactResume())
     trainer.callbacks = added + trainer.callbacks
 
 
-def _own(data: Any, index: int) -> Any:
-    """What this member trains on; loaders are copies, whose generators and positions nobody has used."""
+def _data_of(data: Any, index: int) -> Any:
+    """Return the data of a member; loaders are copied, so that their generators and positions are unused."""
     if isinstance(data, LightningDataModule):
         return data
     if callable(data) and not isinstance(data, Iterable):
@@ -174,35 +194,15 @@ def _own(data: Any, index: int) -> Any:
         return copy.deepcopy(data, {id(dataset): dataset for dataset in datasets if dataset is not None})
     except Exception as error:
         raise ValueError(
-            f"`data` is copied for each member, and that failed ({type(error).__name__}: {error}): give a function of"
-            " the index that makes the loaders"
+            f"`data` is copied for each member, and that failed ({type(error).__name__}: {error}): pass a function from"
+            " the index to the loaders"
         ) from error
 
 
-class _AtomicFile(CheckpointIO):
-    """Writes a checkpoint with ``torch.save``, whole or not at all, whatever the Trainer's own plugin does."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with write_atomically(path) as beside, open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError
-
-    def remove_checkpoint(self, path: Any) -> NoReturn:
-        raise NotImplementedError
-
-
 def _save(trainer: Trainer, path: Path) -> None:
-    """Write what the fit ended with; the file is there when this returns, and appears at once, or not at all."""
-    strategy, writer = trainer.strategy, trainer.strategy.checkpoint_io
-    distributed = isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
-    try:
-        if distributed:  # one file, which `load_from_checkpoint` reads, and no folder of shards
-            strategy._save_distributed_checkpoint = False
-        strategy.checkpoint_io = _AtomicFile()
+    """Write a checkpoint with the weights at the end of the fit; it is complete when this returns."""
+    strategy = trainer.strategy
+    # One file, which `load_from_checkpoint` reads, and no folder of shards.
+    whole = patched(strategy, "_save_distributed_checkpoint", False) if is_distributed(trainer) else nullcontext()
+    with whole, using_checkpoint_io(strategy, AtomicCheckpointIO()):
         trainer.save_checkpoint(path, weights_only=True)
-    finally:
-        strategy.checkpoint_io = writer
-        if distributed:
-            strategy._save_distributed_checkpoint = True

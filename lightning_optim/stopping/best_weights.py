@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.runtime.cpu_copies import copies_of, exchange_, fitting, localized
 from lightning_optim.runtime.evaluated_weights import evaluated_state
+from lightning_optim.runtime.files.checkpoint_io import using_checkpoint_io
 from lightning_optim.runtime.files.own_files import OwnFiles, resolved
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, get_filesystem, rank_zero_warn
@@ -218,7 +219,7 @@ class BestInDirectory(BestWeights):
             self.path = self._free_path()
         self.path = trainer.strategy.broadcast(self.path)
         beside = f"{self.path}.new"
-        with _writing_at_once(trainer.strategy):
+        with _synchronous_writing(trainer.strategy):
             trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
             _rename(beside, self.path)
@@ -279,18 +280,12 @@ def _warn_of_mismatches(module: nn.Module, live: dict[str, Tensor], held: Iterab
         rank_zero_warn(f"Not all of the best weights are restored: {said}. The rest of the module is left as it is.")
 
 
-@contextlib.contextmanager
-def _writing_at_once(strategy: Strategy) -> Iterator[None]:
+def _synchronous_writing(strategy: Strategy) -> contextlib.AbstractContextManager[None]:
     """Context manager: a checkpoint is complete when ``save_checkpoint`` returns, also under `AsyncCheckpointIO`."""
     writer = strategy.checkpoint_io
     if not isinstance(writer, AsyncCheckpointIO) or writer.checkpoint_io is None:
-        yield
-        return
-    strategy.checkpoint_io = writer.checkpoint_io
-    try:
-        yield
-    finally:
-        strategy.checkpoint_io = writer
+        return contextlib.nullcontext()
+    return using_checkpoint_io(strategy, writer.checkpoint_io)
 
 
 def _rename(beside: str, path: str) -> None:

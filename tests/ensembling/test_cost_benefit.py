@@ -80,16 +80,23 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(axes.collections) == 1, "the range over the groups"
     assert figure.axes[1].lines[0].get_ydata().tolist() == [row.seconds for row in found.rows]
     figure.savefig(tmp_path / "cost.png")
-    assert found.plot(axes)[1] is axes
+    assert found.plot(ax=axes)[1] is axes
+    sizes = found.plot("megabytes")[1]
+    assert sizes.get_ylabel() == "megabytes"
+    assert sizes.lines[0].get_ydata().tolist() == [row.megabytes for row in found.rows]
+    with pytest.raises(ValueError, match=r"`metric` must be one of \('nll', 'seconds', 'megabytes'\), got 'loss'"):
+        found.plot("loss")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         found.plot()
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="`groups` is the number of groups"):
+    with pytest.raises(ValueError, match="`groups` must be an integer >= 1"):
         cost_benefit(members(), trainer(), loader(), monitor="nll", groups=0)
-    with pytest.raises(ValueError, match=r"`outputs` is one of 'values'.*'logits'.*'binary_logits'.*'probabilities'"):
+    with pytest.raises(
+        ValueError, match=r"`outputs` must be one of 'values'.*'logits'.*'binary_logits'.*'probabilities'"
+    ):
         cost_benefit(members(), trainer(), loader(), monitor="nll")
     served = Ensemble(members(), outputs="logits", on="net")
     for contradicts in ({"outputs": "values"}, {"on": "net.4"}, {"dim": 1}):

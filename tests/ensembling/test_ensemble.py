@@ -369,15 +369,15 @@ class Taken(LightningModule):
     members = 3
 
 
-OUTPUTS = "`outputs` is one of 'values' .*regression.*'logits' .*'binary_logits' .*'probabilities' .*never guessed"
+OUTPUTS = "`outputs` must be one of 'values' .*regression.*'logits' .*'binary_logits' .*'probabilities' .*never guessed"
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Ensemble([]), "`members` is a list of at least one"),
-        (lambda: Ensemble(Classifier()), "`members` is a list of at least one"),
-        (lambda: Ensemble([nn.Linear(2, 2)]), "`members` are LightningModules, got a Linear"),
+        (lambda: Ensemble([]), "`members` must be a list of at least one"),
+        (lambda: Ensemble(Classifier()), "`members` must be a list of at least one"),
+        (lambda: Ensemble([nn.Linear(2, 2)]), "`members` must be LightningModules, got a Linear"),
         (
             lambda: Ensemble([Ensemble([Classifier()], outputs="logits")]),
             r"no Ensembles, .*\[\*one.members",
@@ -387,15 +387,24 @@ OUTPUTS = "`outputs` is one of 'values' .*regression.*'logits' .*'binary_logits'
         (lambda: Ensemble.from_checkpoints(Classifier, ["no file"]), OUTPUTS),
         (lambda: Ensemble([Classifier()], outputs="votes"), f"{OUTPUTS}.*got 'votes'"),
         (lambda: Ensemble([Classifier()], outputs=["logits"]), OUTPUTS),
-        (lambda: Ensemble([Classifier()], outputs="logits", on=""), "`on` is the name"),
+        (lambda: Ensemble([Classifier()], outputs="logits", on=""), "`on` must be the name"),
         (
             lambda: Ensemble([Classifier()], outputs="logits", on="nett"),
             r"`on='nett'` is no submodule of .*: \['net'",
         ),
-        (lambda: Ensemble([Classifier()], outputs="values", on="zzz"), r"near: \['net', 'net.0', 'net.1'\]"),
-        (lambda: Ensemble([Classifier()], outputs="values", dim=1), "`dim` is the dimension of the classes"),
-        (lambda: Ensemble([Classifier()], outputs="logits", dim=True), "`dim` is the dimension of the classes"),
-        (lambda: Ensemble.from_checkpoints(Classifier, [], outputs="logits"), "`paths` names at least one file"),
+        (lambda: Ensemble([Classifier()], outputs="values", on="zzz"), r"similar: \['net', 'net.0', 'net.1'\]"),
+        (
+            lambda: Ensemble([Classifier()], outputs="values", dim=1),
+            "`dim` must be an integer, the dim",
+        ),
+        (
+            lambda: Ensemble([Classifier()], outputs="logits", dim=True),
+            "`dim` must be an integer, the dim",
+        ),
+        (
+            lambda: Ensemble.from_checkpoints(Classifier, [], outputs="logits"),
+            "`paths` must name at least one",
+        ),
     ],
 )
 def test_what_is_refused(make: Any, sentence: str) -> None:

@@ -137,7 +137,7 @@ def test_fsdp2_of_members_that_shard_nothing_is_refused(group: Group) -> None:
 def ensemble_of_sharded(cell: Cell) -> str:
     member = ShardedMember(cell, 1)
     make_trainer(cell, []).validate(member, verbose=False)
-    with pytest.raises(ValueError, match="given whole, and this ShardedMember is sharded") as error:
+    with pytest.raises(ValueError, match="`members` must be whole, and this ShardedMember is sharded") as error:
         Ensemble([member], outputs="values", on="net")
     return str(error.value)
 

@@ -205,13 +205,14 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path, monkeypatch: pyte
         assert str(path) in str(raised.value)
 
     path = saved(Ensemble([Plain(1), Plain(2)], outputs="logits"), tmp_path)
-    refused(r"nothing that a file names is called: pass `member_class=`, or `weights_only=False`", path)
-    refused(r"nothing that a file names is called", path, weights_only=True)
-    with pytest.raises(ValueError, match="`member_class` is a LightningModule's class, or a list of one for each of 2"):
+    refused(r"nothing that a checkpoint names is called: pass `member_class=`, or `weights_only=False`", path)
+    refused(r"nothing that a checkpoint names is called", path, weights_only=True)
+    wrong_class = "`member_class` must be a LightningModule class, or a list with one for each of 2"
+    with pytest.raises(ValueError, match=wrong_class):
         Ensemble.load_from_checkpoint(path, member_class=[Plain])
-    with pytest.raises(ValueError, match="`member_class` is a LightningModule's class"):
+    with pytest.raises(ValueError, match=wrong_class):
         Ensemble.load_from_checkpoint(path, member_class=nn.Linear)
-    with pytest.raises(ValueError, match="`outputs` is one of"):
+    with pytest.raises(ValueError, match="`outputs` must be one of"):
         Ensemble.load_from_checkpoint(path, member_class=Plain, outputs="votes")
     with pytest.raises(RuntimeError, match=r"An ensemble of 1 members has no \['members.1.net.weight'"):
         Ensemble.load_from_checkpoint(path, members=[Plain()])
@@ -222,7 +223,7 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     path = saved(Ensemble([Local()], outputs="logits"), tmp_path)
     refused(r"the members' class '.*Local' is not found .*: pass `member_class=`", path, weights_only=False)
     path = saved(Ensemble([Needs(4)], outputs="logits"), tmp_path)
-    refused(r"member 0, a Needs, cannot be made of .*`members=", path, weights_only=False)
+    refused(r"member 0, a Needs, cannot be built from .*`members=", path, weights_only=False)
 
 
 def test_files_of_other_content(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import EMA, Ensemble, WeightAveraging, fit_members
-from lightning_optim.ensembling.member_files import FinishedMembers, member_seed
+from lightning_optim.ensembling.fit_members import member_seed
+from lightning_optim.ensembling.member_files import FinishedMembers
 from tests.ensembling.models import QUIET
 
 SIZE, BATCHES, EPOCHS = 3, 4, 3
@@ -272,7 +273,7 @@ def test_a_file_that_a_kill_left_half_written_is_passed_over(tmp_path: Path) -> 
     killed(lambda: fit_members(make_member, 1, Makes(lambda: kill), shuffling(), dirpath=tmp_path / "killed"))
     (half,) = (tmp_path / "killed" / "member-0").glob("*.ckpt")
     half.write_bytes(half.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="cannot be read, and is passed over"):
+    with pytest.warns(UserWarning, match="cannot be read, and is skipped"):
         found = fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "killed")
     assert same(weights(found), expected)
 
@@ -341,11 +342,11 @@ def test_a_fit_that_fails_is_no_member(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"size": 0}, "`size` is the number of members"),
-        ({"size": 2.0}, "`size` is the number of members"),
-        ({"seed": -1}, "`seed` is an integer of at least 0"),
-        ({"make_member": lambda index: nn.Linear(1, 1)}, "`make_member` returns a LightningModule, got a Linear"),
-        ({"make_trainer": lambda index: None}, "`make_trainer` returns a new .* got a NoneType"),
+        ({"size": 0}, "`size` must be an integer >= 1"),
+        ({"size": 2.0}, "`size` must be an integer >= 1"),
+        ({"seed": -1}, "`seed` must be an integer >= 0"),
+        ({"make_member": lambda index: nn.Linear(1, 1)}, "`make_member` must return a LightningModule, got a Linear"),
+        ({"make_trainer": lambda index: None}, "`make_trainer` must return a new .* got a NoneType"),
         ({"make_trainer": lambda index: USED, "size": 2}, "used already"),
         ({"data": [(x for x in ())]}, "`data` is copied for each member, and that failed"),
     ],

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_optim import fit_members
-from lightning_optim.ensembling.member_files import member_seed
+from lightning_optim.ensembling.fit_members import member_seed
 from tests.harness import models, problem
 from tests.harness.cells import Cell, Precision, Strategy
 from tests.harness.formulas import deviation

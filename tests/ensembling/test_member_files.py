@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_optim import Ensemble, fit_members
-from lightning_optim.ensembling.member_files import member_seed
+from lightning_optim.ensembling.fit_members import member_seed
 from tests.ensembling.test_fit_members import Makes, Net, make_member, same, shuffling, weights
 
 
@@ -47,7 +47,7 @@ def test_a_list_of_members_that_is_damaged_is_refused_by_its_name(content: str |
     path = tmp_path / "members.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     makes = Makes()
-    with pytest.raises(ValueError, match=r"members.json is no list of members, or only a part of one .*: delete it"):
+    with pytest.raises(ValueError, match=r"members.json is damaged or is not a list of members .*: delete it"):
         fit(tmp_path, makes)
     assert makes.trainers == []
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_for_an_older_one(tmp_path: 
     path.write_bytes(content)
     torch.save([1], path.with_name("a.ckpt"))
     makes = Makes()
-    with pytest.warns(UserWarning, match=r"cannot be read, and is passed over .*is damaged in its record"):
+    with pytest.warns(UserWarning, match=r"cannot be read, and is skipped .*is damaged in its record"):
         assert same(weights(fit(tmp_path / "other", makes, 1)), expected)
     assert makes.trainers[0].ckpt_path is None
 

@@ -130,8 +130,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("CheckpointAveraging(buffers='copy')", "buffers", "'copy'", 'must be "refresh" or "average"'),
     # ensembling
     ("Ensemble([])", "members", "list", "a list of at least one LightningModule"),
-    ("Ensemble([3])", "members", "int", "are LightningModules"),
-    ("Ensemble([LightningModule()], outputs='labels')", "outputs", "'labels'", "is one of"),
+    ("Ensemble([3])", "members", "int", "must be LightningModules"),
+    ("Ensemble([LightningModule()], outputs='labels')", "outputs", "'labels'", "must be one of"),
     ("Ensemble([LightningModule()], outputs='logits', dim=0.5)", "dim", "0.5", "an integer"),
     ("Disagreement('other')", "measure", "'other'", "'pairwise', 'mutual_information'"),
     ("Disagreement(outputs='labels')", "outputs", "'labels'", "'probabilities', 'logits'"),
