@@ -39,7 +39,7 @@ class OptimCallback(OverridableHooks):
       values. DTensors are gathered when they are saved. :meth:`rank_state` names the tensors in which ranks differ.
     * ``self.session.patch(owner, "name", value)`` sets an attribute of the Trainer, the module or any other object for
       the length of the fit, and ``self.session.on_close(action)`` calls a function at its end. All of it is undone in
-      reverse order after the last hook, also after an exception.
+      reverse order after ``on_fit_end``, or after an exception.
     * ``total``, in ``current_step(optimizer).total``, is the number of steps of the whole run. If you use it, override
       :attr:`needs_total`, so that a run without an end is refused at its start.
 

@@ -1,4 +1,4 @@
-"""A subclass overrides hooks, with `super()` or without; one object is given to two Trainers at once."""
+"""Hooks that a subclass, a mixin or an object overrides, with `super()` or without."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_optim import L2, AutoClip, GradientClipping, OptimCallback, WeightRegularization
+from lightning_optim import AutoClip, GradientClipping, OptimCallback
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime.overridden_hooks import TwoPartHook
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
-    Fitted,
     Remembering,
     assert_same,
     differences,
     each_entry,
     fit,
-    prepare,
     states,
     whole,
 )
@@ -275,97 +272,3 @@ def test_state_of_both_is_saved(kind: Any, tmp_path: Path) -> None:
     state = torch.load(tmp_path / "after.ckpt", weights_only=True)["callbacks"][first.ours[0].state_key]
     assert state["batches"] == 8
     assert state["steps"] == [8]
-
-
-# ---- two Trainers, one object --------------------------------------------------------------------------------------
-
-
-class Nesting(Callback):
-    """Runs another Trainer with the same callbacks, in the middle of the first fit."""
-
-    def __init__(self, run: str, shared: list[Any]) -> None:
-        self.run, self.shared = run, shared
-        self.error: Exception | None = None
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != 2 or self.error is not None:
-            return
-        inner = prepare(BY_NAME["plain"], STEPS, callbacks=self.shared)
-        draws = torch.get_rng_state()
-        try:
-            getattr(inner.trainer, self.run)(inner.module)
-        except MisconfigurationException as error:
-            self.error = error
-        finally:
-            torch.set_rng_state(draws)
-            torch.set_grad_enabled(True)
-
-
-def nested(run: str, callbacks: list[Any], shared: list[Any]) -> tuple[Nesting, Fitted]:
-    nesting = Nesting(run, shared)
-    return nesting, fit(BY_NAME["several"], STEPS, callbacks=[*callbacks, nesting])
-
-
-@pytest.mark.parametrize("with_another_of_ours", [False, True])
-def test_a_nested_fit_is_refused_and_harms_nothing(with_another_of_ours: bool) -> None:
-    callbacks = BY_NAME["several"].all_callbacks(STEPS)
-    fresh = [WeightRegularization(L2(0.1), name="inner")] if with_another_of_ours else []
-    nesting, fitted = nested("fit", callbacks, [*fresh, callbacks[1]])
-    assert "GradientClipping is in the running fit of another Trainer" in str(nesting.error)
-    assert all(callback.fit is None for callback in [*fresh, *fitted.ours])
-    assert_same(fitted, fit(BY_NAME["several"], STEPS))
-
-
-class Logging(OptimCallback):
-    """Logs by its own `self.log`, which each Trainer binds to its own module."""
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.log("mine", float(trainer.global_step))
-        self.log_dict({"mine too": float(trainer.global_step)})
-
-
-@pytest.mark.parametrize("run", ["fit", "validate"])
-def test_a_nested_run_leaves_the_log_alone(run: str) -> None:
-    logging = Logging()
-    nesting, fitted = nested(run, [logging], [logging])
-    assert (nesting.error is None) is (run == "validate")
-    steps = fitted.trainer.global_step
-    assert logging.steps == [steps]
-    assert fitted.trainer.callback_metrics["mine"] == fitted.trainer.callback_metrics["mine too"] == steps
-
-
-def test_a_nested_validation_with_the_same_callbacks() -> None:
-    """It is none of the fit's business: what acts at steps does nothing in it."""
-    callbacks = [*BY_NAME["several"].all_callbacks(STEPS), ExactResume()]
-    nesting, fitted = nested("validate", callbacks, callbacks)
-    assert nesting.error is None
-    assert_same(fitted, fit(BY_NAME["several"], STEPS))
-
-
-def test_after_a_fit_that_stopped_without_a_word() -> None:
-    """A callback's error in `on_exception` keeps the Trainer from its teardown: the object may fit again."""
-
-    class Worse(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            raise ZeroDivisionError
-
-        def on_exception(self, *_: Any) -> None:
-            raise KeyError("worse")
-
-    clipping = GradientClipping(0.1)
-    with pytest.raises(KeyError, match="worse"):
-        fit(BY_NAME["plain"], STEPS, callbacks=[Worse(), clipping])
-    assert clipping.fit is not None
-    assert_same(
-        fit(BY_NAME["plain"], STEPS, callbacks=[clipping]),
-        fit(BY_NAME["plain"], STEPS, callbacks=[GradientClipping(0.1)]),
-    )
-
-
-def test_outside_of_a_run_a_sentence_says_so() -> None:
-    own = OptimCallback()
-    with pytest.raises(RuntimeError, match="OptimCallback is in no fit"):
-        own.on_fit_start(Trainer(barebones=True, accelerator="cpu"), LightningModule())
-    with pytest.raises(AttributeError, match="only while a Trainer runs"):
-        own.log("x", 1.0)
-    assert not hasattr(own, "log")
