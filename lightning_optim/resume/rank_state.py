@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_optim.runtime.capture import buffer_broadcast, set_buffer_broadcast_
 from lightning_optim.runtime.lightning import Trainer, _set_sampler_epoch
 from lightning_optim.runtime.random_state import rank_random_state, set_rank_random_state_
-
-_BROADCASTS = "require_forward_param_sync"
 
 
 def moment(trainer: Trainer) -> dict[str, Any]:
     """Return what a validation changes: random state, its count of batches, and whether DDP broadcasts buffers next."""
     validated = dict(trainer.fit_loop.epoch_loop.val_loop._seen_batches_per_dataloader)
-    # DDP broadcasts buffers at the first forward after a backward, and not within a window that accumulates.
-    broadcasts = getattr(trainer.strategy.model, _BROADCASTS, None)
-    return {**rank_random_state(trainer), "validated": validated, "broadcasts": broadcasts}
+    return {**rank_random_state(trainer), "validated": validated, "broadcasts": buffer_broadcast(trainer)}
 
 
 def set_moment_(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -30,8 +27,7 @@ def set_moment_(trainer: Trainer, state: dict[str, Any]) -> None:
             val_loop.setup_data()
             trainer.training = True
         val_loop._seen_batches_per_dataloader.update(state["validated"])
-    if state.get("broadcasts") is not None and hasattr(trainer.strategy.model, _BROADCASTS):
-        setattr(trainer.strategy.model, _BROADCASTS, state["broadcasts"])
+    set_buffer_broadcast_(trainer, state.get("broadcasts"))
     set_rank_random_state_(trainer, state)
 
 

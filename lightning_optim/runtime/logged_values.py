@@ -79,8 +79,37 @@ def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) ->
         _set_result_(trainer, result, modules)
 
 
-def copied(tree: Any, device: torch.device | str = "cpu") -> Any:
-    """Copy nested dictionaries and lists, with their tensors on ``device``."""
+def epoch_sums(trainer: Trainer) -> dict[str, Any]:
+    """Copy the sums of which the running epoch's means are made at its end, beside the tensors themselves."""
+    sums = {name: copied(result.metric_state, None) for name, result in _summed(trainer) if not result.has_reset}
+    return {"epoch": trainer.current_epoch, "sums": sums}
+
+
+def set_epoch_sums_(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Set the running epoch's sums to what :func:`epoch_sums` returned; to nothing if that was in an earlier epoch.
+
+    Values of the present batch, which are logged at its end, stay as they are.
+    """
+    if state["epoch"] != trainer.current_epoch:
+        for result in trainer.fit_loop.epoch_loop._results.values():
+            result.reset()
+        return
+    for name, result in _summed(trainer):
+        if name not in state["sums"]:
+            result.reset()
+            continue
+        for key, value in copied(state["sums"][name], trainer.strategy.root_device).items():
+            setattr(result, key, value)
+        result.has_reset, result._computed = False, None
+
+
+def _summed(trainer: Trainer) -> list[tuple[str, Any]]:
+    results = trainer.fit_loop.epoch_loop._results.items()
+    return [(name, result) for name, result in results if result.is_tensor and result.meta.on_epoch]
+
+
+def copied(tree: Any, device: torch.device | str | None = "cpu") -> Any:
+    """Copy nested dictionaries and lists, with their tensors on ``device``; ``None``: each where it is."""
     if isinstance(tree, dict):
         return {name: copied(value, device) for name, value in tree.items()}
     if isinstance(tree, list):

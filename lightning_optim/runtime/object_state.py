@@ -29,12 +29,17 @@ from lightning_optim.runtime.lightning import Callback, LightningDataModule, Log
 from lightning_optim.runtime.random_state import generator_state, is_generator, set_generator_state_
 from lightning_optim.runtime.session import Session
 
+
+class LeftAlone:
+    """Base of a class whose objects are left alone where an :class:`ObjectState` finds them within others."""
+
+
 _NUMBERS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None))
 _CONSTANTS = (*_NUMBERS, range, slice, type, Enum, pathlib.PurePath, torch.dtype, torch.device, weakref.ref)
 _CONSTANTS += (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _CONTAINERS = (dict, list, set, deque, bytearray)
 # They have a state of their own, which a training step does not change, or which could not be put back.
-_LEFT_ALONE: tuple[Any, ...] = (Trainer, Session, OwnFiles, Callback, Logger, LightningDataModule)
+_LEFT_ALONE: tuple[Any, ...] = (LeftAlone, Trainer, Session, OwnFiles, Callback, Logger, LightningDataModule)
 _LEFT_ALONE += (Optimizer, DataLoader, Dataset, Sampler, io.IOBase)
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _LIBRARIES = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "numpy"}
@@ -47,7 +52,7 @@ class _Record(Protocol):
         """Put back the value as it was; return True if that was possible."""
 
 
-class ObjectState:
+class ObjectState(LeftAlone):
     """Copies of everything that some objects hold: tensors, plain attributes, and those of the objects within.
 
     Of a module these are parameters, buffers and the attributes of all submodules. Plain attributes are numbers, text,

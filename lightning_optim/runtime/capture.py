@@ -1,0 +1,217 @@
+"""Keep the state of a run in memory, at a moment between two steps, and go back to it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.interrupts import uninterrupted
+from lightning_optim.runtime.lightning import Callback, Trainer
+from lightning_optim.runtime.lightning.grad_scaler import scaler_of
+from lightning_optim.runtime.logged_values import epoch_sums, set_epoch_sums_
+from lightning_optim.runtime.object_state import LeftAlone, ObjectState
+from lightning_optim.runtime.random_state import rank_random_state, set_rank_random_state_
+
+_BROADCASTS = "require_forward_param_sync"
+
+
+class _Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass
+class RunState(LeftAlone):
+    """State of a run that :func:`capture` took; :func:`restore_` puts it back, as often as it is asked to.
+
+    It belongs to the fit in which it was taken, and shares no memory with the run.
+
+    Attributes:
+        global_step: ``trainer.global_step`` at that moment.
+        callbacks: The callbacks whose state is in it.
+        objects: What the module, the optimizers and the callbacks of this package hold; of sharded tensors the shards.
+        stateful: Learning-rate schedulers, the GradScaler, Lightning's counts of steps and other callbacks, each with a
+            copy of its ``state_dict()``.
+        random: Random state of this rank.
+        broadcasts: True if DDP broadcasts buffers at the next forward; ``None`` without DDP.
+        logged: Sums of what is logged as a mean over the running epoch.
+    """
+
+    global_step: int
+    callbacks: list[Callback]
+    objects: ObjectState
+    stateful: list[tuple[_Stateful, dict[str, Any]]]
+    random: dict[str, Any]
+    broadcasts: bool | None
+    logged: dict[str, Any]
+
+
+def capture(
+    trainer: Trainer,
+    device: torch.device | str | None = None,
+    callbacks: Collection[Callback] | None = None,
+) -> RunState:
+    """Copy the state of a run: what the steps to come depend on, but for the data.
+
+    These are the module (weights, all buffers, attributes, metrics), optimizers, learning-rate schedulers, the
+    GradScaler, callbacks (averages, norm histories, …), random state, the counts of optimizer steps, and the sums of
+    what was logged in the epoch. The position in the data and Lightning's counts of batches and epochs are not: after
+    :func:`restore_` the data go on. Gradients are not copied, so that no accumulation window may be open.
+
+    Nothing is gathered: under FSDP2 each rank keeps its shards. Call it on all ranks.
+
+    Args:
+        trainer: A Trainer that fits, in a hook between two steps: ``on_train_batch_start``, ``on_train_batch_end``,
+            ``on_train_epoch_start`` or ``on_train_epoch_end``.
+        device: Where copies of tensors are kept; ``"cpu"`` saves memory of the accelerator. Default: beside each.
+        callbacks: The callbacks whose state goes back. Default: all. Leave out those whose memory shall outlive
+            :func:`restore_`, such as checkpoint callbacks, which remember what files they wrote.
+
+    Raises:
+        RuntimeError: In a validation, where the module may hold averaged weights, within a step, or outside of a fit.
+
+    Example::
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class GoBackOnce(Callback):
+        ...     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        ...         if batch_idx == 1:
+        ...             self.state = capture(trainer)
+        ...         if batch_idx == 3:
+        ...             restore_(trainer, self.state)
+        >>> trainer = Trainer(callbacks=[GoBackOnce()], max_epochs=1, limit_train_batches=5, barebones=True)
+        >>> trainer.fit(BoringModel())
+        >>> trainer.global_step
+        3
+    """
+    _check_moment(trainer)
+    listed = trainer.callbacks if callbacks is None else [cb for cb in trainer.callbacks if cb in callbacks]
+    ours = [callback for callback in listed if isinstance(callback, OptimCallback)]
+    objects: dict[str, Any] = {"module": trainer.lightning_module}
+    for index, optimizer in enumerate(trainer.optimizers):
+        objects |= {f"optimizers[{index}].state": optimizer.state}
+        objects |= {f"optimizers[{index}].param_groups": optimizer.param_groups}
+    objects |= {f"callbacks[{trainer.callbacks.index(callback)}]": callback for callback in ours}
+    stateful: list[_Stateful] = [*_counts(trainer), *(config.scheduler for config in trainer.lr_scheduler_configs)]
+    stateful += [callback for callback in listed if callback not in ours]
+    if (scaler := scaler_of(trainer)) is not None:
+        stateful.append(scaler)
+    return RunState(
+        trainer.global_step,
+        listed,
+        ObjectState(objects, device, with_package=True),
+        [(each, _copied(each.state_dict(), device)) for each in stateful],
+        rank_random_state(trainer),
+        buffer_broadcast(trainer),
+        epoch_sums(trainer),
+    )
+
+
+def restore_(trainer: Trainer, state: RunState) -> list[str]:
+    """Go back to a state that :func:`capture` took in this fit, in place: values are copied into the same tensors.
+
+    Training then goes on as from that moment, bit for bit, with the data that come. ``trainer.global_step`` goes back;
+    the step that loggers see does not. Gradients are dropped. Call it on all ranks, in a hook as :func:`capture`.
+
+    If it fails, the run is put back to where it was before the call.
+
+    Args:
+        trainer: The Trainer.
+        state: The state, which stays as it is.
+
+    Returns:
+        The names of attributes that changed since and cannot be put back, such as an open connection.
+
+    Raises:
+        RuntimeError: As :func:`capture`.
+    """
+    before = capture(trainer, "cpu", state.callbacks)
+    with uninterrupted():
+        try:
+            return _restore_(trainer, state)
+        except BaseException:
+            _restore_(trainer, before)
+            raise
+
+
+def _restore_(trainer: Trainer, state: RunState) -> list[str]:
+    with _running_hooks_kept(trainer):
+        changed = state.objects.restore_()
+    for each, saved in state.stateful:
+        each.load_state_dict(copy.deepcopy(saved))
+    set_epoch_sums_(trainer, state.logged)
+    set_buffer_broadcast_(trainer, state.broadcasts)
+    set_rank_random_state_(trainer, state.random)
+    return changed
+
+
+def buffer_broadcast(trainer: Trainer) -> bool | None:
+    """Return True if DDP broadcasts buffers at the next forward; ``None`` without DDP.
+
+    It does so at the first forward after a backward, and not within a window that accumulates.
+    """
+    return getattr(trainer.strategy.model, _BROADCASTS, None)
+
+
+def set_buffer_broadcast_(trainer: Trainer, broadcasts: bool | None) -> None:
+    """Set what :func:`buffer_broadcast` returned."""
+    if broadcasts is not None and hasattr(trainer.strategy.model, _BROADCASTS):
+        setattr(trainer.strategy.model, _BROADCASTS, broadcasts)
+
+
+@contextlib.contextmanager
+def _running_hooks_kept(trainer: Trainer) -> Iterator[None]:
+    """Context manager: keep what Lightning and this package note about the hooks that are running."""
+    owners: list[tuple[Any, str]] = [(trainer.lightning_module, "_current_fx_name")]
+    owners += [(callback, "_package_results") for callback in trainer.callbacks if isinstance(callback, OptimCallback)]
+    notes = [(owner, name, getattr(owner, name)) for owner, name in owners]
+    yield
+    for owner, name, value in notes:
+        setattr(owner, name, value)
+
+
+def _counts(trainer: Trainer) -> list[Any]:
+    """Return Lightning's counts of optimizer steps and scheduler steps."""
+    loop = trainer.fit_loop.epoch_loop
+    return [
+        loop.automatic_optimization.optim_progress,
+        loop.manual_optimization.optim_step_progress,
+        loop.scheduler_progress,
+    ]
+
+
+def _check_moment(trainer: Trainer) -> None:
+    loop = trainer.fit_loop.epoch_loop
+    steps = loop.automatic_optimization.optim_progress.optimizer.step, loop.manual_optimization.optim_step_progress
+    if not trainer.training or any(step.total.ready != step.total.completed for step in steps):
+        raise RuntimeError(
+            "The state of a run is captured and restored between two steps of a fit: call it in `on_train_batch_start`,"
+            " `on_train_batch_end`, `on_train_epoch_start` or `on_train_epoch_end`."
+        )
+
+
+def _copied(tree: Any, device: torch.device | str | None) -> Any:
+    """Copy a ``state_dict``, with its tensors on ``device``; a sharded one stays beside its mesh."""
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.clone() if isinstance(tensor, DTensor) else tensor.to(device or tensor.device, copy=True)
+
+    return copy.deepcopy(tree, {id(tensor): copy_of(tensor) for tensor in _tensors(tree)})
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)

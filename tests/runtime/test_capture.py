@@ -1,0 +1,335 @@
+"""A run that goes back to a captured state goes on from there bit for bit, with the data that come."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_optim import (
+    EMA,
+    AutoClip,
+    GradientAccumulation,
+    GradientClipping,
+    ManualOptimizationMixin,
+    WeightAveraging,
+)
+from lightning_optim.runtime.capture import capture, restore_
+from tests.harness.groups import Group
+from tests.harness.run import LivingEnvironment, share_mesh
+
+BATCHES = 16
+CAPTURED, RESTORED = 5, 11  # the batches at whose end; each ends a window of two
+
+
+class Net(ManualOptimizationMixin, LightningModule):
+    """Draws in each step from torch, Python and NumPy; has buffers that no checkpoint holds and a plain attribute."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.automatic_optimization = kind == "automatic"
+        self.nets = nn.ModuleList([self._net() for _ in range(1 + (kind == "two optimizers"))])
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_buffer("recent", None, persistent=False)
+        self.temperature, self.mean = 1.0, MeanMetric()
+
+    @staticmethod
+    def _net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        error = (net(batch[0]).squeeze(1) - batch[1]).square().mean()
+        return (
+            error * float(self.scale) * self.temperature * (1 + 0.1 * random.random() + 0.1 * float(np.random.rand()))
+        )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
+        losses = [self.loss(net, batch) for net in self.nets]
+        self.recent = torch.stack([*([] if self.recent is None else self.recent[-3:]), losses[0].detach()])
+        self.scale.lerp_(1 / (1 + self.recent.mean()), 0.1)
+        self.temperature *= 0.98
+        self.mean.update(losses[0].detach())
+        self.log("loss", losses[0].detach(), on_step=True, on_epoch=True)
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        if self.automatic_optimization:
+            return losses[0]
+        optimizers: Any = self.optimizers()
+        schedulers: Any = self.lr_schedulers()
+        listed = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer, loss in zip(listed, losses, strict=True):
+            self.optimize(loss, optimizer)
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            scheduler.step()
+        return None
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(self.nets[0], batch), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [torch.optim.AdamW(net.parameters(), 0.01) for net in self.nets]
+        schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20) for optimizer in optimizers]
+        return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rank = self.global_rank
+        batches = [torch.randn(6, 5, generator=torch.Generator().manual_seed(2 * i + rank)) for i in range(BATCHES)]
+        kept = [(batch[:, :4], batch[:, 4]) for index, batch in enumerate(batches) if index not in self.left_out]
+        return DataLoader(kept, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader([(torch.ones(6, 4), torch.ones(6))], batch_size=None)  # type: ignore[arg-type]
+
+    left_out: range = range(0)
+
+
+class ShardedNet(Net):
+    def configure_model(self) -> None:
+        for net in self.nets:
+            if not isinstance(net, FSDPModule):
+                fully_shard(net[0])
+                fully_shard(net)
+
+
+class Steps(Callback):
+    """Counts batches, in its ``state_dict`` alone."""
+
+    count = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = int(state["count"])
+
+
+class GoBack(Callback):
+    """Captures and restores at the ends of batches, and looks at the run before and after it restores."""
+
+    def __init__(
+        self, captured: int = CAPTURED, restored: tuple[int, ...] = (RESTORED,), look: Callable[..., Any] = lambda _: 0
+    ) -> None:
+        self.captured, self.restored, self.look = captured, restored, look
+        self.found: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.captured:
+            self.state = capture(trainer)
+        if batch_idx in self.restored:
+            self.found.append(self.look(trainer))
+            assert restore_(trainer, self.state) == []
+            self.found.append(self.look(trainer))
+
+
+def run(
+    kind: str = "automatic",
+    precision: str = "32-true",
+    strategy: str = "auto",
+    more: tuple[Callback, ...] = (),
+    left_out: range = range(0),
+) -> dict[str, Any]:
+    """One fit, and everything that it ended with."""
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    net = (ShardedNet if strategy == "fsdp2" else Net)(kind)
+    net.left_out = left_out
+    plugins: list[Any] = [] if strategy == "auto" else [LivingEnvironment()]
+    if precision == "16-mixed":  # the first steps overflow, and the scale grows again every three steps
+        plugins.append(MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 2.0**18, growth_interval=3)))
+    strategies = {"ddp": lambda: DDPStrategy(find_unused_parameters=True), "fsdp2": lambda: ModelParallelStrategy(2, 1)}
+    if strategy == "fsdp2":
+        share_mesh()
+    average, clipping = WeightAveraging(EMA(0.9), start=1), GradientClipping(AutoClip(0.5, history=4))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1 if strategy == "auto" else 2,
+        strategy=strategies[strategy]() if strategy in strategies else "auto",
+        plugins=plugins,
+        precision=None if precision == "16-mixed" else precision,  # type: ignore[arg-type]
+        callbacks=[GradientAccumulation(2), clipping, average, Steps(), *more],
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    ended = Ended()
+    trainer.callbacks.append(ended)
+    trainer.fit(net)
+    return ended.outcome
+
+
+class Ended(Callback):
+    """Looks at everything before the fit puts the average into the module."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        average = next(callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging))
+        clipping = next(callback for callback in trainer.callbacks if isinstance(callback, GradientClipping))
+        steps = next(callback for callback in trainer.callbacks if isinstance(callback, Steps))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.outcome = plain(
+            {
+                "weights": dict(pl_module.named_parameters()),
+                "buffers": dict(pl_module.named_buffers()),
+                "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+                "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+                "scaler": {} if scaler is None else scaler.state_dict(),
+                "average": average.averaged_state(),
+                "clipping": clipping.extra_state(),
+                "counts": [average.steps, clipping.steps, steps.count, trainer.global_step],
+                "logged": dict(trainer.callback_metrics),
+                "attribute": pl_module.temperature,
+                "draws": [torch.rand(3), random.random(), np.random.rand()],
+            }
+        )
+
+
+def plain(tree: Any) -> Any:
+    """Nested lists of numbers, which pass between processes and compare bit for bit."""
+    if isinstance(tree, dict):
+        return {str(name): plain(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(value) for value in tree]
+    if isinstance(tree, Tensor):
+        tree = tree.detach()
+        return (tree.to_local() if isinstance(tree, DTensor) else tree).tolist()
+    return tree if isinstance(tree, bool | int | float | str | None) else str(type(tree))
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The parts in which two outcomes differ; a NaN is equal to a NaN."""
+    return [part for part in one if repr(one[part]) != repr(other[part])]
+
+
+def compare(kind: str, precision: str, strategy: str) -> tuple[list[str], list[str]]:
+    """A job: how a run that went back differs from a run without the batches between, and from one with all batches."""
+    without = run(kind, precision, strategy, left_out=range(CAPTURED + 1, RESTORED + 1))
+    back = run(kind, precision, strategy, (GoBack(),))
+    return differing(back, without), differing(back, run(kind, precision, strategy))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("kind", ["automatic", "manual", "two optimizers"])
+def test_goes_on_as_from_the_captured_state(kind: str, precision: str) -> None:
+    same, other = compare(kind, precision, "auto")
+    assert same == []
+    assert set(other) >= {"weights", "buffers", "optimizers", "schedulers", "average", "clipping", "counts", "logged"}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["automatic", "two optimizers"])
+def test_two_processes(kind: str, strategy: str, group: Group) -> None:
+    for same, other in group.run(compare, kind, "32-true", strategy):
+        assert same == []
+        assert set(other) >= {"weights", "buffers", "optimizers", "average", "clipping"}
+
+
+def test_before_the_first_step() -> None:
+    """Nothing is in the optimizers then, and no average has started."""
+    left_out = range(0, RESTORED + 1)
+    assert differing(run(more=(GoBackToTheStart(captured=-1),)), run(left_out=left_out)) == []
+
+
+class GoBackToTheStart(GoBack):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.state = capture(trainer)
+
+
+def test_the_same_state_again_and_again() -> None:
+    """Values that were put back are not those of the state: the run writes to them."""
+    back = run(more=(GoBack(restored=(7, 9, RESTORED)),))
+    assert differing(back, run(left_out=range(CAPTURED + 1, RESTORED + 1))) == []
+
+
+def where(trainer: Trainer) -> list[Any]:
+    """Which tensors there are, and where they lie."""
+    module = trainer.lightning_module
+    tensors = [*module.parameters(), *(buffer for name, buffer in module.named_buffers() if name != "recent")]
+    tensors += [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+    return [(id(tensor), tensor.data_ptr()) for tensor in tensors]
+
+
+def test_in_place() -> None:
+    back = GoBack(look=where)
+    run(more=(back,))
+    before, after = back.found
+    assert before == after and len(before) > 20
+
+
+class Failing(Callback):
+    """Raises when its state is loaded for the first time."""
+
+    loads = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loads": self.loads}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loads += 1
+        if self.loads == 1:
+            raise KeyError("as planned")
+
+
+class TriesToGoBack(GoBack):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if args[-1] == RESTORED:
+            with pytest.raises(KeyError, match="as planned"):
+                restore_(trainer, self.state)
+        else:
+            super().on_train_batch_end(trainer, *args)
+
+
+def test_all_or_nothing() -> None:
+    assert differing(run(more=(Failing(), TriesToGoBack())), run()) == []
+
+
+class Chosen(GoBack):
+    """Leaves a callback out."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == CAPTURED:
+            self.state = capture(trainer, "cpu", [cb for cb in trainer.callbacks if not isinstance(cb, Steps)])
+        if batch_idx == RESTORED:
+            restore_(trainer, self.state)
+
+
+def test_only_the_chosen_callbacks_go_back() -> None:
+    without = run(left_out=range(CAPTURED + 1, RESTORED + 1))
+    chosen = run(more=(Chosen(),))
+    assert differing(chosen, without) == ["counts"] and chosen["counts"][2] == BATCHES
+
+
+class Asks(Callback):
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._ask)
+
+    def _ask(self, trainer: Trainer, *_: Any) -> None:
+        capture(trainer)
+
+
+@pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_validation_end"])
+def test_refuses_other_moments(hook: str) -> None:
+    with pytest.raises(RuntimeError, match="between two steps of a fit: call it in `on_train_batch_start`"):
+        run(more=(Asks(hook),))
+
+
+def test_refuses_a_trainer_that_does_not_fit() -> None:
+    with pytest.raises(RuntimeError, match="between two steps of a fit"):
+        capture(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
