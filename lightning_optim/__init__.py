@@ -1,118 +1,71 @@
 """Lightning callbacks and mixins that make a trained network better: the public names."""
 
-from lightning_optim.averaging.average import Average
-from lightning_optim.averaging.batchnorm.statistics import refresh_batchnorm_
-from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging
-from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints, average_weights
-from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict
-from lightning_optim.averaging.checkpoints.soup import greedy_soup
-from lightning_optim.averaging.ema import EMA
-from lightning_optim.averaging.ema_weight_averaging import EMAWeightAveraging
-from lightning_optim.averaging.lawa import LAWA
-from lightning_optim.averaging.stochastic_weight_averaging import StochasticWeightAveraging
-from lightning_optim.averaging.swa import SWA
-from lightning_optim.averaging.weight_averaging import WeightAveraging
-from lightning_optim.base.policy import Policy
-from lightning_optim.base.schedules import Constant, Cosine, Exponential, Linear, Piecewise, Schedule
-from lightning_optim.ensembling.cost_benefit import cost_benefit
-from lightning_optim.ensembling.diversity import Disagreement
-from lightning_optim.ensembling.ensemble import Ensemble
-from lightning_optim.ensembling.fit_members import fit_members
-from lightning_optim.gradients.clipping.agc import AGC
-from lightning_optim.gradients.clipping.autoclip import AutoClip
-from lightning_optim.gradients.clipping.by_norm import ClipByNorm
-from lightning_optim.gradients.clipping.by_value import ClipByValue
-from lightning_optim.gradients.clipping.centralize import Centralize
-from lightning_optim.gradients.clipping.clipping import Clipping
-from lightning_optim.gradients.clipping.noise import Noise
-from lightning_optim.gradients.clipping.norm_clipping import NormClipping
-from lightning_optim.gradients.clipping.zclip import ZClip
-from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
-from lightning_optim.gradients.gradient_clipping import GradientClipping
-from lightning_optim.gradients.gradient_monitor import GradientMonitor
-from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
-from lightning_optim.gradients.sharpness_aware import SharpnessAwareMixin
-from lightning_optim.gradients.target_batch_size import TargetBatchSize
-from lightning_optim.regularization.dropout import DropPath
-from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
-from lightning_optim.regularization.proximal import Proximal, ProximalL1
-from lightning_optim.regularization.regularization_mixin import RegularizationMixin
-from lightning_optim.regularization.scheduled_dropout import ScheduledDropout
-from lightning_optim.regularization.weight_regularization import WeightRegularization
-from lightning_optim.resume.exact_resume import ExactResume
-from lightning_optim.runtime.callback import OptimCallback
-from lightning_optim.runtime.evaluated_weights import evaluated_state
-from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.step import OptimizerStep, drop_step, gradients_of, total_steps
-from lightning_optim.stopping.combined_criteria import AllOf, AnyOf, AtLeast
-from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
-from lightning_optim.stopping.early_stopping import EarlyStopping
+from lightning_optim.averaging.average import Average as Average
+from lightning_optim.averaging.batchnorm.statistics import refresh_batchnorm_ as refresh_batchnorm_
+from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging as CheckpointAveraging
+from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints as average_checkpoints
+from lightning_optim.averaging.checkpoints.average_checkpoints import average_weights as average_weights
+from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict as averaged_state_dict
+from lightning_optim.averaging.checkpoints.soup import greedy_soup as greedy_soup
+from lightning_optim.averaging.ema import EMA as EMA
+from lightning_optim.averaging.ema_weight_averaging import EMAWeightAveraging as EMAWeightAveraging
+from lightning_optim.averaging.lawa import LAWA as LAWA
+from lightning_optim.averaging.stochastic_weight_averaging import StochasticWeightAveraging as StochasticWeightAveraging
+from lightning_optim.averaging.swa import SWA as SWA
+from lightning_optim.averaging.weight_averaging import WeightAveraging as WeightAveraging
+from lightning_optim.base.policy import Policy as Policy
+from lightning_optim.base.public_names import publish
+from lightning_optim.base.schedules import Constant as Constant
+from lightning_optim.base.schedules import Cosine as Cosine
+from lightning_optim.base.schedules import Exponential as Exponential
+from lightning_optim.base.schedules import Linear as Linear
+from lightning_optim.base.schedules import Piecewise as Piecewise
+from lightning_optim.base.schedules import Schedule as Schedule
+from lightning_optim.ensembling.cost_benefit import cost_benefit as cost_benefit
+from lightning_optim.ensembling.diversity import Disagreement as Disagreement
+from lightning_optim.ensembling.ensemble import Ensemble as Ensemble
+from lightning_optim.ensembling.fit_members import fit_members as fit_members
+from lightning_optim.gradients.clipping.agc import AGC as AGC
+from lightning_optim.gradients.clipping.autoclip import AutoClip as AutoClip
+from lightning_optim.gradients.clipping.by_norm import ClipByNorm as ClipByNorm
+from lightning_optim.gradients.clipping.by_value import ClipByValue as ClipByValue
+from lightning_optim.gradients.clipping.centralize import Centralize as Centralize
+from lightning_optim.gradients.clipping.clipping import Clipping as Clipping
+from lightning_optim.gradients.clipping.noise import Noise as Noise
+from lightning_optim.gradients.clipping.norm_clipping import NormClipping as NormClipping
+from lightning_optim.gradients.clipping.zclip import ZClip as ZClip
+from lightning_optim.gradients.gradient_accumulation import GradientAccumulation as GradientAccumulation
+from lightning_optim.gradients.gradient_clipping import GradientClipping as GradientClipping
+from lightning_optim.gradients.gradient_monitor import GradientMonitor as GradientMonitor
+from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin as ManualOptimizationMixin
+from lightning_optim.gradients.sharpness_aware import SharpnessAwareMixin as SharpnessAwareMixin
+from lightning_optim.gradients.target_batch_size import TargetBatchSize as TargetBatchSize
+from lightning_optim.regularization.dropout import DropPath as DropPath
+from lightning_optim.regularization.penalties import L1 as L1
+from lightning_optim.regularization.penalties import L2 as L2
+from lightning_optim.regularization.penalties import ElasticNet as ElasticNet
+from lightning_optim.regularization.penalties import Penalty as Penalty
+from lightning_optim.regularization.proximal import Proximal as Proximal
+from lightning_optim.regularization.proximal import ProximalL1 as ProximalL1
+from lightning_optim.regularization.regularization_mixin import RegularizationMixin as RegularizationMixin
+from lightning_optim.regularization.scheduled_dropout import ScheduledDropout as ScheduledDropout
+from lightning_optim.regularization.weight_regularization import WeightRegularization as WeightRegularization
+from lightning_optim.resume.exact_resume import ExactResume as ExactResume
+from lightning_optim.runtime.callback import OptimCallback as OptimCallback
+from lightning_optim.runtime.evaluated_weights import evaluated_state as evaluated_state
+from lightning_optim.runtime.order import Slot as Slot
+from lightning_optim.runtime.step import OptimizerStep as OptimizerStep
+from lightning_optim.runtime.step import drop_step as drop_step
+from lightning_optim.runtime.step import gradients_of as gradients_of
+from lightning_optim.runtime.step import total_steps as total_steps
+from lightning_optim.stopping.combined_criteria import AllOf as AllOf
+from lightning_optim.stopping.combined_criteria import AnyOf as AnyOf
+from lightning_optim.stopping.combined_criteria import AtLeast as AtLeast
+from lightning_optim.stopping.criteria import Criterion as Criterion
+from lightning_optim.stopping.criteria import Divergence as Divergence
+from lightning_optim.stopping.criteria import NonFinite as NonFinite
+from lightning_optim.stopping.criteria import Plateau as Plateau
+from lightning_optim.stopping.criteria import Threshold as Threshold
+from lightning_optim.stopping.early_stopping import EarlyStopping as EarlyStopping
 
-__all__ = [
-    "AGC",
-    "EMA",
-    "L1",
-    "L2",
-    "LAWA",
-    "SWA",
-    "AllOf",
-    "AnyOf",
-    "AtLeast",
-    "AutoClip",
-    "Average",
-    "Centralize",
-    "CheckpointAveraging",
-    "ClipByNorm",
-    "ClipByValue",
-    "Clipping",
-    "Constant",
-    "Cosine",
-    "Criterion",
-    "Disagreement",
-    "Divergence",
-    "DropPath",
-    "EMAWeightAveraging",
-    "EarlyStopping",
-    "ElasticNet",
-    "Ensemble",
-    "ExactResume",
-    "Exponential",
-    "GradientAccumulation",
-    "GradientClipping",
-    "GradientMonitor",
-    "Linear",
-    "ManualOptimizationMixin",
-    "Noise",
-    "NonFinite",
-    "NormClipping",
-    "OptimCallback",
-    "OptimizerStep",
-    "Penalty",
-    "Piecewise",
-    "Plateau",
-    "Policy",
-    "Proximal",
-    "ProximalL1",
-    "RegularizationMixin",
-    "Schedule",
-    "ScheduledDropout",
-    "SharpnessAwareMixin",
-    "Slot",
-    "StochasticWeightAveraging",
-    "TargetBatchSize",
-    "Threshold",
-    "WeightAveraging",
-    "WeightRegularization",
-    "ZClip",
-    "average_checkpoints",
-    "average_weights",
-    "averaged_state_dict",
-    "cost_benefit",
-    "drop_step",
-    "evaluated_state",
-    "fit_members",
-    "gradients_of",
-    "greedy_soup",
-    "refresh_batchnorm_",
-    "total_steps",
-]
+__all__ = publish(globals())

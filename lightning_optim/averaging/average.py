@@ -1,8 +1,7 @@
-"""What an average of weights is."""
+"""The base class of averages of weights over training steps."""
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -14,46 +13,58 @@ from lightning_optim.base import foreach, shards
 from lightning_optim.base.policy import Policy
 
 
-class Average(Policy, abc.ABC):
-    """An average of the weights over the optimizer steps, one copy of it for each optimizer.
+class Average(Policy):
+    """Base class of averages of the weights over the optimizer steps; each optimizer has a copy of its own.
 
     The averaged tensors are live storage with the shapes and placements of the weights, in fp32 where the weights are
     in half precision (:meth:`keep_in` changes that): in bf16 the increments of a slow average are below the last bit.
-    Their values may be exchanged with those of the weights, and back, between two updates.
+    Their values may be swapped with those of the weights, and back, between two updates.
 
-    A new average is a subclass with :meth:`update_`, which keeps its tensors in ``self._averaged`` and what it counts
-    in ``self._counters``. Everything else is here::
+    A new average is a subclass with ``_share``: the share of the way by which an update moves the average towards the
+    weights. The first update copies the weights. Counters, tensors, checkpoints and sharding belong to this class::
 
-        >>> class Last(Average):
-        ...     def update_(self, weights, *, step):
-        ...         self._begin(weights, step)
-        >>> average = Last()
+        >>> class Mean(Average):
+        ...     '''The mean of all weights.'''
+        ...     def _share(self, step):
+        ...         return 1.0 / (self.counters["updates"] + 1)
+        >>> average = Mean()
         >>> average.started
         False
-        >>> average.update_([torch.ones(2)], step=1)
+        >>> for step in (1, 2, 3):
+        ...     average.update_([torch.tensor([float(step)])], step=step)
         >>> average.averaged
-        [tensor([1., 1.])]
+        [tensor([2.])]
+
+    An average that is no such move overrides :meth:`update_`, keeps its tensors in ``self._averaged`` and counts in
+    ``self._counters``.
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ()
     smooths_statistics: ClassVar[bool] = False
-    """Whether running statistics may be averaged like weights: the weights taken in are close to one another."""
+    """True if running statistics may be averaged like weights: the weights taken in are close to one another."""
     keep_wide: bool = False
-    """Whether no tensor is kept in a narrower dtype than its own, whatever :meth:`keep_in` says."""
+    """True if no tensor is kept in a narrower dtype than its own, whatever :meth:`keep_in` says."""
+
+    _counters: dict[str, int]
 
     def __init__(self) -> None:
         self._dtype: torch.dtype | None = None
         self._device: torch.device | None = None
+        self.add_state("_counters", {})
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: the next update is the first."""
-        self._averaged: list[Tensor] = []
-        self._counters: dict[str, int] = {}
+        super().reset()
+        self._set_tensors([], [])
+
+    def _set_tensors(self, averaged: list[Tensor], memory: list[list[Tensor]]) -> None:
+        self._averaged, self._memory = averaged, memory
+        self._outdated = False  # True if the average is older than the memory: it is computed when it is asked for
         self._prepared: tuple[Any, list[Tensor], list[Tensor], bool] | None = None
 
     def keep_in(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
-        """How the tensors are kept, from the first update on.
+        """Set dtype and device of the tensors that are kept, from the first update on.
 
         Args:
             dtype: A floating dtype; complex weights take the complex one of its width. ``None``: fp32 for what is
@@ -62,64 +73,85 @@ class Average(Policy, abc.ABC):
         """
         self._dtype, self._device = dtype, device
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
         """Take in the weights. One step counts once, whatever is given.
 
         Args:
             weights: Plain tensors or DTensors, floating or complex; the same ones in the same order at every call. Of a
                 tuple, which cannot change, the checks are made once.
-            step: The number of optimizer steps made so far. It never decreases.
+            step: Number of optimizer steps made so far. It never decreases.
         """
+        if not self.started:
+            self._begin(weights, step)
+        elif self._since(step):
+            self._move_(weights, step, self._share(step))
+
+    def _share(self, step: int) -> float:
+        """Return the share of the way, in [0, 1], by which to move from the average to the weights; to be overridden.
+
+        Args:
+            step: Number of optimizer steps made so far, larger than ``self.counters["last"]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `_share(self, step)`")
 
     @property
     def averaged(self) -> list[Tensor]:
         """The average of each tensor, as live storage; empty before the first update."""
+        if self._outdated:
+            self._compute_()
+            self._outdated = False
         return self._averaged
 
     @property
     def memory(self) -> list[list[Tensor]]:
-        """What is remembered beside the average, each as long as the weights; live storage."""
-        return []
+        """Tensors that are kept beside the average, in rows as long as the weights; live storage."""
+        return self._memory
 
     @property
     def started(self) -> bool:
-        """Whether there was an update. What never started holds nothing that could be used."""
+        """True if there was an update."""
         return bool(self._counters)
 
     @property
     def counters(self) -> dict[str, int]:
-        """What is remembered beside the tensors: the number of updates, the first and the last step."""
+        """Number of updates, the first and the last step, as ``updates``, ``first`` and ``last``; empty before."""
         return dict(self._counters)
 
     def load(
         self, counters: dict[str, int], averaged: Sequence[Tensor], memory: Sequence[Sequence[Tensor]] = ()
     ) -> None:
-        """Take over counters and tensors, which become this average's own storage.
+        """Load counters and tensors, which become this average's own storage.
 
         Args:
             counters: What :attr:`counters` was.
             averaged: What :attr:`averaged` was, with the placements of the weights.
             memory: What :attr:`memory` was.
         """
-        self._counters, self._averaged, self._prepared = dict(counters), list(averaged), None
+        self._counters = dict(counters)
+        self._set_tensors(list(averaged), [list(row) for row in memory])
 
     def extend(self, weights: Sequence[Tensor]) -> None:
         """Average more weights from now on: weights that did not move since the first update, such as frozen ones."""
-        self._averaged += [self.copy_of(weight) for weight in weights]
+        for row in self._memory:
+            row += [self.copy_of(weight) for weight in weights]
+        if self._averaged or not self._memory:
+            self._averaged += [self.copy_of(weight) for weight in weights]
         self._prepared = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and averaged tensors, which are live storage, as in :meth:`torch.nn.Module.state_dict`."""
-        return {"counters": self.counters, "averaged": list(self.averaged), "memory": [list(m) for m in self.memory]}
+        """Return counters and tensors, which are live storage, as in :meth:`torch.nn.Module.state_dict`."""
+        tensors = {"averaged": list(self.averaged), "memory": [list(row) for row in self.memory]}
+        return {**super().state_dict(), **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a copy of what :meth:`state_dict` returned."""
-        memory = [[tensor.clone() for tensor in remembered] for remembered in state["memory"]]
+        """Load a copy of what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        memory = [[tensor.clone() for tensor in row] for row in state["memory"]]
         self.load(state["counters"], [tensor.clone() for tensor in state["averaged"]], memory)
 
     def copy_of(self, weight: Tensor) -> Tensor:
-        """A copy with the shape and placement of a weight, kept as :meth:`keep_in` says."""
+        """Return a copy with the shape and placement of a weight, kept as :meth:`keep_in` says."""
         weight = weight.detach()
         (shard,) = shards.local_shards([weight])
         device = shard.device if self._device is None else self._device
@@ -134,12 +166,12 @@ class Average(Policy, abc.ABC):
     # ---- for subclasses ----------------------------------------------------------------------------------------------
 
     def _begin(self, weights: Sequence[Tensor], step: int) -> None:
-        """The first update: copy the weights."""
-        self._averaged, self._prepared = [self.copy_of(weight) for weight in weights], None
+        """Make the first update: copy the weights."""
+        self._set_tensors([self.copy_of(weight) for weight in weights], [])
         self._counters = {"updates": 1, "first": step, "last": step}
 
     def _since(self, step: int) -> int:
-        """The steps since the last update."""
+        """Return the number of steps since the last update."""
         since = step - self._counters["last"]
         if since < 0:
             raise ValueError(f"`step` must not decrease, got {step} after {self._counters['last']}")
@@ -160,8 +192,25 @@ class Average(Policy, abc.ABC):
         self._counters["updates"] += 1
         self._counters["last"] = step
 
+    def _remember_(self, weights: Sequence[Tensor], rows: int) -> None:
+        """Keep the weights in the memory, as the last of so many rows; :meth:`_compute_` makes the average of them."""
+        while len(self._memory) > rows:  # resumed with a smaller number
+            self._memory.pop(0)
+        if len(self._memory) < rows:
+            self._memory.append([self.copy_of(weight) for weight in weights])
+        else:
+            oldest = self._memory.pop(0)
+            if oldest:
+                torch._foreach_copy_(shards.local_shards(oldest), shards.local_shards(weights))
+            self._memory.append(oldest)
+        self._outdated = True
+
+    def _compute_(self) -> None:
+        """Compute the average of the memory; to be overridden where :meth:`_remember_` is used."""
+        raise NotImplementedError(f"{type(self).__name__} has no `_compute_(self)`")
+
     def _pairs(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], bool]:
-        """The local parts of averages and weights, and whether they agree in dtype and device."""
+        """Return the local shards of averages and weights, and True if they agree in dtype and device."""
         if self._prepared is not None and self._prepared[0] is weights:
             return self._prepared[1:]
         ours, theirs = shards.local_shards(self._averaged), shards.local_shards(weights)
@@ -172,7 +221,7 @@ class Average(Policy, abc.ABC):
 
 
 def kept_dtype(own: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
-    """In which dtype an average of tensors of dtype ``own`` is kept: see :meth:`Average.keep_in`."""
+    """Return the dtype in which an average of tensors of dtype ``own`` is kept: see :meth:`Average.keep_in`."""
     if wanted is None:
         narrow = own.itemsize < (8 if own.is_complex else 4)  # complex: both parts
         return own if not narrow else torch.complex64 if own.is_complex else torch.float32

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 from lightning_optim.averaging.average import Average
 from lightning_optim.base.arguments import check_number
 
 
 class EMA(Average):
-    r"""The exponential moving average: :math:`e \leftarrow e + (1 - d^k)(w - e)`.
+    r"""Average the weights exponentially: :math:`e \leftarrow e + (1 - d^k)(w - e)`.
 
     The decay per step is :math:`d = \min(decay,\ 1 - (1 + t)^{-warmup})`, where :math:`t` counts the optimizer steps
     since the first update, and :math:`k` those since the previous one: an average that is updated every k steps forgets
     as fast as one that is updated at each. The first update copies the weights. Averaged weights generalize better, and
-    resist noisy labels better, than the last ones (arXiv:2411.18704).
+    resist noisy labels better, than the last ones (Morales-Brotons et al., *Exponential Moving Average of Weights in
+    Deep Learning: Dynamics and Benefits*, `arXiv:2411.18704 <https://arxiv.org/abs/2411.18704>`_).
 
     Args:
         decay: The share that is kept per optimizer step, in [0, 1). The average looks back about
@@ -45,6 +41,7 @@ class EMA(Average):
         [tensor([2.2886])]
         >>> EMA(half_life=100, warmup=None).decay_at(1) ** 100
         0.5...
+        >>> callback = WeightAveraging(EMA(0.999))  # for Trainer(callbacks=[callback])
     """
 
     smooths_statistics = True
@@ -64,7 +61,7 @@ class EMA(Average):
         self.decay, self.warmup, self.half_life = decay, warmup, half_life
 
     def decay_at(self, t: int) -> float:
-        """The decay per step, t optimizer steps after the first update.
+        """Return the decay per step, t optimizer steps after the first update.
 
         Example::
 
@@ -75,9 +72,5 @@ class EMA(Average):
         assert decay is not None
         return decay if self.warmup is None else min(decay, 1.0 - (1.0 + t) ** -self.warmup)
 
-    @torch.no_grad()
-    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
-        if not self.started:
-            self._begin(weights, step)
-        elif since := self._since(step):
-            self._move_(weights, step, 1.0 - self.decay_at(step - self._counters["first"]) ** since)
+    def _share(self, step: int) -> float:
+        return 1.0 - self.decay_at(step - self._counters["first"]) ** (step - self._counters["last"])

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 from lightning_optim.averaging.average import Average
 
 
 class SWA(Average):
-    r"""Stochastic weight averaging: the mean of all weights taken in, :math:`a \leftarrow a + (w - a) / (n + 1)`.
+    r"""Average all weights with equal shares (stochastic weight averaging): :math:`a \leftarrow a + (w - a) / (n + 1)`.
 
     Take in the weights rarely and late, at the end of each epoch of the last quarter of the run, with a learning rate
-    that stays high (arXiv:1803.05407). Running statistics of BatchNorm belong to other weights then and are estimated
-    anew: without that, accuracy breaks down.
+    that stays high (Izmailov et al., *Averaging Weights Leads to Wider Optima and Better Generalization*,
+    `arXiv:1803.05407 <https://arxiv.org/abs/1803.05407>`_). Running statistics of BatchNorm belong to other weights
+    then and are estimated anew: without that, accuracy breaks down.
 
     Example::
 
@@ -24,11 +20,8 @@ class SWA(Average):
         ...     swa.update_([torch.tensor([float(step)])], step=step)
         >>> swa.averaged
         [tensor([2.])]
+        >>> callback = WeightAveraging(SWA(), start=0.75, every="epoch")  # for Trainer(callbacks=[callback])
     """
 
-    @torch.no_grad()
-    def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
-        if not self.started:
-            self._begin(weights, step)
-        elif self._since(step):
-            self._move_(weights, step, 1.0 / (self._counters["updates"] + 1))
+    def _share(self, step: int) -> float:
+        return 1.0 / (self._counters["updates"] + 1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
+
+T = TypeVar("T")
 
 
 def check_number(
     name: str,
-    value: Any,
+    value: T,
     *,
     low: float | None = None,
     high: float | None = None,
@@ -17,8 +19,8 @@ def check_number(
     high_open: bool = False,
     integer: bool = False,
     schedule: bool = False,
-) -> None:
-    """Refuse an argument that is not a number of its range; the message names it, its value and what is allowed.
+) -> T:
+    """Return an argument, unless it is not a number of its range; the message names it, its value and what is allowed.
 
     A ``bool`` is not a number, and NaN is in no range. Without ``low`` and ``high`` a number must be finite; infinity
     is allowed where ``high=math.inf`` says so.
@@ -28,11 +30,13 @@ def check_number(
         value: The argument.
         low: The smallest number allowed.
         high: The largest number allowed.
-        low_open: Whether ``low`` itself is not allowed.
-        high_open: Whether ``high`` itself is not allowed.
-        integer: Whether it must be an integer.
-        schedule: Whether a :class:`~lightning_optim.Schedule` is allowed as well. Its ``bounds`` are checked if it
-            knows them.
+        low_open: Exclude ``low`` itself.
+        high_open: Exclude ``high`` itself.
+        integer: Allow integers only.
+        schedule: Also allow a :class:`~lightning_optim.Schedule`. Its ``bounds`` are checked if it knows them.
+
+    Returns:
+        ``value``.
 
     Raises:
         ValueError: If ``value`` is not allowed.
@@ -54,22 +58,27 @@ def check_number(
         return above and below
 
     if schedule and callable(value) and hasattr(value, "bounds"):
-        good = value.bounds is None or all(allowed(bound) for bound in value.bounds)
+        bounds: tuple[float, float] | None = value.bounds
+        good = bounds is None or all(map(allowed, bounds))
     else:
         good = allowed(value)
     if not good:
         kind = "an integer" if integer else "a number"
         kind += " (or a schedule of them)" if schedule else ""
         raise ValueError(f"`{name}` must be {kind} {_range(low, high, low_open, high_open)}, got {value!r}")
+    return value
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Refuse an argument that is not one of the values of a ``Literal``; the message names it and what is allowed.
+def check_choice(name: str, value: T, choices: Any) -> T:
+    """Return an argument, unless it is not one of the values of a ``Literal``; the message names what is allowed.
 
     Args:
         name: The argument's name, for the message.
         value: The argument.
         choices: The ``Literal`` that the signature has, so that signature and check cannot differ.
+
+    Returns:
+        ``value``.
 
     Raises:
         ValueError: If ``value`` is not allowed.
@@ -85,6 +94,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     allowed = get_args(choices)
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
 
 
 def _range(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:

@@ -1,62 +1,137 @@
-"""What every policy shares: a readable ``repr``, an identity that outlives tuned numbers, and its state."""
+"""The base classes of every policy: repr, identity, schedules, declared state, and one copy per optimizer."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+import itertools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from lightning_optim.base.selection import Selectors
+from lightning_optim.base.state import State, Value, WeightStates
 
 
 class Policy:
-    """The base class of all policies: pure torch, no Trainer.
+    """Base class of all policies: what is done to tensors, in pure torch, without a Trainer.
 
     A policy says *what* is done to tensors; a callback says *when*. A policy keeps each constructor argument in an
-    attribute of the same name, so that it prints as it was written and pickles. What it must remember between steps is
-    in :meth:`state_dict`; a callback keeps one copy of the policy for each optimizer.
+    attribute of the same name, so that it prints as it was written, and pickles. What it remembers between steps is
+    declared with :meth:`add_state`; a callback keeps one copy of the policy for each optimizer.
 
     Example::
 
         >>> class Scale(Policy):
         ...     def __init__(self, factor, on=None):
         ...         self.factor, self.on = factor, on
+        ...         self.add_state("calls", 0)
         >>> Scale(0.5, on="encoder.*")
         Scale(factor=0.5, on='encoder.*')
         >>> Scale(0.5, on="encoder.*").identity == Scale(0.9, on="encoder.*").identity
         True
+        >>> Scale(0.5).state_dict()
+        {'calls': 0}
 
     Attributes:
-        identity_args: The constructor arguments that say *which* policy this is. Numbers that a user tunes are left
-            out, so that a resumed run finds its state although they were changed.
-        needs: The smallest part of a tensor that the formula can be computed on. Sharded tensors hold any elements, but
-            not whole rows or matrices.
-        copy_index: For which of several optimizers this copy is, so that random draws of theirs differ.
+        identity_args: Names of the constructor arguments that make up :attr:`identity`. Numbers that a user tunes are
+            left out, so that a resumed run finds its state although they were changed.
+        needs: The smallest part of a tensor that the formula can be computed on. Shards hold any elements, but not
+            whole rows or matrices.
+        copy_index: Index of the optimizer that this copy belongs to, so that random draws differ.
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("on", "exclude")
     needs: ClassVar[Literal["elements", "rows", "matrices"]] = "elements"
     copy_index: int = 0
+    _states: Mapping[str, State] = MappingProxyType({})
+    _step: int = 0
+    _total: float = math.inf
 
     @property
     def identity(self) -> str:
-        """The class and its :attr:`identity_args`, the same in every process."""
+        """The class and its :attr:`identity_args` as text, the same in every process."""
         chosen = {
             name: _stable(value) for name in self.identity_args if (value := getattr(self, name, None)) is not None
         }
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in chosen.items())})"
 
+    # ---- schedules ---------------------------------------------------------------------------------------------------
+
     @property
     def scheduled(self) -> bool:
-        """Whether a number of this policy is a schedule that needs the run's length."""
-        return any(not getattr(value, "constant", True) for value in vars(self).values())
+        """True if an argument, or one of a nested policy, is a schedule that needs the length of the run."""
+        return any(map(_is_scheduled, vars(self).values()))
+
+    def current(self, number: Any) -> float:
+        """Return the value of a number or a schedule at the present step; for use in a formula.
+
+        The public methods of a policy (``clip_``, ``value``, ``project_``, …) take ``step`` and ``total`` and set the
+        present step; a formula needs neither as an argument.
+        """
+        return number(self._step, self._total) if callable(number) else number
+
+    def _at(self, step: int, total: float) -> None:
+        """Set the present step: the optimizer steps made before, and those of the whole run."""
+        self._step, self._total = step, total
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def add_state(self, name: str, default: Any = None) -> None:
+        """Declare what the policy remembers between steps; call it in the constructor.
+
+        The state is an attribute of this name. It is reset, saved, loaded and copied per optimizer without another
+        line. A leading underscore is not part of the name in a checkpoint.
+
+        Args:
+            name: Name of the attribute.
+            default: The value at the start: a plain value (number, text, ``None``, infinity, a list of these, a
+                tensor), or one of the other kinds: :func:`~lightning_optim.base.per_unit`,
+                :func:`~lightning_optim.base.ring`, :func:`~lightning_optim.base.per_weight`,
+                :func:`~lightning_optim.base.nested`.
+        """
+        kind = default if isinstance(default, State) else Value(default)
+        self._states = {**self._states, name: kind}
+        setattr(self, name, kind.first())
+
+    def reset(self) -> None:
+        """Set each declared state back to its start, as before the first step."""
+        for name, kind in self._states.items():
+            setattr(self, name, kind.reset(getattr(self, name)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered between steps: tensors and plain values."""
-        return {}
+        """Return the declared states: tensors and plain values. Tensors beside weights are live storage."""
+        return {name.lstrip("_"): kind.save(getattr(self, name)) for name, kind in self._states.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned. A declared state that is not in it starts anew."""
+        self.reset()
+        for name, kind in self._states.items():
+            if (key := name.lstrip("_")) in state:
+                setattr(self, name, kind.load(state[key], getattr(self, name)))
+
+    def name_weights(self, module: nn.Module) -> None:
+        """Save and load tensors beside weights by the names of a module, instead of by order.
+
+        A callback does it for its policies. The module is not kept alive.
+        """
+        for name in self._states:
+            if isinstance(held := getattr(self, name), WeightStates):
+                held.name_weights(module)
+
+    def _known_units(self) -> int:
+        """Return the number of units of which there is a state."""
+        return max((kind.units(getattr(self, name)) for name, kind in self._states.items()), default=0)
+
+    def _grow(self, units: int, like: Tensor) -> None:
+        """Give each state per unit so many columns, on the device of ``like``."""
+        for name, kind in self._states.items():
+            setattr(self, name, kind.grow(getattr(self, name), units, like))
 
     def __repr__(self) -> str:
         arguments = inspect.signature(type(self).__init__).parameters
@@ -66,39 +141,81 @@ class Policy:
         return f"{type(self).__name__}({', '.join(pairs)})"
 
 
+class ParameterPolicy(Policy):
+    """Base class of policies that act on chosen parameters.
+
+    Args:
+        on: The parameters that it acts on: a glob over names (``"encoder.*"``), a module class, a predicate
+            ``(name, parameter) -> bool``, or a list of these; see :func:`~lightning_optim.base.select`. Each base class
+            documents what ``None`` means.
+        exclude: The parameters that are left out, in the same terms.
+    """
+
+    on: Selectors = None
+    exclude: Selectors = None
+
+    def __init__(self, on: Selectors = None, exclude: Selectors = None) -> None:
+        self.on, self.exclude = on, exclude
+
+
 P = TypeVar("P", bound=Policy)
 
 
 class PerOptimizer(Generic[P]):
-    """One copy of some policies for each optimizer, made when it is first asked for.
+    """Copies of some policies, one for each optimizer, made when they are first asked for.
 
-    So state may be loaded before the optimizers are there.
+    So a state may be loaded before the optimizers exist.
+
+    Args:
+        policies: The policies, which stay as they are.
     """
 
     def __init__(self, policies: Sequence[P]) -> None:
         self._template = list(policies)
         self._copies: list[list[P]] = []
+        self._module: weakref.ref[nn.Module] | None = None
+
+    def name_weights(self, module: nn.Module) -> None:
+        """Save and load tensors beside weights by the names of a module, which is not kept alive."""
+        self._module = weakref.ref(module)
+        for policy in itertools.chain(*self._copies):
+            policy.name_weights(module)
 
     def __getitem__(self, index: int) -> list[P]:
         while len(self._copies) <= index:
             self._copies.append(copy.deepcopy(self._template))
             for policy in self._copies[-1]:
                 policy.copy_index = len(self._copies) - 1
+                if self._module is not None and (module := self._module()) is not None:
+                    policy.name_weights(module)
         return self._copies[index]
 
     def state_dict(self) -> list[list[dict[str, Any]]]:
-        """For each optimizer the state of each policy."""
+        """Return the state of each policy, for each optimizer."""
         return [[policy.state_dict() for policy in policies] for policies in self._copies]
 
     def load_state_dict(self, state: list[list[dict[str, Any]]]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned."""
         for index, states in enumerate(state):
             for policy, its_state in zip(self[index], states, strict=True):
                 policy.load_state_dict(its_state)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}
+
+
+def _is_scheduled(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_is_scheduled, value))
+    if hasattr(value, "constant"):
+        return not value.constant
+    return isinstance(value, Policy) and value.scheduled
+
 
 def _stable(value: Any) -> str:
-    """A text for ``value`` that does not hold a memory address."""
+    """Return a text for ``value`` that holds no memory address."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(_stable(item) for item in value)}]"
     if isinstance(value, Policy):
@@ -109,5 +226,5 @@ def _stable(value: Any) -> str:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Equal and of one type, so that 1 is not taken for 1.0 or True."""
+    """Return whether two values are equal and of one type, so that 1 is not taken for 1.0 or True."""
     return type(value) is type(default) and value == default

@@ -19,6 +19,7 @@ class Schedule(Policy, abc.ABC):
 
     A new schedule is a subclass with :meth:`__call__`::
 
+        >>> from lightning_optim.base import position
         >>> class Half(Schedule):
         ...     '''The value, and half of it from the middle of training on.'''
         ...     def __init__(self, value):
@@ -257,6 +258,7 @@ def value_at(number: float | Schedule, step: int, total: float) -> float:
 
     Example::
 
+        >>> from lightning_optim import Linear
         >>> value_at(0.1, step=1, total=3), value_at(Linear(1.0, 0.0), step=1, total=3)
         (0.1, 0.5)
     """

@@ -15,12 +15,13 @@ from lightning_optim.base.module_tensors import dimensions, plain_name
 from lightning_optim.base.shards import reshard_
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
+Selectors: TypeAlias = Selector | Sequence[Selector] | None
 
 
 def select(
     module: nn.Module,
-    on: Selector | Sequence[Selector] | None = None,
-    exclude: Selector | Sequence[Selector] | None = None,
+    on: Selectors = None,
+    exclude: Selectors = None,
     *,
     required: bool = True,
 ) -> dict[str, nn.Parameter]:
@@ -120,8 +121,8 @@ class Selection:
     def __init__(
         self,
         module: nn.Module,
-        on: Selector | Sequence[Selector] | None = None,
-        exclude: Selector | Sequence[Selector] | None = None,
+        on: Selectors = None,
+        exclude: Selectors = None,
     ) -> None:
         self._module, self._on, self._exclude = module, on, exclude
         self._foreign: dict[int, Tensor] = {}  # what optimizers hold and the module does not

@@ -141,6 +141,7 @@ def cost_benefit(
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class Model(BoringModel):
         ...     def validation_step(self, batch, batch_idx):

@@ -81,6 +81,8 @@ def fit_members(
 
     Example::
 
+        >>> from pathlib import Path
+        >>> from lightning.pytorch import Trainer
         >>> import tempfile
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> def make_trainer(index):

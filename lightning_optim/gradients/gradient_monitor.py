@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_optim.base import shards, sparse
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.norms import tensor_norms, total_norm
-from lightning_optim.base.ring import Ring
+from lightning_optim.base.ring_buffer import Ring
 from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.plotting import canvas
@@ -81,6 +81,7 @@ class GradientMonitor(OptimCallback):
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_optim import GradientClipping, GradientMonitor
         >>> monitor = GradientMonitor()

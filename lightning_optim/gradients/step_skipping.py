@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_optim.base.ring import Ring
+from lightning_optim.base.ring_buffer import Ring
 
 Verdict: TypeAlias = Literal["fine", "spike", "nonfinite"]
 

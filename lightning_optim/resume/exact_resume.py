@@ -65,6 +65,7 @@ class ExactResume(OptimCallback):
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> trainer = Trainer(callbacks=[ExactResume()], max_epochs=1, limit_train_batches=2, limit_val_batches=1,
         ...                   logger=False, enable_checkpointing=False, enable_progress_bar=False,

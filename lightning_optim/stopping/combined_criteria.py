@@ -1,21 +1,21 @@
-"""Several criteria at once."""
+"""Criteria that combine several criteria."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning_optim.base.arguments import check_number
-from lightning_optim.stopping.criteria import Criterion, Metrics
+from lightning_optim.base.state import nested
+from lightning_optim.stopping.criteria import Criterion
+from lightning_optim.stopping.improvement import Metrics
 
 
 class AtLeast(Criterion):
-    """Stop once at least ``k`` of several criteria say so at the same check.
+    """Stop once at least ``k`` of several criteria say so at the same validation.
 
-    All of them are asked at every check. A :class:`Plateau` says so for as long as its metric does not improve again,
-    so the criteria need not become true together.
+    All of them are asked at every validation. A :class:`Plateau` says so for as long as its metric does not improve
+    again, so the criteria need not become true together.
 
     Args:
-        k: How many, from 1 to all.
+        k: Number of criteria, from 1 to all.
         criteria: The criteria, at least one.
 
     Raises:
@@ -32,11 +32,12 @@ class AtLeast(Criterion):
     """
 
     identity_args = ("criteria",)
+    criteria: list[Criterion]
 
     def __init__(self, k: int, criteria: list[Criterion]) -> None:
-        self.criteria = _listed(criteria)
-        check_number("k", k, low=1, high=len(self.criteria), integer=True)
-        self.k = k
+        listed = _listed(criteria)
+        self.k = check_number("k", k, low=1, high=len(listed), integer=True)
+        self.add_state("criteria", nested(listed))
 
     @property
     def monitors(self) -> tuple[str, ...]:
@@ -49,38 +50,9 @@ class AtLeast(Criterion):
         self.reason = " ".join(c.reason for c, says in zip(self.criteria, stops, strict=True) if says) if stop else ""
         return stop
 
-    def reset(self) -> None:
-        super().reset()
-        for criterion in self.criteria:
-            criterion.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"criteria": [[criterion.identity, criterion.state_dict()] for criterion in self.criteria]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of each criterion that was there; one that is new on resume begins there."""
-        saved = self._with_identities(state["criteria"])
-        for criterion in self.criteria:
-            found = next((entry for entry in saved if entry[0] == criterion.identity), None)
-            if found is not None:
-                saved.remove(found)
-                criterion.load_state_dict(found[1])
-
-    def _with_identities(self, saved: list[Any]) -> list[Any]:
-        """Add the identities to the states of a checkpoint of an earlier version, which holds them in order only."""
-        if all(isinstance(entry, list | tuple) for entry in saved):
-            return list(saved)
-        if [sorted(entry) for entry in saved] != [sorted(criterion.state_dict()) for criterion in self.criteria]:
-            raise ValueError(
-                f"This checkpoint of an earlier version holds the states of {len(saved)} criteria in their order, and"
-                f" they are not those of {[criterion.identity for criterion in self.criteria]}: resume with the same"
-                " criteria in the same order."
-            )
-        return [(criterion.identity, entry) for criterion, entry in zip(self.criteria, saved, strict=True)]
-
 
 class AllOf(AtLeast):
-    """Stop once all of several criteria say so at the same check: :class:`AtLeast` with their number.
+    """Stop once all of several criteria say so at the same validation: :class:`AtLeast` with their number.
 
     Args:
         criteria: The criteria, at least one.

@@ -9,19 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.stopping.combined_criteria import AnyOf
-from lightning_optim.stopping.criteria import (
-    Criterion,
-    Divergence,
-    NonFinite,
-    Plateau,
-    Threshold,
-    checked,
-    named,
-    worst,
-)
-from lightning_optim.stopping.improvement import Best
+from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.improvement import Best, Mode, check_monitor, initial_best
 
 C = TypeVar("C", bound=Criterion)
 
@@ -37,7 +28,7 @@ class EarlyStoppingAttributes:
     criterion: Criterion
     fit: Any
     _monitor: str | Criterion
-    _mode: str
+    _mode: Mode
     _best_by: Best | None = None
     _restore_best: bool = False
     _before_fit: dict[str, Any]
@@ -58,25 +49,27 @@ class EarlyStoppingAttributes:
             self.criterion = AnyOf([NonFinite(value), Plateau(value, mode=self.mode)])
         else:
             for one in self._alternatives():
-                one.monitor = named(value)  # type: ignore[attr-defined]
+                one.monitor = check_monitor(value)
         self._monitor = value
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> Mode:
         """``"min"`` if less is better, ``"max"`` if more is."""
         return self._mode
 
     @mode.setter
-    def mode(self, value: str) -> None:
+    def mode(self, value: Mode) -> None:
         if self._mode == value:
             return
         plain = not isinstance(self._monitor, Criterion)
         self._best_by = None if self._best_by is None else Best(self._best_by.by, value)
         for one in self._alternatives() if plain or self._best_by is None else ():
             if hasattr(one, "mode"):
-                one.mode = checked(value)
-            if math.isinf(getattr(one, "best", 0.0)):
-                one.best = worst(value)  # type: ignore[attr-defined]
+                one.mode = check_choice("mode", value, Mode)
+            if hasattr(one, "best"):
+                best = one.best
+                one.add_state("best", initial_best(value))
+                one.best = one.best if math.isinf(best) else best
         self._mode = value
 
     @property

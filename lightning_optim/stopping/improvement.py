@@ -1,17 +1,54 @@
-"""Which of several checks was the best, on numbers that were logged."""
+"""Improvement of metrics: which value is better, and what is best of several metrics."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypeAlias
 
-from lightning_optim.base.arguments import check_number
+import torch
+from torch import Tensor
+
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import Policy
-from lightning_optim.stopping.criteria import Metrics, checked, read, worst
+
+Metrics: TypeAlias = Mapping[str, "float | Tensor"]
+Mode: TypeAlias = Literal["min", "max"]
+
+
+def read(metrics: Metrics, name: str) -> Tensor:
+    """Return a metric as a scalar tensor on the CPU, in its own dtype; fp64 for a plain number.
+
+    Raises:
+        KeyError: If it is missing; the message names those that exist.
+    """
+    if name not in metrics:
+        raise KeyError(f"the metric {name!r} is not among those that were logged: {sorted(metrics)}")
+    value = metrics[name]
+    if isinstance(value, Tensor):
+        return value.detach().squeeze().cpu()
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def is_better(value: Tensor, than: float, mode: Mode) -> bool:
+    """Return whether a value is strictly better; compared in its dtype, as Lightning does, and false for NaN."""
+    return bool(value < than if mode == "min" else value > than)
+
+
+def initial_best(mode: Mode) -> float:
+    """Return the initial best value: +inf for "min", -inf for "max"."""
+    return math.inf if mode == "min" else -math.inf
+
+
+def check_monitor(monitor: str) -> str:
+    """Return ``monitor``, unless it is no name."""
+    if not isinstance(monitor, str):
+        raise ValueError(f"`monitor={monitor!r}` must be a metric's name")
+    return monitor
 
 
 class Best(Policy):
-    r"""What "best" means for the weights that are kept: one metric, a weighted sum of several, or several by rank.
+    r"""Decide which weights are best: by one metric, a weighted sum of several, or several by rank.
 
     Args:
         by: A metric's name; a dictionary of name to weight, for :math:`\sum_i a_i v_i`; or a list of names, of which a
@@ -20,7 +57,7 @@ class Best(Policy):
             ``"min"``.
 
     Attributes:
-        best: The best values so far, one for each rank; infinitely bad before the first.
+        best: Best values so far, one for each rank; infinitely bad before the first.
 
     Raises:
         ValueError: If ``by`` or ``mode`` is none of these.
@@ -39,7 +76,7 @@ class Best(Policy):
 
     best: list[float]
 
-    def __init__(self, by: str | dict[str, float] | list[str], mode: str | list[str] = "min") -> None:
+    def __init__(self, by: str | dict[str, float] | list[str], mode: Mode | list[Mode] = "min") -> None:
         if not by or not isinstance(by, str | dict | list):
             raise ValueError(
                 f"`by` must be a metric's name, a dictionary of name to weight or a list of names, got {by!r}"
@@ -51,16 +88,16 @@ class Best(Policy):
         if len(modes) != ranks:
             raise ValueError(f"`mode` must be one mode, or one for each name of `by`, got {mode!r} for {by!r}")
         self.by, self.mode = by, mode
-        self._modes = [checked(one) for one in modes]
-        self.reset()
+        self._modes = [check_choice("mode", one, Mode) for one in modes]
+        self.add_state("best", [initial_best(one) for one in self._modes])
 
     @property
     def monitors(self) -> tuple[str, ...]:
-        """The names of the metrics that are read."""
+        """Names of the metrics that are read."""
         return (self.by,) if isinstance(self.by, str) else tuple(self.by)
 
     def better(self, metrics: Metrics) -> bool:
-        """Whether these metrics are strictly better than the best so far, which they then become. NaN is never better.
+        """Return whether metrics are strictly better than the best so far, which they become then. NaN never is.
 
         Raises:
             KeyError: If a metric is missing; the message names those that exist.
@@ -73,15 +110,5 @@ class Best(Policy):
         return better
 
     def _cost(self, values: list[float]) -> list[float]:
-        """What is less where it is better; lists compare by rank."""
+        """Return numbers that are less where they are better; lists compare by rank."""
         return [value if mode == "min" else -value for value, mode in zip(values, self._modes, strict=True)]
-
-    def reset(self) -> None:
-        """Forget everything, as before the first check."""
-        self.best = [worst(mode) for mode in self._modes]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self.best)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = list(state["best"])

@@ -96,15 +96,15 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("NonFinite(['x'])", "monitor", "['x']", "must be a metric's name"),
     ("EarlyStopping('x', patience=-1)", "patience", "-1", ">= 0"),
     ("EarlyStopping('x', patience=1.5)", "patience", "1.5", "an integer"),
-    ("EarlyStopping('x', mode='lower')", "mode", "'lower'", "'min' or 'max'"),
+    ("EarlyStopping('x', mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
     ("EarlyStopping('x', min_delta=nan)", "min_delta", "nan", "must be a number"),
     ("EarlyStopping('x', best_by=3)", "by", "3", "must be a metric's name"),
     ("EarlyStopping(Plateau('x'), patience=5)", "patience", "5", "belongs to a plain `monitor`"),
     ("Plateau('x', patience=-1)", "patience", "-1", "an integer >= 0"),
     ("Plateau('x', min_delta=-0.5)", "min_delta", "-0.5", ">= 0"),
-    ("Plateau('x', mode='lower')", "mode", "'lower'", "'min' or 'max'"),
+    ("Plateau('x', mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
     ("Threshold('x', nan)", "value", "nan", "must be a number that is finite"),
-    ("Threshold('x', 1.0, mode='lower')", "mode", "'lower'", "'min' or 'max'"),
+    ("Threshold('x', 1.0, mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
     ("Divergence('x', inf)", "value", "inf", "must be a number that is finite"),
     ("AnyOf([])", "criteria", "[]", "a list of at least one criterion"),
     ("AllOf(Plateau('x'))", "criteria", "Plateau(monitor='x'", "a list of at least one criterion"),
@@ -140,7 +140,7 @@ WRONG: list[tuple[str, str, str, str]] = [
 # Base classes without arguments of their own, and what takes names, selections and switches only.
 NOTHING_TO_REFUSE = {
     *("Average", "Clipping", "Criterion", "NormClipping", "OptimCallback", "Penalty", "Policy", "Proximal", "Schedule"),
-    *("Centralize", "ExactResume", "ManualOptimizationMixin", "RegularizationMixin", "SWA", "Slot"),
+    *("Centralize", "ExactResume", "ManualOptimizationMixin", "OptimizerStep", "RegularizationMixin", "SWA", "Slot"),
 }
 
 

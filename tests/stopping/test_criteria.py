@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lightning_optim.stopping.combined_criteria import AnyOf
-from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold, read
-from lightning_optim.stopping.improvement import Best
+from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.improvement import Best, read
 
 NAN, INF = math.nan, math.inf
 SCRIPTS = [
@@ -259,7 +259,7 @@ def test_best_reads_these_metrics() -> None:
         (lambda: Plateau("x", patience=2.5), "`patience` must be an integer >= 0, got 2.5"),
         (lambda: Plateau("x", min_delta=-0.1), "`min_delta` must be a number >= 0.0, got -0.1"),
         (lambda: NonFinite(3), "`monitor=3` must be a metric's name"),
-        (lambda: Plateau("x", mode="auto"), "`mode` must be 'min' or 'max', got 'auto'"),
+        (lambda: Plateau("x", mode="auto"), "`mode` must be one of 'min', 'max', got 'auto'"),
         (lambda: Threshold("x", "0.5"), "`value` must be a number that is finite, got '0.5'"),
         (lambda: Divergence("x", NAN), "`value` must be a number that is finite, got nan"),
         (lambda: AnyOf([]), r"`criteria` must be a list of at least one criterion, got \[\]"),
@@ -268,7 +268,7 @@ def test_best_reads_these_metrics() -> None:
         (lambda: Best([]), r"`by` must be a metric's name.*, got \[\]"),
         (lambda: Best({"x": True}), r"`by\['x'\]` must be a number that is finite, got True"),
         (lambda: Best(["x", "y"], mode=["min"]), r"`mode` must be one mode, or one for each name"),
-        (lambda: Best("x", mode="least"), "`mode` must be 'min' or 'max', got 'least'"),
+        (lambda: Best("x", mode="least"), "`mode` must be one of 'min', 'max', got 'least'"),
     ],
 )
 def test_refused(build, sentence: str) -> None:

@@ -208,7 +208,7 @@ def test_attributes_of_a_criterion() -> None:
         ("wait_count", -1, "`wait_count` must be an integer >= 0, got -1"),
         ("best_score", NAN, "`best_score` must be a number, which may be infinite, got nan"),
         ("best_score", torch.ones(2), "`best_score` must be a number"),
-        ("mode", "lower", "`mode` must be 'min' or 'max', got 'lower'"),
+        ("mode", "lower", "`mode` must be one of 'min', 'max', got 'lower'"),
         ("monitor", 3, "`monitor=3` must be a metric's name"),
         ("best_by", 3, "`by` must be a metric's name"),
     ],

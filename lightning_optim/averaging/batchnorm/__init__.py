@@ -1,1 +1,1 @@
-"""Estimate the statistics of BatchNorm anew for averaged weights, without a trace in the training run."""
+"""BatchNorm statistics of averaged weights: estimated anew over batches of their own, leaving no trace in the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +12,19 @@ from torch.distributed.tensor import DTensor
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.norms import row_sums
-from lightning_optim.base.schedules import Schedule, value_at
-from lightning_optim.base.selection import Selector
+from lightning_optim.base.schedules import Schedule
+from lightning_optim.base.selection import Selectors
 from lightning_optim.gradients.clipping.clipping import Clipping
 
 
 class AGC(Clipping):
-    r"""Clip each row's gradient to a share of its weights: :math:`\|G_i\| \le \lambda \max(\|W_i\|, \epsilon)`.
+    r"""Clip each row of the gradient to a share of its weights: :math:`\|G_i\| \le \lambda \max(\|W_i\|, \epsilon)`.
 
-    Adaptive gradient clipping (arXiv:2102.06171), which let networks train without batch normalization. A row is what
-    one output of a layer is computed from: all dimensions but the first; a vector is one row. So the gradient is
-    bounded by what the weights can bear, and not by a number that depends on the model. Leave the last layer out with
-    ``exclude=``, as the authors do.
+    Adaptive gradient clipping (Brock et al., *High-Performance Large-Scale Image Recognition Without Normalization*,
+    `arXiv:2102.06171 <https://arxiv.org/abs/2102.06171>`_), which let networks train without batch normalization. A row
+    holds the weights of one output of a layer: all dimensions but the first; a vector is one row. So the bound follows
+    the weights, and is no number that depends on the model. Leave the last layer out with ``exclude=``, as the authors
+    do.
 
     Exact on shards: the sums of rows that are cut are taken over the ranks that hold the parts.
 
@@ -33,7 +33,7 @@ class AGC(Clipping):
         eps: The smallest norm of weights that counts, so that weights of zero can begin to grow.
         on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
             these. Default: all.
-        exclude: What is left out of them, in the same terms.
+        exclude: The parameters that are left out, in the same terms.
 
     Raises:
         ValueError: If an argument is out of its range, or ``clip_`` is called without ``weights``.
@@ -45,6 +45,7 @@ class AGC(Clipping):
         >>> grad
         tensor([[0.0000e+00, 5.0000e-02],
                 [0.0000e+00, 1.0000e-05]])
+        >>> callback = GradientClipping(AGC(0.01, exclude="head.*"))  # for Trainer(callbacks=[callback])
     """
 
     _factors: list[Tensor] | None = None
@@ -53,43 +54,31 @@ class AGC(Clipping):
         self,
         clipping: float | Schedule = 0.01,
         eps: float = 1e-3,
-        on: Selector | Sequence[Selector] | None = None,
-        exclude: Selector | Sequence[Selector] | None = None,
+        on: Selectors = None,
+        exclude: Selectors = None,
     ) -> None:
-        check_number("clipping", clipping, low=0.0, low_open=True, schedule=True)
-        check_number("eps", eps, low=0.0, low_open=True)
-        self.clipping, self.eps, self.on, self.exclude = clipping, eps, on, exclude
+        self.clipping = check_number("clipping", clipping, low=0.0, low_open=True, schedule=True)
+        self.eps = check_number("eps", eps, low=0.0, low_open=True)
+        super().__init__(on, exclude)
 
-    @torch.no_grad()
-    def clip_(
-        self,
-        grads: Sequence[Tensor],
-        weights: Sequence[Tensor] = (),
-        *,
-        norm: Tensor | None = None,
-        step: int = 0,
-        total: float = math.inf,
-    ) -> Tensor | None:
+    def _clip_(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         if len(weights) != len(grads):
             raise ValueError(f"`weights` must be the parameters of {len(grads)} gradients, got {len(weights)}")
-        if not grads:
-            return norm
         # One call for both, so that rows that are cut need one reduction.
         sums = row_sums([*grads, *weights], like=[*weights, *weights], squares=True)
         torch._foreach_sqrt_(sums)
         norms, bounds = sums[: len(grads)], sums[len(grads) :]
         torch._foreach_clamp_min_(bounds, self.eps)
-        torch._foreach_mul_(bounds, value_at(self.clipping, step, total))
+        torch._foreach_mul_(bounds, self.current(self.clipping))
         torch._foreach_clamp_min_(norms, 1e-6)
         torch._foreach_div_(bounds, norms)
         torch._foreach_clamp_max_(bounds, 1.0)
         torch._foreach_mul_(shards.local_shards(grads), bounds)
         self._factors = None if any(isinstance(grad, DTensor) for grad in grads) else bounds
-        return norm
 
     @property
     def clipped(self) -> Tensor | None:
-        # Of rows that lie on other ranks nothing is known here.
+        # Nothing is known here of rows that lie on other ranks.
         if self._factors is None:
             return None
         return torch.stack([(factor < 1.0).any() for factor in self._factors]).any()

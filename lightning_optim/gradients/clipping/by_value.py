@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.schedules import Schedule, value_at
-from lightning_optim.base.selection import Selector
+from lightning_optim.base.schedules import Schedule
+from lightning_optim.base.selection import Selectors
 from lightning_optim.gradients.clipping.clipping import Clipping, by_device
 
 
 class ClipByValue(Clipping):
     r"""Clip every element by itself: :math:`\max(-v, \min(v, g))`.
 
-    This changes the direction of the step. Equal to :func:`torch.nn.utils.clip_grad_value_`.
-
-    It needs no norm, so it computes none: it returns the ``norm`` that it was given, or ``None``.
+    This changes the direction of the step. Equal to :func:`torch.nn.utils.clip_grad_value_`. It needs no norm, so it
+    computes none: it returns the ``norm`` that it was given, or ``None``.
 
     Args:
         value: The bound :math:`v > 0`.
         on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
             these. Default: all.
-        exclude: What is left out of them, in the same terms.
+        exclude: The parameters that are left out, in the same terms.
 
     Raises:
         ValueError: If ``value`` is not a number > 0 or a schedule of such numbers.
@@ -36,29 +35,15 @@ class ClipByValue(Clipping):
         >>> ClipByValue(0.5).clip_([grad])
         >>> grad
         tensor([ 0.2000, -0.5000])
+        >>> callback = GradientClipping(ClipByValue(0.5))  # for Trainer(callbacks=[callback])
     """
 
-    def __init__(
-        self,
-        value: float | Schedule,
-        on: Selector | Sequence[Selector] | None = None,
-        exclude: Selector | Sequence[Selector] | None = None,
-    ) -> None:
-        check_number("value", value, low=0.0, low_open=True, high=math.inf, schedule=True)
-        self.value, self.on, self.exclude = value, on, exclude
+    def __init__(self, value: float | Schedule, on: Selectors = None, exclude: Selectors = None) -> None:
+        self.value = check_number("value", value, low=0.0, low_open=True, high=math.inf, schedule=True)
+        super().__init__(on, exclude)
 
-    @torch.no_grad()
-    def clip_(
-        self,
-        grads: Sequence[Tensor],
-        weights: Sequence[Tensor] = (),
-        *,
-        norm: Tensor | None = None,
-        step: int = 0,
-        total: float = math.inf,
-    ) -> Tensor | None:
-        bound = value_at(self.value, step, total)
+    def _clip_(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        bound = self.current(self.value)
         for some_grads in by_device(grads).values():
             torch._foreach_clamp_min_(some_grads, -bound)
             torch._foreach_clamp_max_(some_grads, bound)
-        return norm

@@ -1,4 +1,4 @@
-"""Gradients whose rows have no mean."""
+"""Subtraction of the mean of each row of the gradient."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.norms import row_dims, row_sums
-from lightning_optim.base.selection import Selector
 from lightning_optim.gradients.clipping.clipping import Clipping
 
 
 class Centralize(Clipping):
-    r"""Take the mean out of each row's gradient: :math:`G_i \leftarrow G_i - \mathrm{mean}(G_i)`.
+    r"""Subtract from each row of the gradient its mean: :math:`G_i \leftarrow G_i - \mathrm{mean}(G_i)`.
 
-    Gradient centralization (arXiv:2004.01461): the mean of the weights that one output is computed from stays what it
-    was. It acts on tensors with two dimensions or more, and leaves vectors alone. Leave embeddings out with
+    Gradient centralization (Yong et al., *Gradient Centralization: A New Optimization Technique for Deep Neural
+    Networks*, `arXiv:2004.01461 <https://arxiv.org/abs/2004.01461>`_): the mean of the weights of one output stays what
+    it was. It acts on tensors with two dimensions or more, and leaves vectors alone. Leave embeddings out with
     ``exclude=torch.nn.Embedding``: their rows are looked up, and not summed over.
 
     Exact on shards: the sums of rows that are cut are taken over the ranks that hold the parts.
@@ -27,7 +27,7 @@ class Centralize(Clipping):
     Args:
         on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
             these. Default: all with two dimensions or more.
-        exclude: What is left out of them, in the same terms.
+        exclude: The parameters that are left out, in the same terms.
 
     Example::
 
@@ -36,27 +36,12 @@ class Centralize(Clipping):
         >>> grad
         tensor([[-1.,  1.],
                 [ 0.,  0.]])
+        >>> callback = GradientClipping([Centralize(), ClipByNorm(1.0)])  # for Trainer(callbacks=[callback])
     """
 
     limits: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        on: Selector | Sequence[Selector] | None = None,
-        exclude: Selector | Sequence[Selector] | None = None,
-    ) -> None:
-        self.on, self.exclude = on, exclude
-
-    @torch.no_grad()
-    def clip_(
-        self,
-        grads: Sequence[Tensor],
-        weights: Sequence[Tensor] = (),
-        *,
-        norm: Tensor | None = None,
-        step: int = 0,
-        total: float = math.inf,
-    ) -> Tensor | None:
+    def _clip_(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         pairs = zip(grads, weights or grads, strict=True)
         chosen = [(grad, weight) for grad, weight in pairs if module_tensors.dimensions(weight) >= 2]
         if chosen:
@@ -65,4 +50,3 @@ class Centralize(Clipping):
             sizes = [math.prod(weight.shape[dim] for dim in row_dims(weight)) for weight in like]
             torch._foreach_div_(means, sizes)
             torch._foreach_sub_(shards.local_shards(matrices), means)
-        return norm

@@ -1,8 +1,7 @@
-"""The base class of what is done to gradients before a step."""
+"""The base class of policies that change gradients before the optimizer step."""
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, TypeAlias
@@ -11,47 +10,47 @@ import torch
 from torch import Tensor
 
 from lightning_optim.base import shards
-from lightning_optim.base.policy import Policy
-from lightning_optim.base.selection import Selector
+from lightning_optim.base.policy import ParameterPolicy
 
 Scope: TypeAlias = Literal["global", "group", "tensor"]
 
 
-class Clipping(Policy, abc.ABC):
-    """What is done to the gradients of one optimizer before its step.
+class Clipping(ParameterPolicy):
+    """Base class of policies that change the gradients of one optimizer before its step.
 
-    A new clipping is a subclass with :meth:`clip_`::
+    A new one is a subclass with ``_clip_``, the formula. It changes the gradients in place; the base class disables
+    autograd, and takes care of the norm and of the step's number::
 
+        >>> from lightning_optim.base import local_shards
         >>> class Sign(Clipping):
         ...     '''Keep the sign of every element.'''
-        ...     def clip_(self, grads, weights=(), *, norm=None, step=0, total=math.inf):
-        ...         torch._foreach_sign_(shards.local_shards(grads))
-        ...         return norm
+        ...     def _clip_(self, grads, weights):
+        ...         torch._foreach_sign_(local_shards(grads))
         >>> grad = torch.tensor([3.0, -4.0])
         >>> Sign().clip_([grad])
         >>> grad
         tensor([ 1., -1.])
 
+    A formula that computes a norm, and returns it, overrides :meth:`clip_` itself.
+
+    Args:
+        on: The parameters on whose gradients it acts, for :func:`~lightning_optim.base.select`; ``None`` takes all. In
+            a hand-written loop, pass the gradients that you mean.
+        exclude: The parameters that are left out, in the same terms.
+
     Attributes:
-        norm_type: Which norm :meth:`clip_` takes and returns: the exponent p, or ``inf``. Default 2.
-        on: The parameters on whose gradients it acts, for :func:`~lightning_optim.base.selection.select`;
-            ``None`` takes all.
-            In a loop of your own, pass the gradients that you mean.
-        exclude: What is left out of them, in the same terms.
+        norm_type: Exponent p of the norm that :meth:`clip_` takes and returns, or ``inf``. Default 2.
         scope: What has a norm of its own: all gradients, each of the optimizer's ``param_groups``, or each tensor.
             Where it is not ``"global"``, the caller passes ``units=`` to :meth:`clip_`: the number of each gradient's
             group, or of its tensor.
-        limits: Whether it makes gradients smaller, so that a step is clipped or not.
+        limits: True if it makes gradients smaller, so that a step is clipped or not.
     """
 
-    identity_args: ClassVar[tuple[str, ...]] = ("on", "exclude")
     norm_type: float = 2.0
-    on: Selector | Sequence[Selector] | None = None
-    exclude: Selector | Sequence[Selector] | None = None
     scope: Scope = "global"
     limits: ClassVar[bool] = True
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def clip_(
         self,
         grads: Sequence[Tensor],
@@ -61,37 +60,45 @@ class Clipping(Policy, abc.ABC):
         step: int = 0,
         total: float = math.inf,
     ) -> Tensor | None:
-        """Clip the gradients in place.
+        """Change the gradients in place.
 
-        Nothing waits for the device: the decision is a factor, and never a branch.
+        Nothing waits for the device: a decision is a factor, and never a branch.
 
         Args:
             grads: Whole, unscaled gradients of any shape, plain or DTensors, with the placements of their parameters.
             weights: Their parameters, in the same order, for the formulas that need them.
             norm: The norm :attr:`norm_type` of all of ``grads``, if the caller knows it already.
-            step: The number of optimizer steps made before, for schedules.
-            total: The number of optimizer steps in the run, for schedules.
+            step: Number of optimizer steps made before, for schedules.
+            total: Number of optimizer steps in the run, for schedules.
 
         Returns:
             The norm before clipping, a scalar on the gradients' device: ``norm`` where it was given, else the one that
             the formula computed. ``None`` if the formula needs no norm and none was given.
         """
+        if grads:
+            self._at(step, total)
+            self._clip_(grads, weights)
+        return norm
+
+    def _clip_(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Change the gradients in place; to be overridden. There is at least one gradient."""
+        raise NotImplementedError(f"{type(self).__name__} has no `_clip_(self, grads, weights)`")
 
     @property
     def clipped(self) -> Tensor | None:
-        """Whether the last :meth:`clip_` made anything smaller, a scalar on the device; ``None`` if it does not say."""
+        """True if the last :meth:`clip_` made anything smaller: a scalar on the device, or ``None`` if unknown."""
         return None
 
     def is_idle(self, norm: float, *, step: int = 0, total: float = math.inf) -> bool:
-        """Whether :meth:`clip_` would neither change gradients of this norm nor remember it.
+        """Return whether :meth:`clip_` would neither change gradients of this norm nor remember it.
 
-        Whoever has the norm of all gradients on the host saves a read and a write of them all.
+        A caller who has the norm of all gradients on the host saves a read and a write of them all.
         """
         return False
 
 
 def by_device(grads: Sequence[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """The local parts of the gradients; a model that is split over devices has several lists."""
+    """Return the local shards of the gradients by device; a model that is split over devices has several."""
     parts = shards.local_shards(grads)
     if len({part.device for part in parts}) == 1:
         return {parts[0].device: parts}

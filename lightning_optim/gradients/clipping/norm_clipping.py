@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_optim.base import shards
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.norms import tensor_norms, total_norm
-from lightning_optim.base.selection import Selector
+from lightning_optim.base.selection import Selectors
 from lightning_optim.gradients.clipping.clipping import Clipping, Scope, by_device
 
 
-class NormClipping(Clipping, abc.ABC):
+class NormClipping(Clipping):
     r"""Scale gradients so that a norm is at most a bound :math:`c`: :math:`g \cdot \min(1, c / (n + 10^{-6}))`.
 
-    A subclass says what the bound is::
+    A new one is a subclass with ``_bound``, which computes the bound from the norms::
 
         >>> class ToMean(NormClipping):
         ...     '''Make no norm larger than the mean of all tensors' norms.'''
-        ...     def bound(self, norms, *, step=0, total=math.inf):
+        ...     def _bound(self, norms):
         ...         return norms.nanmean()
         >>> grads = [torch.tensor([3.0]), torch.tensor([5.0])]
         >>> ToMean(scope="tensor").clip_(grads)
@@ -33,12 +32,12 @@ class NormClipping(Clipping, abc.ABC):
         [tensor([3.]), tensor([4.0000])]
 
     Args:
-        norm_type: The exponent p > 0 of the norm; ``inf`` for the largest absolute value.
+        norm_type: Exponent p > 0 of the norm; ``inf`` for the largest absolute value.
         scope: What has a norm and a bound of its own: ``"global"``, all gradients of an optimizer, which keeps the
             direction of the step; ``"group"``, each of its ``param_groups``; ``"tensor"``, each tensor.
         on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
             these. Default: all.
-        exclude: What is left out of them, in the same terms.
+        exclude: The parameters that are left out, in the same terms.
     """
 
     identity_args = ("on", "exclude", "norm_type", "scope")
@@ -46,24 +45,30 @@ class NormClipping(Clipping, abc.ABC):
     _count: int = 0  # Of units, as far as they were seen.
 
     def __init__(
-        self,
-        norm_type: float = 2.0,
-        scope: Scope = "global",
-        on: Selector | Sequence[Selector] | None = None,
-        exclude: Selector | Sequence[Selector] | None = None,
+        self, norm_type: float = 2.0, scope: Scope = "global", on: Selectors = None, exclude: Selectors = None
     ) -> None:
-        check_number("norm_type", norm_type, low=0.0, low_open=True, high=math.inf)
-        if scope not in get_args(Scope):
-            raise ValueError(f"`scope` must be one of {get_args(Scope)}, got {scope!r}")
-        self.norm_type, self.scope, self.on, self.exclude = norm_type, scope, on, exclude
+        super().__init__(on, exclude)
+        self.norm_type = check_number("norm_type", norm_type, low=0.0, low_open=True, high=math.inf)
+        self.scope = check_choice("scope", scope, Scope)
 
-    @abc.abstractmethod
-    def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> Tensor | float:
-        """The bound on each of ``norms``, a vector with one entry for each unit of the scope; ``inf`` for none.
+    def _bound(self, norms: Tensor) -> Tensor | float:
+        """Return the bound on each of ``norms``; to be overridden.
 
-        The norm of a unit that has no gradient in this step is NaN. There are more units when the optimizer gets more
-        parameters. Called once in each step: what is remembered of the norms is remembered here.
+        Args:
+            norms: A vector with one entry for each unit of the scope; NaN for a unit that has no gradient in this step.
+                It grows when the optimizer gets more parameters, and with it each state
+                :func:`~lightning_optim.base.per_unit`.
+
+        Returns:
+            A vector as long as ``norms``, or a number; ``inf`` for no bound.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no `_bound(self, norms)`")
+
+    def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> Tensor | float:
+        """Return the bound on each of ``norms``, and remember them. It is called once in each step."""
+        self._at(step, total)
+        self._grow(len(norms), norms)
+        return self._bound(norms)
 
     @torch.no_grad()
     def clip_(
@@ -85,7 +90,7 @@ class NormClipping(Clipping, abc.ABC):
             each = tensor_norms(grads, self.norm_type)
             norm = torch.linalg.vector_norm(each, self.norm_type) if norm is None else norm
             units = range(len(grads)) if self.scope == "tensor" and not units else units
-            self._count = max([self._count, *(unit + 1 for unit in units)])
+            self._count = max([self._count, self._known_units(), *(unit + 1 for unit in units)])
             norms = _by_unit(each, units, self._count, self.norm_type)
         factors = torch.clamp(self.bound(norms, step=step, total=total) / (norms + 1e-6), max=1.0)
         self._factors = factors
@@ -107,7 +112,7 @@ class NormClipping(Clipping, abc.ABC):
 
 
 def _by_unit(each: Tensor, units: Sequence[int], count: int, norm_type: float) -> Tensor:
-    """The norm of each of ``count`` units, of the tensors' norms; NaN for a unit that has no gradient."""
+    """Return the norm of each of ``count`` units, from the tensors' norms; NaN for a unit without a gradient."""
     if len(units) != len(each):
         raise ValueError(f"`units` must name the unit of each of {len(each)} gradients, got {units!r}")
     by_unit: list[list[Tensor]] = [[] for _ in range(count)]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.schedules import Schedule, value_at
-from lightning_optim.base.selection import Selector
+from lightning_optim.base.schedules import Schedule
+from lightning_optim.base.selection import Selectors
+from lightning_optim.base.state import per_unit
 from lightning_optim.gradients.clipping.clipping import Scope
 from lightning_optim.gradients.clipping.norm_clipping import NormClipping
 
@@ -20,12 +16,13 @@ from lightning_optim.gradients.clipping.norm_clipping import NormClipping
 class ZClip(NormClipping):
     r"""Clip norms that stand out by their score :math:`s = (n - \mu) / \sigma > z`, to :math:`\mu + \sigma z^2 / s`.
 
-    From arXiv:2504.02507. :math:`\mu, \sigma` are those of the first ``warmup`` norms, in which nothing is clipped;
-    then :math:`\mu \leftarrow d \mu + (1 - d) m` and :math:`\sigma^2 \leftarrow d \sigma^2 + (1 - d)(m - \mu)^2`, with
-    :math:`m` the norm after clipping. What the authors' code lacks is here: a norm that is not finite never enters the
-    statistics (one would end all clipping), they are saved, and a level that has shifted is released: after
-    ``release_after`` clips in a row they are gathered anew. Put :class:`ClipByNorm` behind it in a list for a bound
-    that holds in the warm-up too.
+    From Kumar et al., *ZClip: Adaptive Spike Mitigation for LLM Pre-Training* (`arXiv:2504.02507
+    <https://arxiv.org/abs/2504.02507>`_). :math:`\mu, \sigma` are those of the first ``warmup`` norms, in which nothing
+    is clipped; then :math:`\mu \leftarrow d \mu + (1 - d) m` and :math:`\sigma^2 \leftarrow d \sigma^2 + (1 - d)(m -
+    \mu)^2`, with :math:`m` the norm after clipping. What the authors' code lacks is here: a norm that is not finite
+    never enters the statistics (one would end all clipping), they are saved, and a level that has shifted is released:
+    after ``release_after`` clips in a row they are gathered anew. Put :class:`ClipByNorm` behind it in a list for a
+    bound that holds in the warm-up too.
 
     Args:
         z: The largest score that is not clipped, > 0.
@@ -33,10 +30,10 @@ class ZClip(NormClipping):
         warmup: Steps with finite norms before the first clip, >= 1.
         release_after: Clips in a row after which the next step begins a new warm-up, >= 1. Ten are far more than a
             spike, and few in a run.
-        norm_type: The exponent p > 0 of the norm; ``inf`` for the largest absolute value.
+        norm_type: Exponent p > 0 of the norm; ``inf`` for the largest absolute value.
         scope: What has a norm and statistics of its own, as in :class:`ClipByNorm`.
         on: The parameters on whose gradients it acts. Default: all.
-        exclude: What is left out of them.
+        exclude: The parameters that are left out.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -49,7 +46,10 @@ class ZClip(NormClipping):
         ...     norm = policy.clip_([grad])
         >>> grad
         tensor([1.0026])
+        >>> callback = GradientClipping([ZClip(), ClipByNorm(10.0)])  # for Trainer(callbacks=[callback])
     """
+
+    statistics: Tensor
 
     def __init__(
         self,
@@ -59,24 +59,20 @@ class ZClip(NormClipping):
         release_after: int = 10,
         norm_type: float = 2.0,
         scope: Scope = "global",
-        on: Selector | Sequence[Selector] | None = None,
-        exclude: Selector | Sequence[Selector] | None = None,
+        on: Selectors = None,
+        exclude: Selectors = None,
     ) -> None:
-        check_number("z", z, low=0.0, low_open=True, schedule=True)
-        check_number("decay", decay, low=0.0, high=1.0, high_open=True)
-        check_number("warmup", warmup, low=1, integer=True)
-        check_number("release_after", release_after, low=1, integer=True)
+        self.z = check_number("z", z, low=0.0, low_open=True, schedule=True)
+        self.decay = check_number("decay", decay, low=0.0, high=1.0, high_open=True)
+        self.warmup = check_number("warmup", warmup, low=1, integer=True)
+        self.release_after = check_number("release_after", release_after, low=1, integer=True)
         super().__init__(norm_type, scope, on, exclude)
-        self.z, self.decay, self.warmup, self.release_after = z, decay, warmup, release_after
-        # Norms seen, their mean, their variance, clips in a row: one column for each unit of the scope.
-        self._statistics: Tensor | None = None
+        # Norms seen, their mean, their variance, clips in a row.
+        self.add_state("statistics", per_unit(rows=4))
 
-    def bound(self, norms: Tensor, *, step: int = 0, total: float = math.inf) -> Tensor:
-        if self._statistics is None:
-            self._statistics = norms.new_zeros(4, len(norms))
-        before = pad(self._statistics.to(norms.device), (0, len(norms) - self._statistics.shape[1]))
-        seen, mean, variance, run = torch.where(before[3] < self.release_after, before, 0.0)
-        z_max = value_at(self.z, step, total)
+    def _bound(self, norms: Tensor) -> Tensor:
+        seen, mean, variance, run = torch.where(self.statistics[3] < self.release_after, self.statistics, 0.0)
+        z_max = self.current(self.z)
         deviation = variance.sqrt() + 1e-6
         score = (norms - mean) / deviation
         warm, finite = seen >= self.warmup, norms.isfinite()
@@ -90,12 +86,5 @@ class ZClip(NormClipping):
         spread = torch.where(warm, (entering - new_mean).square(), (entering - mean) * (entering - new_mean))
         new_variance = variance + weight * (spread - variance)
         new = torch.stack([seen + 1.0, new_mean, new_variance, torch.where(clips, run + 1.0, 0.0)])
-        self._statistics = torch.where(finite, new, torch.stack([seen, mean, variance, run]))
+        self.statistics = torch.where(finite, new, torch.stack([seen, mean, variance, run]))
         return bound
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._statistics is None else {"statistics": self._statistics.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._statistics = state.get("statistics")
-        self._count = 0 if self._statistics is None else self._statistics.shape[1]

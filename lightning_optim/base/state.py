@@ -1,0 +1,304 @@
+"""Kinds of state that a policy declares with ``add_state``: how each begins, grows, is saved and loaded."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
+
+from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.ring_buffer import Ring
+
+
+class State(abc.ABC):
+    """Base class of the kinds: what is done with the value that a policy holds in an attribute."""
+
+    @abc.abstractmethod
+    def first(self) -> Any:
+        """Return the value at the start."""
+
+    def reset(self, held: Any) -> Any:
+        """Return the value at the start, in place of ``held``."""
+        return self.first()
+
+    @abc.abstractmethod
+    def save(self, held: Any) -> Any:
+        """Return ``held`` for a checkpoint, as tensors and plain values."""
+
+    @abc.abstractmethod
+    def load(self, saved: Any, held: Any) -> Any:
+        """Return the value that was saved; ``held`` is the value at the start."""
+
+    def units(self, held: Any) -> int:
+        """Return the number of units of which ``held`` has a column."""
+        return 0
+
+    def grow(self, held: Any, units: int, like: Tensor) -> Any:
+        """Return ``held`` with so many columns, on the device of ``like``."""
+        return held
+
+
+class Value(State):
+    """A plain value: a number, text, ``None``, infinity, a list or a dictionary of these, or a tensor.
+
+    Args:
+        default: The value at the start.
+    """
+
+    def __init__(self, default: Any) -> None:
+        self._default = default
+
+    def first(self) -> Any:
+        return copy.deepcopy(self._default)
+
+    def save(self, held: Any) -> Any:
+        return copy.deepcopy(held)
+
+    def load(self, saved: Any, held: Any) -> Any:
+        return copy.deepcopy(saved)
+
+
+class PerUnit(State):
+    """A tensor with a column for each unit; see :func:`per_unit`."""
+
+    def __init__(self, fill: float, rows: int | None) -> None:
+        self._fill, self._shape = fill, () if rows is None else (rows,)
+
+    def first(self) -> Tensor:
+        return torch.full((*self._shape, 0), self._fill)
+
+    def save(self, held: Tensor) -> Tensor:
+        return held.clone()
+
+    def load(self, saved: Tensor, held: Tensor) -> Tensor:
+        return saved.clone()
+
+    def units(self, held: Tensor) -> int:
+        return held.shape[-1]
+
+    def grow(self, held: Tensor, units: int, like: Tensor) -> Tensor:
+        known = held.shape[-1]
+        if not known:
+            return like.new_full((*self._shape, units), self._fill)
+        held = held.to(like.device)
+        return held if known == units else pad(held, (0, units - known), value=self._fill)
+
+
+class RingState(State):
+    """The last rows of something; see :func:`ring`."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def first(self) -> Ring:
+        return Ring(self._length)
+
+    def save(self, held: Ring) -> dict[str, Any]:
+        return held.state_dict()
+
+    def load(self, saved: dict[str, Any], held: Ring) -> Ring:
+        held.load_state_dict(saved)
+        return held
+
+    def units(self, held: Ring) -> int:
+        return held.rows.shape[1] if held.count else 0
+
+
+class PerWeight(State):
+    """A tensor beside each weight; see :func:`per_weight`."""
+
+    def __init__(self, init: Callable[[Tensor], Tensor]) -> None:
+        self._init = init
+
+    def first(self) -> WeightStates:
+        return WeightStates(self._init)
+
+    def reset(self, held: WeightStates) -> WeightStates:
+        held.clear()
+        return held
+
+    def save(self, held: WeightStates) -> dict[str, Tensor]:
+        return held.named()
+
+    def load(self, saved: dict[str, Tensor], held: WeightStates) -> WeightStates:
+        held.load(saved)
+        return held
+
+
+class Nested(State):
+    """The states of other policies; see :func:`nested`."""
+
+    def __init__(self, policies: list[Any]) -> None:
+        self._policies = policies
+
+    def first(self) -> list[Any]:
+        return self._policies
+
+    def reset(self, held: list[Any]) -> list[Any]:
+        for policy in held:
+            policy.reset()
+        return held
+
+    def save(self, held: list[Any]) -> list[Any]:
+        return [[policy.identity, policy.state_dict()] for policy in held]
+
+    def load(self, saved: list[Any], held: list[Any]) -> list[Any]:
+        left = _with_identities(saved, held)
+        for policy in held:
+            found = next((entry for entry in left if entry[0] == policy.identity), None)
+            if found is not None:
+                left.remove(found)
+                policy.load_state_dict(found[1])
+        return held
+
+
+def _with_identities(saved: list[Any], policies: list[Any]) -> list[Any]:
+    """Add the identities to the states of a checkpoint that holds them in their order only, as the first ones did."""
+    if all(isinstance(entry, list | tuple) for entry in saved):
+        return list(saved)
+    if [sorted(entry) for entry in saved] != [sorted(policy.state_dict()) for policy in policies]:
+        raise ValueError(
+            f"This checkpoint of an earlier version holds the states of {len(saved)} criteria in their order, and they"
+            f" are not those of {[policy.identity for policy in policies]}: resume with the same criteria in the same"
+            " order."
+        )
+    return [[policy.identity, entry] for policy, entry in zip(policies, saved, strict=True)]
+
+
+def per_unit(fill: float = 0.0, rows: int | None = None) -> State:
+    """Declare a tensor with an entry for each unit: each gradient norm that a policy handles by itself.
+
+    It has the device and dtype of the norms. It grows when there are more units, and never shrinks.
+
+    Args:
+        fill: The value of a new unit.
+        rows: If given, the tensor has the shape ``[rows, units]``, else ``[units]``.
+    """
+    return PerUnit(fill, rows)
+
+
+def ring(length: int) -> State:
+    """Declare a history of the last rows, a :class:`~lightning_optim.base.Ring`; a row has an entry for each unit.
+
+    Args:
+        length: The number of rows that are kept, >= 1.
+    """
+    check_number("length", length, low=1, integer=True)
+    return RingState(length)
+
+
+def per_weight(init: Callable[[Tensor], Tensor] = torch.zeros_like) -> State:
+    """Declare a live tensor beside each weight: ``self.<name>.of(weights)`` returns them in the weights' order.
+
+    A tensor is made when its weight is seen for the first time, with the weight's placement. Checkpoints hold it by the
+    weight's name, and shards as the weight is sharded. Saving copies nothing.
+
+    Args:
+        init: Makes the tensor from its weight, in the same shape and placement; a function that can be pickled.
+    """
+    return PerWeight(init)
+
+
+def nested(policies: list[Any]) -> State:
+    """Declare the states of other policies, which the attribute lists; each finds its own by its identity on loading.
+
+    Args:
+        policies: The policies.
+    """
+    return Nested(policies)
+
+
+class WeightStates:
+    """One tensor beside each of some weights, found again by the weight itself.
+
+    Args:
+        init: Makes the tensor from its weight.
+
+    Example::
+
+        >>> weight = torch.ones(2)
+        >>> momentum = WeightStates(torch.zeros_like)
+        >>> momentum.of([weight])[0].add_(1.0)
+        tensor([1., 1.])
+        >>> momentum.of([weight])
+        [tensor([1., 1.])]
+    """
+
+    def __init__(self, init: Callable[[Tensor], Tensor]) -> None:
+        self._init = init
+        self._held: dict[int, tuple[weakref.ref[Tensor], str, Tensor]] = {}
+        self._loaded: dict[str, Tensor] = {}  # of weights that were not seen yet
+        self._count = 0  # of weights seen, by which they are named without a module
+        self._module: weakref.ref[nn.Module] | None = None
+
+    def of(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors beside these weights, live; they are made for weights that are new.
+
+        Raises:
+            ValueError: If a weight is no parameter of the module by which the weights are named, such as the rows of a
+                weight whose gradient is sparse.
+        """
+        new = [weight for weight in weights if (held := self._held.get(id(weight))) is None or held[0]() is not weight]
+        if new:
+            self._add(new)
+        return [self._held[id(weight)][2] for weight in weights]
+
+    @torch.no_grad()
+    def _add(self, weights: Sequence[Tensor]) -> None:
+        self._held = {key: held for key, held in self._held.items() if held[0]() is not None}
+        names = self._names()
+        for place, weight in enumerate(weights, start=self._count):
+            if names is not None and id(weight) not in names:
+                raise ValueError(
+                    f"a policy keeps a tensor beside each weight, and a tensor of the shape {tuple(weight.shape)} is no"
+                    f" parameter of the model: it cannot act on sparse gradients; leave these out with `exclude`"
+                )
+            name = str(place) if names is None else names[id(weight)]
+            own = self._init(weight.detach())
+            saved = self._loaded.pop(name, None)
+            if saved is not None and saved.shape == own.shape:
+                shards.copy_(own, saved)
+            self._held[id(weight)] = (weakref.ref(weight), name, own)
+        self._count += len(weights)
+
+    def _names(self) -> dict[int, str] | None:
+        module = None if self._module is None else self._module()
+        if module is None:
+            return None
+        shards.reshard_(module)
+        return {key: module_tensors.plain_name(name) for key, name in module_tensors.parameter_names(module).items()}
+
+    def name_weights(self, module: nn.Module) -> None:
+        """Name weights as the module does, from now on; it is not kept alive."""
+        self._module = weakref.ref(module)
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by the present names of their weights, live."""
+        names = self._names()
+        there = {key: held for key, held in self._held.items() if held[0]() is not None}
+        if names is None:
+            return self._loaded | {name: own for _, name, own in there.values()}
+        return self._loaded | {names[key]: own for key, (_, _, own) in there.items() if key in names}
+
+    def load(self, named: dict[str, Tensor]) -> None:
+        """Take copies of tensors by the names of their weights, for when these are seen."""
+        self.clear()
+        self._loaded = {name: tensor.detach().clone() for name, tensor in named.items()}
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._held, self._loaded, self._count = {}, {}, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return a copy's attributes: it holds the tensors by name, and neither the weights nor their module."""
+        named = self.named().items()
+        copies = {name: shards.gather_to_cpu(t) if isinstance(t, DTensor) else t.clone() for name, t in named}
+        return {"_init": self._init, "_held": {}, "_loaded": copies, "_count": 0, "_module": None}

@@ -1,0 +1,97 @@
+"""Public names: each class and function says that it is of the package, and every example in a docstring runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_optim
+from lightning_optim import base
+
+ROOT = Path(lightning_optim.__file__).parent
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def modules() -> list[str]:
+    parts = [path.relative_to(ROOT.parent).with_suffix("").parts for path in ROOT.rglob("*.py")]
+    return sorted(".".join(names[:-1] if names[-1] == "__init__" else names) for names in parts)
+
+
+def collected_by_pytest() -> dict[str, doctest.DocTest]:
+    """The examples that `--doctest-modules` finds: in each file, and of public names in the packages' namespaces."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = [test for name in modules() for test in finder.find(importlib.import_module(name), name)]
+    return {test.docstring: test for test in found if test.examples}
+
+
+def of_methods() -> dict[str, doctest.DocTest]:
+    """The examples in methods of public classes, which it does not find: their globals are another file's."""
+    names = {"torch": torch, "nn": nn, "Tensor": Tensor, "math": math, **vars(lightning_optim)}
+    finder, found = doctest.DocTestFinder(exclude_empty=True), []
+    for package in (lightning_optim, base):
+        for name in package.__all__:
+            thing = getattr(package, name)
+            found += finder.find(thing, f"{package.__name__}.{name}", module=False, globs=names)  # type: ignore[arg-type]
+    known = collected_by_pytest()
+    return {test.name: test for test in found if test.examples and test.docstring not in known}
+
+
+def written() -> set[str]:
+    """The docstrings with an example, as they stand in the files."""
+    trees = [ast.parse(path.read_text()) for path in ROOT.rglob("*.py")]
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(n, clean=False) for tree in trees for n in ast.walk(tree) if isinstance(n, kinds)]
+    return {text for text in texts if text and ">>> " in text}
+
+
+@pytest.mark.parametrize("name", of_methods())
+def test_example_of_a_method(name: str) -> None:
+    results = doctest.DocTestRunner(optionflags=FLAGS).run(of_methods()[name])
+    assert results.attempted and not results.failed
+
+
+def test_each_example_is_run() -> None:
+    run = {*collected_by_pytest(), *(test.docstring for test in of_methods().values())}
+    assert {text.splitlines()[0] for text in written() - run} == set()
+    assert len(run) >= 80
+
+
+@pytest.mark.parametrize("package", [lightning_optim, base], ids=lambda package: package.__name__)
+def test_public_classes_and_functions_are_of_the_package(package: Any) -> None:
+    for name in package.__all__:
+        thing = getattr(package, name)
+        assert getattr(lightning_optim, name, getattr(base, name, None)) is thing
+        assert thing.__module__ in ("lightning_optim", package.__name__)
+        assert pickle.loads(pickle.dumps(thing)) is thing
+
+
+def test_a_pickle_names_the_public_place_only() -> None:
+    """So it outlives a move of a file: no name of a file of ours is in it."""
+    made = [
+        lightning_optim.GradientClipping([lightning_optim.AutoClip(), lightning_optim.ClipByNorm(1.0)]).policies,
+        lightning_optim.AnyOf([lightning_optim.Plateau("loss")]),
+        lightning_optim.EMA(0.9),
+        lightning_optim.L2(lightning_optim.Linear(1.0, 0.0)),
+        lightning_optim.DropPath(0.1),
+    ]
+    modules_named = {word for word in modules() if word.encode() in pickle.dumps(made, protocol=2)}
+    assert modules_named == {"lightning_optim", "lightning_optim.base"}
+
+
+def test_public_classes_can_be_inspected() -> None:
+    for name in lightning_optim.__all__:
+        thing = getattr(lightning_optim, name)
+        assert inspect.getmodule(thing) is lightning_optim
+        assert inspect.getdoc(thing)
+        if inspect.isclass(thing) and inspect.isfunction(vars(thing).get("__init__")):
+            assert "def __init__" in inspect.getsource(thing.__init__)
