@@ -6,7 +6,7 @@ import contextlib
 import enum
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
@@ -50,7 +50,7 @@ _NEXT: dict[State, set[State]] = {
     State.CLOSED: set(),
 }
 
-_sessions: WeakKeyDictionary[Trainer, Session] = WeakKeyDictionary()
+_ATTRIBUTE = "_lightning_optim_session"  # of the Trainer, which a session lives and dies with
 
 
 class Session:
@@ -82,21 +82,22 @@ class Session:
         # Not a state: a checkpoint may be written in any of them.
         self._saving_optimizer = False
         self._steps: dict[Optimizer, OptimizerStep] = {}
+        self.patch(trainer, _ATTRIBUTE, self)
         self.patch(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
 
     @staticmethod
     def of(trainer: Trainer) -> Session:
         """Return the open session of a Trainer, or open one."""
-        if trainer in _sessions and _sessions[trainer].failed:
-            _sessions[trainer].close()  # the exception was handled before the Trainer's own teardown
-        if trainer not in _sessions:
-            _sessions[trainer] = Session(trainer)
-        return _sessions[trainer]
+        session = Session.find(trainer)
+        if session is not None and session.failed:
+            session.close()  # the exception was handled before the Trainer's own teardown
+        return Session.find(trainer) or Session(trainer)
 
     @staticmethod
     def find(trainer: Trainer) -> Session | None:
         """Return the open session of a Trainer, if there is one."""
-        return _sessions.get(trainer)
+        session: Session | None = vars(trainer).get(_ATTRIBUTE)
+        return session
 
     # ---- for the length of the fit -----------------------------------------------------------------------------------
 
@@ -220,7 +221,6 @@ class Session:
     def close(self) -> None:
         """Undo everything that was installed."""
         if self._enter(State.CLOSED):
-            _sessions.pop(self.trainer, None)
             self._undo.close()
 
     # ---- steps -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim import L2, GradientAccumulation, Linear, WeightRegularization
-from lightning_optim.runtime.session import _sessions
+from lightning_optim.runtime.session import Session
 from tests.harness import models
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import CELL, assert_same, differences, each_entry, fit, prepare, turn, whole
@@ -31,7 +31,7 @@ def test_after_a_fit(entry: Entry, precision: Any) -> None:
     assert not differences(left(fitted), plain)
     assert settings(fitted.trainer) == before
     assert all(callback.fit is None for callback in fitted.ours)
-    assert fitted.trainer not in _sessions
+    assert Session.find(fitted.trainer) is None
     # The list sees what is installed while the fit goes on.
     assert differences(running, plain)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -268,16 +270,18 @@ def test_a_nested_validation_with_the_same_callbacks() -> None:
     assert_same(fitted, fit(BY_NAME["several"], STEPS))
 
 
+class Worse(Callback):
+    """An error in `on_exception`, which keeps the Trainer from its teardown."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise ZeroDivisionError
+
+    def on_exception(self, *_: Any) -> None:
+        raise KeyError("worse")
+
+
 def test_after_a_fit_that_stopped_without_a_word() -> None:
-    """A callback's error in `on_exception` keeps the Trainer from its teardown: the object may fit again."""
-
-    class Worse(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            raise ZeroDivisionError
-
-        def on_exception(self, *_: Any) -> None:
-            raise KeyError("worse")
-
+    """The callback may fit again."""
     clipping = GradientClipping(0.1)
     with pytest.raises(KeyError, match="worse"):
         fit(BY_NAME["plain"], STEPS, callbacks=[Worse(), clipping])
@@ -286,6 +290,15 @@ def test_after_a_fit_that_stopped_without_a_word() -> None:
         fit(BY_NAME["plain"], STEPS, callbacks=[clipping]),
         fit(BY_NAME["plain"], STEPS, callbacks=[GradientClipping(0.1)]),
     )
+
+
+def test_a_session_that_was_never_closed_lives_no_longer_than_its_trainer() -> None:
+    trainer = Trainer(barebones=True, accelerator="cpu")
+    kept = weakref.ref(Session.of(trainer))
+    assert Session.find(trainer) is kept() is not None
+    del trainer
+    gc.collect()
+    assert kept() is None
 
 
 def test_outside_of_a_run_a_sentence_says_so() -> None:
