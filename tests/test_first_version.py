@@ -5,7 +5,6 @@ What the files are, and how they came about, is said in ``tests/data/first_versi
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from lightning_optim import WeightAveraging, averaged_state_dict
-from tests.data.first_version import ensembles, runs
+from tests.data.first_version import ensembles, ranks, runs
 from tests.data.first_version.cases import CASES, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -99,7 +98,8 @@ def test_an_ensemble_predicts_what_it_predicted(tmp_path: Path) -> None:
 
 
 def test_members_of_a_killed_run_are_finished(tmp_path: Path) -> None:
-    folder, first = unpack_members(tmp_path)
+    folder = tmp_path / "members"
+    first = ensembles.unpack_members(folder)
     finished = ensembles.held(folder)
     trained = ensembles.fit(folder)
     assert trained == first["trained"], "the member that was under way did not go on from its file"
@@ -110,7 +110,8 @@ def test_members_of_a_killed_run_are_finished(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["fit_members", "callbacks"])
 def test_a_member_whose_file_lost_its_mark_or_its_state_is_another(tmp_path: Path, lost: str) -> None:
-    folder, first = unpack_members(tmp_path)
+    folder = tmp_path / "members"
+    first = ensembles.unpack_members(folder)
     path = ensembles.under_way(folder)
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint[lost]
@@ -121,16 +122,12 @@ def test_a_member_whose_file_lost_its_mark_or_its_state_is_another(tmp_path: Pat
     assert trained != first["trained"] or runs.differences(ensembles.held(folder), first["held"], 1e-6)
 
 
-def unpack_members(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    return Path(shutil.copytree(runs.HERE / "members", tmp_path / "members")), runs.unpack_end("members")
-
-
 def test_each_file_has_a_case() -> None:
-    names = {case.name for case in CASES} | {"ensemble"}
-    packed = {path.name for path in runs.HERE.glob("*.xz")}
-    assert packed == {f"{name}{ending}" for name in names for ending in (runs.CHECKPOINT, runs.END)} | {
-        f"members{runs.END}"
-    }
+    names = [case.name for case in CASES]
+    packed = [f"{name}{runs.CHECKPOINT}" for name in [*names, "ensemble"]]
+    packed += [f"{name}.tar.xz" for name in ["members", *ranks.KINDS]]
+    packed += [f"{name}{runs.END}" for name in [*names, "ensemble", "members", *ranks.KINDS]]
+    assert sorted(path.name for path in runs.HERE.glob("*.xz")) == sorted(packed)
     assert sum(path.stat().st_size for path in runs.HERE.rglob("*") if path.suffix != ".pyc") < 600_000
 
 

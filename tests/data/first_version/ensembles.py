@@ -1,7 +1,7 @@
 """An ensemble that was saved, and a folder of two members: one is finished, the other was under way.
 
 * ``ensemble.ckpt.xz``, ``ensemble.end.xz``: what ``trainer.save_checkpoint`` wrote of it, and what it predicted.
-* ``members``: the folder of ``fit_members`` when the second member's fit was killed.
+* ``members.tar.xz``: the folder of ``fit_members`` when the second member's fit was killed.
 * ``members.end.xz``: what the members' files held when it had been called again.
 """
 
@@ -78,8 +78,8 @@ def under_way(folder: Path) -> Path:
     return path
 
 
-def write_members() -> None:
-    """Write the folder, without what Lightning's ``ModelCheckpoint`` holds, and what it is when the rest is trained."""
+def write_members() -> dict[str, Any]:
+    """Write the folder, without what Lightning's ``ModelCheckpoint`` holds; what it is when the rest is trained."""
     folder = Path("members")
     fit(folder, kill=True)
     path = under_way(folder)
@@ -87,12 +87,18 @@ def write_members() -> None:
     ours = {key: state for key, state in checkpoint["callbacks"].items() if "best_k_models" not in state}
     torch.save(checkpoint | {"callbacks": ours}, path)
     shutil.rmtree(folder / "member-0")  # it is finished
-    shutil.copytree(folder, runs.HERE / folder, dirs_exist_ok=True)
+    shutil.make_archive(str(runs.HERE / "members"), "xztar", folder)
     trained = fit(folder)
     assert trained.keys() == {1} and trained[1] < AFTER, trained
     fit(Path("whole"))
     assert not (wrong := runs.differences(held(folder), held(Path("whole")))), wrong
-    torch.save({"held": held(folder), "trained": trained}, "members.end")
+    return {"held": held(folder), "trained": trained}
+
+
+def unpack_members(folder: Path) -> dict[str, Any]:
+    """Put the folder of members into a folder; what it was when the rest had been trained."""
+    shutil.unpack_archive(runs.HERE / "members.tar.xz", folder, filter="data")
+    return runs.unpack_end("members")
 
 
 def predictions(ensemble: Ensemble) -> list[Tensor]:
@@ -102,8 +108,8 @@ def predictions(ensemble: Ensemble) -> list[Tensor]:
         return [ensemble(x), *(member(x) for member in ensemble.members)]
 
 
-def write_ensemble() -> None:
-    """Write an ensemble that was validated, and what it predicts."""
+def write_ensemble() -> dict[str, Any]:
+    """Write an ensemble that was validated; what it predicts."""
     made = Ensemble([Member(seed=5, scale=2.0), Member(seed=6, scale=0.5)], **OF_ENSEMBLE)
     arguments = dict(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     trainer = Trainer(enable_progress_bar=False, enable_model_summary=False, **arguments)
@@ -111,7 +117,7 @@ def write_ensemble() -> None:
     trainer.save_checkpoint("ensemble.ckpt")
     again = load_ensemble(Path("ensemble.ckpt"))
     assert not runs.differences(predictions(again), predictions(made))
-    torch.save({"predictions": predictions(made), "validated": validated}, "ensemble.end")
+    return {"predictions": predictions(made), "validated": validated}
 
 
 def load_ensemble(path: Path) -> Ensemble:

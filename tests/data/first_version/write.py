@@ -19,19 +19,20 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as in the tests, before torch starts: threads add in another order
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from tests.data.first_version import ensembles, runs
+from tests.data.first_version import ensembles, ranks, runs
 from tests.data.first_version.cases import CASES, Case
 
 
 def write(case: Case) -> None:
     """Write the file of a case, and how its run ended."""
-    path, end_path = Path(f"{case.name}.ckpt"), Path(f"{case.name}.end")
+    path = Path(f"{case.name}.ckpt")
     there = runs.begun(case, path)
     leave_out_of_lightning(path)
     if case.folder is not None:
@@ -53,9 +54,28 @@ def write(case: Case) -> None:
         if not seen and runs.differences(other, end):
             lost[key] = ["steps"]
     assert not lost or any(lost.values()), f"{case.name}: nothing is remembered"
-    torch.save({"there": there, "end": end, "states": states, "without": lost}, end_path)
-    sizes = [pack(path, runs.CHECKPOINT), pack(end_path, runs.END)]
+    kept = {"there": there, "end": end, "states": states, "without": lost}
+    sizes = [pack(path, runs.CHECKPOINT), keep_end(case.name, kept)]
     print(case.name, sizes, {key: " ".join(what) for key, what in lost.items()}, flush=True)
+
+
+def write_ranks() -> None:
+    """Write the files of two processes."""
+    from tests.machine.groups import Group  # as it was called then
+
+    with Group(2, timeout=300.0) as group:
+        for kind in ranks.KINDS:
+            Path(kind).mkdir()
+            path = Path(kind, f"{kind}.ckpt").resolve()
+            first = group.run(ranks.uninterrupted, kind, path)
+            position, ends = first[0]["there"]["position"], [rank["end"] for rank in first]
+            wrong = runs.differences(group.run(ranks.resumed, kind, path, position), ends)
+            assert not wrong, "\n".join([kind, *wrong])
+            for key in ranks.keys_in(path):
+                ranks.lose(key, path, beside := Path(f"without-{kind}").resolve())
+                assert runs.differences(group.run(ranks.resumed, kind, beside, position), ends), (kind, key)
+            shutil.make_archive(str(runs.HERE / kind), "xztar", kind)
+            print(kind, keep_end(kind, {"ranks": first}), (runs.HERE / f"{kind}.tar.xz").stat().st_size)
 
 
 def leave_out_of_lightning(path: Path) -> None:
@@ -73,6 +93,13 @@ def pack(path: Path, ending: str) -> int:
     return len(packed)
 
 
+def keep_end(name: str, end: dict[str, Any]) -> int:
+    """Keep what a run ended with, in the smaller of torch's formats, and return the size."""
+    path = Path(f"{name}.end")
+    torch.save(end, path, _use_new_zipfile_serialization=False)
+    return pack(path, runs.END)
+
+
 def main(names: list[str]) -> None:
     """Write the files of these cases, or all."""
     warnings.simplefilter("ignore")
@@ -80,11 +107,12 @@ def main(names: list[str]) -> None:
         os.chdir(folder)
         for case in (case for case in CASES if not names or case.name in names):
             write(case)
+        if not names or "ranks" in names:
+            write_ranks()
         if not names or "ensembles" in names:
-            ensembles.write_members()
-            ensembles.write_ensemble()
-            files = [("members.end", runs.END), ("ensemble.ckpt", runs.CHECKPOINT), ("ensemble.end", runs.END)]
-            print("ensembles", [pack(Path(path), ending) for path, ending in files])
+            print("members", keep_end("members", ensembles.write_members()))
+            kept = ensembles.write_ensemble()
+            print("ensemble", pack(Path("ensemble.ckpt"), runs.CHECKPOINT), keep_end("ensemble", kept))
         os.chdir(runs.HERE)
 
 
