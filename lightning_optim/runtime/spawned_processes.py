@@ -1,10 +1,10 @@
-"""Callbacks of a fit that ran in other processes (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``) and ended there.
+"""Bring the attributes of callbacks back from the processes of ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook``.
 
-The launching process keeps its own callbacks, to which nothing has happened. Of the processes that trained, Lightning
-brings back the module's weights and ``trainer.callback_metrics``. Here the attributes of our callbacks come back too:
-process 0 writes them to a file, and sends its path with Lightning's results, through a pipe that is too small for more.
-When the launching process unpickles the results, its callbacks get the attributes, and the file is removed. Weights
-that callbacks hold beside the module's stay there, and an error says so where they are asked for.
+Nothing has happened to the callbacks of the launching process. Of the processes that trained, Lightning brings back
+the module's weights and ``trainer.callback_metrics``. Here process 0 also writes the attributes of its callbacks to
+temporary files, and sends their paths with Lightning's results: through a pipe that is too small for more. When the
+launching process unpickles the results, its callbacks get the attributes, and the files are removed. Weights that
+callbacks hold beside the module's are not sent, and an error says so where they are asked for.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch import nn
 from lightning_optim.runtime.lightning import Trainer, rank_zero_warn
 from lightning_optim.runtime.order import SessionCallback
 
-_here: WeakValueDictionary[int, SessionCallback] = WeakValueDictionary()
-"""The callbacks of this process, by their ``id``."""
+_callbacks: WeakValueDictionary[int, SessionCallback] = WeakValueDictionary()
+"""Callbacks of this process, by their ``id``."""
 
 
 def remember(callback: SessionCallback) -> None:
-    """Register a new callback, to be found when its attributes come back from other processes."""
-    _here[id(callback)] = callback
+    """Register a new callback, so that it is found when its attributes come back from other processes."""
+    _callbacks[id(callback)] = callback
 
 
 def send_back(trainer: Trainer, callbacks: list[SessionCallback]) -> None:
-    """In a process that was launched: add the attributes of callbacks to what it returns when it ends."""
+    """Add the attributes of callbacks to what a launched process returns when it ends; a no-op in any other process."""
     launcher: Any = trainer.strategy.launcher
     if not hasattr(launcher, "get_extra_results"):
         return
@@ -44,15 +44,22 @@ def send_back(trainer: Trainer, callbacks: list[SessionCallback]) -> None:
     def get_extra_results(trainer: Trainer) -> dict[str, Any]:
         origins = [id(callback) if forked else callback.launcher_id for callback in callbacks]
         folder = Path(tempfile.mkdtemp(prefix="lightning_optim-"))
-        parcels = [_write(callback, origin, folder) for callback, origin in zip(callbacks, origins, strict=True)]
-        return {**collect(trainer), "lightning_optim": _Returned(str(folder), parcels)}
+        returned = [_write(callback, origin, folder) for callback, origin in zip(callbacks, origins, strict=True)]
+        return {**collect(trainer), "lightning_optim": _ReturnedCallbacks(str(folder), returned)}
 
     launcher.get_extra_results = get_extra_results  # for the rest of this process, which ends with it
 
 
 @dataclass
-class _Parcel:
-    """One callback: where it is in the launching process, and the file with its attributes, or why there is none."""
+class _ReturnedCallback:
+    """One callback on its way back.
+
+    Attributes:
+        origin: Its ``id`` in the launching process.
+        kind: The name of its class.
+        path: The file with its attributes.
+        failure: The reason why there is no such file.
+    """
 
     origin: int | None
     kind: str
@@ -60,19 +67,19 @@ class _Parcel:
     failure: str
 
 
-class _Returned:
-    """Results on their way back; unpickling them gives the callbacks of the launching process their attributes."""
+class _ReturnedCallbacks:
+    """Callbacks on their way back: unpickling this sets the attributes of those of the launching process."""
 
-    def __init__(self, folder: str, parcels: list[_Parcel]) -> None:
-        self.folder, self.parcels = folder, parcels
+    def __init__(self, folder: str, returned: list[_ReturnedCallback]) -> None:
+        self.folder, self.returned = folder, returned
 
     def __reduce__(self) -> Any:
-        return _receive, (self.folder, self.parcels)
+        return _receive, (self.folder, self.returned)
 
 
-def _write(callback: SessionCallback, origin: int | None, folder: Path) -> _Parcel:
+def _write(callback: SessionCallback, origin: int | None, folder: Path) -> _ReturnedCallback:
     out = {*callback.stays, "launcher_id", "ran_elsewhere", "not_returned"}
-    # A Trainer or a module of this process is no use in the other.
+    # A Trainer or a module of this process is useless in the other.
     sent = {
         name: value
         for name, value in callback.__getstate__().items()
@@ -83,19 +90,19 @@ def _write(callback: SessionCallback, origin: int | None, folder: Path) -> _Parc
         torch.save(sent, path)
     except Exception as error:  # of any kind: pickling runs the code of the user's attributes
         failure = f"{type(error).__name__}: {error}"
-    return _Parcel(origin, type(callback).__qualname__, str(path), failure)
+    return _ReturnedCallback(origin, type(callback).__qualname__, str(path), failure)
 
 
-def _receive(folder: str, parcels: Iterable[_Parcel]) -> None:
-    for parcel in parcels:
-        callback = _here.get(parcel.origin or 0)
-        if callback is None or type(callback).__qualname__ != parcel.kind:
+def _receive(folder: str, returned: Iterable[_ReturnedCallback]) -> None:
+    for one in returned:
+        callback = _callbacks.get(one.origin or 0)
+        if callback is None or type(callback).__qualname__ != one.kind:
             continue
         callback.ran_elsewhere = True
         try:
-            if parcel.failure:
-                raise RuntimeError(parcel.failure)
-            callback.__dict__.update(_read(parcel.path))
+            if one.failure:
+                raise RuntimeError(one.failure)
+            callback.__dict__.update(_read(one.path))
         except Exception as error:
             callback.not_returned = str(error)
             rank_zero_warn(f"{_reason(callback)} Its attributes here are those from before the fit.")
@@ -103,11 +110,11 @@ def _receive(folder: str, parcels: Iterable[_Parcel]) -> None:
 
 
 def _read(path: str) -> dict[str, Any]:
-    # What the program's own module defines is of a module of this name in a process that was spawned.
+    # A spawned process knows the classes of the program's main module under this module's name.
     before = sys.modules.get("__mp_main__")
     sys.modules["__mp_main__"] = before or sys.modules["__main__"]
     try:
-        # A process of ours wrote it a moment ago.
+        # Another process of this program has just written it.
         return torch.load(path, map_location="cpu", weights_only=False)
     finally:
         if before is None:
@@ -118,22 +125,22 @@ def check_not_lost(callback: SessionCallback) -> None:
     """Raise if the callback's last fit ran in other processes, and its attributes did not come back.
 
     Raises:
-        RuntimeError: With the reason, and what to do instead.
+        RuntimeError: It names the reason, and what to do instead.
     """
     if callback.not_returned:
         raise RuntimeError(f'{_reason(callback)} Train with `strategy="ddp"`, or load a checkpoint of that fit.')
 
 
 def check_weights_are_here(callback: SessionCallback, what: str, remedy: str) -> None:
-    """Raise if the callback's last fit ran in other processes, in which its weights stayed.
+    """Raise if the callback's last fit ran in other processes, in which its weights have stayed.
 
     Args:
         callback: The callback that is asked for weights.
-        what: Which weights these are.
-        remedy: Where else they are, or what to change, in a sentence.
+        what: The weights, for the message: ``"the average"``.
+        remedy: A sentence that says where else they are, or what to change.
 
     Raises:
-        RuntimeError: With the remedy.
+        RuntimeError: It names the remedy.
     """
     if callback.ran_elsewhere:
         raise RuntimeError(
