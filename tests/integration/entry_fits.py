@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,17 @@ from tests.registry import ENTRIES, Entry
 CELL = Cell("automatic", "32-true", "single", "4short")
 """One process, windows of four and a last one of two, a validation in the first window and one at the epoch's end."""
 
-each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+# Criteria see no tensor of the model: what one remembers, and how it resumes, is tested beside the criteria.
+OF_TENSORS = tuple(entry for entry in ENTRIES if entry.cells != "strategies")
+OF_SLOTS = tuple(entry for entry in ENTRIES if entry.cells == "all" or entry.name == "several")
+
+
+def _each(entries: Sequence[Entry]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
+
+
+each_entry = _each(OF_TENSORS)
+each_slot = _each(OF_SLOTS)  # for what depends on the base class alone
 each_kind = pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 
 

@@ -18,6 +18,7 @@ from tests.integration.entry_fits import (
     assert_same,
     differences,
     each_entry,
+    each_slot,
     fit,
     prepare,
     states,
@@ -36,7 +37,7 @@ def evaluated(fitted: Fitted, verb: str, **options: Any) -> float:
     return float(output[0]["val_loss" if verb == "validate" else "test_loss"])
 
 
-@each_entry
+@each_slot
 def test_before_any_fit(entry: Entry) -> None:
     fitted = prepare(entry, CELL, Evaluating)
     weights, before = models.full_weights(fitted.module), states(fitted.callbacks)
@@ -80,7 +81,7 @@ def test_without_a_path_after_a_fit(entry: Entry) -> None:
     assert not differences(models.full_weights(fitted.module), final)
 
 
-@each_entry
+@each_slot
 def test_evaluating_between_two_fits(entry: Entry) -> None:
     callbacks = entry.all_callbacks(CELL)
     fit(entry, callbacks=callbacks, max_epochs=1)

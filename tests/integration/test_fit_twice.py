@@ -8,7 +8,18 @@ import pytest
 
 from tests.harness import models
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import CELL, assert_same, differences, each_entry, fit, prepare, states, turn, whole
+from tests.integration.entry_fits import (
+    CELL,
+    assert_same,
+    differences,
+    each_entry,
+    each_slot,
+    fit,
+    prepare,
+    states,
+    turn,
+    whole,
+)
 from tests.registry import BY_NAME, Entry
 
 
@@ -38,7 +49,7 @@ def _fail() -> None:
     raise ZeroDivisionError
 
 
-@each_entry
+@each_slot
 def test_a_second_fit_of_one_trainer_goes_on(entry: Entry) -> None:
     """A finished Trainer that is asked to fit again has nothing to do, and leaves the module as it is."""
     fitted = fit(entry)
@@ -47,7 +58,7 @@ def test_a_second_fit_of_one_trainer_goes_on(entry: Entry) -> None:
     assert not differences(models.full_weights(fitted.module), before)
 
 
-@each_entry
+@each_slot
 def test_two_trainers_at_once_do_not_meet(entry: Entry) -> None:
     """A fit within another fit, as a search for hyper-parameters may do."""
     inner: list[Any] = []

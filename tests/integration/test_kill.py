@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import each_entry, turn
+from tests.integration.entry_fits import OF_SLOTS, OF_TENSORS, turn
 from tests.integration.forks import in_forks, results
 from tests.integration.killing import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
 from tests.registry import Entry
@@ -17,8 +17,19 @@ from tests.registry import Entry
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
 
 
-@each_entry
-@pytest.mark.parametrize("manual", [False, True])
+ALSO_MANUAL = [(entry, manual) for entry in OF_TENSORS for manual in (False, True) if not manual or entry in OF_SLOTS]
+STRATEGIES = [
+    (entry, strategy)
+    for entry in OF_TENSORS
+    for strategy in (("ddp", "fsdp2") if entry in OF_SLOTS else (turn(entry, "fsdp2", "ddp", "fsdp2"),))
+]
+
+
+def _named(value: Any) -> str:
+    return value.name if isinstance(value, Entry) else str(value)
+
+
+@pytest.mark.parametrize(("entry", "manual"), ALSO_MANUAL, ids=_named)
 def test_one_process(entry: Entry, manual: bool, tmp_path: Path) -> None:
     """From each file with `ExactResume`; without it if a file swallows no validation; without callbacks, never."""
     kind = turn(entry, "manual", "two") if manual else "automatic"
@@ -36,8 +47,7 @@ def _last_step(folder: Path) -> str:
     return max(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns).stem
 
 
-@each_entry
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("entry", "strategy"), STRATEGIES, ids=_named)
 def test_two_processes(entry: Entry, strategy: Any, tmp_path: Path) -> None:
     """Two ranks are killed, two new ones resume: at a step's end, and within a window with a validation due.
 

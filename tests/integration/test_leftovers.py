@@ -12,7 +12,17 @@ from lightning_optim import L2, GradientAccumulation, Linear, WeightRegularizati
 from lightning_optim.runtime.session import Session
 from tests.harness import models
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import CELL, assert_same, differences, each_entry, fit, prepare, turn, whole
+from tests.integration.entry_fits import (
+    CELL,
+    assert_same,
+    differences,
+    each_entry,
+    each_slot,
+    fit,
+    prepare,
+    turn,
+    whole,
+)
 from tests.integration.leftovers import left, settings
 from tests.registry import BY_NAME, Entry
 
@@ -41,7 +51,7 @@ def left_by_none(cell: Cell, epochs: int) -> dict[str, Any]:
     return left(fit(BY_NAME["plain"], cell, callbacks=[], max_epochs=epochs))
 
 
-@each_entry
+@each_slot
 def test_after_a_refusal_in_setup(entry: Entry) -> None:
     """The last is refused when the others are set up already: another Trainer and the module know nothing of it."""
     endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")
@@ -54,7 +64,7 @@ def test_after_a_refusal_in_setup(entry: Entry) -> None:
     assert_same(again, whole(entry))
 
 
-@each_entry
+@each_slot
 def test_after_a_refusal_at_the_start_of_training(entry: Entry) -> None:
     """Only the loaded data tell that this run has no end."""
     endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import CELL, assert_same, differences, each_entry, fit, prepare, states, whole
+from tests.integration.entry_fits import (
+    CELL,
+    assert_same,
+    differences,
+    each_entry,
+    each_slot,
+    fit,
+    prepare,
+    states,
+    whole,
+)
 from tests.registry import Entry
 
 COPIES = {"pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "deepcopy": copy.deepcopy}
@@ -57,7 +67,7 @@ def test_a_copy_after_the_fit(entry: Entry, how: str) -> None:
     assert not shared(states_live(copies), states_live(fitted.ours)), "a copy holds the original's tensors"
 
 
-@each_entry
+@each_slot
 def test_a_copy_takes_no_model_with_it(entry: Entry) -> None:
     """Lightning gives each callback the module's `log`, and so the module, which a pickle would hold as a whole."""
     fitted = fit(entry, CELL, Unpicklable)
@@ -82,7 +92,7 @@ def test_repr(entry: Entry) -> None:
         assert not re.search(r" at 0x|object at", text)
 
 
-@each_entry
+@each_slot
 def test_the_run_around_is_not_identity(entry: Entry) -> None:
     """The state of a file is found whatever the optimization, the precision and the windows are now."""
     keys = [{callback.state_key for callback in prepare(entry, cell).ours} for cell in (CELL, TWO)]

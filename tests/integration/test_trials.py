@@ -18,6 +18,7 @@ from tests.integration.entry_fits import (
     Fitted,
     differences,
     each_entry,
+    each_slot,
     fit,
     prepare,
     states,
@@ -48,7 +49,7 @@ def assert_as(fitted: Fitted, alone: Fitted) -> None:
         assert not differences(getattr(one, what), getattr(other, what)), what
 
 
-@each_entry
+@each_slot
 def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
     fitted = prepare(entry, CELL, Findable, default_root_dir=tmp_path)
     weights, before = models.full_weights(fitted.module), states(fitted.callbacks)
@@ -69,7 +70,7 @@ def left_by_a_search(folder: Any, epochs: int) -> dict[str, Any]:
     return left(plain)
 
 
-@each_entry
+@each_slot
 @pytest.mark.parametrize("first", [True, False])
 def test_finder_among_the_callbacks(entry: Entry, first: bool, tmp_path: Any) -> None:
     """Its trial steps come before the fit's first, with ours installed or not yet, and count for none of ours."""
@@ -118,7 +119,7 @@ def test_finder_in_the_middle(entry: Entry, tmp_path: Any) -> None:
     assert not differences(states(callbacks), states(alone.callbacks))
 
 
-@each_entry
+@each_slot
 def test_fast_dev_run(entry: Entry, tmp_path: Any) -> None:
     """One batch of each kind, as in a fit of one batch; and nothing is kept, so nothing is restored."""
     quick = fit(entry, CELL, fast_dev_run=True, default_root_dir=tmp_path)

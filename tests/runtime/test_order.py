@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 from lightning_optim import OptimCallback
 from lightning_optim.runtime.order import Slot
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import CELL, assert_same, differences, fit, prepare, states, whole
-from tests.registry import BY_NAME, ENTRIES, Entry
+from tests.integration.entry_fits import CELL, OF_TENSORS, assert_same, differences, fit, prepare, states, whole
+from tests.registry import BY_NAME, Entry
 
 SEVERAL = BY_NAME["several"]
 SIZE = len(SEVERAL.all_callbacks(CELL))
@@ -86,7 +86,7 @@ def _commute(pair: tuple[Entry, Entry]) -> bool:
 
 
 WITH = [BY_NAME[name] for name in ("l1_l2", "clip_norm", "ema", "stop")]
-PAIRS = [pair for pair in itertools.product(WITH, ENTRIES) if _commute(pair)]
+PAIRS = [pair for pair in itertools.product(WITH, OF_TENSORS) if _commute(pair)]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}, {pair[1].name}")
@@ -99,6 +99,6 @@ def test_two_entries_in_either_order(pair: tuple[Entry, Entry]) -> None:
 
 def test_pairs_cover_all() -> None:
     covered = {entry.name for pair in PAIRS for entry in pair}
-    left = {entry.name for entry in ENTRIES if entry.name not in covered}
+    left = {entry.name for entry in OF_TENSORS if entry.name not in covered}
     slots = {name: [callback.slot for callback in BY_NAME[name].callbacks(STEPS)] for name in left}  # type: ignore[attr-defined]
     assert all(None in some or name == "several" for name, some in slots.items()), f"in no pair: {slots}"

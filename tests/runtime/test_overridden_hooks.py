@@ -22,7 +22,7 @@ from tests.integration.entry_fits import (
     Remembering,
     assert_same,
     differences,
-    each_entry,
+    each_slot,
     fit,
     states,
     whole,
@@ -60,7 +60,7 @@ def overridden(callbacks: list[Any], make: Any) -> list[Any]:
     return callbacks
 
 
-@each_entry
+@each_slot
 @pytest.mark.parametrize("make", [silent, calling])
 def test_every_hook_overridden(entry: Entry, make: Any) -> None:
     """The run, the state and what is left behind are those of the class itself, with `super()` and without."""
