@@ -20,6 +20,7 @@ from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.arguments import check_number
 from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.files.own_files import OwnFiles
+from lightning_optim.runtime.files.saved_weights import load_weights_
 from lightning_optim.runtime.files.sharded_reading import load_folder
 from lightning_optim.runtime.lightning import (
     LightningModule,
@@ -163,7 +164,7 @@ class CheckpointAveraging(BatchNormRefresh):
         is_own = self.best_path in self.session.own_files
         self._displaced.keep_raw(pl_module)
         try:
-            checkpoint_state.load_weights_(pl_module, self.best_path, weights_only=not is_own)
+            load_weights_(pl_module, self.best_path, weights_only=not is_own)
         except (OSError, ValueError) as error:
             rank_zero_warn(f"CheckpointAveraging leaves the module as it is: the best checkpoint is not read: {error}")
             self.best_path = ""

@@ -1,4 +1,4 @@
-"""Lightning's ``EMAWeightAveraging``: the same arguments, exact in every precision and strategy."""
+"""Lightning's ``EMAWeightAveraging``, with its arguments, exact in every precision and strategy."""
 
 from __future__ import annotations
 

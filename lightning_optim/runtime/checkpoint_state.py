@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.base import module_tensors, shards
-from lightning_optim.runtime.files import safe_reading
-from lightning_optim.runtime.files.sharded_reading import load_folder
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Strategy, Trainer
 from lightning_optim.runtime.patching import patched
 
@@ -191,47 +188,6 @@ def _drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set
         _, part, *name = path.split("/", 2)
         if part in parts and module_tensors.plain_name("".join(name)) in names:
             del shards[path]
-
-
-@torch.no_grad()
-def load_weights_(module: LightningModule, path: str, weights_only: bool = True) -> None:
-    """Copy the ``state_dict`` of a checkpoint, a file or a folder, into the module, by name.
-
-    A tensor that cannot be written in place, such as an expanded one, is left as it is.
-
-    Args:
-        module: Under FSDP2 every rank gets its shards.
-        path: What Lightning wrote.
-        weights_only: Whether to read nothing but tensors and plain values.
-
-    Raises:
-        OSError: If it cannot be opened.
-        ValueError: If it is damaged, no checkpoint, or holds other objects and ``weights_only`` is set; before anything
-            is copied.
-    """
-    shards.reshard_(module)
-    writable = module_tensors.writable_tensors(module)
-    live = {
-        n: tensor
-        for n, tensor in module_tensors.named_tensors(module).items()
-        if module_tensors.plain_name(n) in writable
-    }
-    if os.path.isdir(path):
-        load_folder({"state_dict": live}, path, weights_only)  # into the live storage, shard by shard
-        return
-    loaded = safe_reading.load(path, weights_only)
-    saved = loaded.get("state_dict") if isinstance(loaded, dict) else None
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`")
-    found = {}
-    for name, tensor in live.items():
-        key = name if name in saved else module_tensors.plain_name(name)
-        if key in saved:
-            if getattr(saved[key], "shape", None) != tensor.shape:
-                raise ValueError(f"{path} is of another model: its {key} does not have the shape {tuple(tensor.shape)}")
-            found[name] = saved[key]
-    for name, value in found.items():
-        shards.copy_(live[name], value)
 
 
 def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:

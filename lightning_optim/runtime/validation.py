@@ -1,4 +1,4 @@
-"""One more validation within a fit, of which nothing is seen but its metrics."""
+"""Run one more validation during a fit, without a trace but the metrics that are returned."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from lightning_optim.runtime.patching import patched
 
 
 def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str, Tensor]:
-    """The metrics of a validation with the weights that the module holds now.
+    """Validate with the weights that the module holds now, and return the metrics.
 
-    The module's own hooks run; callbacks and loggers hear nothing of it, nothing is saved, and metrics, progress, the
-    random state and the module's modes are afterwards as before.
+    The hooks of the module are called; those of callbacks are not, nothing is sent to loggers, and nothing is saved.
+    Metrics, progress, random state and the module's train and eval modes are restored afterwards.
 
     Args:
-        trainer: A Trainer within ``fit``.
-        run: Runs the validation loop. Default: Lightning's own, whatever was put in its place.
+        trainer: A Trainer in ``fit``.
+        run: Function that runs the validation loop. Default: that of Lightning, even if it was patched.
 
     Returns:
-        What the validation logged, by name. Empty if there are no validation data.
+        The logged metrics by name; an empty dictionary if there is no validation set.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    with isolate_rng(), _quiet(trainer), _staged(trainer):
+    with isolate_rng(), _without_callbacks_and_loggers(trainer), _in_validation_stage(trainer):
         (run or (lambda: type(loop).run(loop)))()
         return dict(trainer.callback_metrics)
 
 
 @contextlib.contextmanager
-def _quiet(trainer: Trainer) -> Iterator[None]:
+def _without_callbacks_and_loggers(trainer: Trainer) -> Iterator[None]:
+    """Context manager: no callback or logger is called, nothing is saved; metrics and progress are restored."""
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     callbacks, loggers, progress = trainer.callbacks, trainer.loggers, copy.deepcopy(loop.batch_progress)
     metrics = {
@@ -44,7 +45,7 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
     for name in metrics:
         setattr(connector, name, {})
     try:
-        # The module may save in a hook of its own. It will do so in the validation that is seen, with callbacks' state.
+        # A hook of the module may save a checkpoint. It will do so again in the validation that callbacks see.
         with patched(trainer, "save_checkpoint", lambda *args, **kwargs: None):
             yield
     finally:
@@ -54,8 +55,8 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _staged(trainer: Trainer) -> Iterator[None]:
-    """Lightning takes the running loop, and so where a logged value goes, from the stage."""
+def _in_validation_stage(trainer: Trainer) -> Iterator[None]:
+    """Context manager: the Trainer is validating, so that ``log`` sends values to the validation loop."""
     stage, connector = trainer.state.stage, trainer._logger_connector
     first, hook = connector._first_loop_iter, trainer.lightning_module._current_fx_name
     trainer.validating = True

@@ -1,4 +1,4 @@
-"""The best weights so far: a copy in memory, or a whole checkpoint in a directory."""
+"""Keep the best weights so far: in memory, or as a checkpoint in a directory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,17 @@ from lightning_optim.runtime.cpu_copies import copies_of, exchange_, fitting, lo
 from lightning_optim.runtime.evaluated_weights import evaluated_state
 from lightning_optim.runtime.files.checkpoint_io import using_checkpoint_io
 from lightning_optim.runtime.files.own_files import OwnFiles, resolved
+from lightning_optim.runtime.files.saved_weights import SavedWeights
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, get_filesystem, rank_zero_warn
 from lightning_optim.runtime.raw_weights import Displaced, on_cpu
-from lightning_optim.stopping.saved_weights import SavedWeights, with_pruning_applied
 
 
 class BestWeights(Displaced, abc.ABC):
-    """Keeps the evaluated weights of one check until better ones come, and the raw weights once the best is restored.
+    """Keep the weights of the best validation, and the raw weights once the best ones are restored.
 
     Attributes:
-        left_out: Plain names of the frozen parameters that checkpoints leave out, and so does the best.
+        left_out: Plain names of frozen parameters that checkpoints leave out; the best leaves them out too.
     """
 
     def __init__(self) -> None:
@@ -36,8 +37,8 @@ class BestWeights(Displaced, abc.ABC):
         self.left_out: set[str] = set()
 
     @abc.abstractmethod
-    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
-        """Keep what a validation would use now. Call it on all ranks.
+    def store(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+        """Store the weights that a validation would use now. Call it on all ranks.
 
         Args:
             trainer: The running Trainer.
@@ -45,36 +46,36 @@ class BestWeights(Displaced, abc.ABC):
         """
 
     @property
-    def place(self) -> str:
-        """Directory in which the best is kept; empty for memory."""
+    def location(self) -> str:
+        """Directory of the best checkpoint, resolved; empty for memory."""
         return ""
 
     @property
     @abc.abstractmethod
     def has_best(self) -> bool:
-        """Whether there is anything to restore."""
+        """True if there are weights to restore."""
 
     @abc.abstractmethod
     def copy_into_(self, module: nn.Module) -> None:
-        """Copy the best weights and buffers into ``module``, by name; warn of what does not fit."""
+        """Copy the best weights and buffers into ``module``, by name; warn of those that do not fit."""
 
     @abc.abstractmethod
-    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
-        """Put the best into the module's tensors, and what these held into ``_raw``."""
+    def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+        """Write the best into the module's tensors, and what these held into ``_raw``."""
 
-    def notice_unfrozen(self) -> None:
-        """Copy parameters that were left out because they were frozen, and that the next step will move."""
+    def add_unfrozen(self) -> None:
+        """Copy parameters that were left out while they were frozen, before the first step that trains them."""
 
     @torch.no_grad()
-    def place_(self, module: nn.Module) -> None:
-        """Put the best into the trained module and keep the raw weights; warn of what does not fit."""
+    def restore_(self, module: nn.Module) -> None:
+        """Put the best weights into the trained module and keep the raw ones; warn of those that do not fit."""
         if self._in_module:
             self.copy_into_(module)
             return
         shards.reshard_(module)
         live = module_tensors.writable_tensors(module)
         with uninterrupted():
-            self._place_(module, live)
+            self._restore_(module, live)
         self._in_module, self._module = True, weakref.ref(module)
 
     def extra_state(self) -> dict[str, Any]:
@@ -86,13 +87,13 @@ class BestWeights(Displaced, abc.ABC):
 
 
 class BestInMemory(BestWeights):
-    """A copy on the CPU, of this process's shards where the model is sharded. Each checkpoint grows by one model."""
+    """Keep a copy on the CPU; of a sharded model each rank keeps its shards. Each checkpoint grows by one model."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._best: dict[str, Tensor] = {}  # what of it is not in the module
-        self._lent: dict[str, Tensor] = {}  # the module's tensors that hold the rest
-        self._versions: dict[str, int] = {}
+        self._best: dict[str, Tensor] = {}  # the best weights that do not lie in the module
+        self._restored: dict[str, Tensor] = {}  # the module's tensors that hold the other best weights
+        self._versions: dict[str, int] = {}  # of these, when the best was restored
         self._frozen: dict[str, Tensor] = {}  # the module's parameters that are left out
 
     @property
@@ -100,7 +101,7 @@ class BestInMemory(BestWeights):
         return bool(self._best) or self._in_module
 
     @torch.no_grad()
-    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+    def store(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
         module = trainer.lightning_module
         evaluated = {module_tensors.plain_name(name): tensor for name, tensor in evaluated_state(trainer).items()}
         live = module_tensors.writable_tensors(module)
@@ -117,7 +118,7 @@ class BestInMemory(BestWeights):
         self.left_out = set(self._frozen)
 
     @torch.no_grad()
-    def notice_unfrozen(self) -> None:
+    def add_unfrozen(self) -> None:
         unfrozen = {name: parameter for name, parameter in self._frozen.items() if parameter.requires_grad}
         if unfrozen:
             self._best |= copies_of(unfrozen, unfrozen, {})
@@ -131,36 +132,36 @@ class BestInMemory(BestWeights):
             return
         shards.reshard_(module)
         live = module_tensors.writable_tensors(module)
-        best = with_pruning_applied({**self._local(self._lent), **self._best}, live)
+        best = with_pruning_applied({**_local(self._restored), **self._best}, live)
         fits = fitting(live, best)
         for name in fits:
             (shard,) = shards.local_shards([live[name]])
-            # The kept tensor is our shard, or the whole if it came from a file.
+            # The kept tensor is our shard, or the whole tensor if it came from a checkpoint.
             shards.copy_(shard if best[name].shape == shard.shape else live[name], best[name])
         _warn_of_mismatches(module, live, best, fits)
 
     def _warn_if_changed(self) -> None:
-        changed = [name for name, tensor in self._lent.items() if self._versions[name] != shards.version(tensor)]
+        changed = [name for name, tensor in self._restored.items() if self._versions[name] != shards.version(tensor)]
         if changed:
             rank_zero_warn(
-                f"The best weights lie in this module since the fit ended, and {first_names(changed)} were changed"
-                " there since: the best of these is lost. With `dirpath=` the best stays in a checkpoint."
+                f"The best weights are in this module since the fit ended, and {_first_names(changed)} have been"
+                " changed there since: the best values of these are lost. With `dirpath=` the best stays in a checkpoint."
             )
 
-    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+    def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
         best = localized(with_pruning_applied(self._best, live), live)
         fits = fitting(live, best)
         _warn_of_mismatches(module, live, best, fits)
         self._best = {name: kept for name, kept in best.items() if name not in fits}
         self._raw = exchange_(live, {name: best[name] for name in fits})
-        self._lent = {name: live[name] for name in fits}
-        self._versions = {name: shards.version(tensor) for name, tensor in self._lent.items()}
+        self._restored = {name: live[name] for name in fits}
+        self._versions = {name: shards.version(tensor) for name, tensor in self._restored.items()}
 
     def _take_(self, live: dict[str, Tensor]) -> None:
         moved = {name: self._raw[name] for name in fitting(live, self._raw)}
         unmoved = {name: live[name] for name in live.keys() - moved.keys() - self._best.keys() - self.left_out}
         self._best = self._best | copies_of(unmoved, unmoved, {}) | exchange_(live, moved)
-        self._lent, self._versions = {}, {}
+        self._restored, self._versions = {}, {}
 
     @torch.no_grad()
     def resume_(self, module: nn.Module) -> None:
@@ -180,25 +181,21 @@ class BestInMemory(BestWeights):
         self._best = on_cpu(extra.get("best", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy holds the best itself, wherever it lies."""
-        lent = {name: shard.detach().clone() for name, shard in self._local(self._lent).items()}
-        return {**super().__getstate__(), "_lent": lent, "_versions": {}, "_frozen": {}}
-
-    @staticmethod
-    def _local(named: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(named, shards.local_shards(named.values()), strict=True))
+        """Return the content of a copy, which holds the best weights itself."""
+        restored = {name: shard.detach().clone() for name, shard in _local(self._restored).items()}
+        return {**super().__getstate__(), "_restored": restored, "_versions": {}, "_frozen": {}}
 
 
 class BestInDirectory(BestWeights):
-    """A whole checkpoint, written beside and renamed, so that a kill leaves the one before or the new one.
+    """Keep a whole checkpoint in a directory. A new one replaces it by renaming, so a kill leaves one of the two.
 
     Args:
-        directory: Where the file is written; made if it is not there.
-        stem: The file's name without ``.ckpt``.
-        own_files: What this process wrote, and may be unpickled; another's file may hold anything.
+        directory: The directory; created if it does not exist.
+        stem: The name of the checkpoint without ``.ckpt``.
+        own_files: Checkpoints that this process wrote, which may be unpickled; any other is read as untrusted.
 
     Attributes:
-        path: The file; empty before the first.
+        path: The checkpoint; empty before the first.
     """
 
     def __init__(self, directory: str, stem: str, own_files: OwnFiles) -> None:
@@ -207,34 +204,34 @@ class BestInDirectory(BestWeights):
         self.path = ""
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return resolved(self.directory).rstrip("/") or "/"
 
     @property
     def has_best(self) -> bool:
         return bool(self.path)
 
-    def keep(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
+    def store(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
         if not self._may_replace(self.path):
-            self.path = self._free_path()
+            self.path = self._unused_path()
         self.path = trainer.strategy.broadcast(self.path)
-        beside = f"{self.path}.new"
+        new = f"{self.path}.new"
         with _synchronous_writing(trainer.strategy):
-            trainer.save_checkpoint(beside)
+            trainer.save_checkpoint(new)
         if trainer.is_global_zero:
-            _rename(beside, self.path)
+            _rename(new, self.path)
         trainer.strategy.barrier("the best checkpoint is renamed")
-        self._own_files.rename(beside, self.path)
+        self._own_files.rename(new, self.path)
         self._module = weakref.ref(trainer.lightning_module)
 
     def _may_replace(self, path: str) -> bool:
-        """Return whether this run, or an earlier part of it, wrote ``path``; a checkpoint may name anybody's file."""
+        """Return whether this run, or an earlier part of it, wrote ``path``, which a checkpoint may name at will."""
         directory, name = os.path.split(path)
         is_named_so = re.fullmatch(rf"{re.escape(self.stem)}(-v\d+)?\.ckpt", name)
-        return path in self._own_files or (bool(is_named_so) and resolved(directory) == self.place)
+        return path in self._own_files or (bool(is_named_so) and resolved(directory) == self.location)
 
-    def _free_path(self) -> str:
-        """A name that no earlier run has used: its best is not ours to overwrite."""
+    def _unused_path(self) -> str:
+        """Return a path that no earlier run has used, so that its best checkpoint is not overwritten."""
         get_filesystem(self.directory).makedirs(self.directory, exist_ok=True)
         path, version = os.path.join(self.directory, f"{self.stem}.ckpt"), 0
         while any(get_filesystem(path).exists(name) for name in (path, f"{path}.new")):
@@ -252,10 +249,11 @@ class BestInDirectory(BestWeights):
 
     def _open(self, live: dict[str, Tensor]) -> tuple[SavedWeights, list[str]]:
         path = self.path if get_filesystem(self.path).exists(self.path) else f"{self.path}.new"
-        saved = SavedWeights.at(path, live, weights_only=path not in self._own_files)
+        prune = partial(with_pruning_applied, live=live)
+        saved = SavedWeights.open(path, path not in self._own_files, prune)
         return saved, [name for name, shape in saved.shapes.items() if name in live and live[name].shape == shape]
 
-    def _place_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
+    def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
         saved, fits = self._open(live)
         targets = {name: live[name] for name in fits}
         self._raw = copies_of(targets, targets, {})
@@ -275,9 +273,42 @@ class BestInDirectory(BestWeights):
         self.path = extra.get("best_path", "")
 
 
-def _warn_of_mismatches(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: list[str]) -> None:
-    if said := describe_mismatches(live, module, held, fits):
+# ---- a module that has changed since ---------------------------------------------------------------------------------
+
+
+def with_pruning_applied(held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the held tensors for a module whose pruning was made permanent since: weights times their masks."""
+    names = {name.removesuffix("_orig") for name in held if name.endswith("_orig") and name not in live}
+    pruned = {name for name in names if name in live and f"{name}_mask" in held}
+    products = {name: held[f"{name}_orig"] * held[f"{name}_mask"] for name in pruned}
+    parts = {f"{name}{part}" for name in pruned for part in ("_orig", "_mask")}
+    return {name: kept for name, kept in held.items() if name not in parts} | products
+
+
+def _warn_of_mismatches(module: nn.Module, live: dict[str, Tensor], held: Iterable[str], fits: Iterable[str]) -> None:
+    """Warn of held tensors that do not fit the module, and of tensors of the module that are not held."""
+    kept = set(held)
+    named = {module_tensors.plain_name(name) for name in module_tensors.named_tensors(module)}
+    mismatches = {
+        "no longer in the module": kept - named,
+        "not in the best weights": live.keys() - kept - module_tensors.frozen_names(module),
+        "with another shape now": (kept & live.keys()) - set(fits),
+    }
+    if said := "; ".join(f"{what}: {_first_names(names)}" for what, names in mismatches.items() if names):
         rank_zero_warn(f"Not all of the best weights are restored: {said}. The rest of the module is left as it is.")
+
+
+def _first_names(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
+    return f"{ordered[:8]}{more}"
+
+
+def _local(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(named, shards.local_shards(named.values()), strict=True))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _synchronous_writing(strategy: Strategy) -> contextlib.AbstractContextManager[None]:
@@ -288,30 +319,9 @@ def _synchronous_writing(strategy: Strategy) -> contextlib.AbstractContextManage
     return using_checkpoint_io(strategy, writer.checkpoint_io)
 
 
-def _rename(beside: str, path: str) -> None:
+def _rename(new: str, path: str) -> None:
     filesystem = get_filesystem(path)
     if filesystem.isdir(path):
-        # A folder cannot be replaced in one act; a kill in between leaves the new one, complete.
+        # A folder cannot be replaced in one operation; a kill in between leaves the new one, complete.
         filesystem.rm(path, recursive=True)
-    filesystem.mv(beside, path, recursive=filesystem.isdir(beside))
-
-
-def describe_mismatches(live: Mapping[str, Tensor], module: nn.Module, held: Iterable[str], fits: Iterable[str]) -> str:
-    """Say which held tensors do not fit a module that has changed, and which of it are not held; empty if none.
-
-    Frozen tensors need not be held.
-    """
-    held, named = set(held), {module_tensors.plain_name(name) for name in module_tensors.named_tensors(module)}
-    parts = {
-        "the module has no longer": held - named,
-        "the best check had no": live.keys() - held - module_tensors.frozen_names(module),
-        "of another shape by now:": (held & live.keys()) - set(fits),
-    }
-    return "; ".join(f"{what} {first_names(names)}" for what, names in parts.items() if names)
-
-
-def first_names(names: Iterable[str]) -> str:
-    """Return the names in a list, of many the first."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
-    return f"{ordered[:8]}{more}"
+    filesystem.mv(new, path, recursive=filesystem.isdir(new))

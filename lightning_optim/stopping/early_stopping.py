@@ -196,7 +196,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self._asked_to_stop = self._asked_to_stop and trainer.should_stop  # a resumed run asks again
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._best_weights.notice_unfrozen()
+        self._best_weights.add_unfrozen()
 
     # ---- the check ---------------------------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         if not self._best_weights.has_best:
             raise RuntimeError("There is no best yet: no check has improved, or `restore_best=False`.")
         if self._best_weights.is_of(module) and (self.fit is None or self.fit.failed):
-            self._best_weights.place_(module)
+            self._best_weights.restore_(module)
         else:
             self._best_weights.copy_into_(module)
 
@@ -316,7 +316,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             )
             return False
         try:
-            self._best_weights.place_(pl_module)
+            self._best_weights.restore_(pl_module)
         except Exception as error:
             if not self.best_path:
                 raise
@@ -336,11 +336,11 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def _keep(self, trainer: Trainer, left_out: list[str]) -> None:
         new = self._new_best_weights()
-        if self._best_weights.place != new.place:  # what was loaded is from a run with another `dirpath`
+        if self._best_weights.location != new.location:  # what was loaded is from a run with another `dirpath`
             self._best_weights = new
         elif isinstance(self._best_weights, BestInDirectory) and isinstance(new, BestInDirectory):
             self._best_weights.directory = new.directory  # by the name that the user gives it
-        self._best_weights.keep(trainer, left_out)
+        self._best_weights.store(trainer, left_out)
 
     def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
         """What was monitored over the checks, and which check was the best.

@@ -80,7 +80,7 @@ AVERAGES = [
     StochasticWeightAveraging(swa_epoch_start=2, device=None),
 ]
 WAYS_OUT = (
-    r"Override `\w+\.forward_batch\(pl_module, batch\)` with a forward pass, give `refresh_loader=` .*\"average\"`"
+    r"Override `\w+\.forward_batch\(pl_module, batch\)` with a forward pass, pass `refresh_loader=` .*\"average\"`"
 )
 
 
@@ -116,7 +116,7 @@ def test_a_step_that_takes_the_loaders_iterator_is_refused_by_name() -> None:
 
 def test_data_that_can_be_read_once_only_are_refused() -> None:
     said = _refusal(Model(make=norm_net), WeightAveraging(SWA()), train=DataLoader(Once(), batch_size=4))
-    assert "Once can be read once only" in said
+    assert "Once can be read only once" in said
 
 
 def test_a_refresh_loader_of_other_batches_is_refused() -> None:
@@ -296,7 +296,7 @@ def test_what_cannot_be_put_back_is_named(held: str) -> None:
     model = Holder(make=norm_net)
     model.net[0].tool, model.more = _Locked(), {"scales": itertools.count()}
     named = r"self\.net\.0\.tool \(_Locked\)" if held == "an object" else r"self\.more\['scales'\]"
-    with pytest.warns(UserWarning, match=rf"changed {named}, which cannot be put back.*Override `forward_batch`"):
+    with pytest.warns(UserWarning, match=rf"changed {named}, which cannot be restored.*Override `forward_batch`"):
         fit(model, [WeightAveraging(SWA())])
     assert isinstance(model.more["scales"], itertools.count)
 

@@ -244,9 +244,9 @@ def test_a_stream_is_read_by_a_copy_and_what_has_none_is_refused() -> None:
     assert len(model.batches) == 4
     stream = _Stream()
     stream.lines = (line for line in "ab")  # a generator, which nothing copies
-    with pytest.raises(ValueError, match="_Stream can be read once only: give `refresh_loader=`"):
+    with pytest.raises(ValueError, match="_Stream can be read only once: pass `refresh_loader=`"):
         own_copy(DataLoader(stream))
-    with pytest.raises(ValueError, match="list_iterator can be read once only"):
+    with pytest.raises(ValueError, match="list_iterator can be read only once"):
         own_copy(iter([1]))
 
 

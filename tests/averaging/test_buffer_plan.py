@@ -269,7 +269,7 @@ def test_another_treatment_is_refused(buffers: Any) -> None:
         ({"net.norm.*": "average"}, r"'net.norm.\*' matches no saved floating-point .*; near: \['net.norms.\d"),
         ({"*.count": "average"}, r"'\*.count' matches no saved floating-point buffer"),
         ({"net.one.*": "refresh"}, r"'net.one.moving' is neither: choose \"average\" or \"copy\" for it"),
-        ({"*.0.running_mean": "refresh", "*.0.running_var": "copy"}, 'estimated together.* give both "refresh"'),
+        ({"*.0.running_mean": "refresh", "*.0.running_var": "copy"}, 'estimated together.* pass "refresh" for both'),
     ],
 )
 def test_a_pattern_that_cannot_be_meant_is_refused_at_the_start(buffers: Any, sentence: str) -> None:

@@ -484,7 +484,7 @@ def test_compare_validates_both_and_plots() -> None:
         ({"dtype": "float7"}, "`dtype` must be a floating dtype of 16 bits or more"),
         ({"buffers": "never"}, '`buffers` must be "average", "refresh", "copy" or None, got \'never\''),
         ({"refresh_batches": 0}, "`refresh_batches` must be an integer >= 1, got 0"),
-        ({"refresh_loader": iter([1])}, "can be read once only"),
+        ({"refresh_loader": iter([1])}, "can be read only once"),
         ({"refresh_loader": 3}, "`refresh_loader` must be a loader of batches, which can be iterated, got 3"),
         ({"device": "nonsense"}, "`device` must be one that torch knows, .*, got 'nonsense'"),
         ({"device": 1.5}, "`device` must be one that torch knows, .*, got 1.5"),

@@ -67,12 +67,12 @@ def take_away(module: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (grow, r"of another shape by now: \['bank'\]"),
-        (lose, r"the module has no longer \['bank'\]"),
-        (empty, r"the module has no longer \['bank'\]"),
-        (add, r"the best check had no \['more.bias', 'more.weight'\]"),
-        (replace, r"of another shape by now: \['net.0.bias', 'net.0.weight', 'net.2.weight'\]"),
-        (take_away, r"the module has no longer \['bank', 'net.0.bias'\]"),
+        (grow, r"with another shape now: \['bank'\]"),
+        (lose, r"no longer in the module: \['bank'\]"),
+        (empty, r"no longer in the module: \['bank'\]"),
+        (add, r"not in the best weights: \['more.bias', 'more.weight'\]"),
+        (replace, r"with another shape now: \['net.0.bias', 'net.0.weight', 'net.2.weight'\]"),
+        (take_away, r"no longer in the module: \['bank', 'net.0.bias'\]"),
     ],
 )
 @each_place
@@ -253,7 +253,7 @@ def test_restoring_again_when_the_module_was_changed_since(in_directory: bool, t
         callback.restore_best_(module)
         assert same(weights(module), module.seen[0])
     else:
-        with pytest.warns(UserWarning, match=r"lie in this module .*\['net.0.weight'\] were changed .*dirpath"):
+        with pytest.warns(UserWarning, match=r"are in this module .*\['net.0.weight'\] have been changed .*dirpath"):
             callback.restore_best_(module)
 
 
@@ -262,7 +262,7 @@ def test_into_another_module_what_fits_is_copied(in_directory: bool, tmp_path: P
     module, callback = Buffered(bank=torch.ones(2)), stopping(tmp_path, in_directory)
     fit(module, callback, max_epochs=3)
     other = Scripted()
-    with pytest.warns(UserWarning, match=r"the module has no longer \['bank'\]"):
+    with pytest.warns(UserWarning, match=r"no longer in the module: \['bank'\]"):
         callback.restore_best_(other)
     assert same(weights(other) | {"bank": module.bank}, module.seen[0])
 

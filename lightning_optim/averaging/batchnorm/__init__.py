@@ -1,1 +1,1 @@
-"""BatchNorm statistics of averaged weights: estimated anew over batches of their own, leaving no trace in the run."""
+"""Estimate the statistics of BatchNorm anew for averaged weights, without a trace in the training run."""

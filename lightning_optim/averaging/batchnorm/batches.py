@@ -1,4 +1,4 @@
-"""Batches beside training: an iterator of its own over the data, and the run's draws and positions untouched."""
+"""Take batches for a refresh from a separate iterator; the positions and the random state of the run do not change."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def separate_batches(
 
     Args:
         trainer: The running Trainer.
-        loader: Where the batches come from; ``None``: the training data.
-        count: How many; ``None``: all. Never more than the loader has.
-        seed: Seed of all draws within, so that a resumed run sees the same batches. Afterwards all random state is as
-            before.
-        group: The ranks that train on different data, and shall get equally many batches: as many as each of them has.
+        loader: The loader to copy; ``None``: that of the training data.
+        count: Number of batches, at most those of one epoch; ``None``: all.
+        seed: Seed of the random state in this context, so that a resumed run gets the same batches. Afterwards the
+            random state is as before.
+        group: Ranks that train on different data. Each gets as many batches as the rank with the fewest has.
     """
     if loader is None:
         loader, count = _training_data(trainer), _limit(trainer, count)
-    with isolate_rng(), _draws_kept(loader) as generators:
-        # Ranks that hold parts of one model see one batch.
+    with isolate_rng(), _generators_kept(loader) as generators:
+        # Ranks outside of `group` hold shards of the same data-parallel replica and need the same batches.
         _seed(seed + (0 if group is None else dist.get_rank(group)), generators)
         with contextlib.closing(_take(loader, count, group)) as batches:
             yield batches
@@ -48,10 +48,10 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 
 def check_arguments(batches: int | None, loader: Iterable[Any] | None) -> None:
-    """Refuse a ``refresh_batches`` or a ``refresh_loader`` that cannot be used.
+    """Check the arguments ``refresh_batches`` and ``refresh_loader``.
 
     Raises:
-        ValueError: If so.
+        ValueError: If the first is not a positive integer or ``None``, or the second cannot be iterated twice.
     """
     if batches is not None:
         check_number("refresh_batches", batches, low=1, integer=True)
@@ -62,10 +62,10 @@ def check_arguments(batches: int | None, loader: Iterable[Any] | None) -> None:
 
 
 def own_copy(loader: Any) -> Any:
-    """Return a loader over the same data that can be iterated while ``loader`` itself is being iterated.
+    """Return a loader of the same data that can be iterated while ``loader`` itself is being iterated.
 
     Raises:
-        ValueError: If there is no second iterator: the data can be read once only.
+        ValueError: If the data can be read only once.
     """
     if isinstance(loader, CombinedLoader):
         copied = copy.copy(loader)
@@ -75,7 +75,7 @@ def own_copy(loader: Any) -> Any:
     if not isinstance(loader, DataLoader):
         return _copy_of(loader)
     copied = copy.copy(loader)
-    # Workers that persist belong to the one iterator of the loader that trains. Set past DataLoader's own guard.
+    # Persistent workers belong to the iterator that trains. DataLoader's `__setattr__` refuses to change these.
     changed: dict[str, Any] = {"_iterator": None, "persistent_workers": False}
     if isinstance(loader.dataset, IterableDataset):
         changed["dataset"] = loader.dataset if loader.num_workers else _copy_of(loader.dataset)
@@ -92,8 +92,8 @@ def own_copy(loader: Any) -> Any:
 
 def _copy_of(data: Any) -> Any:
     refused = ValueError(
-        f"BatchNorm statistics are estimated over an iterator of their own, and {type(data).__name__} can be read once"
-        ' only: give `refresh_loader=`, a loader that can be iterated anew, or choose `buffers="average"`.'
+        f"BatchNorm statistics are estimated with a separate iterator, and {type(data).__name__} can be read only once:"
+        ' pass `refresh_loader=`, a loader that can be iterated again, or `buffers="average"`.'
     )
     if isinstance(data, Iterator):
         raise refused
@@ -107,7 +107,7 @@ def _copy_of(data: Any) -> Any:
 
 def _training_data(trainer: Trainer) -> Iterable[Any]:
     combined = trainer.fit_loop._combined_loader
-    assert combined is not None, "the training data are there before the first step"
+    assert combined is not None, "the loader exists before the first step"
     return combined
 
 
@@ -127,7 +127,7 @@ def _take(loader: Iterable[Any], batches: int | None, group: dist.ProcessGroup |
         while (batches is None or count < batches) and all_agree((item := next(iterator, _END)) is not _END, group):
             yield item[0] if isinstance(combined, CombinedLoader) else item
             count += 1
-        # A loader that resumed in the middle of an epoch starts there, and gives the rest in a second pass.
+        # A loader that was resumed in the middle of an epoch starts there, and has the other batches in a second pass.
         if batches is None or count == before or not resumes:
             return
 
@@ -136,7 +136,7 @@ _END: Any = object()
 
 
 def all_agree(answer: bool, group: dist.ProcessGroup | None) -> bool:
-    """Return whether ``answer`` is true on all ranks of the group."""
+    """Return True if ``answer`` is true on all ranks of the group."""
     if group is None:
         return answer
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
@@ -149,8 +149,8 @@ def all_agree(answer: bool, group: dist.ProcessGroup | None) -> bool:
 
 
 @contextlib.contextmanager
-def _draws_kept(loader: Any) -> Iterator[list[torch.Generator]]:
-    """Put back, afterwards, every generator that the loader, its samplers and its datasets hold; yield torch's."""
+def _generators_kept(loader: Any) -> Iterator[list[torch.Generator]]:
+    """Context manager: yield torch's generators of the loader; afterwards all its generators have their state again."""
     held = [value for owner in _parts(loader) for value in vars(owner).values() if is_generator(value)]
     states = [(generator, generator_state(generator)) for generator in {id(g): g for g in held}.values()]
     try:
@@ -161,7 +161,7 @@ def _draws_kept(loader: Any) -> Iterator[list[torch.Generator]]:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """Return the objects that may hold a generator: loaders, samplers, datasets and what these wrap, transforms."""
+    """Return the objects that may hold a generator: loaders, samplers, datasets, datasets in these, transforms."""
     found: list[Any] = []
     queue = list(loader.flattened) if isinstance(loader, CombinedLoader) else [loader]
     while queue:

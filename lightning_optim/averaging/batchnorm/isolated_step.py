@@ -1,4 +1,4 @@
-"""Calls of a module's own code beside training, of which nothing remains: not in the module, nor in the Trainer."""
+"""Call a module's ``training_step`` outside of training, and undo what it changed in the module and the Trainer."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lightning_optim.runtime.object_state import ObjectState
 from lightning_optim.runtime.patching import patched
 
 
-class Isolated:
-    """Calls pieces of the user's code, and puts back after each call what it changed in the module.
+class IsolatedCalls:
+    """Calls functions of the user, and restores the module after each call.
 
     Attributes:
-        remains: The names of what changed and cannot be put back.
+        not_restored: Names of what changed and cannot be restored.
     """
 
     def __init__(self, pl_module: LightningModule) -> None:
         self._module = pl_module
         self._state: ObjectState | None = None
-        self.remains: list[str] = []
+        self.not_restored: list[str] = []
 
     def call(self, run: Callable[[Any], Any], batch: Any) -> None:
-        """Call ``run(batch)``, and undo its changes to the batch too: a call that failed is tried in another way."""
-        if self._state is None:  # not earlier: the caller may have changed the module for the length of all calls
+        """Call ``run(batch)``; restore the module and the batch, since a call that fails is repeated with gradients."""
+        if self._state is None:  # not earlier, since the caller may change the module for the length of all calls
             self._state = ObjectState({"self": self._module})
             self._state.set_gradients_aside()
         given = ObjectState({"batch": [batch]})
@@ -44,53 +44,53 @@ class Isolated:
         finally:
             given.restore_()
             given.return_gradients()
-            self.remains += [name for name in self._state.restore_() if name not in self.remains]
+            self.not_restored += [name for name in self._state.restore_() if name not in self.not_restored]
 
     def close(self) -> None:
-        """Give back the gradients."""
+        """Give the parameters their gradients again."""
         if self._state is not None:
             self._state.return_gradients()
 
 
 def _abort(module: nn.Module) -> None:
-    """Let FSDP2 forget a forward pass that an error cut short: it would take the next one for a part of it."""
+    """Reset FSDP2 after a forward pass that an error ended, or it takes the next forward for a part of it."""
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule) and hasattr(submodule, "reset_iter_state"):
-            with contextlib.suppress(RuntimeError):  # it is for roots only, and says so
+            with contextlib.suppress(RuntimeError):  # raised by all modules but the root
                 submodule.reset_iter_state()
 
 
 @contextlib.contextmanager
-def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[Isolated]:
-    """Context manager: a training step can be called, as if in training, and nothing of it is logged.
+def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[IsolatedCalls]:
+    """Context manager: ``training_step`` can be called as in training, and nothing of it is logged.
 
-    Calls of ``self.log``, ``self.logger`` and ``self.print`` are dropped. A step that asks the Trainer finds it
-    training. Afterwards the module and the Trainer are as before, and what else changed is named in a warning.
+    Calls of ``self.log``, ``self.logger`` and ``self.print`` do nothing, and ``trainer.training`` is true. Afterwards
+    the module and the Trainer are as before; a warning names what could not be restored.
     """
-    calls = Isolated(pl_module)
+    calls = IsolatedCalls(pl_module)
     with contextlib.ExitStack() as stack:
         for module in pl_module.modules():
             if isinstance(module, LightningModule):
                 stack.enter_context(intercept_log(module, _ignore))
                 stack.enter_context(patched(module, "print", _ignore))
-        stack.enter_context(_unheard(trainer))
+        stack.enter_context(_trainer_in_training(trainer))
         stack.callback(calls.close)
         yield calls
-    if calls.remains:
+    if calls.not_restored:
         rank_zero_warn(
             f"The call of {type(pl_module).__name__} that estimates BatchNorm statistics changed"
-            f" {', '.join(sorted(calls.remains))}, which cannot be put back, so that training goes on with the change."
-            " Override `forward_batch`, to run only what the statistics need."
+            f" {', '.join(sorted(calls.not_restored))}, which cannot be restored: training goes on with the change."
+            " Override `forward_batch` with a forward pass, to run only what the statistics need."
         )
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Take what is logged or printed, and do nothing."""
+    """Do nothing with what is logged or printed."""
 
 
 @contextlib.contextmanager
-def _unheard(trainer: Trainer) -> Iterator[None]:
-    """Let the Trainer be in training, with silent loggers, and put back what a step may have set there."""
+def _trainer_in_training(trainer: Trainer) -> Iterator[None]:
+    """Context manager: the Trainer is in training, with silent loggers; afterwards it is as before."""
     connector, epoch_loop, module = trainer._logger_connector, trainer.fit_loop.epoch_loop, trainer.lightning_module
     stage, hook, stops, loggers = trainer.state.stage, module._current_fx_name, trainer.should_stop, trainer.loggers
     kept = {
@@ -106,7 +106,7 @@ def _unheard(trainer: Trainer) -> Iterator[None]:
     trainer.training = True
     module._current_fx_name = "training_step"
     trainer.loggers = [_SilentLogger(logger) for logger in loggers]
-    # For who calls Lightning's own `log` past the module's.
+    # For calls of Lightning's own `log` that bypass the patched one.
     with patched(epoch_loop, "_results", _ResultCollection(training=True)):
         try:
             yield
@@ -118,7 +118,7 @@ def _unheard(trainer: Trainer) -> Iterator[None]:
 
 
 class _Silent:
-    """Stands for an object to which a step sends what it logs: takes every call, and does nothing."""
+    """Replaces an object that a step logs to, such as an experiment: accepts every call, and does nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Silent:
         return self
@@ -148,7 +148,7 @@ class _Silent:
 
 
 class _SilentLogger(_Silent):
-    """Stands for a logger: of its class, with its name and folders, and silent."""
+    """Replaces a logger: has its class, name and folders, and logs nothing."""
 
     def __init__(self, logger: Logger) -> None:
         object.__setattr__(self, "_logger", logger)
@@ -158,7 +158,7 @@ class _SilentLogger(_Silent):
         return type(self._logger)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "experiment" or name.startswith("_"):  # the first begins a run where there is none yet
+        if name == "experiment" or name.startswith("_"):  # `experiment` starts a run where there is none
             return super().__getattr__(name)
         value = getattr(self._logger, name)
         return (

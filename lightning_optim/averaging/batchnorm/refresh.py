@@ -1,4 +1,4 @@
-"""BatchNorm statistics of an average, estimated anew by the module's own training step, which is tried at the start."""
+"""Estimate the BatchNorm statistics of averaged weights during a fit, with calls of the module's training step."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from lightning_optim.runtime.lightning import (
 
 
 class BatchNormRefresh(OptimCallback):
-    """A callback that estimates BatchNorm statistics of other weights than those that are trained.
+    """The base of callbacks that put averaged weights into the module and estimate BatchNorm statistics for them.
 
     Attributes:
-        refresh_batches: How many batches an estimate takes; ``None``: all.
-        refresh_loader: Where they come from; ``None``: the training data.
+        refresh_batches: Number of batches of one estimate; ``None``: all.
+        refresh_loader: Loader of these batches; ``None``: that of the training data.
     """
 
     refresh_batches: int | None
     refresh_loader: Iterable[Any] | None
-    _batch_idx = 0  # of the batch within an estimate
+    _batch_idx = 0  # index of the batch within an estimate
 
     def forward_batch(self, pl_module: LightningModule, batch: Any) -> Any:
-        """Run the model on a training batch, for the statistics of its BatchNorm layers.
+        """Run the model on a training batch, to estimate the statistics of its BatchNorm layers.
 
-        By default this calls the module's ``training_step``, whatever batches and inputs are, and its loss is dropped.
-        Override it where that is not possible, as under manual optimization, or costs too much. Nothing that it changes
-        in the module remains. It may use gradients: it is called again, with them, if it fails without.
+        By default this calls the module's ``training_step`` and ignores the loss. Override it with a forward pass where
+        that is not possible, as under manual optimization, or costs too much. Its changes to the module are undone. It
+        is called without gradients first, and with gradients if that fails.
 
         Args:
-            pl_module: The module, with BatchNorm normalizing by the batch and everything else in eval mode.
-            batch: What ``training_step`` would get.
+            pl_module: The module in eval mode, except that BatchNorm layers normalize by the batch.
+            batch: A batch on the module's device, as ``training_step`` gets it.
 
         Example::
 
@@ -65,14 +65,14 @@ class BatchNormRefresh(OptimCallback):
         layers: Sequence[BatchNormBase] | None = None,
         write: Write | None = None,
     ) -> None:
-        """Estimate the statistics for the weights that the module holds now, over all ranks.
+        """Estimate the BatchNorm statistics of the weights that the module holds now, over all ranks.
 
         Args:
             trainer: The running Trainer.
             pl_module: Its module.
-            seed: Seed of the draws within, so that a resumed run estimates the same.
-            layers: Whose. Default: those that are in training mode; a layer in eval mode is frozen.
-            write: Takes each layer's new mean and variance. Default: they are copied into the layer.
+            seed: Seed of the random state during the estimate, so that a resumed run gets the same one.
+            layers: The layers. Default: all in training mode, since a layer in eval mode is frozen.
+            write: Function that gets each layer with its new mean and variance. Default: set them in the layer.
         """
         layers = in_training(statistics_layers(pl_module)) if layers is None else layers
         if layers:
@@ -81,11 +81,14 @@ class BatchNormRefresh(OptimCallback):
                 write_(layers, moments, data_group(trainer), write)
 
     def try_before_first_step(self, trainer: Trainer, pl_module: LightningModule, layers: list[BatchNormBase]) -> None:
-        """Refuse, before the first training step, an estimate that cannot work. Call it in ``on_train_start``.
+        """Try an estimate on one batch before the first training step. Call this in ``on_train_start``.
 
-        One batch is tried when the module is about to train: its own hooks have prepared it then. Nothing remains of
-        the trial, so that the run is bit for bit the run without it. It waits until a layer is in training mode and
-        all parameters exist.
+        The trial runs right before the first ``training_step``, when the module's own hooks have prepared it, and not
+        before a layer is in training mode and all lazy parameters have a shape. It leaves no trace: the run is bit for
+        bit the run without it.
+
+        Raises:
+            MisconfigurationException: Before the first step, if the estimate cannot work.
         """
         if not layers:
             return
@@ -96,21 +99,21 @@ class BatchNormRefresh(OptimCallback):
 
         def try_and_run(*args: Any, **kwargs: Any) -> Any:
             nonlocal waiting
-            # A learning-rate finder takes the callbacks away for its own steps.
+            # During the steps of a learning-rate finder this callback is not among the Trainer's callbacks.
             if waiting and self in trainer.callbacks and not any(map(is_lazy, lazy)) and in_training(layers):
                 waiting = False
-                self._try(trainer, pl_module, in_training(layers))
-            lazy.clear()  # a parameter that the first step does not use is not made by a trial either
+                self._try_one_batch(trainer, pl_module, in_training(layers))
+            lazy.clear()  # a parameter that the first step does not materialize is not used by an estimate either
             return run(*args, **kwargs)
 
         self.session.patch(loop, "run", try_and_run)
 
-    def _try(self, trainer: Trainer, pl_module: LightningModule, layers: list[BatchNormBase]) -> None:
+    def _try_one_batch(self, trainer: Trainer, pl_module: LightningModule, layers: list[BatchNormBase]) -> None:
         own = getattr(self.forward_batch, "__func__", None) is not BatchNormRefresh.forward_batch
         if not own and not pl_module.automatic_optimization:
-            raise self._refusal(pl_module, "under manual optimization that would take optimizer steps")
+            raise self._not_possible(pl_module, "under manual optimization that would take optimizer steps")
         if not own and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            raise self._refusal(pl_module, "its `dataloader_iter` would take batches from training")
+            raise self._not_possible(pl_module, "its `dataloader_iter` would take batches from training")
         failed: Exception | None = None
         try:
             with self._calls(trainer, pl_module, 1, seed=0) as (batches, runs):
@@ -119,25 +122,25 @@ class BatchNormRefresh(OptimCallback):
             failed = error
         if not all_agree(failed is None, data_group(trainer)):
             reason = "failed on another rank" if failed is None else f"{type(failed).__name__}: {failed}"
-            raise self._refusal(pl_module, f"a trial on one batch ended with: {reason}") from failed
+            raise self._not_possible(pl_module, f"a trial on one batch ended with: {reason}") from failed
 
-    def _refusal(self, pl_module: LightningModule, reason: str) -> MisconfigurationException:
+    def _not_possible(self, pl_module: LightningModule, reason: str) -> MisconfigurationException:
         name, module = type(self).__name__, type(pl_module).__name__
         return MisconfigurationException(
             f"{name} estimates the BatchNorm statistics of averaged weights by calls of `{module}.training_step` in"
-            f" eval mode, and {reason}. Override `{name}.forward_batch(pl_module, batch)` with a forward pass, give"
-            ' `refresh_loader=` with batches that can be used, or choose `buffers="average"`.'
+            f" eval mode, and {reason}. Override `{name}.forward_batch(pl_module, batch)` with a forward pass, pass"
+            ' `refresh_loader=` with batches that can be used, or pass `buffers="average"`.'
         )
 
     @contextlib.contextmanager
     def _calls(
         self, trainer: Trainer, pl_module: LightningModule, count: int | None, seed: int
     ) -> Iterator[tuple[Iterator[Any], list[Callable[[Any], Any]]]]:
-        """Context manager: yield batches, and the ways to call the module with one: without gradients, and with."""
+        """Context manager: yield batches, and two functions that call the module: without gradients, and with."""
 
         def run(batch: Any) -> None:
             moved = to_device(trainer, pl_module, batch)
-            if moved is not None:  # Lightning calls no step then
+            if moved is not None:  # Lightning skips a batch that is None
                 with trainer.precision_plugin.train_step_context():
                     self.forward_batch(pl_module, moved)
 
@@ -160,12 +163,12 @@ class BatchNormRefresh(OptimCallback):
 
 
 def in_training(layers: Sequence[BatchNormBase]) -> list[BatchNormBase]:
-    """Return the layers that are not frozen."""
+    """Return the layers in training mode; the others are frozen."""
     return [layer for layer in layers if layer.training]
 
 
 def data_group(trainer: Trainer) -> dist.ProcessGroup | None:
-    """Return the ranks that train on different data; ``None`` for one process."""
+    """Return the process group of the ranks that train on different data; ``None`` for one process."""
     if not (dist.is_available() and dist.is_initialized()) or trainer.world_size == 1:
         return None
     strategy = trainer.strategy

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm, estimated anew by a forward pass: pooled exactly, over batches of any size and ranks."""
+"""Estimate the running statistics of BatchNorm by forward passes, pooled exactly over batches and ranks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_optim.base import foreach, shards
 from lightning_optim.base.layer_classes import BatchNormBase
 
 Write: TypeAlias = Callable[[BatchNormBase, Tensor, Tensor], None]
-"""Takes the running mean and the running variance of a layer."""
+"""A function of a layer, its new running mean and its new running variance."""
 
 
 class _Moments:
-    r"""Count, mean and squared deviations of all values of each channel, merged batch by batch with Chan's rule.
+    r"""Count, mean and sum of squared deviations of all values of each channel, merged with Chan's rule.
 
     With :math:`d = m_2 - m_1`: :math:`m = m_1 + d\, n_2 / n` and :math:`M = M_1 + M_2 + d^2 n_1 n_2 / n`. A mean of the
-    batches' variances would leave out how far the batches' means lie apart, and count a short batch like a long one.
+    variances of batches would ignore the differences between their means, and weight short batches like long ones.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class _Moments:
         self.squares = self.squares + squares + apart.square() * (self.count * count / total)
         self.count = total
 
-    def take_in(self, values: Tensor) -> int:
-        """Add the values of a batch, of shape (N, C, …); return how many each channel got."""
+    def add_batch(self, values: Tensor) -> int:
+        """Add the values of a batch, of shape (N, C, …); return the number of values of each channel."""
         count = values.numel() // max(1, values.shape[1])
         dims = [dim for dim in range(values.ndim) if dim != 1]
         variance, mean = torch.var_mean(values.detach().to(foreach.accumulation_dtype(values)), dims, correction=0)
@@ -53,25 +53,25 @@ class _Moments:
 
     @property
     def known(self) -> bool:
-        """Whether there is a variance: it takes two values."""
+        """True if there is a variance, which takes two values."""
         return self.count > 1
 
     def write_(self, layer: BatchNormBase, write: Write) -> None:
-        """Hand over the mean and, unbiased as torch keeps it, the variance."""
+        """Write the mean and the unbiased variance, as torch keeps it."""
         assert self.mean is not None and self.squares is not None
         write(layer, self.mean, self.squares / (self.count - 1))
 
 
 @torch.no_grad()
 def set_statistics_(layer: BatchNormBase, mean: Tensor, variance: Tensor) -> None:
-    """Set the layer's running mean and variance."""
+    """Set the running mean and variance of a layer."""
     assert layer.running_mean is not None and layer.running_var is not None
     shards.copy_(layer.running_mean, mean)
     shards.copy_(layer.running_var, variance)
 
 
 def statistics_layers(module: nn.Module) -> list[BatchNormBase]:
-    """The BatchNorm layers of a model (1d, 2d, 3d, synchronized) that keep running statistics."""
+    """Return the BatchNorm layers of a model (1d, 2d, 3d, synchronized) that keep running statistics."""
     return [m for m in module.modules() if isinstance(m, BatchNormBase) and m.running_mean is not None]
 
 
@@ -84,23 +84,27 @@ def refresh_batchnorm_(
     layers: Sequence[BatchNormBase] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> int:
-    r"""Set the running statistics of BatchNorm to those of the present weights on these batches.
+    r"""Set the running statistics of BatchNorm to those of the model's present weights on these batches.
 
-    After weights were averaged, the statistics in the model are those of other weights. This runs the model forward,
-    with BatchNorm normalizing by each batch and everything else in eval mode, and pools mean and variance of all values
-    exactly, whatever the batches' sizes (arXiv:2105.07576, where a thousand to ten thousand samples suffice). No
-    layer's mode, momentum or number of batches changes. Use shuffled batches: a layer behind another sees what that one
-    normalized by its batch.
+    The statistics of a model whose weights were averaged belong to other weights. This runs the model forward in eval
+    mode, except that BatchNorm normalizes by the batch, and sets each channel to the mean and the unbiased variance of
+    all its values, :math:`\frac1n \sum_i x_i` and :math:`\frac{1}{n-1} \sum_i (x_i - \bar x)^2`, accumulated in fp64
+    (fp32 on MPS) over batches of any size (`arXiv:2105.07576 <https://arxiv.org/abs/2105.07576>`_, where one to ten
+    thousand samples suffice). Modes, momenta and ``num_batches_tracked`` do not change.
 
     Args:
         module: The model. Compiled parts run uncompiled.
-        batches: What the loader gives, as many as shall be seen.
-        forward: Runs the model on a batch. Default: ``module(batch)``, with the first item of a tuple or list.
+        batches: The batches. Shuffle them, since a layer's inputs depend on the batch that layers before it saw.
+        forward: Function that runs the model on a batch. Default: ``module(batch)``, or ``module(batch[0])`` for a
+            tuple or list.
         layers: The layers to refresh. Default: all that keep running statistics.
-        group: Pool over the ranks of this process group, each of which calls this.
+        group: Process group to pool over. All of its ranks must call this function.
 
     Returns:
-        The number of batches on this rank. A layer that saw less than two values is left as it was.
+        The number of batches on this rank. A layer that saw fewer than two values per channel is left unchanged.
+
+    Raises:
+        Exception: Any error of ``forward``. No statistics have changed then.
 
     Example::
 
@@ -109,6 +113,8 @@ def refresh_batchnorm_(
         2
         >>> layer.running_mean, layer.running_var
         (tensor([2.]), tensor([4.]))
+
+    In a ``Trainer``, ``WeightAveraging(SWA(), every="epoch")`` does this before each use of the average.
     """
     run = forward or (lambda batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
     found = statistics_layers(module) if layers is None else list(layers)
@@ -126,11 +132,11 @@ def collect(
     Args:
         module: The model; afterwards it is as before.
         batches: The batches.
-        runs: Ways to run the model on a batch. From where one fails on, the next is taken.
+        runs: Functions that run the model on a batch. When one fails, the next is used from this batch on.
         layers: The layers.
 
     Raises:
-        Exception: That of the last way, if it fails too.
+        Exception: The error of the last function.
     """
     moments, count, left = [_Moments() for _ in layers], 0, list(runs[::-1])
     with _collecting(module, layers, moments), torch.compiler.set_stance("force_eager"):
@@ -145,7 +151,7 @@ def collect(
                         raise
                     left.pop()
                     for seen, known in zip(moments, before, strict=True):
-                        vars(seen).update(vars(known))  # without what the layers saw until it failed
+                        vars(seen).update(vars(known))  # without the values from before the error
             count += 1
     return moments, count
 
@@ -156,13 +162,13 @@ def write_(
     group: dist.ProcessGroup | None,
     write: Write | None = None,
 ) -> None:
-    """Pool these moments over the ranks of ``group``, and set the layers' statistics to them.
+    """Pool moments over the ranks of ``group``, and set the statistics of the layers to them.
 
     Args:
         layers: The layers.
-        moments: Of each of them.
-        group: The ranks; ``None`` for one process.
-        write: Takes each layer's new mean and variance, in float64. Default: they are copied into the layer.
+        moments: The moments of each layer.
+        group: The process group; ``None`` for one process.
+        write: Function that gets each layer with its new mean and variance. Default: set them in the layer.
     """
     if group is not None:
         moments = _over_ranks(layers, moments, group)
@@ -173,14 +179,14 @@ def write_(
 
 @contextlib.contextmanager
 def _collecting(module: nn.Module, layers: Sequence[BatchNormBase], moments: list[_Moments]) -> Iterator[None]:
-    """Let each layer normalize by its batch and tell its moments; put back every mode and buffer afterwards."""
+    """Context manager: layers normalize by the batch and collect moments; afterwards modes and buffers are restored."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(layer, layer.running_mean, layer.running_var, layer.track_running_stats) for layer in layers]
     module.eval()
     with contextlib.ExitStack() as hooks:
         try:
             for layer, seen in zip(layers, moments, strict=True):
-                hooks.callback(layer.register_forward_pre_hook(_Listener(seen)).remove)
+                hooks.callback(layer.register_forward_pre_hook(_CollectMoments(seen)).remove)
             yield
         finally:
             for part, mode in modes:
@@ -189,17 +195,17 @@ def _collecting(module: nn.Module, layers: Sequence[BatchNormBase], moments: lis
                 layer.running_mean, layer.running_var, layer.track_running_stats = mean, variance, tracks
 
 
-class _Listener:
-    """Before a layer's forward: take in the values, and choose by what the layer normalizes."""
+class _CollectMoments:
+    """A forward pre-hook that collects the moments of a layer's input, and lets it normalize by the batch."""
 
     def __init__(self, moments: _Moments) -> None:
         self.moments = moments
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, BatchNormBase)
-        single = self.moments.take_in(inputs[0]) == 1
-        # In training mode without tracking torch normalizes by the batch and touches no buffer. One value per channel
-        # has no variance, and torch refuses it: it is normalized by what is known so far, in buffers of its own.
+        single = self.moments.add_batch(inputs[0]) == 1
+        # In training mode without tracking torch normalizes by the batch and writes to no buffer. It refuses a batch
+        # with one value per channel: that one is normalized by the statistics so far, in separate buffers.
         layer.training, layer.track_running_stats = not single, single
         if single and self.moments.known:
             assert layer.running_mean is not None and layer.running_var is not None
@@ -209,7 +215,7 @@ class _Listener:
 
 
 def _over_ranks(layers: Sequence[BatchNormBase], moments: list[_Moments], group: dist.ProcessGroup) -> list[_Moments]:
-    """Merge the moments of all ranks, in the order of ranks, so that every rank has the same result."""
+    """Merge the moments of all ranks in rank order, so that the result is the same on every rank."""
     if not layers:
         return moments
     sizes = [layer.num_features for layer in layers]

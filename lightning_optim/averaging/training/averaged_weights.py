@@ -30,7 +30,7 @@ from lightning_optim.averaging.training.averaged_tensors import (
 )
 from lightning_optim.averaging.training.buffer_plan import BufferPlan
 from lightning_optim.averaging.training.pruning import Pruning
-from lightning_optim.averaging.training.spectral_norm import Estimates
+from lightning_optim.averaging.training.spectral_norm import SpectralEstimates
 from lightning_optim.base import foreach, module_tensors, shards
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_of
@@ -71,7 +71,7 @@ class AveragedWeights:
         self._trainable: list[list[nn.Parameter]] = [[] for _ in optimizers]
         self._lazy: list[nn.Parameter] = []
         self.buffers = AveragedBuffers(plan.averaged if optimizers else (), average)
-        self._estimates = Estimates(plan.vectors)
+        self._estimates = SpectralEstimates(plan.vectors)
         self.inside = self.left = self.fresh = False
         self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}

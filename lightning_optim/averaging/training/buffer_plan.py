@@ -1,4 +1,4 @@
-"""Decide for each buffer whether an average of the model has its mean, its latest value, or an estimate."""
+"""Decide for each buffer of a model which value an average has: its mean, its latest value, or an estimate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fnmatch
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
@@ -24,7 +24,6 @@ from lightning_optim.runtime.lightning import MisconfigurationException
 BufferMode: TypeAlias = Literal["average", "copy", "refresh"]
 BufferModes: TypeAlias = BufferMode | Mapping[str, BufferMode]
 
-_ALL: tuple[BufferMode, ...] = ("average", "refresh", "copy")
 _STATISTICS = ("running_mean", "running_var")
 
 _NOT_MEANS = (
@@ -38,17 +37,19 @@ _NOT_MEANS = (
     ("torchao.quantization.qat.fake_quantizer", "FakeQuantizerBase"),
     ("torchmetrics", "Metric"),
 )
-"""Classes, by module and name, whose floating-point buffers are no means: scales that belong to integer zero points,
-extremes, histograms, masks, bases, and counts of a metric. A module that was never imported has no instances."""
+"""Classes, by module and name, whose floating-point buffers have no mean: scales that belong to integer zero points,
+extremes, histograms, masks, bases, and counts of a metric. They are looked up in ``sys.modules``, since a module that
+was never imported has no instances."""
 
 
 @dataclass
 class BufferPlan:
-    """Each buffer's treatment.
+    """The buffers of a model by the way in which an average gets their values. All other buffers are copied.
 
     Attributes:
         averaged: Buffers that are averaged, in the order of the model.
-        layers: BatchNorm layers whose statistics are estimated over data; these are averaged as long as they are not.
+        layers: BatchNorm layers whose statistics are estimated from data. They are in ``averaged`` too, for uses before
+            an estimate.
         vectors: Spectral normalizations whose vectors are estimated by power iteration.
     """
 
@@ -58,13 +59,13 @@ class BufferPlan:
 
 
 def check_buffer_modes(buffers: Any) -> None:
-    """Refuse a ``buffers`` that is neither a treatment nor a dictionary from patterns to treatments.
+    """Check the argument ``buffers``.
 
     Raises:
-        ValueError: If so.
+        ValueError: If it is neither a mode nor ``None`` nor a dictionary from patterns to modes.
     """
-    treatments = buffers if isinstance(buffers, Mapping) else {} if buffers is None else {"*": buffers}
-    if any(not isinstance(name, str) or treatment not in _ALL for name, treatment in treatments.items()):
+    modes = buffers if isinstance(buffers, Mapping) else {} if buffers is None else {"*": buffers}
+    if any(not isinstance(name, str) or mode not in get_args(BufferMode) for name, mode in modes.items()):
         raise ValueError(
             f'`buffers` must be "average", "refresh", "copy" or None, got {buffers!r}; or a dictionary from patterns of'
             ' names to the first three, such as {"encoder.*": "copy", "*": "average"}'
@@ -72,19 +73,20 @@ def check_buffer_modes(buffers: Any) -> None:
 
 
 def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, callback: str) -> BufferPlan:
-    """Decide the treatment of each saved floating-point buffer, by its name and its kind and never by its value.
+    """Choose the mode of each saved floating-point buffer from its name and kind, never from its value.
 
-    The first pattern that matches decides. Where none does, known kinds that are no means are copied, vectors of
-    spectral normalization are estimated, and the rest follows the pattern ``"*"``, else the default.
+    The first pattern that matches decides. Where no pattern matches, kinds without a mean are copied, vectors of
+    spectral normalization are estimated, and all other buffers have the mode of the pattern ``"*"``, else the default.
 
     Args:
         module: The model.
-        buffers: A treatment for all, or one for each pattern.
-        default: The treatment where no pattern matches.
-        callback: Whose argument it is, for messages.
+        buffers: A mode for all buffers, or a dictionary from name patterns to modes.
+        default: The mode of buffers that match no pattern.
+        callback: Name of the callback, for messages.
 
     Raises:
-        MisconfigurationException: For a pattern that matches nothing that can be treated so.
+        MisconfigurationException: If a pattern matches no buffer that can have its mode, or if two buffers that
+            are estimated together have different modes.
     """
     patterns = dict(buffers) if isinstance(buffers, Mapping) else {"*": buffers}
     rest = patterns.pop("*", default)
@@ -107,7 +109,7 @@ def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, c
             )
         estimated = place in of_vectors and found[place] == "refresh"
         if found[place] != "copy" and not estimated and can_be_averaged(buffer) and id(buffer) not in done:
-            done.add(id(buffer))  # a shared buffer once
+            done.add(id(buffer))  # once, if it is shared
             plan.averaged.append(Source(owner=owner, key=key, names=names[id(buffer)]))
     _estimate_in_pairs(plan, module, normed, names, found, callback)
     return plan
@@ -121,17 +123,17 @@ def _estimate_in_pairs(
     found: dict[tuple[int, str], BufferMode],
     callback: str,
 ) -> None:
-    """Collect the layers that are estimated anew; both buffers of a layer are estimated together."""
+    """Add the layers to estimate to the plan. Both buffers of a layer are estimated together."""
 
     def whole(owner: nn.Module, keys: Iterable[str]) -> bool:
-        treatments = [found.get((id(owner), key)) for key in keys]
-        if "refresh" in treatments and len(set(treatments)) > 1:
+        modes = [found.get((id(owner), key)) for key in keys]
+        if "refresh" in modes and len(set(modes)) > 1:
             pair = [_name(names, buffer_of(owner, key)) for key in keys]
             raise MisconfigurationException(
-                f'{callback}(buffers=…): {pair} are estimated together, and got {treatments}: give both "refresh",'
-                " or none of them."
+                f'{callback}(buffers=…): {pair} are estimated together, and got {modes}: pass "refresh" for both'
+                " or for neither."
             )
-        return treatments[0] == "refresh"
+        return modes[0] == "refresh"
 
     plan.layers = [layer for layer in statistics_layers(module) if whole(layer, _STATISTICS)]
     plan.vectors = [norm for norm in normed if whole(norm.owner, norm.keys)]
@@ -140,14 +142,14 @@ def _estimate_in_pairs(
 def _by_pattern(
     module: nn.Module, names: Names, patterns: Mapping[str, BufferMode], callback: str
 ) -> dict[tuple[int, str], BufferMode]:
-    """Return the place and the treatment of each buffer that a pattern matches."""
+    """Return the place and the mode of each buffer that a pattern matches."""
     chosen: dict[tuple[int, str], BufferMode] = {}
-    for pattern, treatment in patterns.items():
+    for pattern, mode in patterns.items():
         hits = 0
         for owner, key, buffer in _saved(module, names):
             if any(fnmatch.fnmatchcase(plain_name(name), pattern) for name in names[id(buffer)]):
-                chosen.setdefault((id(owner), key), treatment)
-                hits += treatment == "copy" or can_be_averaged(buffer)
+                chosen.setdefault((id(owner), key), mode)
+                hits += mode == "copy" or can_be_averaged(buffer)
         if not hits:
             known = [plain_name(names[id(b)][0]) for _, _, b in _saved(module, names) if can_be_averaged(b)]
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
@@ -159,7 +161,7 @@ def _by_pattern(
 
 
 def _saved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield each buffer that a ``state_dict`` holds, with the module that owns it and its name there."""
+    """Yield the owner, key and tensor of each buffer that a ``state_dict`` has."""
     for owner in module.modules():
         for key in buffer_names(owner):
             buffer = buffer_of(owner, key)
@@ -168,7 +170,7 @@ def _saved(module: nn.Module, names: Names) -> Iterator[tuple[nn.Module, str, An
 
 
 def _no_means(module: nn.Module) -> Iterator[tuple[int, str]]:
-    """Yield the places of buffers that are known to have no mean: those of observers and the like, masks of pruning."""
+    """Yield the places of buffers that are known to have no mean: of the classes above, and masks of pruning."""
     kinds = tuple(kind for name, of in _NOT_MEANS if isinstance(kind := getattr(sys.modules.get(name), of, None), type))
     for owner in module.modules():
         if isinstance(owner, kinds):

@@ -1,4 +1,4 @@
-"""Checkpoints of Lightning's own averaging: what it writes is read, and what it reads is written."""
+"""Exchange checkpoints with Lightning's own averaging callbacks, in both directions."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from lightning_optim.runtime.lightning import Strategy, Trainer
 from lightning_optim.runtime.order import Slot
 
 
-def add_for_lightning(checkpoint: dict[str, Any], shadow: AveragedWeights, masks: dict[str, Tensor]) -> None:
-    """Add the two entries from which Lightning's ``WeightAveraging`` resumes: all raw weights, and its counter.
+def add_for_lightning(checkpoint: dict[str, Any], average: AveragedWeights, masks: dict[str, Tensor]) -> None:
+    """Add the two entries from which Lightning's ``WeightAveraging`` resumes: the raw weights and a counter.
 
-    The raw tensors are those in our own state, so that the file grows by what is not averaged only. A sharded model has
-    neither: Lightning's class refuses it.
+    The raw weights share storage with those in the callback's state, so that the checkpoint grows only by the tensors
+    that are not averaged. Nothing is added for a sharded model, which Lightning's class refuses.
 
     Args:
-        checkpoint: What will be saved.
-        shadow: The average that it holds.
+        checkpoint: The checkpoint, which is changed in place.
+        average: The average in its ``state_dict``.
         masks: Masks of weights whose pruning is permanent in checkpoints.
     """
-    saved, raw = (pruning.permanent(named, masks) for named in (checkpoint.get("state_dict", {}), shadow.raw()))
-    if any(isinstance(source.parameter, DTensor) for sources in shadow.sources for source in sources):
-        return  # also before the average has started, when there are no raw tensors
+    saved, raw = (pruning.permanent(named, masks) for named in (checkpoint.get("state_dict", {}), average.raw()))
+    if any(isinstance(source.parameter, DTensor) for sources in average.sources for source in sources):
+        return
     by_plain_name = {plain_name(name): value for name, value in raw.items()}
     checkpoint["current_model_state"] = {
         name: by_plain_name.get(plain_name(name), value) for name, value in saved.items()
     }
-    checkpoint["averaging_state"] = {"n_averaged": torch.tensor(shadow.updates)}
+    checkpoint["averaging_state"] = {"n_averaged": torch.tensor(average.updates)}
 
 
 def leave_out_as_state_dict(strategy: Strategy) -> None:
-    """Let the next checkpoint that is written leave out of the raw weights what it leaves out of ``state_dict``.
+    """Remove from the raw weights of the next checkpoint the names that the module removes from ``state_dict``.
 
-    A module that keeps a frozen base out of its files deletes it from ``state_dict`` in its own ``on_save_checkpoint``,
-    which comes after that of callbacks.
+    A module that keeps a frozen base out of its checkpoints deletes it in its own ``on_save_checkpoint``, which is
+    called after those of callbacks. So this is done when the checkpoint is written.
     """
 
     def edit(checkpoint: dict[str, Any]) -> None:
         saved, raw = checkpoint.get("state_dict", {}), checkpoint.get("current_model_state", {})
-        if saved.keys() < raw.keys():  # not where the module has renamed its weights
+        if saved.keys() < raw.keys():  # not if the module renames its weights in checkpoints
             checkpoint["current_model_state"] = {name: raw[name] for name in saved}
 
     edit_before_write(strategy, edit)
 
 
 def receiver_of_raw_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:
-    """Who takes the raw weights from a checkpoint in which no average of this run has them in a state of its own.
+    """Return the callback that loads the raw weights beside ``state_dict``, if no average of this run saved its own.
 
-    The average that is evaluated, else the first.
+    This is the evaluated average, else the first one.
     """
     averages = [cb for cb in trainer.callbacks if isinstance(cb, OptimCallback) and cb.slot is Slot.AVERAGE]
     states = checkpoint.get("callbacks", {})
@@ -68,18 +68,20 @@ def receiver_of_raw_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> Opt
 
 
 def state_from_other_average(checkpoint: dict[str, Any], average: Average, key: str) -> dict[str, Any] | None:
-    """What an average takes over from a checkpoint whose ``state_dict`` holds another one's.
+    """Return the state with which an average resumes if the ``state_dict`` is the average of another callback.
 
-    Lightning's ``WeightAveraging`` puts the average into ``state_dict``, and the raw weights beside. So does another
-    average of ours: then the raw weights are taken, and this average starts anew or goes on from its own state.
+    Lightning's ``WeightAveraging`` saves its average as ``state_dict`` with the raw weights beside it; the average goes
+    on from there. Another average of this package does so too; then only the raw weights are loaded, and the average
+    begins anew or goes on from its own state.
 
     Args:
-        checkpoint: What was read. If it has a state under the key, the raw weights are added there.
-        average: Which kind goes on.
-        key: Under which the checkpoint may hold its state.
+        checkpoint: The loaded checkpoint. If it has a state under ``key``, the raw weights are added to it.
+        average: The policy of the average that resumes.
+        key: The callback's key in the checkpoint.
 
     Returns:
-        A state without counters: :func:`with_counters` fills them in, when the steps of each optimizer are known.
+        A state without counters, which :func:`with_counters` adds when the steps of each optimizer are known; ``None``
+        if there is nothing to take over.
     """
     raw = checkpoint.get("current_model_state")
     if raw is None:
@@ -88,7 +90,7 @@ def state_from_other_average(checkpoint: dict[str, Any], average: Average, key: 
         own["raw"] = raw
         return None
     ours = any("counters" in own for own in checkpoint.get("callbacks", {}).values() if isinstance(own, dict))
-    known = not ours and not isinstance(average, LAWA)  # of which Lightning has no like
+    known = not ours and not isinstance(average, LAWA)  # Lightning has no average of that kind
     updates = _updates(checkpoint.get("averaging_state", {})) if known else 0
     states = checkpoint.get("callbacks", {}).values()
     asked = [[own["latest_update_step"], -1] for own in states if isinstance(own, dict) and "latest_update_step" in own]
@@ -97,7 +99,7 @@ def state_from_other_average(checkpoint: dict[str, Any], average: Average, key: 
 
 
 def with_counters(loaded: dict[str, Any], steps: list[int]) -> dict[str, Any]:
-    """A loaded state whose counters are known; Lightning counts updates, and neither steps nor optimizers."""
+    """Return a loaded state with counters. Lightning counts updates, but not the steps of each optimizer."""
     updates = loaded.get("updates_of_lightning", 0)
     if not updates:
         return loaded

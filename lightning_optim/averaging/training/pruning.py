@@ -1,7 +1,7 @@
-"""Masks of weights that are pruned in the middle of a run, and the end of pruning, when it is made permanent.
+"""Keep an average pruned as its weights are: masks in the middle of a run, and pruning that is made permanent.
 
-``torch.nn.utils.prune`` renames a parameter to ``weight_orig`` and puts ``weight_orig * weight_mask`` in its place
-before each forward. To make it permanent is to multiply once and to give the parameter its name back.
+``torch.nn.utils.prune`` renames a parameter to ``weight_orig`` and sets ``weight = weight_orig * weight_mask`` before
+each forward. When pruning is made permanent, the parameter is multiplied by the mask and gets its name back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RENAMED, _MASK = "_orig", "_mask"
 
 @dataclass(eq=False)
 class Pruned:
-    """A pruned parameter, and where it is in the model."""
+    """A pruned parameter: the submodule that has it, the hook that masks it, and the mask."""
 
     owner: nn.Module
     hook: BasePruningMethod
@@ -31,7 +31,7 @@ class Pruned:
 
     @property
     def product(self) -> Any:
-        """The product with which the module computes: an attribute, made anew before each forward."""
+        """Product of weight and mask, an attribute of the submodule that each forward sets again."""
         return vars(self.owner).get(self.hook._tensor_name)
 
     @product.setter
@@ -40,12 +40,12 @@ class Pruned:
 
     @property
     def holds(self) -> bool:
-        """Whether it is pruned with this mask still."""
+        """True if the parameter is still pruned with this mask."""
         return self.owner._buffers.get(self.hook._tensor_name + _MASK) is self.mask
 
 
 def pruned_in(module: nn.Module) -> list[Pruned]:
-    """Find the parameters that are pruned now."""
+    """Return the parameters that are pruned now."""
     found = []
     for owner in module.modules():
         for hook in owner._forward_pre_hooks.values():
@@ -58,7 +58,7 @@ def pruned_in(module: nn.Module) -> list[Pruned]:
 
 
 class Pruning:
-    """The pruning of one module as a run goes on: what is pruned, and the products with which the module computes."""
+    """The pruned parameters of one module during a run, and their products."""
 
     def __init__(self) -> None:
         self._pruned: list[Pruned] = []
@@ -66,17 +66,17 @@ class Pruning:
 
     @property
     def changed(self) -> bool:
-        """Whether a mask that was seen last is no longer in use."""
+        """True if a mask that was in use at the last look no longer is."""
         return not all(pruned.holds for pruned in self._pruned)
 
     def ended(self, module: nn.Module) -> dict[int, Tensor]:
-        """Return the masks, by the ``id`` of the parameter, of pruning made permanent since this was called last."""
+        """Return the masks, by ``id`` of the parameter, whose pruning was made permanent since the last call."""
         before, self._pruned = self._pruned, pruned_in(module)
         now = {id(pruned.parameter) for pruned in self._pruned}
         return {id(pruned.parameter): pruned.mask for pruned in before if id(pruned.parameter) not in now}
 
     def exchange_products(self, module: nn.Module, averaged: bool) -> None:
-        """Let the module compute with the average that was put in, or again with the products from before."""
+        """Set the products to those of the averaged weights in the module, or back to those from before."""
         if averaged:
             self._before = [(pruned, pruned.product) for pruned in self._pruned]
             apply_masks_(module)
@@ -89,29 +89,29 @@ class Pruning:
 
 @torch.no_grad()
 def apply_masks_(module: nn.Module) -> None:
-    """Compute the product of each pruned weight and its mask anew, as a forward would."""
+    """Set each product of a pruned weight and its mask, as the next forward would."""
     for pruned in pruned_in(module):
         pruned.product = pruned.hook.apply_mask(pruned.owner)  # type: ignore[no-untyped-call]
 
 
 def masks_by_name(module: nn.Module) -> dict[str, Tensor]:
-    """Map the name of each parameter that is pruned to its mask."""
+    """Return the mask of each pruned parameter by name."""
     masks = {id(pruned.parameter): pruned.mask for pruned in pruned_in(module)}
     named = module.named_parameters(remove_duplicate=False) if masks else ()
     return {plain_name(name): masks[id(parameter)] for name, parameter in named if id(parameter) in masks}
 
 
 def is_permanent_in_checkpoints(callbacks: Iterable[Callback]) -> bool:
-    """Return whether a callback writes pruned weights into checkpoints as if pruning were permanent."""
+    """Return True if a ``ModelPruning`` makes pruning permanent in checkpoints."""
     return any(isinstance(callback, ModelPruning) and callback._make_pruning_permanent for callback in callbacks)
 
 
 def permanent(tree: Any, masks: dict[str, Tensor]) -> Any:
-    """Return a state in which pruning is permanent: weights are masked, and all names are those of an unpruned model.
+    """Make pruning permanent in a state: multiply weights by their masks and use the names of an unpruned model.
 
     Args:
-        tree: Dictionaries from names to tensors, and lists of names, perhaps in other dictionaries and lists.
-        masks: What :func:`masks_by_name` returned.
+        tree: Dictionaries from names to tensors and lists of names, nested in dictionaries and lists.
+        masks: The result of :func:`masks_by_name`. If it is empty, the state is returned as it is.
     """
     if not masks:
         return tree
@@ -134,10 +134,10 @@ def _name(name: str) -> str:
 
 
 def refuse_within_validation(callbacks: Iterable[Callback], name: str) -> None:
-    """Refuse a pruning that writes to the weights within a validation, while the module holds an average.
+    """Refuse a ``ModelPruning`` that writes to the weights during a validation, when the module holds the average.
 
     Raises:
-        MisconfigurationException: With the ways out.
+        MisconfigurationException: If there is one. The message names the ways out.
     """
     for callback in callbacks:
         if not isinstance(callback, ModelPruning) or callback._prune_on_train_epoch_end:

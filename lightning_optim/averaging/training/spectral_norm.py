@@ -1,4 +1,4 @@
-"""Singular vectors of spectral normalization, estimated anew for averaged weights: it needs no data."""
+"""Estimate the singular vectors of spectral normalization anew for averaged weights, which needs no data."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ITERATIONS = 50  # the estimate of the largest singular value is right to some 
 
 @dataclass(eq=False)
 class Spectral:
-    r"""One spectrally normalized weight :math:`W / (u^\top W v)`, whose vectors the layer keeps as buffers.
+    r"""A spectrally normalized weight :math:`W / (u^\top W v)`; the layer keeps the vectors as buffers.
 
-    The mean of unit vectors is no unit vector, and no singular vector of the mean of the weights.
+    The mean of unit vectors is not a unit vector, and not a singular vector of the mean of the weights.
 
     Attributes:
-        owner: The module that holds the vectors.
-        keys: The names of ``u`` and ``v`` in it.
-        parameters: Gives the parameters of which the weight is made.
-        matrix: Gives the weight as a matrix, before it is normalized.
-        eps: Added where a norm is zero.
+        owner: The module that has the vectors.
+        keys: The names of the buffers ``u`` and ``v`` in it.
+        parameters: Function that returns the parameters from which the weight is computed.
+        matrix: Function that returns the weight as a matrix, before it is normalized.
+        eps: Smallest norm by which a vector is divided.
     """
 
     owner: nn.Module
@@ -43,12 +43,12 @@ class Spectral:
 
     @property
     def sharded(self) -> bool:
-        """Whether no rank holds the whole weight."""
+        """True if no rank holds the whole weight."""
         return any(isinstance(parameter, DTensor) for parameter in self.parameters())
 
     @torch.no_grad()
     def estimate_(self) -> None:
-        """Set both vectors to those of the present weight, by power iteration that starts at the present ones."""
+        """Set both vectors to those of the present weight by power iteration, starting from the present vectors."""
         u, v = (buffer_of(self.owner, key) for key in self.keys)
         assert u is not None and v is not None
         matrix = self.matrix()
@@ -61,14 +61,14 @@ class Spectral:
         v.copy_(right)
 
 
-class Estimates:
-    """The vectors of all spectral normalizations of a model, for the averaged weights.
+class SpectralEstimates:
+    """Estimated vectors of all spectral normalizations of a model, for its averaged weights.
 
-    An estimate starts at the vectors that the model had at the last update, so that it is the same whenever it is made,
-    and however often.
+    The power iteration starts from the vectors that the model had at the last update, so that the result depends
+    neither on when nor on how often it is computed.
 
     Attributes:
-        done: Whether the vectors are those of the average's present weights.
+        done: True if the vectors belong to the present averaged weights.
     """
 
     def __init__(self, norms: Iterable[Spectral]) -> None:
@@ -77,12 +77,12 @@ class Estimates:
         self.done = not self._norms
 
     def sources(self) -> Iterator[Source]:
-        """Yield the vectors in the model."""
+        """Yield the model's vectors."""
         for _, pair in self._norms:
             yield from pair
 
     def pairs(self, averaged: set[int]) -> Iterator[tuple[Source, Tensor]]:
-        """Yield each vector and its estimate, of weights with a parameter whose ``id`` is in ``averaged``."""
+        """Yield each vector and its estimate, for weights with a parameter whose ``id`` is in ``averaged``."""
         for norm, pair in self._norms:
             if all(source.names for source in pair) and any(
                 id(parameter) in averaged for parameter in norm.parameters()
@@ -91,14 +91,14 @@ class Estimates:
 
     @torch.no_grad()
     def restart_(self) -> None:
-        """Let the next estimate start at the present vectors of the model."""
+        """Let the next estimate start from the model's present vectors."""
         for source in self.sources():
             if source.live is not None:
                 self._held[source.place].copy_(source.live)
         self.done = not self._norms
 
     def estimate_(self, moved: set[tuple[int, str]]) -> None:
-        """While averaged weights and estimates are in the model: estimate, and keep, the vectors that were moved in."""
+        """Estimate the vectors at the places ``moved``, in the model, which holds the average, and keep a copy."""
         for norm, pair in self._norms:
             if all(source.place in moved for source in pair):
                 norm.estimate_()
@@ -107,7 +107,7 @@ class Estimates:
         self.done = True
 
     def load(self, saved: dict[str, Tensor], done: bool) -> None:
-        """Take over estimates by name, else from the model."""
+        """Load estimates by name; those that are not in ``saved`` are the model's vectors."""
         self.restart_()
         for source in self.sources():
             for name in source.names:
@@ -117,7 +117,7 @@ class Estimates:
 
 
 def find(module: nn.Module) -> list[Spectral]:
-    """Find each weight under spectral normalization, as a parametrization or as a hook."""
+    """Return all weights with spectral normalization, as a parametrization or as a hook."""
     found = []
     for owner in module.modules():
         if isinstance(owner, ParametrizationList):
