@@ -68,9 +68,8 @@ class Hooks:
 
     def __call__(self) -> None:
         call._call_callback_hooks(self.trainer, "on_before_optimizer_step", self.optimizer)
-        with torch.no_grad():
-            for callback in (callback for callback in self.callbacks if isinstance(callback, OptimCallback)):
-                callback.on_after_optimizer_step(self.trainer, self.module, self.optimizer)
+        for session in {callback.session for callback in self.callbacks if isinstance(callback, OptimCallback)}:
+            session._stepped(self.optimizer)
         call._call_callback_hooks(self.trainer, "on_train_batch_end", None, 0, 0)
 
 

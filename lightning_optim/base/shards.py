@@ -7,7 +7,7 @@ elements see :mod:`lightning_optim.base.norms`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,18 @@ def align_grad_(parameter: Tensor) -> Tensor | None:
 
 
 def version(tensor: Tensor) -> int:
-    """Return a number that grows when the tensor is written to in place; -1 for an inference tensor, which has none."""
-    (shard,) = local_shards([tensor])
-    return -1 if shard.is_inference() else shard._version
+    """Return a number that grows when the tensor is written to in place; below 0 for an inference tensor."""
+    return sum(versions([tensor]))
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return numbers of which one grows when one of the tensors is written to in place.
+
+    torch counts the writes to a DTensor with the DTensor, and those to its shard with the shard. An inference tensor
+    has no count: -1.
+    """
+    counting = [*tensors, *local_shards(tensors)] if any_sharded(tensors) else tensors
+    return [-1 if tensor.is_inference() else tensor._version for tensor in counting]
 
 
 def reshard_(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.step import OptimizerStep
 
 
 class GradientAccumulation(OptimCallback):
@@ -235,11 +236,12 @@ class GradientAccumulation(OptimCallback):
         shards.reshard_(pl_module)
         live = _named(trainer, self._windows)
         for name, saved in {**extra["sharded"], **ours}.items():
+            parameter = live[module_tensors.plain_name(name)]
             if saved.is_sparse:
-                live[name].grad = saved.to(live[name].device, copy=True)
+                parameter.grad = saved.to(parameter.device, copy=True)
             else:
-                grad = live[name].grad = torch.zeros_like(live[name])
-                shards.copy_(grad, saved)
+                parameter.grad = torch.zeros_like(parameter)
+                shards.copy_(parameter.grad, saved)
 
 
 def _is_whole(number: Any, low: int) -> bool:
@@ -247,14 +249,11 @@ def _is_whole(number: Any, low: int) -> bool:
 
 
 def _named(trainer: Trainer, windows: Iterable[int]) -> dict[str, Tensor]:
-    """Map names to the parameters of these optimizers; one without a name has that of its place in the optimizer."""
-    names = module_tensors.parameter_names(trainer.lightning_module)
+    """Map names to the parameters of these optimizers."""
     named: dict[str, Tensor] = {}
     for index in windows:
-        for number, group in enumerate(trainer.optimizers[index].param_groups):
-            for place, parameter in enumerate(group["params"]):
-                fallback = f"optimizers.{index}.param_groups.{number}.params.{place}"
-                named[names.get(id(parameter), fallback)] = parameter
+        step = OptimizerStep(trainer.optimizers[index], index=index, module=trainer.lightning_module)
+        named |= zip(step.parameter_names, step.parameters, strict=True)
     return named
 
 

@@ -18,6 +18,7 @@ from lightning_optim.runtime.lightning import (
 from lightning_optim.runtime.lightning.grad_scaler import scaler_of
 from lightning_optim.runtime.order import AccumulationWindows
 from lightning_optim.runtime.session import Session
+from lightning_optim.runtime.step import parameters_of
 
 
 class ManualOptimizationMixin(LightningModule):
@@ -60,8 +61,8 @@ class ManualOptimizationMixin(LightningModule):
         trainer = self.trainer
         wrapped = _wrapped(trainer, optimizer)
         plain = wrapped.optimizer
-        windows = _windows(trainer)
-        window: Window | None = windows.window(trainer, trainer.optimizers.index(plain)) if windows else None
+        windows = _open_windows(trainer)
+        window = windows.window(trainer, trainer.optimizers.index(plain)) if windows else None
         if window is None or window.count == 0:
             plain.zero_grad()
         if windows is not None and window is not None:
@@ -79,12 +80,12 @@ class ManualOptimizationMixin(LightningModule):
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of an open window: under manual optimization Lightning takes every batch for a step."""
-        windows = _windows(self.trainer)
+        windows = _open_windows(self.trainer)
         if windows is None or not windows.is_open:
             super().on_validation_model_zero_grad()
 
 
-def _windows(trainer: Trainer) -> AccumulationWindows | None:
+def _open_windows(trainer: Trainer) -> AccumulationWindows | None:
     session = Session.find(trainer)
     return None if session is None else session.windows
 
@@ -104,20 +105,17 @@ def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:
         return
     scale = scaler.get_scale()
     if window.count and scale != window.scale:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale / window.scale)
+        for parameter in parameters_of(optimizer):
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale / window.scale)
     window.scale = scale
 
 
 @contextlib.contextmanager
 def _only(optimizer: Optimizer, trainer: Trainer) -> Iterator[None]:
     """Within this, a backward pass leaves the gradients of other optimizers' parameters as they were."""
-    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    others = [
-        p for opt in trainer.optimizers for group in opt.param_groups for p in group["params"] if id(p) not in ours
-    ]
+    ours = set(map(id, parameters_of(optimizer)))
+    others = [p for other in trainer.optimizers for p in parameters_of(other) if id(p) not in ours]
     kept = [parameter.grad for parameter in others]
     try:
         for parameter in others:

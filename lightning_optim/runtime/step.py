@@ -85,7 +85,6 @@ class OptimizerStep:
         self._latest: list[Tensor] = []  # Gradients as read last: held, so that no new tensor has an old one's `id`.
         self._versions: list[int] = []  # … as they were when the norms were computed.
         self._norms: dict[float, Tensor] = {}
-        self._names: dict[int, str] = {}
 
     def refresh(self) -> None:
         """Read parameters and gradients anew when they are asked for next."""
@@ -130,23 +129,28 @@ class OptimizerStep:
 
     @property
     def names(self) -> list[str]:
-        """Names of :attr:`weights` in the model, without what ``torch.compile`` adds.
+        """Names of :attr:`weights`, as in :attr:`parameter_names`."""
+        name_of = dict(zip(map(id, self.parameters), self.parameter_names, strict=True))
+        return [name_of[id(weight)] for weight in self.weights]
 
-        A parameter that the model does not hold is named by its place, such as ``"param_groups.1.params.0"``.
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of :attr:`parameters` in the model, without what ``torch.compile`` adds.
+
+        A parameter that the model does not hold is named by its place, such as
+        ``"optimizers.0.param_groups.1.params.0"``.
         """
-        if not self._names.keys() >= set(map(id, self.weights)):
-            named: dict[int, str] = {}
-            if self._module is not None:
-                shards.reshard_(self._module)
-                named = module_tensors.parameter_names(self._module)
-            self._names = {
-                id(parameter): module_tensors.plain_name(
-                    named.get(id(parameter), f"param_groups.{number}.params.{place}")
-                )
-                for number, group in enumerate(self.groups)
-                for place, parameter in enumerate(group)
-            }
-        return [self._names[id(weight)] for weight in self.weights]
+        known: dict[int, str] = {}
+        if self._module is not None:
+            shards.reshard_(self._module)
+            known = module_tensors.parameter_names(self._module)
+        return [
+            module_tensors.plain_name(known[id(parameter)])
+            if id(parameter) in known
+            else f"optimizers.{self.index}.param_groups.{number}.params.{place}"
+            for number, group in enumerate(self.groups)
+            for place, parameter in enumerate(group)
+        ]
 
     @property
     def dropped(self) -> bool:
@@ -177,7 +181,7 @@ class OptimizerStep:
 
     def known_norm(self, norm_type: float = 2.0) -> Tensor | None:
         """Return :meth:`norm` if it was computed and no gradient changed since, else ``None``."""
-        versions = [shard._version for shard in shards.local_shards(self.grads)]
+        versions = shards.versions(self.grads)
         if versions != self._versions:
             self._norms.clear()
             self._versions = versions
