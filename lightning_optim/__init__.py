@@ -5,7 +5,7 @@ from lightning_optim.averaging.batchnorm.statistics import refresh_batchnorm_ as
 from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging as CheckpointAveraging
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints as average_checkpoints
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_weights as average_weights
-from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict as averaged_state_dict
+from lightning_optim.averaging.checkpoints.averaged_state_dict import averaged_state_dict as averaged_state_dict
 from lightning_optim.averaging.checkpoints.soup import greedy_soup as greedy_soup
 from lightning_optim.averaging.ema import EMA as EMA
 from lightning_optim.averaging.ema_weight_averaging import EMAWeightAveraging as EMAWeightAveraging

@@ -1,4 +1,4 @@
-"""After the fit: the mean of the best checkpoints, if it is better than the best of them."""
+"""The callback that averages the best checkpoints at the end of a fit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from lightning_optim.averaging.batchnorm.batches import check_arguments
 from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, in_training
 from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.averaging.checkpoints.average_checkpoints import RunningMean, StateDict
+from lightning_optim.averaging.checkpoints.running_mean import RunningMean, StateDict
 from lightning_optim.averaging.checkpoints.soup import greedy_mean
 from lightning_optim.averaging.training.buffer_plan import BufferPlan, plan_buffers
 from lightning_optim.base import module_tensors, shards
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.files.saved_weights import load_weights_
@@ -37,39 +37,49 @@ from lightning_optim.runtime.validation import validate
 
 
 class CheckpointAveraging(BatchNormRefresh):
-    r"""When training ends, average the best checkpoints, and end with the mean if it is better than the best of them.
+    r"""Average the best checkpoints at the end of a fit, and end with the average if it is better than the best one.
 
-    In ``on_train_end`` the weights of the best ``top`` checkpoints of a ``ModelCheckpoint`` are averaged in fp32, and
-    the mean is validated on its monitor: ``averaging/<monitor>`` is logged. It is written beside the best as a
-    weights-only checkpoint, for ``load_from_checkpoint`` and ``ckpt_path=``. When the fit ends, the better of the mean
-    and the best checkpoint goes into the module, before anything that other callbacks would restore. Until then the raw
-    weights are in place.
+    In ``on_train_end`` the weights of the ``top`` best checkpoints of a ``ModelCheckpoint`` are averaged in fp32,
+    :math:`\frac1k \sum_i \theta_i`, and the average is validated on the metric that ``ModelCheckpoint`` monitors. The
+    score is logged as ``averaging/<monitor>``, and the average is written beside the best checkpoint, as a weights-only
+    checkpoint for ``load_from_checkpoint`` and ``ckpt_path=``. In ``on_fit_end`` the better of the average and the best
+    checkpoint is written into the module, before any weights that other callbacks would restore. Until then the module
+    holds its raw weights.
 
     Args:
-        top: How many checkpoints, an integer >= 2. ``ModelCheckpoint`` must keep as many, with ``save_top_k``.
-        greedy: Leave out those that make the mean worse (arXiv:2203.05482). It validates once for each checkpoint but
-            the first, and ends with the best one if the best two share no basin.
-        monitor: Which ``ModelCheckpoint``, if several have one. Default: the first.
-        buffers: ``"refresh"``: estimate BatchNorm statistics of each mean anew, over training data; ``"average"``: the
-            mean of those in the files.
-        refresh_batches: How many batches a refresh takes. ``None``: all.
-        refresh_loader: Where they come from. Default: the training data.
-        name: Tells two of these apart in checkpoints.
+        top: Number of checkpoints, an integer >= 2. Default 5. ``ModelCheckpoint`` must keep at least as many
+            (``save_top_k``).
+        greedy: If True, leave out checkpoints that make the average worse (:func:`greedy_soup`,
+            `arXiv:2203.05482 <https://arxiv.org/abs/2203.05482>`_). It takes one validation for each checkpoint but the
+            best, and keeps only the best if the loss rises between the best two.
+        monitor: Monitored metric of the ``ModelCheckpoint`` to use, if there are several. Default: the first that
+            monitors one.
+        buffers: ``"refresh"`` (default) estimates the statistics of BatchNorm anew for each average, from training
+            data. ``"average"`` averages those of the checkpoints.
+        refresh_batches: Number of batches of a refresh, at most those of one epoch. Default 100; ``None``: all.
+        refresh_loader: Loader of these batches. Default: the training data, through a separate iterator.
+        name: Name that tells two callbacks of this class apart in checkpoints.
 
     Attributes:
-        path: The file with the mean; empty before.
-        score: The mean's value of the monitor; ``None`` before.
-        kept: The checkpoints in the mean, the best first.
-        best_path: The file that holds what the fit ended with; empty before.
+        path: Path of the checkpoint with the average; empty before it is written.
+        score: Value of the monitored metric for the average; ``None`` before it is known.
+        kept: Paths of the checkpoints in the average, the best first.
+        best_path: Path of the checkpoint with the weights that the fit ended with; empty before.
 
     Raises:
-        ValueError: If an argument is none of these.
-        MisconfigurationException: Without such a ``ModelCheckpoint``, or in a run that does not validate.
+        ValueError: If an argument is not allowed.
+        MisconfigurationException: In ``setup`` or before the first step: without a ``ModelCheckpoint`` that keeps as
+            many checkpoints, in a run without validation, or if BatchNorm statistics cannot be estimated by
+            ``training_step``.
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.callbacks import ModelCheckpoint
         >>> callbacks = [ModelCheckpoint(monitor="val_loss", save_top_k=3), CheckpointAveraging(top=3)]
+        >>> trainer = Trainer(callbacks=callbacks, logger=False)
+
+    Outside of a run, :func:`average_checkpoints` and :func:`greedy_soup` do the same with any checkpoints.
     """
 
     slot = Slot.STOP
@@ -88,8 +98,7 @@ class CheckpointAveraging(BatchNormRefresh):
     ) -> None:
         super().__init__(name)
         check_number("top", top, low=2, integer=True)
-        if buffers not in ("refresh", "average"):
-            raise ValueError(f'`buffers` must be "refresh" or "average", got {buffers!r}')
+        check_choice("buffers", buffers, Literal["refresh", "average"])
         check_arguments(refresh_batches, refresh_loader)
         self.top, self.greedy, self.monitor, self.buffers = top, greedy, monitor, buffers
         self.refresh_batches, self.refresh_loader = refresh_batches, refresh_loader
@@ -114,12 +123,14 @@ class CheckpointAveraging(BatchNormRefresh):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._checkpoint(trainer)
+            self._model_checkpoint(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if not trainer.enable_validation:
-            raise MisconfigurationException("CheckpointAveraging validates the mean, and this run has no validation.")
+            raise MisconfigurationException(
+                "CheckpointAveraging validates the average, and this run has no validation."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -128,13 +139,13 @@ class CheckpointAveraging(BatchNormRefresh):
         self.try_before_first_step(trainer, pl_module, plan.layers)
         if any(norm.sharded for norm in plan.vectors):
             raise MisconfigurationException(
-                "CheckpointAveraging estimates the vectors of spectral normalization anew for the mean, and no rank"
+                "CheckpointAveraging estimates the vectors of spectral normalization anew for the average, and no rank"
                 " holds the whole weight: train with DDP."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        checkpoint = self._checkpoint(trainer)
+        checkpoint = self._model_checkpoint(trainer)
         sign = 1.0 if checkpoint.mode == "max" else -1.0
         scores = {path: float(score) for path, score in checkpoint.best_k_models.items()}
         ranked = sorted(scores, key=lambda path: -sign * scores[path])[: self.top]
@@ -142,15 +153,16 @@ class CheckpointAveraging(BatchNormRefresh):
             return
         self.best_path = ranked[0]
         if len(ranked) < 2:
-            rank_zero_info("CheckpointAveraging: there is one checkpoint only, which is not averaged.")
+            rank_zero_info("CheckpointAveraging: there is only one checkpoint, so nothing is averaged.")
             return
-        with self.session.without_average(), _kept(pl_module):
+        with self.session.without_average(), _weights_restored(pl_module):
             mean, self.kept, score = self._mean(trainer, pl_module, checkpoint, {path: scores[path] for path in ranked})
             if score is None or len(self.kept) < 2:
                 return
             self.score = score
-            self._put_in(trainer, pl_module, mean)
-            self._write(trainer, checkpoint)
+            self._load_average_(trainer, pl_module, mean)
+            self.path = trainer.strategy.broadcast(_free_path(os.path.dirname(self.best_path), len(self.kept)))
+            trainer.save_checkpoint(self.path, weights_only=True)
         if sign * score > sign * scores[ranked[0]]:
             self.best_path = self.path
 
@@ -190,7 +202,8 @@ class CheckpointAveraging(BatchNormRefresh):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint_state.leave_out(trainer.strategy, pl_module, self.state_key, ("raw",))
 
-    def _checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
+    def _model_checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
+        """Return the ``ModelCheckpoint`` whose checkpoints are averaged."""
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
                 enough = callback.save_top_k == -1 or callback.save_top_k >= self.top
@@ -198,24 +211,24 @@ class CheckpointAveraging(BatchNormRefresh):
                     return callback
         wanted = self.monitor or "…"
         raise MisconfigurationException(
-            f'CheckpointAveraging(top={self.top}) averages what a `ModelCheckpoint(monitor="{wanted}",'
-            f" save_top_k={self.top})` keeps, and there is none with so many: add it to the callbacks."
+            f'CheckpointAveraging(top={self.top}) averages the checkpoints of a `ModelCheckpoint(monitor="{wanted}",'
+            f" save_top_k={self.top})`, and no callback keeps so many: add it to the callbacks."
         )
 
     def _buffer_plan(self, pl_module: LightningModule) -> BufferPlan:
         return plan_buffers(pl_module, self.buffers, self.buffers, type(self).__name__)
 
-    # ---- the mean ----------------------------------------------------------------------------------------------------
+    # ---- the average -------------------------------------------------------------------------------------------------
 
     def _mean(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint, scores: dict[str, float]
     ) -> tuple[StateDict, list[str], float | None]:
-        """The mean, what is in it, and its score; ``None`` if the validation logs no monitor, or nothing is mixed."""
-        failed: list[Exception] = []  # errors of the user's own code, which are not handled here
+        """Return the average, the checkpoints in it, and its score; ``None`` as the score if there is no average."""
+        failed: list[Exception] = []  # errors of the user's code, which are raised
 
         def score(weights: StateDict) -> float:
             try:
-                self._put_in(trainer, pl_module, weights)
+                self._load_average_(trainer, pl_module, weights)
                 metrics = validate(trainer)
             except Exception as error:
                 failed.append(error)
@@ -236,8 +249,8 @@ class CheckpointAveraging(BatchNormRefresh):
             return result, list(scores), self._log(trainer, checkpoint, score(result))
         except _NotLogged:
             rank_zero_warn(
-                f"CheckpointAveraging ends with the best checkpoint: the validation of the mean logs no"
-                f" {checkpoint.monitor!r}, by which the checkpoints were chosen. Monitor what `validation_step` logs."
+                f"CheckpointAveraging ends with the best checkpoint: the validation of the average does not log"
+                f" {checkpoint.monitor!r}, which chose the checkpoints. Monitor a metric that `validation_step` logs."
             )
         except (OSError, ValueError) as error:
             if error in failed:
@@ -246,8 +259,8 @@ class CheckpointAveraging(BatchNormRefresh):
         return {}, [], None
 
     def _reader(self, trainer: Trainer, pl_module: LightningModule, best: str) -> Callable[[str], StateDict]:
-        """Return a function that reads a checkpoint's weights, and the best one's buffers where these have no mean."""
-        read = _reading(trainer, pl_module, self.session.own_files)
+        """Return a function that reads a checkpoint, with the best checkpoint's values of buffers without a mean."""
+        read = _reader_of_checkpoints(trainer, pl_module, self.session.own_files)
         first, averaged = read(best), {id(source.tensor) for source in self._buffer_plan(pl_module).averaged}
         known = {name for name, tensor in module_tensors.named_tensors(pl_module).items() if id(tensor) in averaged}
         known |= dict(pl_module.named_parameters(remove_duplicate=False)).keys()
@@ -255,8 +268,8 @@ class CheckpointAveraging(BatchNormRefresh):
         same = {name: value for name, value in first.items() if module_tensors.plain_name(name) not in plain}
         return lambda path: {**(first if path == best else read(path)), **same}
 
-    def _put_in(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
-        """Write a mean into the module, and the statistics that are estimated for it into both."""
+    def _load_average_(self, trainer: Trainer, pl_module: LightningModule, weights: StateDict) -> None:
+        """Load an average into the module, estimate its statistics there, and set these in ``weights`` too."""
         _write_(pl_module, weights)
         plan = self._buffer_plan(pl_module)
         for norm in plan.vectors:
@@ -275,17 +288,13 @@ class CheckpointAveraging(BatchNormRefresh):
             logger.log_metrics({name: score}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         return score
 
-    def _write(self, trainer: Trainer, checkpoint: ModelCheckpoint) -> None:
-        self.path = trainer.strategy.broadcast(_free_path(os.path.dirname(self.best_path), len(self.kept)))
-        trainer.save_checkpoint(self.path, weights_only=True)
-
 
 class _NotLogged(Exception):
-    """The validation did not log the metric by which the checkpoints were chosen."""
+    """Raised if the validation did not log the metric that chose the checkpoints."""
 
 
-def _reading(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
-    """Return a function that reads a checkpoint: whole from a file, this rank's shards from a folder."""
+def _reader_of_checkpoints(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
+    """Return a function that reads a checkpoint: full tensors from a file, this rank's shards from a folder."""
     if not checkpoint_state.is_distributed(trainer):
         return lambda path: reading.weights_in(path, weights_only=path not in own)
 
@@ -300,14 +309,14 @@ def _reading(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Cal
 
 
 def _shards(module: LightningModule) -> dict[str, Tensor]:
-    """Return the module's live tensors that can be written, by plain name; of sharded ones this rank's part."""
+    """Return the module's tensors that can be written, by plain name; of sharded ones this rank's shard."""
     shards.reshard_(module)
     live = module_tensors.writable_tensors(module)
     return dict(zip(live, shards.local_shards(live.values()), strict=True))
 
 
 def _write_(module: LightningModule, weights: StateDict) -> None:
-    """Copy whole tensors, or this rank's shards, into the module."""
+    """Copy full tensors, or this rank's shards, into the module."""
     parts, whole = _shards(module), module_tensors.writable_tensors(module)
     for name, value in weights.items():
         plain = module_tensors.plain_name(name)
@@ -316,8 +325,8 @@ def _write_(module: LightningModule, weights: StateDict) -> None:
 
 
 @contextlib.contextmanager
-def _kept(module: LightningModule) -> Iterator[None]:
-    """Put the module's weights and buffers back afterwards."""
+def _weights_restored(module: LightningModule) -> Iterator[None]:
+    """Context manager: afterwards the module has its weights and buffers from before."""
     kept = {name: tensor.clone() for name, tensor in _shards(module).items()}
     try:
         yield
@@ -326,7 +335,7 @@ def _kept(module: LightningModule) -> Iterator[None]:
 
 
 def _free_path(directory: str, count: int) -> str:
-    """A name that no earlier run has used."""
+    """Return a path that no earlier run has used."""
     path, version = os.path.join(directory, f"average-of-best-{count}.ckpt"), 0
     while get_filesystem(path).exists(path):
         version += 1

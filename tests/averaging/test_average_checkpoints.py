@@ -245,7 +245,7 @@ def test_models_without_a_common_basin_are_refused(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         paths.append(tmp_path / f"start{seed}.pt")
         torch.save(train(net(), 200, seed).state_dict(), paths[-1])
-    with pytest.raises(ValueError, match="share no basin: their midpoint scores"):
+    with pytest.raises(ValueError, match="are not linearly mode-connected: their midpoint scores"):
         greedy_soup(paths, accuracy)
     tuned = []
     for seed in (5, 6):
@@ -260,10 +260,10 @@ def test_models_without_a_common_basin_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"paths": []}, "`paths` must name files"),
+        ({"paths": []}, "`paths` must not be empty"),
         ({"paths": "a.ckpt"}, r"`paths` must be a list of paths, got 'a.ckpt'"),
-        ({"mode": "best"}, '`mode` must be "min" or "max", got \'best\''),
-        ({"scores": [1.0]}, "`scores`, if given, one for each"),
+        ({"mode": "best"}, "`mode` must be one of 'min', 'max', got 'best'"),
+        ({"scores": [1.0]}, "`scores` must have one for each"),
         ({"score": lambda state: float("nan")}, "scores must be finite"),
     ],
 )
@@ -355,7 +355,7 @@ def test_greedy_ends_with_the_best_if_there_is_no_common_basin(tmp_path: Path) -
 
     model, callback = TwoBasins(VALUES, 0.0), CheckpointAveraging(top=2, greedy=True)
     saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
-    with pytest.warns(UserWarning, match="ends with the best checkpoint: .*share no basin"):
+    with pytest.warns(UserWarning, match="ends with the best checkpoint: .*not linearly mode-connected"):
         trainer([callback, saved], enable_checkpointing=True, max_epochs=5).fit(model)
     assert model.net.weight.item() == 9.0
     assert (callback.path, callback.best_path) == ("", saved.best_model_path)

@@ -97,7 +97,7 @@ def test_a_metric_that_the_validation_does_not_log_is_named(tmp_path: Path, gree
             return loss
 
     model = LogsInTraining()
-    with pytest.warns(UserWarning, match=r"ends with the best checkpoint: the validation of the mean logs no 'train_l"):
+    with pytest.warns(UserWarning, match="the validation of the average does not log 'train_l"):
         callback, saved = _fit(tmp_path, model, monitor="train_loss", greedy=greedy)
     assert (callback.path, callback.score, callback.best_path) == ("", None, saved.best_model_path)
     assert_equal(snapshot(model), torch.load(saved.best_model_path, weights_only=True)["state_dict"])

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_optim import average_checkpoints, average_weights, cli, greedy_soup
-from lightning_optim.averaging.checkpoints.inspecting import averaged_state_dict
+from lightning_optim import average_checkpoints, average_weights, averaged_state_dict, cli, greedy_soup
 
 
 def _full(value: float) -> torch.Tensor:

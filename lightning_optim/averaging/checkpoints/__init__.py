@@ -1,1 +1,1 @@
-"""Averages of checkpoints."""
+"""Read, average, select and describe checkpoints, without a Trainer."""

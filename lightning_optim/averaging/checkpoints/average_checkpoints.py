@@ -1,47 +1,46 @@
-"""Means of the weights of several models or files."""
+"""Average the weights of several models or checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
-from lightning_optim.averaging.average import kept_dtype
 from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.base import shards
-from lightning_optim.base.foreach import has_mean
+from lightning_optim.averaging.checkpoints.running_mean import RunningMean, StateDict
 from lightning_optim.runtime.files import safe_reading
 
-Path: TypeAlias = str | os.PathLike[str]
-StateDict: TypeAlias = dict[str, Any]
+PathLike: TypeAlias = str | os.PathLike[str]
 
 
 def average_weights(
     models_or_state_dicts: Sequence[nn.Module | Mapping[str, Any]], weights: Sequence[float] | None = None
 ) -> StateDict:
-    r"""The weighted mean of several models' weights, :math:`\sum_i w_i \theta_i / \sum_i w_i`.
+    r"""Average the weights of several models: :math:`\sum_i w_i \theta_i / \sum_i w_i`.
 
-    Floating and complex tensors are averaged in fp32, or better if they are, and given back in their own dtype;
-    integers, bools and whatever else is in a ``state_dict`` are the last model's. Tied weights stay tied. BatchNorm
-    statistics are averaged like weights: better ones come from :func:`refresh_batchnorm_`.
+    Floating-point and complex tensors are averaged in fp32, or in their own dtype if it is wider, and returned in their
+    own dtype. Integers, bools and all other values are those of the last model. Tied weights stay tied. BatchNorm
+    statistics are averaged like weights; :func:`refresh_batchnorm_` estimates better ones afterwards.
 
-    The mean is good if the models share a basin: moments of one run, or fine-tuned from one start. Models that were
-    trained from different starts do not, and their mean is worth nothing.
+    The mean is good if the models are linearly mode-connected, that is if the loss is low everywhere between them: so
+    are checkpoints of one run, and models that were fine-tuned from the same weights. Models trained from different
+    initial weights are not, and their mean is useless.
 
     Args:
-        models_or_state_dicts: Modules, or what their ``state_dict()`` returns.
-        weights: One number >= 0 for each, not all zero. Default: equal.
+        models_or_state_dicts: Modules, or results of their ``state_dict()``. Values may be nested dictionaries.
+        weights: The :math:`w_i`, numbers >= 0, not all zero. Default: equal.
+
+    Returns:
+        A ``state_dict`` for ``module.load_state_dict``.
 
     Raises:
-        ValueError: If there is nothing to average, names or shapes differ, a tensor is sparse, or the weights do not
-            fit.
+        ValueError: If there are no models, their names or shapes differ, a tensor is sparse or nested, or ``weights``
+            are not as many such numbers.
 
     Example::
 
@@ -49,6 +48,8 @@ def average_weights(
         >>> _ = [p.data.fill_(v) for model, v in ((one, 1.0), (other, 4.0)) for p in model.parameters()]
         >>> average_weights([one, other], weights=[2, 1])["weight"]
         tensor([[2.]])
+
+    To average during a fit, see :class:`WeightAveraging` and :class:`CheckpointAveraging`.
     """
     items = list(models_or_state_dicts) if isinstance(models_or_state_dicts, Iterable) else [models_or_state_dicts]
     if wrong := [item for item in items if not isinstance(item, nn.Module | Mapping)]:
@@ -63,36 +64,40 @@ def average_weights(
 
 
 def average_checkpoints(
-    paths: Sequence[Path],
+    paths: Sequence[PathLike],
     weights: Sequence[float] | None = None,
     *,
     key: str | None = None,
     weights_only: bool = True,
     progress: bool = False,
 ) -> StateDict:
-    r"""The weighted mean of the weights in several files, as :func:`average_weights` of what they hold.
+    r"""Average the weights of several checkpoints, as :func:`average_weights` does with models.
 
-    The files are read one after the other: memory is the mean in fp32 and one file, whatever their number. They may be
-    Lightning's checkpoints, other dictionaries, plain state dicts, ``.safetensors`` files (with ``pip install
-    safetensors``) or folders of a distributed checkpoint. The weights are what lies under ``state_dict`` (with
-    :class:`WeightAveraging` the averaged weights), else under ``model``, ``model_state_dict`` or ``ema``, else the
-    whole file; of names on several levels all are averaged. What is returned are the averaged weights alone.
+    The checkpoints are read one after the other: whatever their number, memory is the mean in fp32 and one of them.
+    They may be checkpoints of Lightning, other dictionaries, plain state dicts, ``.safetensors`` files (which takes
+    ``pip install safetensors``) or folders of distributed checkpoints. The weights are looked for under ``state_dict``,
+    where a run with :class:`WeightAveraging` has the averaged ones, then under ``model``, ``model_state_dict`` and
+    ``ema``; otherwise the whole file is taken as a state dict. Nested dictionaries are averaged on all levels.
 
-    Before a file is averaged its sizes and checksums are checked: other values than were written never come out of a
-    damaged archive of ``torch.save``. safetensors and torch's format before 1.6 hold no checksums; there only what no
-    longer fits together is noticed.
+    Sizes and checksums of a file are checked before it is used, so that a damaged archive of ``torch.save`` raises an
+    error and never yields other values. safetensors and the format of torch before 1.6 have no checksums; of these only
+    damage to names, shapes and sizes is found.
 
     Args:
-        paths: The files.
-        weights: One number >= 0 for each, not all zero. Default: equal.
-        key: Under which name the weights lie, where it is another, or there are several.
-        weights_only: Read nothing but tensors and plain values: a file from a stranger can run any code otherwise.
-        progress: Show a bar.
+        paths: Paths of the checkpoints.
+        weights: Weight of each checkpoint, numbers >= 0, not all zero. Default: equal.
+        key: Name of the weights in each checkpoint, if it is another, or if there are several of those above.
+        weights_only: If True, read only tensors and plain values. With False a checkpoint of unknown origin can run any
+            code.
+        progress: If True, show a progress bar.
+
+    Returns:
+        The averaged weights, as a ``state_dict`` for ``module.load_state_dict``.
 
     Raises:
         OSError: If a file cannot be opened.
-        ValueError: As :func:`average_weights`, or if a file is damaged, no checkpoint, or holds more than tensors and
-            plain values. The message names the file.
+        ValueError: If :func:`average_weights` would raise one, or if a file is damaged, is not a checkpoint, or needs
+            ``weights_only=False``. The message names the file.
 
     Example::
 
@@ -103,6 +108,9 @@ def average_checkpoints(
         ...     torch.save({"weight": torch.tensor([value])}, path)
         >>> average_checkpoints(paths)
         {'weight': tensor([2.5000])}
+
+    ``Trainer(callbacks=[ModelCheckpoint(monitor="val_loss", save_top_k=5), CheckpointAveraging(top=5)])`` averages the
+    best checkpoints at the end of a fit.
     """
     names = listed(paths)
     given = _checked(weights, len(names))
@@ -113,11 +121,11 @@ def average_checkpoints(
     return mean.finish()
 
 
-def listed(paths: Sequence[Path]) -> list[str]:
-    """Return the names of files, where one alone is no list.
+def listed(paths: Sequence[PathLike]) -> list[str]:
+    """Return paths as a list of strings.
 
     Raises:
-        ValueError: If these are no paths.
+        ValueError: If ``paths`` is a single path, or has an element that is not one.
     """
     is_one = isinstance(paths, str | bytes | os.PathLike)
     if is_one or not all(isinstance(path, str | os.PathLike) for path in paths):
@@ -126,7 +134,7 @@ def listed(paths: Sequence[Path]) -> list[str]:
 
 
 def _checked_ahead(names: Sequence[str], weights_only: bool) -> Generator[tuple[str, bool], None, None]:
-    """Yield each file, and whether it is checked: the checksums of the next are computed while one is averaged."""
+    """Yield each path and whether the file was checked. The next file is checked while one is averaged."""
     with ThreadPoolExecutor(max_workers=1) as beside:
         check = beside.submit(_check, names[0], weights_only)
         for index, name in enumerate(names):
@@ -137,7 +145,7 @@ def _checked_ahead(names: Sequence[str], weights_only: bool) -> Generator[tuple[
 
 
 def _check(name: str, weights_only: bool) -> bool:
-    """Check a file of the local disk; from elsewhere a file comes once, and is checked when it is read."""
+    """Check a local file; return False for any other, which is fetched only once and checked when it is read."""
     if not os.path.isfile(name):
         return False
     safe_reading.check(name, weights_only)
@@ -156,179 +164,10 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
     return given
 
 
-class _Averaged(NamedTuple):
-    """Dtype and shape of a tensor whose values are in the mean."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-
-
-class RunningMean:
-    """The weighted mean of state dicts that come one after the other, in fp32 or better.
-
-    Of names on several levels all are averaged. Nothing of what was added is held, so that a file can be let go.
-
-    Attributes:
-        total: The sum of the weights so far.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self._means: dict[reading.Path, Tensor] = {}
-        self._ties: dict[reading.Path, reading.Path] = {}
-        self._last: dict[reading.Path, Any] = {}
-        self._label = ""
-
-    @torch.no_grad()
-    def add(self, state: Mapping[Any, Any], weight: float = 1.0, label: str = "") -> None:
-        """Take in one more; its name stands in the error if it does not fit."""
-        leaves = dict(reading.leaves(state))
-        for path, value in leaves.items():
-            if isinstance(value, Tensor) and (value.is_meta or has_mean(value)):
-                _check_values(path, value, label)
-        if not self._last:
-            if not any(map(has_mean, leaves.values())):
-                raise ValueError(f"{label} holds no floating-point tensors by name: there is nothing to average")
-            self._ties, self._label = ties(leaves), label
-            self._means = {p: _wide(value) for p, value in leaves.items() if has_mean(value) and p not in self._ties}
-            self.total = weight
-        else:
-            _check_like(leaves, self._last, label, self._label)
-            self._untie(ties(leaves))
-            self.total += weight
-            share = weight / self.total if self.total else 0.0
-            for path, mean in self._means.items():
-                _move_(mean, leaves[path], share)
-        self._last = {
-            path: _Averaged(value.dtype, value.shape) if has_mean(value) else _copied(value)
-            for path, value in leaves.items()
-        }
-
-    def _untie(self, now: dict[reading.Path, reading.Path]) -> None:
-        """What is tied in one and not in another has a mean of its own."""
-        for path in [path for path, first in self._ties.items() if now.get(path) != first]:
-            self._means[path] = self._means[self._ties.pop(path)].clone()
-
-    def result(self) -> StateDict:
-        """The mean in the dtypes of the last, whose integers and other values it has."""
-        return self._built(self._means.__getitem__)
-
-    def finish(self) -> StateDict:
-        """Return the same, where no more is added: each wide mean is freed as the result is made of it."""
-        return self._built(self._means.pop)
-
-    @torch.no_grad()
-    def _built(self, take: Callable[[reading.Path], Tensor]) -> StateDict:
-        means = {path: take(path).to(self._last[path].dtype) for path in list(self._means)}
-        built: StateDict = {}
-        for path, value in self._last.items():
-            level = built
-            for name in path[:-1]:
-                level = level.setdefault(name, {})
-            level[path[-1]] = means[self._ties.get(path, path)] if isinstance(value, _Averaged) else _copied(value)
-        return built
-
-    def __copy__(self) -> RunningMean:
-        """One that goes on by itself."""
-        other = RunningMean()
-        other.__dict__.update(self.__dict__)
-        other._means = {path: mean.clone() for path, mean in self._means.items()}
-        other._ties = dict(self._ties)
-        return other
-
-
-_CHUNK = 1 << 20  # elements of the temporary where dtypes differ
-
-
-def _move_(mean: Tensor, value: Tensor, share: float) -> None:
-    if not share:
-        return
-    if share == 1.0:
-        mean.copy_(value)  # all before had no weight
-        return
-    pieces = (torch.split(tensor, _CHUNK) for tensor in _flat_parts(mean, value))
-    for some, piece in zip(*pieces, strict=True):
-        other = piece.to(some.device, some.dtype)
-        if some.sum().isfinite():
-            some.lerp_(other, share)
-        else:  # `lerp` subtracts, and of infinities that is no number
-            weighted = some * (1.0 - share) + other * share
-            some.copy_(torch.where(some.isfinite(), some.lerp(other, share), weighted))
-
-
-def _flat_parts(mean: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both as vectors, of sharded ones this process's part; that of the mean is live storage."""
-    if isinstance(value, DTensor) and isinstance(mean, DTensor) and value.placements == mean.placements:
-        ours, theirs = mean.to_local(), value.to_local()
-    else:
-        (ours,) = shards.local_shards([mean])
-        full = value.full_tensor() if isinstance(value, DTensor) else value
-        theirs = shards.shard_of(full.to(ours.device), mean)
-    return ours.view(-1), theirs.reshape(-1)
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.detach().to(kept_dtype(value.dtype), copy=True, memory_format=torch.contiguous_format)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def ties(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The later names of each tensor that has several, to the first."""
-    first: dict[Any, Any] = {}
-    found = {}
-    for name, value in state.items():
-        if not has_mean(value) or value.layout is not torch.strided or value.is_nested:
-            continue
-        (part,) = shards.local_shards([value])  # a DTensor itself has no address
-        if part.numel():
-            place = (part.data_ptr(), value.shape, value.stride(), value.dtype)
-            if place in first:
-                found[name] = first[place]
-            else:
-                first[place] = name
-    return found
-
-
-def _check_values(path: reading.Path, value: Tensor, label: str) -> None:
-    """Refuse a tensor of which there is no mean element by element."""
-    kind = "nested" if value.is_nested else "sparse" if value.layout is not torch.strided else value.device.type
-    if kind in ("nested", "sparse", "meta"):
-        raise ValueError(f"{label}: {_dotted(path)} is a {kind} tensor, of which there is no mean")
-
-
-def _check_like(
-    state: Mapping[reading.Path, Any], last: Mapping[reading.Path, Any], label: str, first_label: str
-) -> None:
-    if state.keys() != last.keys():
-        only = sorted(map(_dotted, state.keys() ^ last.keys()))
-        raise ValueError(f"{label} and {first_label} have different names: {only[:5]} are in one of them only")
-    for path, value in state.items():
-        mine, wanted = getattr(value, "shape", None), getattr(last[path], "shape", None)
-        if mine != wanted:
-            raise ValueError(f"{label} and {first_label} have different shapes of {_dotted(path)}: {mine} and {wanted}")
-        if _kind(value) != _kind(last[path]):
-            kinds = f"{_kind(value)} and {_kind(last[path])}"
-            raise ValueError(f"{label} and {first_label} hold {_dotted(path)} as numbers of two kinds: {kinds}")
-
-
-def _kind(value: Any) -> str:
-    """Return the kind of a value: between values of two kinds there is no mean."""
-    if not isinstance(value, _Averaged) and not has_mean(value):
-        return "no floating-point numbers"
-    return "complex" if value.dtype.is_complex else "real"
-
-
-def _dotted(path: reading.Path) -> str:
-    return ".".join(map(str, path))
-
-
 def shown(items: Iterable[Any], count: int, progress: bool) -> Iterable[Any]:
-    """The items, with a bar if one is wanted."""
+    """Return the items, with a progress bar if ``progress``."""
     if not progress:
         return items
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # Lightning brings it
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # installed with Lightning
 
     return tqdm(items, total=count, desc="averaging", leave=False)

@@ -1,124 +1,21 @@
-"""What is in a checkpoint: which weights, of which average, after how many updates."""
+"""Describe the content of a checkpoint for ``lightning-optim inspect``: its weights, and the averages in it."""
 
 from __future__ import annotations
 
-import ast
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.averaging.checkpoints.average_checkpoints import Path, StateDict, ties
-
-_COUNTS = ("updates", "first", "last")
-_LONGEST_KEY = 4000  # a longer one is no callback's, and Python's parser would spend its stack on it
+from lightning_optim.averaging.checkpoints.average_checkpoints import PathLike
+from lightning_optim.averaging.checkpoints.averaged_state_dict import averages_in, callback_states
 
 
-@dataclass(frozen=True)
-class Found:
-    """An average in a checkpoint.
-
-    Attributes:
-        key: Under which the checkpoint holds the callback's state.
-        kind: The policy, such as ``EMA()``.
-        name: The callback's ``name=``, if it has one.
-        evaluated: Whether ``state_dict`` holds this average, and the callback's state the raw weights.
-        updates: The number of updates; with several optimizers the largest.
-        first: The optimizer step of the first update.
-        last: The optimizer step of the last.
-        tensors: The averaged tensors that are in the callback's state.
-    """
-
-    key: str
-    kind: str
-    name: str | None
-    evaluated: bool
-    updates: int
-    first: int
-    last: int
-    tensors: dict[str, Tensor]
-
-
-def averages_in(checkpoint: Mapping[str, Any]) -> list[Found]:
-    """The averages of a loaded checkpoint that have started."""
-    return [found for key, state in _callbacks(checkpoint).items() if (found := _found(str(key), state)) is not None]
-
-
-def _callbacks(checkpoint: Mapping[str, Any]) -> Mapping[Any, Any]:
-    callbacks = checkpoint.get("callbacks")
-    return callbacks if isinstance(callbacks, Mapping) else {}
-
-
-def _found(key: str, state: Any) -> Found | None:
-    """Return the average in a callback's state; ``None`` if it is another callback's, or there were no updates."""
-    try:
-        counters = [{name: int(counter[name]) for name in _COUNTS} for counter in state["counters"] if counter]
-        is_evaluated, averaged = bool(state["raw"]), dict(state["averaged"])
-    except Exception:  # of any kind: another callback's state may be anything
-        return None
-    if not counters or not all(isinstance(tensor, Tensor) for tensor in averaged.values()):
-        return None
-    identity = _identity(key)
-    return Found(
-        key,
-        str(identity.get("average", "")),
-        identity.get("name"),
-        is_evaluated,
-        max(counter["updates"] for counter in counters),
-        min(counter["first"] for counter in counters),
-        max(counter["last"] for counter in counters),
-        averaged,
-    )
-
-
-def _identity(key: str) -> dict[str, Any]:
-    _, brace, rest = key.partition("{")
-    if len(key) > _LONGEST_KEY:
-        return {}
-    try:
-        return dict(ast.literal_eval(brace + rest))
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        return {}
-
-
-def averaged_state_dict(path: Path, name: str | None = None, *, weights_only: bool = True) -> StateDict:
-    """The weights of one of several averages in a checkpoint, as a ``state_dict`` for the module.
-
-    Args:
-        path: A checkpoint file of a run with :class:`WeightAveraging`.
-        name: The callback's ``name=``. ``None``: the average that was evaluated, which is what ``state_dict`` holds,
-            else the only one.
-        weights_only: Read nothing but tensors and plain values.
-
-    Raises:
-        ValueError: If there is no such average in the file, or it is a folder.
-    """
-    if os.path.isdir(path):
-        raise ValueError(
-            f"{os.fspath(path)} is a folder, a distributed checkpoint, whose averages only a run that resumes from it"
-            " reads; the evaluated weights are what `average_checkpoints([path])` returns"
-        )
-    checkpoint = reading.load_checkpoint(path, weights_only)
-    found = averages_in(checkpoint)
-    chosen = [one for one in found if one.name == name] if name else [one for one in found if one.evaluated] or found
-    if len(chosen) != 1 or not isinstance(checkpoint.get("state_dict"), Mapping):
-        there = [f"{one.kind} name={one.name!r}" for one in found]
-        raise ValueError(f"{os.fspath(path)} holds no single average of `name={name!r}`; there are {there}")
-    state: StateDict = dict(checkpoint["state_dict"])
-    if not chosen[0].evaluated:
-        tied = ties(state)
-        for key, value in state.items():
-            if (average := chosen[0].tensors.get(tied.get(key, key))) is not None:
-                state[key] = average.to(value.dtype)
-    return state
-
-
-def describe(path: Path, weights_only: bool = True, key: str | None = None) -> Iterator[str]:
-    """What ``lightning-optim inspect`` prints, line by line."""
+def describe(path: PathLike, weights_only: bool = True, key: str | None = None) -> Iterator[str]:
+    """Yield the lines that ``lightning-optim inspect`` prints."""
     path = os.fspath(path)
     checkpoint = reading.load_checkpoint(path, weights_only)
     if os.path.isdir(path):
@@ -154,11 +51,11 @@ def _describe_plain(path: str, key: str | None, weights: Mapping[Any, Any]) -> I
 
 
 def _holds_ours(checkpoint: Mapping[str, Any]) -> bool:
-    return any("counters" in state for state in _callbacks(checkpoint).values() if isinstance(state, dict))
+    return any("counters" in state for state in callback_states(checkpoint).values() if isinstance(state, dict))
 
 
 def _bare(checkpoint: Mapping[str, Any]) -> bool:
-    """Weights-only files say nothing of averages."""
+    """Return True for a weights-only checkpoint, which does not say if its weights are averaged."""
     return "callbacks" not in checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Find the weights in files: Lightning's checkpoints, state dicts, safetensors, folders of shards."""
+"""Read the weights of a checkpoint: of Lightning, a state dict, safetensors, or a folder of shards."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.files.sharded_reading import check_folder, load_folder, reader_of
 
-Path: TypeAlias = tuple[Any, ...]  # the names on the way to a tensor; one for each level
+Keys: TypeAlias = tuple[Any, ...]  # the keys that lead to a tensor in nested dictionaries
 
 STATE_DICT = "state_dict"
-_OTHERS = ("model", "model_state_dict", "ema")  # where other training loops put their weights
+_OTHERS = ("model", "model_state_dict", "ema")  # keys that other training loops use
 _DEPTH, _MAPPINGS = 32, 1_000_000
 
 
 def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> dict[Any, Any]:
-    """Load all that a file holds; its tensors are mapped from the disk where that is possible, and read when used.
+    """Load a checkpoint. Its tensors are mapped from the disk where possible, and read when they are used.
 
     Args:
-        path: A file, or the folder of a distributed checkpoint, of which this is what lies beside the tensors.
-        weights_only: Read nothing but tensors and plain values.
-        check: Whether to check the file first, as :func:`~lightning_optim.runtime.files.safe_reading.check` does.
+        path: Path of a file, or of the folder of a distributed checkpoint, whose values beside the tensors are loaded.
+        weights_only: If True, read only tensors and plain values.
+        check: If True, check the file first (:func:`~lightning_optim.runtime.files.safe_reading.check`).
 
     Raises:
-        OSError: If it cannot be opened.
-        ValueError: If it is damaged or of another kind, or holds more and ``weights_only`` is set.
+        OSError: If the file cannot be opened.
+        ValueError: If the file is damaged, is not a dictionary, or needs ``weights_only=False``.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -47,7 +47,7 @@ def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, che
 def weights_in(
     path: str | os.PathLike[str], weights_only: bool = True, key: str | None = None, check: bool = True
 ) -> dict[Any, Any]:
-    """Read the weights of a file: see :func:`weights_key` for where they lie."""
+    """Read the weights of a checkpoint, which :func:`weights_key` finds."""
     path = os.fspath(path)
     if os.path.isdir(path):
         return _weights_of_folder(path, weights_only, key)
@@ -57,19 +57,19 @@ def weights_in(
 
 
 def weights_of(loaded: Mapping[Any, Any], path: str, key: str | None = None) -> dict[Any, Any]:
-    """Return the weights of a loaded file."""
+    """Return the weights of a loaded checkpoint."""
     where = weights_key(loaded, path, key)
     return dict(loaded if where is None else loaded[where])
 
 
 def weights_key(loaded: Mapping[Any, Any], path: str, key: str | None = None) -> str | None:
-    """Return the name under which a loaded file holds its weights; ``None`` if the file is a state dict.
+    """Return the key of the weights in a loaded checkpoint; ``None`` if it is a state dict itself.
 
-    That is ``key`` if given, else ``state_dict``, else the one of ``model``, ``model_state_dict`` and ``ema`` that
-    there is. Of several of these none is guessed.
+    This is ``key`` if given, else ``state_dict``, else the one of ``model``, ``model_state_dict`` and ``ema`` that the
+    checkpoint has.
 
     Raises:
-        ValueError: If there are several, or nothing of that name.
+        ValueError: If it has several of these, or no weights under ``key``.
     """
     if key is not None:
         if not isinstance(loaded.get(key), Mapping):
@@ -87,10 +87,10 @@ def weights_key(loaded: Mapping[Any, Any], path: str, key: str | None = None) ->
     return found[0] if found else None
 
 
-def leaves(state: Mapping[Any, Any], before: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield the names on the way to each tensor or other value. A mapping without tensors is one value.
+def leaves(state: Mapping[Any, Any], before: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Yield the keys and the value of each tensor and other value in nested dictionaries.
 
-    So is the ``_extra_state`` of a module, which is its own affair.
+    A dictionary without tensors is one value, and so is the ``_extra_state`` of a module.
     """
     for name, value in state.items():
         path = (*before, name)
@@ -101,7 +101,7 @@ def leaves(state: Mapping[Any, Any], before: Path = ()) -> Iterator[tuple[Path, 
 
 
 def holds_tensors(value: Any) -> bool:
-    """Return whether there is a tensor under some name, on any level."""
+    """Return True if ``value`` is a tensor or a dictionary with a tensor on any level."""
     if isinstance(value, Mapping):
         return any(map(holds_tensors, value.values()))
     return isinstance(value, Tensor)
@@ -112,7 +112,7 @@ def _shown(loaded: Mapping[Any, Any]) -> list[str]:
 
 
 def _refuse_endless(loaded: Mapping[Any, Any], path: str) -> None:
-    """Refuse mappings that hold themselves, or one another so often that no walk over the names would end."""
+    """Refuse dictionaries that contain themselves, or one another so often that no walk over the keys would end."""
     waiting, seen = [(loaded, 0)], 0
     while waiting:
         value, depth = waiting.pop()
@@ -123,7 +123,7 @@ def _refuse_endless(loaded: Mapping[Any, Any], path: str) -> None:
 
 
 def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
-    """Refuse tensors that repeat what is in the file so often that their mean would not fit into memory."""
+    """Refuse tensors that expand the values of the file so often that their mean would not fit into memory."""
     tensors = [value for _, value in leaves(weights) if isinstance(value, Tensor)]
     values = [value for value in tensors if value.layout is torch.strided and not value.is_nested]
     views = {(value.data_ptr(), value.shape, value.stride(), value.dtype): value.numel() for value in values}
@@ -133,7 +133,7 @@ def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
 
 
 def _weights_of_folder(path: str, weights_only: bool, key: str | None) -> dict[str, Tensor]:
-    """Read the whole tensors of a distributed checkpoint, without process groups."""
+    """Read the full tensors of a distributed checkpoint, without a process group."""
     metadata = reader_of(path, weights_only).read_metadata()
     check_folder(path, metadata, weights_only)
     described = {n: a for n, a in metadata.state_dict_metadata.items() if isinstance(a, TensorStorageMetadata)}

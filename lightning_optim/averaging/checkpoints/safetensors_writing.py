@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor."""
+"""Write a safetensors file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_optim.runtime.files.atomic_writing import write_atomically
 
 
 def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -> None:
-    """Write the tensors among ``weights``; those on several levels get their names joined with dots.
+    """Write the tensors in ``weights`` to a file; the keys of nested dictionaries are joined with dots.
 
-    safetensors' own functions hold a second copy of all tensors, or write through a temporary file that stays after a
-    kill. The format is a header, which is its length in 8 bytes and a JSON object, and the tensors one after the other.
+    The functions of safetensors hold a second copy of all tensors, or write a temporary file that stays behind after a
+    kill. The format is the length of the header in 8 bytes, the header as a JSON object, and all tensors in sequence.
 
     Raises:
-        ModuleNotFoundError: Without safetensors.
-        ValueError: If a name is no text, there are two of one name, or the format has no such dtype.
+        ModuleNotFoundError: If safetensors is not installed.
+        ValueError: If a key is not a string, two tensors have the same name, or the format does not have a dtype.
         OSError: If the file cannot be written.
     """
     path = os.fspath(path)
@@ -54,14 +54,14 @@ def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -
 
 
 def _dtype_name(dtype: torch.dtype, path: str) -> str:
-    """Return the name of a dtype in safetensors, which is asked to write an empty tensor."""
+    """Return the name of a dtype in safetensors, from an empty tensor that it writes."""
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise ModuleNotFoundError(f"{path} needs `pip install safetensors`") from error
     try:
         written = save({"empty": torch.empty(0, dtype=dtype)})
-    except Exception as error:  # of several kinds, by version
+    except Exception as error:  # its class depends on the version
         raise ValueError(f"{path} cannot be written: safetensors has no {dtype}") from error
     return str(json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["empty"]["dtype"])
 

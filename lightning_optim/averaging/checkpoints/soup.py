@@ -1,22 +1,26 @@
-"""Greedy soups: the mean of those models that do not make it worse."""
+"""Greedy soups: average those of several models that do not make the average worse."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.averaging.checkpoints.average_checkpoints import Path, RunningMean, StateDict, listed, shown
+from lightning_optim.averaging.checkpoints.average_checkpoints import PathLike, listed, shown
+from lightning_optim.averaging.checkpoints.running_mean import RunningMean, StateDict
+from lightning_optim.base.arguments import check_choice
+
+Mode: TypeAlias = Literal["min", "max"]
 
 
 class Soup(dict[str, Any]):
     """The ``state_dict`` of a soup.
 
     Attributes:
-        kept: The files in it, the best first.
-        score: Its score.
+        kept: Paths of the checkpoints in it, the best first.
+        score: Score of the soup.
     """
 
     kept: list[str]
@@ -24,37 +28,41 @@ class Soup(dict[str, Any]):
 
 
 def greedy_soup(
-    paths: Sequence[Path],
+    paths: Sequence[PathLike],
     score: Callable[[StateDict], float],
     *,
-    mode: str = "max",
+    mode: Mode = "max",
     scores: Sequence[float] | None = None,
     barrier: float | None = 0.1,
     key: str | None = None,
     weights_only: bool = True,
     progress: bool = False,
 ) -> Soup:
-    r"""The mean of those models that do not make it worse (arXiv:2203.05482).
+    r"""Average those of several fine-tuned models that do not make the average worse.
 
-    The files are sorted by score, the best first. Each in turn is added to the mean, :math:`(n s + \theta) / (n + 1)`
-    in fp32, and stays if the score of the mean does not fall. So the soup is at least as good as the best model, on the
-    data that the score is taken from: choose on validation data, and report on others. Memory is three models.
+    The models are sorted by score, the best first. Each in turn is added to the soup, :math:`(n s + \theta) / (n + 1)`
+    in fp32, and stays in it if the score does not get worse. So the soup is at least as good as the best model on the
+    data of the score: use the validation set for it, and report results on a test set. The method is that of
+    `arXiv:2203.05482 <https://arxiv.org/abs/2203.05482>`_. It holds three models in memory.
 
     Args:
-        paths: The files, as for :func:`average_checkpoints`.
-        score: A ``state_dict`` to a number. A model with BatchNorm should estimate its statistics anew in here, for
-            single models and means alike.
-        mode: ``"max"`` if more is better, ``"min"`` if less is.
-        scores: The models' own scores, if they are known; else each is scored.
-        barrier: The guard. Models that share no basin have a mean that is worth nothing, whatever is added: if the
-            midpoint of the best two is worse than the mean of their scores by more than this share of it, the soup is
-            refused. ``None``: no guard.
-        key: Under which name the weights lie, as for :func:`average_checkpoints`.
-        weights_only: Read nothing but tensors and plain values.
-        progress: Show a bar.
+        paths: Paths of the checkpoints, as for :func:`average_checkpoints`.
+        score: Function from a ``state_dict`` to a number, such as the accuracy on the validation set. For a model with
+            BatchNorm call :func:`refresh_batchnorm_` in it.
+        mode: ``"max"`` (default) if a higher score is better, ``"min"`` if a lower one is.
+        scores: Scores of the single models, if they are known. Default: compute them with ``score``.
+        barrier: Largest allowed loss of score at the midpoint of the best two models, as a share of the mean of their
+            scores. Default 0.1. If it is exceeded, the two are not linearly mode-connected, and no average of such
+            models is useful. ``None`` turns the test off.
+        key: Name of the weights in each checkpoint, as for :func:`average_checkpoints`.
+        weights_only: If True, read only tensors and plain values.
+        progress: If True, show a progress bar.
+
+    Returns:
+        The ``state_dict`` of the soup, with the attributes ``kept`` and ``score``.
 
     Raises:
-        ValueError: If the best two share no basin, a score is not finite, or an argument does not fit.
+        ValueError: If the best two exceed the barrier, a score is not finite, or an argument is not allowed.
 
     Example::
 
@@ -65,12 +73,14 @@ def greedy_soup(
         >>> soup = greedy_soup(paths, lambda state: (state["weight"].item() - 1.6) ** 2, mode="min", barrier=None)
         >>> soup["weight"], len(soup.kept)
         (tensor([1.5000]), 2)
+
+    ``Trainer(callbacks=[ModelCheckpoint(monitor="val_loss", save_top_k=5), CheckpointAveraging(5, greedy=True)])``
+    makes a soup of the best checkpoints of a run.
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f'`mode` must be "min" or "max", got {mode!r}')
+    check_choice("mode", mode, Mode)
     names = listed(paths)
     if not names or (scores is not None and len(scores) != len(names)):
-        raise ValueError(f"`paths` must name files, and `scores`, if given, one for each; got {names} and {scores!r}")
+        raise ValueError(f"`paths` must not be empty, and `scores` must have one for each; got {names} and {scores!r}")
 
     def read(name: str) -> StateDict:
         return reading.weights_in(name, weights_only, key)
@@ -84,13 +94,13 @@ def greedy_mean(
     names: Sequence[str],
     read: Callable[[str], StateDict],
     score: Callable[[StateDict], float],
-    mode: str,
+    mode: Mode,
     barrier: float | None,
     progress: bool = False,
 ) -> Soup:
-    """:func:`greedy_soup` of what ``read`` returns for each name, with known scores.
+    """Compute the :func:`greedy_soup` of the state dicts that ``read`` returns for ``names``, from known scores.
 
-    What ``score`` changes in the state dict that it gets, such as statistics, is in the soup.
+    Changes that ``score`` makes in the state dict that it gets, such as BatchNorm statistics, are in the soup.
     """
     if not all(math.isfinite(value) for value in scores):
         raise ValueError(f"scores must be finite, got {list(scores)}")
@@ -106,7 +116,7 @@ def greedy_mean(
         mixed = candidate.result()
         its_score = float(score(mixed))
         if position == 0:
-            _guard((best + value) / 2.0, its_score, sign, barrier, first, name)
+            _check_barrier((best + value) / 2.0, its_score, sign, barrier, first, name)
         if sign * its_score >= sign * best:
             mean, soup, best = candidate, mixed, its_score
             kept.append(name)
@@ -115,11 +125,12 @@ def greedy_mean(
     return result
 
 
-def _guard(ends: float, middle: float, sign: float, barrier: float | None, one: str, other: str) -> None:
-    fall = sign * (ends - middle)
-    if barrier is not None and not fall <= barrier * abs(ends):
+def _check_barrier(ends: float, middle: float, sign: float, barrier: float | None, one: str, other: str) -> None:
+    """Refuse two models whose midpoint scores worse than themselves on average by more than ``barrier``."""
+    loss = sign * (ends - middle)
+    if barrier is not None and not loss <= barrier * abs(ends):
         raise ValueError(
-            f"{one} and {other} share no basin: their midpoint scores {middle:g}, they themselves {ends:g} on average."
-            " A mean of weights suits moments of one run, or models fine-tuned from one start; average the predictions"
-            " of others (`Ensemble`), or pass `barrier=None`."
+            f"{one} and {other} are not linearly mode-connected: their midpoint scores {middle:g}, the two themselves"
+            f" {ends:g} on average. Average weights of one run, or of models that were fine-tuned from the same"
+            " weights; for other models average the predictions (`Ensemble`), or pass `barrier=None`."
         )
