@@ -406,13 +406,15 @@ def test_one_checkpoint_is_what_the_fit_ends_with(tmp_path: Path) -> None:
 )
 def test_without_enough_checkpoints_it_is_refused(tmp_path: Path, saved, changes) -> None:
     callbacks = [ModelCheckpoint(tmp_path, **arguments) for arguments in saved]
-    with pytest.raises(MisconfigurationException, match=r"CheckpointAveraging\(top=3\) averages what a `Model"):
+    with pytest.raises(
+        MisconfigurationException, match=r"CheckpointAveraging\(top=3\) averages the checkpoints of a `Model"
+    ):
         fit(Model(), [CheckpointAveraging(top=3, **changes), *callbacks], enable_checkpointing=bool(saved))
 
 
 def test_without_validation_it_is_refused(tmp_path: Path) -> None:
     saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=3)
-    with pytest.raises(MisconfigurationException, match="this run has no validation"):
+    with pytest.raises(MisconfigurationException, match="CheckpointAveraging validates the average"):
         fit(Model(), [CheckpointAveraging(top=3), saved], enable_checkpointing=True, limit_val_batches=0)
 
 
