@@ -145,7 +145,7 @@ class BestInMemory(BestWeights):
         if changed:
             rank_zero_warn(
                 f"The best weights are in this module since the fit ended, and {_first_names(changed)} have been"
-                " changed there since: the best values of these are lost. With `dirpath=` the best stays in a checkpoint."
+                " changed there since: their best values are lost. With `dirpath=` the best stays in a checkpoint."
             )
 
     def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
