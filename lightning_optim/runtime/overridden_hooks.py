@@ -7,7 +7,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_optim.runtime.lightning import Callback
 
@@ -25,6 +25,8 @@ class OverridableHooks(Callback):
     run, before its first hook, when every override is in place.
     """
 
+    replaceable_hooks: ClassVar[frozenset[str]] = frozenset()
+    """Names of hooks that an override replaces, as it does in Lightning, unless it calls ``super()``."""
     _package_results: Mapping[str, Any] = MappingProxyType({})  # of parts that have run
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -45,7 +47,7 @@ class OverridableHooks(Callback):
     @log.setter
     def log(self, log: Callable[..., None]) -> None:
         self.__dict__["log"] = log
-        for name in _HOOKS:
+        for name in _HOOKS - self.replaceable_hooks:
             ours, theirs = _parts(type(self), name)
             on_object = self.__dict__.get(name)
             if ours is not None and not isinstance(on_object, TwoPartHook) and (on_object or theirs):

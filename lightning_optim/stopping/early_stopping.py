@@ -1,7 +1,8 @@
-"""Early stopping that keeps and restores the best weights."""
+"""Stop training when a metric stops improving, and restore the best weights."""
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,22 @@ from lightning_optim.runtime import checkpoint_state
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.lightning import EarlyStopping as LightningEarlyStopping
-from lightning_optim.runtime.lightning import EarlyStoppingReason, LightningModule, Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning import (
+    EarlyStoppingReason,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    TrainerFn,
+    rank_prefixed_message,
+    rank_zero_warn,
+)
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.spawned_processes import check_not_lost, check_weights_are_here
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
 from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
-from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes
+from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
 
 if TYPE_CHECKING:
@@ -35,63 +44,78 @@ _REASONS = {
     Divergence: EarlyStoppingReason.DIVERGENCE_THRESHOLD,
     Plateau: EarlyStoppingReason.PATIENCE_EXHAUSTED,
 }
+_NOT_CALLED = ("_evaluate_stopping_criteria", "_validate_condition_metric")  # methods of Lightning's class
 
 
 class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStopping):
-    r"""Stop training when a metric stops improving, and end with the best weights.
+    r"""Stop training when a metric stops improving, and restore the best weights.
 
-    The arguments up to ``log_rank_zero_only`` are those of Lightning's ``EarlyStopping``, with their meaning, and a
-    checkpoint of Lightning's resumes here. ``EarlyStopping("val_loss", patience=5)`` means
-    ``EarlyStopping(Plateau("val_loss", patience=5))``. Different from Lightning's:
+    ``EarlyStopping("val_loss", patience=5)`` stops after five validations in a row without an improvement. A value
+    :math:`v` is an improvement if :math:`v + \delta < \mathrm{best}` (``mode="min"``) or :math:`v - \delta >
+    \mathrm{best}` (``mode="max"``), where :math:`\delta` is ``min_delta``. It also stops at a value that is not finite.
+    Pass a :class:`Criterion` as ``monitor`` for any other rule. Slow rules, with a large ``patience``, find better
+    weights and cost more time (Prechelt, *Early stopping, but when?*, 1998).
 
-    * With ``restore_best`` the module ends a normal fit with the best *evaluated* weights: those that the check which
-      improved has seen, the average's if validation uses an average.
-    * On resume the patience that is given now wins, and not that of the checkpoint.
-    * A stop that was asked for before ``min_epochs`` is taken back when the metric improves meanwhile.
-    * A second fit with the same callback starts afresh, from the weights that the module holds: the best ones, with
-      new optimizers.
-    * ``min_delta`` is a size, as it was given; Lightning's attribute has a sign. Writing to an attribute, before a fit
-      or in it, counts from then on, and a wrong value raises.
+    The arguments up to ``log_rank_zero_only`` are those of Lightning's ``EarlyStopping``, and its checkpoints resume
+    here. These things differ:
 
-    Without ``dirpath`` the best is a copy on the CPU and part of the state: each checkpoint grows by one model. Frozen
-    weights that the module leaves out of its checkpoints are left out here too. With ``dirpath`` the best is a whole
-    checkpoint in that directory, from which training can resume, and the state holds the path.
+    * With ``restore_best`` the module ends a normal fit with the best *evaluated* weights: those that the best
+      validation used, which are the averaged ones if validation uses an average.
+    * On resume, the ``patience`` passed to the constructor is used, not the one in the checkpoint.
+    * A stop that was requested before ``min_epochs`` or ``min_steps`` is withdrawn if the metric improves meanwhile.
+    * A second fit with the same callback starts from the beginning, with the weights that the module holds: the best
+      ones, with new optimizers.
+    * ``min_delta`` is positive, as it was passed; Lightning's attribute has a sign.
+    * An attribute may be changed at any time, before a fit or in it, and a wrong value raises.
 
-    When the fit has ended, the raw weights lie where the best lay, or on the CPU if it lay in a directory: a checkpoint
-    that is written then has the best as ``state_dict``, and a run that resumes from it goes on from the raw weights.
-    After an exception the module holds its raw weights, and the best is at hand: ``callback.restore_best_(module)``.
-    If the module has changed since the best check (pruning that was made permanent is undone in the best, but a buffer
-    may have grown), what fits is restored, and a warning names the rest.
+    As with Lightning's class, a subclass that overrides ``on_validation_end`` and ``on_train_epoch_end`` chooses the
+    moment itself, and calls ``self._run_early_stopping_check(trainer)`` there.
+
+    Without ``dirpath`` the best weights are a copy on the CPU, and part of the callback's state: each checkpoint grows
+    by one model. Frozen weights that the module leaves out of its checkpoints are left out here too. With ``dirpath``
+    the best is a whole checkpoint in that directory, from which training can resume, and the state holds its path.
+
+    After the fit, the raw weights are kept on the CPU. A checkpoint that is written then has the best weights as
+    ``state_dict``, and a run that resumes from it continues from the raw weights. After an exception the module holds
+    its raw weights; ``callback.restore_best_(module)`` restores the best ones. If the module has changed since the best
+    validation, all weights that fit are restored, and a warning names the others. Pruning that was made permanent is
+    applied to the best weights too.
 
     Args:
-        monitor: The metric's name, or a criterion.
-        min_delta: What an improvement must exceed. Default 0.
-        patience: Checks without improvement after which to stop. Default 3, as in Lightning.
-        verbose: Log the reasons.
-        mode: ``"min"`` if less is better, ``"max"`` if more is.
-        strict: Raise if the metric is missing at a check.
-        check_finite: Stop when the metric is NaN or infinite.
-        stopping_threshold: Stop once the metric is better than this.
-        divergence_threshold: Stop once the metric is worse than this.
-        check_on_train_epoch_end: Check there; if false, after each validation. By default there, if one validation is
-            run an epoch.
-        log_rank_zero_only: Log on rank 0 only.
-        restore_best: Keep the best weights, and end with them.
-        dirpath: Where the best is kept as a checkpoint, ``best.ckpt`` or ``<name>.ckpt``.
-        best_by: What is best, if not what the criterion calls an improvement: a metric, a weighted sum ``{metric:
-            weight}``, or a list in order of rank, each in the direction of ``mode``.
-        name: Tells two callbacks on one metric apart in checkpoints.
+        monitor: Name of the logged metric, or a criterion.
+        min_delta: Amount that an improvement must exceed, at least 0, in the unit of the metric. Default 0.
+        patience: Number of validations without improvement after which training stops. Default 3, as in Lightning;
+            choose more for a noisy metric.
+        verbose: Log improvements, and the reason to stop.
+        mode: ``"min"`` if smaller values are better (the default, for a loss), ``"max"`` if larger ones are.
+        strict: Raise if the metric was not logged. Default ``True``.
+        check_finite: Stop when the metric is NaN or infinite. Default ``True``.
+        stopping_threshold: Stop as soon as the metric is better than this value. Default ``None``, off.
+        divergence_threshold: Stop as soon as the metric is worse than this value. Default ``None``, off.
+        check_on_train_epoch_end: Read the metric at the end of each training epoch; if false, after each validation.
+            Default: at the end of the epoch if each epoch has one validation.
+        log_rank_zero_only: With ``verbose``, log on rank 0 only.
+        restore_best: Keep the best weights, and restore them at the end of the fit. Default ``True``.
+        dirpath: Directory for the best weights, as the checkpoint ``best.ckpt``, or ``<name>.ckpt``. Default: keep them
+            in memory.
+        best_by: What makes weights the best, if not an improvement of the criterion: the name of a metric, a weighted
+            sum ``{metric: weight}``, or a list of metrics of which a later one decides only ties; ``mode`` gives the
+            direction of each.
+        name: Distinguishes two callbacks with the same metric in a checkpoint.
 
     Attributes:
-        criterion: The criterion in use; for a plain ``monitor`` an :class:`AnyOf`, whose last is the :class:`Plateau`.
-        history: What was monitored, at each check.
-        best_check: The index in ``history`` of the best check; -1 before the first.
-        stopped_epoch: The epoch at which the stop was decided; 0 if it was not.
-        stopping_reason_message: Why, in a sentence.
+        criterion: The criterion in use; for the name of a metric an :class:`AnyOf` whose last is the :class:`Plateau`.
+        history: Values of the monitored metrics, a dictionary for each validation.
+        best_check: Index in ``history`` of the best validation; -1 before the first.
+        stopped_epoch: Epoch in which the stop was decided; 0 if it was not.
+        stopping_reason: Lightning's ``EarlyStoppingReason``.
+        stopping_reason_message: Reason to stop, in a sentence; ``None`` without a stop.
 
     Raises:
-        ValueError: If an argument is out of range, or one of the plateau's is given beside a criterion.
-        RuntimeError: If ``strict`` and the metric is missing.
+        ValueError: If an argument is not in its range, or an argument of the plateau is passed beside a criterion.
+        MisconfigurationException: In a fit, if a subclass overrides a private method of Lightning's class that this one
+            does not call.
+        RuntimeError: If ``strict`` and the metric was not logged.
 
     Example::
 
@@ -100,11 +124,15 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         EarlyStopping{'monitor': 'val_loss', 'mode': 'min'}
         >>> EarlyStopping(Plateau("accuracy", mode="max"), best_by=["accuracy", "f1"], mode="max").criterion
         Plateau(monitor='accuracy', mode='max')
+
+    With a Trainer::
+
+        trainer = Trainer(callbacks=[EarlyStopping("val_loss", patience=5)])
     """
 
     slot = Slot.STOP
-    _check_on_train_epoch_end: bool | None
     final_rank = 1
+    replaceable_hooks = frozenset({"on_train_epoch_end", "on_validation_end"})
 
     def __init__(
         self,
@@ -131,7 +159,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self._monitor, self._mode = monitor, mode
         plateau = {"patience": patience, "min_delta": min_delta}
         bounds = {"stopping_threshold": stopping_threshold, "divergence_threshold": divergence_threshold}
-        self.criterion = _criterion(monitor, mode, check_finite, plateau, bounds)
+        self.criterion = criterion_of(monitor, mode, check_finite, plateau, bounds)
         self.verbose, self.strict, self.log_rank_zero_only = verbose, strict, log_rank_zero_only
         self.check_on_train_epoch_end = check_on_train_epoch_end
         self.dirpath, self._before_fit = dirpath, {}
@@ -141,25 +169,23 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     @property
     def check_on_train_epoch_end(self) -> bool | None:
-        """Whether to check at the end of each epoch; ``None`` leaves it to how often validation runs."""
-        return self._check_there
+        """True to read the metric at the end of each training epoch; ``None``: if each epoch has one validation."""
+        return self._check_on_train_epoch_end
 
     @check_on_train_epoch_end.setter
     def check_on_train_epoch_end(self, value: bool | None) -> None:
-        self._check_there = value
-        if value is not None:
-            self._check_on_train_epoch_end = value  # what Lightning's hooks read
+        self._check_on_train_epoch_end = value
 
     @property
     def touches(self) -> frozenset[str]:  # type: ignore[override]
-        """The weights, if the module's own are read and written at the best check and at the end."""
+        """``"weights"`` if the module's own are copied at the best validation and written at the end."""
         return frozenset({"weights"} if self.restore_best and self.dirpath is None else ())
 
     @property
     def identity(self) -> dict[str, Any]:
         if isinstance(self.monitor, Criterion):
             return {"monitor": self.monitor.identity}
-        return {"monitor": self.monitor, "mode": self.mode}  # Lightning's own, so that its checkpoints resume here
+        return {"monitor": self.monitor, "mode": self.mode}  # as in Lightning, so that its checkpoints resume here
 
     @property
     def stays(self) -> frozenset[str]:
@@ -172,11 +198,11 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self.stopped_epoch = 0
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
-        self._asked_to_stop = self._ends_anyway = False  # the latter: at the word of somebody else
+        self._requested_stop = False
+        self._stop_is_external = False  # requested by something else than an early stopping callback
         self._training = False
         self.history: list[dict[str, float]] = []
         self.best_check = -1
-        self._check_on_train_epoch_end = self.check_on_train_epoch_end
         self._own_files = OwnFiles() if self.fit is None else self.fit.own_files
         self._best_weights = self._new_best_weights()
         self._left_out: set[str] = set()
@@ -186,34 +212,53 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         OptimCallback.setup(self, trainer, pl_module, stage)
-        LightningEarlyStopping.setup(self, trainer, pl_module, stage)
+        overridden = [name for name in _NOT_CALLED if _is_overridden(type(self), name)]
+        if overridden:
+            raise MisconfigurationException(
+                f"{type(self).__name__} overrides {overridden} of Lightning's EarlyStopping, which this EarlyStopping"
+                " does not call: pass a subclass of `Criterion` as `monitor`, whose `update` decides when to stop."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         OptimCallback.on_train_start(self, trainer, pl_module)
-        # After an average, which may lie over the best in a checkpoint that was written after a fit.
+        # After an average, which may have replaced the best weights in a checkpoint that was written after a fit.
         self._best_weights.resume_(pl_module)
         self._training = True
-        self._asked_to_stop = self._asked_to_stop and trainer.should_stop  # a resumed run asks again
+        self._requested_stop = self._requested_stop and trainer.should_stop  # a resumed run decides anew
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._best_weights.add_unfrozen()
 
-    # ---- the check ---------------------------------------------------------------------------------------------------
+    # ---- reading the metric ------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        LightningEarlyStopping.on_train_epoch_end(self, trainer, pl_module)
+        if self._checks_at_epoch_end(trainer) and not self._should_skip_check(trainer):
+            self._run_early_stopping_check(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        LightningEarlyStopping.on_validation_end(self, trainer, pl_module)
+        if not self._checks_at_epoch_end(trainer) and not self._should_skip_check(trainer):
+            self._run_early_stopping_check(trainer)
+
+    def _checks_at_epoch_end(self, trainer: Trainer) -> bool:
+        if self.check_on_train_epoch_end is not None:
+            return self.check_on_train_epoch_end
+        return trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+
+    def _should_skip_check(self, trainer: Trainer) -> bool:
+        """Return True outside of training. Subclasses of Lightning's class override this method."""
+        return trainer.state.fn is not TrainerFn.FITTING or trainer.sanity_checking
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
-        """Lightning's hooks call this, at the end of a validation or of an epoch."""
+        """Read the metrics, decide whether to stop, and store the best weights.
+
+        Subclasses of Lightning's class override this method, or call it in a hook of theirs.
+        """
         metrics = trainer.callback_metrics
         if trainer.fast_dev_run or not self._available(metrics):
             return
         stop = self.criterion.update(metrics)
         better = self.criterion.improved if self._best_by is None else self._best_by.better(metrics)
-        # Ranks may have logged different values; shards of different checks would make a model that never was.
+        # Ranks may have logged different values, and shards of different validations would not be one model.
         rank_0 = (self.criterion.improved, better, sorted(self._left_out))
         improved, better, left_out = trainer.strategy.broadcast(rank_0)
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
@@ -222,14 +267,14 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         if better:
             self.best_check = len(self.history) - 1
             if self.restore_best:
-                self._keep(trainer, left_out)
+                self._store_best(trainer, left_out)
 
     def _available(self, metrics: dict[str, Tensor]) -> bool:
         needed = [*self.criterion.monitors, *(self._best_by.monitors if self._best_by else ())]
         missing = [name for name in needed if name not in metrics]
         if not missing:
             return True
-        message = f"Early stopping reads {missing}, which is not logged. There are: {sorted(metrics)}."
+        message = f"Early stopping reads {missing}, which is not logged. Logged metrics: {sorted(metrics)}."
         if self.strict:
             raise RuntimeError(message)
         if self.verbose:
@@ -238,23 +283,23 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def _decide(self, trainer: Trainer, stop: bool, improved: bool) -> None:
         others = [callback for callback in trainer.early_stopping_callbacks if callback is not self]
-        asked = self._asked_to_stop and trainer.should_stop
+        requested = self._requested_stop and trainer.should_stop
         if stop:
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason, self.stopping_reason_message = self._reason()
-            alone = not any(map(_asked_to_stop, others))
-            self._ends_anyway = self._ends_anyway or (trainer.should_stop and not asked and alone)
+            external = trainer.should_stop and not requested and not any(map(_requested_stop, others))
+            self._stop_is_external = self._stop_is_external or external
             trainer.should_stop = True
-        elif asked and improved:
-            # Asked for before `min_epochs` or `min_steps`, which did not let it happen; the metric has improved since.
+        elif requested and improved:
+            # Requested before `min_epochs` or `min_steps`, which delayed the stop; the metric has improved since.
             self.stopped_epoch, self.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
             self.stopping_reason_message = None
-            ends = any(getattr(callback, "_ends_anyway", False) for callback in [self, *others])
-            trainer.should_stop = ends or any(map(_asked_to_stop, others))
-            asked = False
-        self._asked_to_stop = asked or stop
-        if self.verbose and (said := self.criterion.reason or self._improvement()):
-            self._log_info(trainer, said, self.log_rank_zero_only)
+            external = any(getattr(callback, "_stop_is_external", False) for callback in [self, *others])
+            trainer.should_stop = external or any(map(_requested_stop, others))
+            requested = False
+        self._requested_stop = requested or stop
+        if self.verbose and (message := self.criterion.reason or self._improvement()):
+            self._log_info(trainer, message, self.log_rank_zero_only)
 
     def _improvement(self) -> str:
         if not self.criterion.improved:
@@ -263,35 +308,45 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         return f"Metric {', '.join(self.criterion.monitors)} improved.{best}"
 
     def _reason(self) -> tuple[EarlyStoppingReason, str]:
-        """Why to stop: this rank's reason, or that of the first rank that has one."""
+        """Return the reason to stop: this rank's, or that of the first rank that has one."""
         candidates = self.criterion.criteria if isinstance(self.criterion, AnyOf) else [self.criterion]
-        said = next((type(one) for one in candidates if one.reason), Plateau)
-        mine = (_REASONS.get(said, EarlyStoppingReason.PATIENCE_EXHAUSTED).value, self.criterion.reason)
+        kind = next((type(one) for one in candidates if one.reason), Plateau)
+        mine = (_REASONS.get(kind, EarlyStoppingReason.PATIENCE_EXHAUSTED).value, self.criterion.reason)
         reasons = [mine]
         if self.session.trainer.world_size > 1 and torch.distributed.is_initialized():
             reasons = [mine] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(reasons, mine)
         if mine[1]:
             return EarlyStoppingReason(mine[0]), mine[1]
-        kind, reason = next((one for one in reasons if one[1]), mine)
-        return EarlyStoppingReason(kind), f"Another rank decided to stop. {reason}".strip()
+        number, reason = next((one for one in reasons if one[1]), mine)
+        return EarlyStoppingReason(number), f"Another rank decided to stop. {reason}".strip()
 
-    # ---- the best ----------------------------------------------------------------------------------------------------
+    @staticmethod
+    def _log_info(trainer: Trainer, message: str, log_rank_zero_only: bool) -> None:
+        rank = trainer.global_rank if trainer.world_size > 1 else None
+        if rank in (None, 0) or not log_rank_zero_only:
+            # Through Lightning's logger, which users have configured.
+            logging.getLogger(LightningEarlyStopping.__module__).info(rank_prefixed_message(message, rank))
+
+    # ---- the best weights --------------------------------------------------------------------------------------------
 
     @property
     def best_path(self) -> str:
-        """The checkpoint of the best; empty without ``dirpath`` or before the first."""
+        """Path of the best checkpoint; empty without ``dirpath`` and before the first."""
         return self._best_weights.path if isinstance(self._best_weights, BestInDirectory) else ""
 
     def restore_best_(self, module: nn.Module) -> None:
-        """Put the best weights and buffers into ``module``, after an exception, say.
+        """Write the best weights and buffers into ``module``, for instance after an exception.
 
         If it is the module that was trained, its raw weights are kept, and a checkpoint that is written now resumes
-        from them. What does not fit, because the module has changed since, is left as it is, and named in a warning.
+        from them. Weights that do not fit, because the module has changed since, are named in a warning.
+
+        Args:
+            module: The trained module, or another one of the same architecture.
 
         Raises:
-            RuntimeError: If there is no best yet, or if the fit ran in other processes (``ddp_spawn``), in whose memory
-                the best stayed.
+            RuntimeError: If no best weights were stored, or if the fit ran in other processes (``ddp_spawn``), in whose
+                memory they stayed.
         """
         if not self.best_path:
             check_weights_are_here(
@@ -301,7 +356,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
                 " a checkpoint.",
             )
         if not self._best_weights.has_best:
-            raise RuntimeError("There is no best yet: no check has improved, or `restore_best=False`.")
+            raise RuntimeError("There are no best weights: no validation has improved, or `restore_best=False`.")
         if self._best_weights.is_of(module) and (self.fit is None or self.fit.failed):
             self._best_weights.restore_(module)
         else:
@@ -320,7 +375,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         except Exception as error:
             if not self.best_path:
                 raise
-            # The training is done: a checkpoint that cannot be read is no reason to lose it.
+            # The training is done: do not lose it because a checkpoint cannot be read.
             warnings.warn(
                 f"The module keeps its last weights, because {self.best_path} with the best ones cannot be read:"
                 f" {type(error).__name__}: {error}",
@@ -334,30 +389,38 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             return BestInMemory()
         return BestInDirectory(os.fspath(self.dirpath), self.name or "best", self._own_files)
 
-    def _keep(self, trainer: Trainer, left_out: list[str]) -> None:
+    def _store_best(self, trainer: Trainer, left_out: list[str]) -> None:
         new = self._new_best_weights()
-        if self._best_weights.location != new.location:  # what was loaded is from a run with another `dirpath`
+        if self._best_weights.location != new.location:  # those that were loaded come from a run with another `dirpath`
             self._best_weights = new
         elif isinstance(self._best_weights, BestInDirectory) and isinstance(new, BestInDirectory):
-            self._best_weights.directory = new.directory  # by the name that the user gives it
+            self._best_weights.directory = new.directory  # as the user writes it
         self._best_weights.store(trainer, left_out)
 
-    def plot(self, axes: Axes | None = None) -> tuple[Figure, Axes]:
-        """What was monitored over the checks, and which check was the best.
+    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot the monitored metrics over the validations, and mark the best one.
 
         Args:
-            axes: Axes to draw on; a new figure by default.
+            metric: Name of one metric. Default: all that the criterion reads.
+            ax: Axes to draw on; a new figure by default.
 
         Returns:
-            The figure and its axes. It needs matplotlib.
+            The figure and its axes.
+
+        Raises:
+            ValueError: If the criterion does not read this metric.
+            ModuleNotFoundError: If matplotlib is not installed.
         """
         check_not_lost(self)
-        figure, axes = canvas(axes)
-        for name in self.criterion.monitors:
+        names = self.criterion.monitors
+        if metric is not None and metric not in names:
+            raise ValueError(f"`metric` must be one of {names}, got {metric!r}")
+        figure, axes = canvas(ax)
+        for name in names if metric is None else (metric,):
             axes.plot(range(1, len(self.history) + 1), [values[name] for values in self.history], label=name)
         if self.best_check >= 0:
             axes.axvline(self.best_check + 1, linestyle="--", color="0.4", label="best")
-        axes.set(xlabel="check", title=self.stopping_reason_message)
+        axes.set(xlabel="validation", title=self.stopping_reason_message)
         axes.legend()
         return figure, axes
 
@@ -367,11 +430,11 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         ours = {
             "criterion": self.criterion.state_dict(),
             "best_by": self._best_by.state_dict() if self._best_by else {},
-            "asked_to_stop": self._asked_to_stop,
+            "asked_to_stop": self._requested_stop,
             "history": [dict(values) for values in self.history],
             "best_check": self.best_check,
         }
-        # Lightning's keys too: our state key is its own, and its class fails on a state that lacks one.
+        # With Lightning's keys: the state key is that of its class, which fails on a state without them.
         return {**LightningEarlyStopping.state_dict(self), **ours, **self._best_weights.extra_state()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -391,7 +454,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
                 self._best_by.load_state_dict(extra["best_by"])
         elif (plateau := self._find(Plateau)) is not None:  # a checkpoint of Lightning's class
             plateau.best, plateau.wait = float(extra["best_score"]), extra["wait_count"]
-        self._asked_to_stop = extra.get("asked_to_stop", False)
+        self._requested_stop = extra.get("asked_to_stop", False)
         self.history, self.best_check = list(extra.get("history", [])), extra.get("best_check", -1)
         self.stopped_epoch = extra["stopped_epoch"]
         self.stopping_reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
@@ -402,26 +465,15 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             BestInDirectory(directory, self.name or "best", self._own_files) if path else BestInMemory()
         )
         self._best_weights.load_extra_state(extra)
-        if self._training:  # a learning-rate finder restores what was before its trials, the module first
+        if self._training:  # a learning-rate finder restores the state before its trials, that of the module first
             self._best_weights.resume_(self.session.trainer.lightning_module)
 
 
-def _asked_to_stop(callback: LightningEarlyStopping) -> bool:
+def _requested_stop(callback: LightningEarlyStopping) -> bool:
     if isinstance(callback, EarlyStopping):
-        return callback._asked_to_stop
+        return callback._requested_stop
     return callback.stopping_reason_message is not None
 
 
-def _criterion(
-    monitor: str | Criterion, mode: Mode, check_finite: bool, plateau: dict[str, Any], bounds: dict[str, float | None]
-) -> Criterion:
-    if isinstance(monitor, Criterion):
-        defaults = {"patience": 3, "min_delta": 0.0, "stopping_threshold": None, "divergence_threshold": None}
-        for argument, value in {**plateau, **bounds}.items():
-            if value != defaults[argument]:
-                raise ValueError(f"`{argument}={value!r}` belongs to a plain `monitor`: give it to {monitor!r}")
-        return monitor
-    criteria: list[Criterion] = [NonFinite(monitor)] if check_finite else []
-    for kind, value in zip((Threshold, Divergence), bounds.values(), strict=True):
-        criteria += [] if value is None else [kind(monitor, value, mode)]
-    return AnyOf([*criteria, Plateau(monitor, mode=mode, **plateau)])
+def _is_overridden(kind: type, name: str) -> bool:
+    return getattr(kind, name, None) is not getattr(LightningEarlyStopping, name, None)

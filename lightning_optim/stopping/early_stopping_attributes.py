@@ -1,4 +1,4 @@
-"""The attributes of Lightning's ``EarlyStopping``, as views of the criterion: what is written there counts at once."""
+"""Read and write the attributes of Lightning's ``EarlyStopping`` in the criterion, so that a change counts at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_optim.stopping.improvement import Best, Mode, check_monitor, init
 
 C = TypeVar("C", bound=Criterion)
 
-_ORDER = (NonFinite, Threshold, Divergence, Plateau)  # in which Lightning asks
+_ORDER = (NonFinite, Threshold, Divergence, Plateau)  # in which Lightning evaluates them
 
 
 class EarlyStoppingAttributes:
-    """Arguments that may be read and written at any time; a wrong value raises what it raises at construction.
+    """Properties for the arguments of ``EarlyStopping``. A wrong value raises, as in the constructor.
 
-    An argument that belongs to a plain ``monitor`` can be written beside a criterion too, if the criterion has it.
+    The argument of a :class:`Plateau` can be changed if ``monitor`` is a criterion that has one, too.
     """
 
     criterion: Criterion
@@ -33,11 +33,11 @@ class EarlyStoppingAttributes:
     _restore_best: bool = False
     _before_fit: dict[str, Any]
 
-    # ---- which metric, and what is better ----------------------------------------------------------------------------
+    # ---- the metric and its direction -------------------------------------------------------------------------------
 
     @property
     def monitor(self) -> str | Criterion:
-        """The metric's name, or the criterion that was given."""
+        """Name of the metric, or the criterion that was passed."""
         return self._monitor
 
     @monitor.setter
@@ -54,7 +54,7 @@ class EarlyStoppingAttributes:
 
     @property
     def mode(self) -> Mode:
-        """``"min"`` if less is better, ``"max"`` if more is."""
+        """``"min"`` if smaller values are better, ``"max"`` if larger ones are."""
         return self._mode
 
     @mode.setter
@@ -74,7 +74,7 @@ class EarlyStoppingAttributes:
 
     @property
     def best_by(self) -> str | dict[str, float] | list[str] | None:
-        """What is best, if not what the criterion calls an improvement."""
+        """What makes weights the best; ``None``: an improvement of the criterion."""
         return None if self._best_by is None else self._best_by.by
 
     @best_by.setter
@@ -84,7 +84,7 @@ class EarlyStoppingAttributes:
 
     @property
     def restore_best(self) -> bool:
-        """Whether the best weights are kept, and put into the module at the end."""
+        """True if the best weights are kept, and restored at the end of the fit."""
         return self._restore_best
 
     @restore_best.setter
@@ -96,7 +96,7 @@ class EarlyStoppingAttributes:
 
     @property
     def patience(self) -> int | None:
-        """Number of checks without improvement after which to stop; ``None`` for a criterion without a plateau."""
+        """Number of validations without improvement after which training stops; ``None`` without a plateau."""
         plateau = self._find(Plateau)
         return None if plateau is None else plateau.patience
 
@@ -107,7 +107,7 @@ class EarlyStoppingAttributes:
 
     @property
     def min_delta(self) -> float | None:
-        """Size that an improvement must exceed; ``None`` for a criterion without a plateau."""
+        """Amount that an improvement must exceed; ``None`` without a plateau."""
         plateau = self._find(Plateau)
         return None if plateau is None else plateau.min_delta
 
@@ -118,7 +118,7 @@ class EarlyStoppingAttributes:
 
     @property
     def wait_count(self) -> int:
-        """Number of checks since the last improvement."""
+        """Number of validations since the last improvement; 0 without a plateau."""
         plateau = self._find(Plateau)
         return 0 if plateau is None else plateau.wait
 
@@ -130,7 +130,7 @@ class EarlyStoppingAttributes:
 
     @property
     def best_score(self) -> Tensor:
-        """Best value of the plateau's metric; NaN for a criterion without a plateau."""
+        """Best value of the plateau's metric; NaN without a plateau."""
         plateau = self._find(Plateau)
         return torch.tensor(math.nan if plateau is None else plateau.best)
 
@@ -143,7 +143,7 @@ class EarlyStoppingAttributes:
         self._keep_for_next_fit("best_score", value)
 
     def _keep_for_next_fit(self, attribute: str, value: Any) -> None:
-        """Keep a value that is written between fits: a fit resets its state, and then begins with these values."""
+        """Keep a value that is set between fits, so that the next fit starts with it after its reset."""
         if self.fit is None:
             self._before_fit[attribute] = value
 
@@ -151,7 +151,7 @@ class EarlyStoppingAttributes:
 
     @property
     def check_finite(self) -> bool:
-        """Whether to stop when the metric is NaN or infinite."""
+        """True to stop when the metric is NaN or infinite."""
         return self._find(NonFinite) is not None
 
     @check_finite.setter
@@ -161,7 +161,7 @@ class EarlyStoppingAttributes:
 
     @property
     def stopping_threshold(self) -> float | None:
-        """Value at whose better side training stops at once."""
+        """Value at which training stops as soon as the metric is better; ``None``: off."""
         threshold = self._find(Threshold)
         return None if threshold is None else threshold.value
 
@@ -171,7 +171,7 @@ class EarlyStoppingAttributes:
 
     @property
     def divergence_threshold(self) -> float | None:
-        """Value at whose worse side training stops at once."""
+        """Value at which training stops as soon as the metric is worse; ``None``: off."""
         divergence = self._find(Divergence)
         return None if divergence is None else divergence.value
 
@@ -179,7 +179,7 @@ class EarlyStoppingAttributes:
     def divergence_threshold(self, value: float | None) -> None:
         self._put(Divergence, "divergence_threshold", value, lambda name: Divergence(name, value, self.mode))  # type: ignore[arg-type]
 
-    # ---- where it is in the criterion --------------------------------------------------------------------------------
+    # ---- parts of the criterion -------------------------------------------------------------------------------------
 
     def _alternatives(self) -> list[Criterion]:
         return self.criterion.criteria if isinstance(self.criterion, AnyOf) else [self.criterion]
@@ -190,15 +190,15 @@ class EarlyStoppingAttributes:
     def _owner(self, kind: type[C], argument: str, value: Any) -> C:
         one = self._find(kind)
         if one is None:
-            raise ValueError(f"`{argument}={value!r}` belongs to a {kind.__name__}, and {self.criterion!r} has none")
+            raise ValueError(f"`{argument}={value!r}` is of a {kind.__name__}, which {self.criterion!r} does not have")
         return one
 
     def _put(self, kind: type[C], argument: str, value: Any, make: Callable[[str], C]) -> None:
-        """Add a criterion of this kind, take it away, or change its bound."""
+        """Add a criterion of this kind, remove it, or change its bound."""
         old = self._find(kind)
         new = make("any") if value is not None and value is not False else None  # checks the value
         if isinstance(self._monitor, Criterion) and (old is None) != (new is None):
-            raise ValueError(f"`{argument}={value!r}` belongs to a plain `monitor`: give it to {self._monitor!r}")
+            raise ValueError(f"`{argument}={value!r}` belongs to the criterion: pass it to {self._monitor!r}")
         if old is not None and new is not None:
             old.value = value  # type: ignore[attr-defined]
         elif isinstance(self.criterion, AnyOf) and isinstance(self._monitor, str):
@@ -208,9 +208,29 @@ class EarlyStoppingAttributes:
 
 
 def check_best(criterion: Criterion, best_by: object, restore_best: bool) -> None:
-    """Raise if nothing says which of several metrics makes weights the best."""
+    """Raise if it is open which of several metrics makes weights the best."""
     if restore_best and best_by is None and len(set(criterion.monitors)) > 1:
         raise ValueError(
-            f"`best_by=None` leaves open which of {criterion.monitors} says what is best: name a metric,"
-            " weights {metric: weight} or a list in order of rank, or give `restore_best=False`"
+            f"`best_by=None` leaves open which of {criterion.monitors} decides which weights are best: pass the name of"
+            " a metric, a weighted sum {metric: weight} or a list in order of rank; or `restore_best=False`"
         )
+
+
+def criterion_of(
+    monitor: str | Criterion, mode: Mode, check_finite: bool, plateau: dict[str, Any], bounds: dict[str, float | None]
+) -> Criterion:
+    """Return the criterion for the arguments of :class:`~lightning_optim.EarlyStopping`.
+
+    Raises:
+        ValueError: If ``monitor`` is a criterion, and an argument of the plateau or a bound is passed beside it.
+    """
+    if isinstance(monitor, Criterion):
+        defaults = {"patience": 3, "min_delta": 0.0, "stopping_threshold": None, "divergence_threshold": None}
+        for argument, value in {**plateau, **bounds}.items():
+            if value != defaults[argument]:
+                raise ValueError(f"`{argument}={value!r}` belongs to the criterion: pass it to {monitor!r}")
+        return monitor
+    criteria: list[Criterion] = [NonFinite(monitor)] if check_finite else []
+    for kind, value in zip((Threshold, Divergence), bounds.values(), strict=True):
+        criteria += [] if value is None else [kind(monitor, value, mode)]
+    return AnyOf([*criteria, Plateau(monitor, mode=mode, **plateau)])

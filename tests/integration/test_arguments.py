@@ -99,7 +99,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("EarlyStopping('x', mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
     ("EarlyStopping('x', min_delta=nan)", "min_delta", "nan", "must be a number"),
     ("EarlyStopping('x', best_by=3)", "by", "3", "must be a metric's name"),
-    ("EarlyStopping(Plateau('x'), patience=5)", "patience", "5", "belongs to a plain `monitor`"),
+    ("EarlyStopping(Plateau('x'), patience=5)", "patience", "5", "belongs to the criterion"),
     ("Plateau('x', patience=-1)", "patience", "-1", "an integer >= 0"),
     ("Plateau('x', min_delta=-0.5)", "min_delta", "-0.5", ">= 0"),
     ("Plateau('x', mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),

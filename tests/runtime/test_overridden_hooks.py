@@ -56,7 +56,8 @@ def overridden(callbacks: list[Any], make: Any) -> list[Any]:
             kind = type(callback)
             callback.__class__ = type(kind.__name__, (kind,), {"__qualname__": kind.__qualname__})
             for name in OVERRIDDEN:
-                setattr(callback.__class__, name, make(name))
+                if make is calling or name not in kind.replaceable_hooks:
+                    setattr(callback.__class__, name, make(name))
     return callbacks
 
 

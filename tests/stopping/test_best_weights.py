@@ -324,7 +324,7 @@ def test_a_copy_from_disk_that_fails_halfway_is_undone(tmp_path: Path, monkeypat
 
 def test_nothing_to_restore() -> None:
     callback = EarlyStopping("val_loss")
-    with pytest.raises(RuntimeError, match="There is no best yet"):
+    with pytest.raises(RuntimeError, match="There are no best weights"):
         callback.restore_best_(Scripted())
     module = Scripted(WORSE)
     fit(module, EarlyStopping("val_loss", restore_best=False), max_epochs=3)

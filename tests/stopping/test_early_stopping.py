@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim import AllOf, AnyOf, EarlyStopping, Plateau, Threshold
 from lightning_optim.stopping.criteria import Criterion
@@ -92,6 +93,65 @@ def test_a_second_fit_finds_out_anew_where_to_check() -> None:
     fit(Scripted(DIPS), stop, max_epochs=3)
     assert len(stop.history) == 3
     assert [values["val_loss"] for values in stop.history] == DIPS[:3]
+
+
+# ---- subclasses ------------------------------------------------------------------------------------------------------
+
+
+class WarmUp:
+    """A subclass's: no check in the first epochs."""
+
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        if trainer.current_epoch >= 4:
+            super()._run_early_stopping_check(trainer)
+
+
+class EveryOther:
+    def _should_skip_check(self, trainer: Trainer) -> bool:
+        return super()._should_skip_check(trainer) or trainer.current_epoch % 2 == 0
+
+
+class AtBatchEnd:
+    """Reads the training loss in a hook of its own."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._run_early_stopping_check(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass
+
+
+class Chosen:
+    """Sets Lightning's attribute."""
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self._check_on_train_epoch_end = False
+
+
+@pytest.mark.parametrize(
+    ("mixin", "arguments", "stopped_epoch"),
+    [
+        (WarmUp, {"patience": 2}, 6),
+        (EveryOther, {"patience": 1}, 5),
+        (AtBatchEnd, {"patience": 2, "strict": False, "check_on_train_epoch_end": False}, 1),
+        (Chosen, {"patience": 2}, 5),
+    ],
+)
+def test_subclasses_of_lightnings_class_do_the_same_here(mixin: Any, arguments: Any, stopped_epoch: int) -> None:
+    found = [
+        outcome(type("Theirs", (mixin, base), {})("val_loss", **arguments), DIPS)
+        for base in (EarlyStopping, theirs.EarlyStopping)
+    ]
+    assert found[0] == found[1] and found[0]["stopped_epoch"] == stopped_epoch
+
+
+@pytest.mark.parametrize("name", ["_evaluate_stopping_criteria", "_validate_condition_metric"])
+def test_a_subclass_whose_method_would_not_be_called_is_refused(name: str) -> None:
+    assert hasattr(theirs.EarlyStopping, name)
+    stop = type("Own", (EarlyStopping,), {name: lambda *_: True})("val_loss")
+    with pytest.raises(MisconfigurationException, match=rf"overrides \['{name}'\] .* subclass of `Criterion`"):
+        fit(Scripted(DIPS), stop)
 
 
 # ---- before it may stop ----------------------------------------------------------------------------------------------
@@ -311,7 +371,10 @@ def test_plot() -> None:
     assert lines["other"] == [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
     assert lines["best"][0][0] == 2.0
     assert axes.get_title() == stop.stopping_reason_message
-    assert stop.plot(axes)[1] is axes
+    assert stop.plot(ax=axes)[1] is axes
+    assert [line.get_label() for line in stop.plot("other")[1].lines] == ["other", "best"]
+    with pytest.raises(ValueError, match=r"`metric` must be one of \('val_loss', 'other'\), got 'loss'"):
+        stop.plot("loss")
     _, empty = EarlyStopping("val_loss").plot()
     assert [line.get_label() for line in empty.lines] == ["val_loss"]
 

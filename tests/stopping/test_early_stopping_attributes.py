@@ -183,16 +183,16 @@ def test_attributes_of_a_criterion() -> None:
     stop.patience, stop.wait_count, stop.best_score, stop.mode = 2, 1, 3.0, "max"
     assert (plateau.patience, plateau.wait, plateau.best, plateau.mode) == (2, 1, 3.0, "max")
     stop.check_finite = False  # as it is
-    with pytest.raises(ValueError, match=r"`stopping_threshold=1.0` belongs to a plain `monitor`: give it to Plateau"):
+    with pytest.raises(ValueError, match=r"`stopping_threshold=1.0` belongs to the criterion: pass it to Plateau"):
         stop.stopping_threshold = 1.0
-    with pytest.raises(ValueError, match=r"`check_finite=True` belongs to a plain `monitor`"):
+    with pytest.raises(ValueError, match=r"`check_finite=True` belongs to the criterion"):
         stop.check_finite = True
     either = EarlyStopping(AnyOf([Threshold("x", 1.0), NonFinite("x")]))
     assert (either.patience, either.min_delta, either.wait_count, either.check_finite) == (None, None, 0, True)
     assert math.isnan(either.best_score)
     either.stopping_threshold = 2.0
     assert either.criterion.criteria[0].value == 2.0
-    with pytest.raises(ValueError, match=r"`patience=1` belongs to a Plateau, and AnyOf\(.*\) has none"):
+    with pytest.raises(ValueError, match=r"`patience=1` is of a Plateau, which AnyOf\(.*\) does not have"):
         either.patience = 1
 
 
