@@ -1,4 +1,4 @@
-"""Imports, read from the source: each folder imports what it may, and no two files import each other."""
+"""Each folder imports only what it may, and no two files import each other: read from the source."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODULES = {module_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def place_of(module: str) -> str:
-    """Return the folder of a module, or the name of a file that lies beside the folders."""
+    """Return the folder of a module, or the name of a file beside the folders."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -168,14 +168,14 @@ def test_the_reader_sees_imports() -> None:
 
 
 def test_no_public_name_is_a_module() -> None:
-    """A submodule that is imported becomes an attribute of the package, and would hide what has its name."""
+    """An imported submodule becomes an attribute of the package, and would hide a public name."""
     modules = {module.split(".")[1] for module in MODULES if "." in module}
     assert not modules & set(lightning_optim.__all__)
     assert not [name for name in lightning_optim.__all__ if inspect.ismodule(getattr(lightning_optim, name))]
 
 
 def test_gradients_of_an_optimizer() -> None:
-    """Only of parameters that have one, in the order of the groups."""
+    """Parameters without a gradient are left out; the order is that of the groups."""
     first, silent, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     first.grad, second.grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     optimizer = torch.optim.SGD([{"params": [second]}, {"params": [silent, first]}], 0.1)

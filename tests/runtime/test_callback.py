@@ -1,4 +1,4 @@
-"""The public base class: one call for each step that happened, the order, and what a user's subclass may rely on."""
+"""The base class of callbacks: one call of the hook for each step that is really taken, and the count of steps."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tests.integration.test_precision import Fused
 from tests.registry import BY_NAME
 
 
-class Hearing(OptimCallback):
-    """Keeps what it is told."""
+class Recording(OptimCallback):
+    """Record each call of the hook: the optimizer's index, its weights and its gradients."""
 
     def reset(self) -> None:
-        self.heard: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
+        self.calls: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert not torch.is_grad_enabled()
         index = trainer.optimizers.index(optimizer)
         ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
         named = {name: p for name, p in pl_module.named_parameters() if id(p) in ours}
-        self.heard.append((index, _copied(named), _copied({name: p.grad for name, p in named.items()})))
-        assert self.steps[index] == sum(i == index for i, _, _ in self.heard)
+        self.calls.append((index, _copied(named), _copied({name: p.grad for name, p in named.items()})))
+        assert self.steps[index] == sum(i == index for i, _, _ in self.calls)
 
 
 def _copied(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def _copied(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Changing:
-    """Counts for itself, batch by batch, how often the weights of each optimizer have changed."""
+    """Count, batch by batch, how often the weights of each optimizer change."""
 
     def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> None:
         self.before = models.full_weights(self)
@@ -55,32 +55,32 @@ class Changing:
 @pytest.mark.parametrize("windows", ["1", "4", "4short"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("traits", [(), (Fused,)], ids=["plain", "fused, with an infinity"])
-def test_once_for_each_step_that_happened(kind: Any, windows: Any, precision: Any, traits: Any) -> None:
+def test_once_for_each_step_that_was_taken(kind: Any, windows: Any, precision: Any, traits: Any) -> None:
     if precision != "16-mixed":
         traits = ()  # without a scaler an infinity is a step
-    cell, hearing = Cell(kind, precision, "single", windows), Hearing()
+    cell, recorded = Cell(kind, precision, "single", windows), Recording()
     extra = (GradientAccumulation(cell.accumulation),) if cell.accumulation > 1 else ()
-    fitted = fit(BY_NAME["plain"], cell, Changing, *traits, callbacks=[hearing, *extra])
-    assert hearing.steps == fitted.module.changes
+    fitted = fit(BY_NAME["plain"], cell, Changing, *traits, callbacks=[recorded, *extra])
+    assert recorded.steps == fitted.module.changes
     calls = fitted.trainer.global_step // cell.optimizers
-    assert hearing.steps == [calls - bool(traits), calls][: cell.optimizers]
-    last = {name: weight for index in range(cell.optimizers) for name, weight in _last(hearing, index).items()}
+    assert recorded.steps == [calls - bool(traits), calls][: cell.optimizers]
+    last = {name: weight for index in range(cell.optimizers) for name, weight in _last(recorded, index).items()}
     assert not differences(last, fitted.outcome.final)
 
 
-def _last(hearing: Hearing, index: int) -> dict[str, Tensor]:
-    return [weights for heard, weights, _ in hearing.heard if heard == index][-1]
+def _last(recorded: Recording, index: int) -> dict[str, Tensor]:
+    return [weights for called, weights, _ in recorded.calls if called == index][-1]
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
 def test_gradients_and_weights_are_those_of_the_step(kind: Any) -> None:
-    """SGD with momentum, by hand, from what the hook was shown."""
-    cell, hearing = Cell(kind, "32-true", "single", "4short"), Hearing()
-    callbacks = [hearing, GradientAccumulation(4), WeightRegularization(L2(0.1))]
+    """SGD with momentum, computed by hand from the recorded gradients, gives the recorded weights."""
+    cell, recorded = Cell(kind, "32-true", "single", "4short"), Recording()
+    callbacks = [recorded, GradientAccumulation(4), WeightRegularization(L2(0.1))]
     weights = models.full_weights(prepare(BY_NAME["plain"], cell, callbacks=callbacks).module)
     momentum = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     fit(BY_NAME["plain"], cell, callbacks=callbacks)
-    for _, seen, grads in hearing.heard:
+    for _, seen, grads in recorded.calls:
         for name in weights:
             momentum[name] = MOMENTUM * momentum[name] + grads[name]
             weights[name] = weights[name] - cell.lr * momentum[name]
@@ -88,7 +88,7 @@ def test_gradients_and_weights_are_those_of_the_step(kind: Any) -> None:
 
 
 class Dropping(Callback):
-    """Drops the second step of each optimizer."""
+    """Drop the second step of each optimizer."""
 
     def __init__(self) -> None:
         self.calls = [0, 0]
@@ -103,18 +103,18 @@ class Dropping(Callback):
 @pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 @pytest.mark.parametrize("traits", [(), (Fused,)], ids=["plain", "fused"])
-def test_a_dropped_step_is_none(kind: Any, precision: Any, traits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_step_is_not_counted(kind: Any, precision: Any, traits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.integration.test_precision.INFINITE", -1)
-    cell, hearing, dropping = Cell(kind, precision, "single", "4short"), Hearing(), Dropping()
-    callbacks = [dropping, hearing, GradientAccumulation(4), WeightRegularization(L2(0.1))]
+    cell, recorded, dropping = Cell(kind, precision, "single", "4short"), Recording(), Dropping()
+    callbacks = [dropping, recorded, GradientAccumulation(4), WeightRegularization(L2(0.1))]
     fitted = fit(BY_NAME["plain"], cell, Changing, Remembering, *traits, callbacks=callbacks)
     calls = dropping.calls[: cell.optimizers]
-    assert hearing.steps == fitted.module.changes == [count - 1 for count in calls]
+    assert recorded.steps == fitted.module.changes == [count - 1 for count in calls]
     assert fitted.trainer.global_step == sum(calls), "Lightning counts calls"
 
 
-class Silent:
-    """Returns nothing from the training step, at some batches."""
+class ReturningNone:
+    """Return ``None`` from the training step at some batches."""
 
     at: tuple[int, ...] = ()
 
@@ -124,28 +124,28 @@ class Silent:
 
 
 @pytest.mark.parametrize(("at", "steps"), [((1,), 6), ((1, 3), 4), ((0, 1, 2, 3), 0)])
-def test_training_step_that_returns_nothing(at: tuple[int, ...], steps: int) -> None:
-    """Nothing happens, and a penalty does not make a step of it."""
-    cell, hearing = Cell("automatic", "32-true", "single", "1"), Hearing()
-    trait = type("Silent", (Silent,), {"at": at})
-    fitted = fit(BY_NAME["plain"], cell, Changing, trait, callbacks=[hearing, WeightRegularization(L2(0.1))])
-    assert hearing.steps == fitted.module.changes == [steps]
+def test_training_step_that_returns_none(at: tuple[int, ...], steps: int) -> None:
+    """It is no step, and a penalty does not make it one."""
+    cell, recorded = Cell("automatic", "32-true", "single", "1"), Recording()
+    trait = type("ReturningNone", (ReturningNone,), {"at": at})
+    fitted = fit(BY_NAME["plain"], cell, Changing, trait, callbacks=[recorded, WeightRegularization(L2(0.1))])
+    assert recorded.steps == fitted.module.changes == [steps]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 @pytest.mark.parametrize(("at", "steps"), [((1,), 4), ((3,), 4), ((0, 1, 2, 3), 2), ((4, 5), 2)])
-def test_a_window_with_silent_batches(at: tuple[int, ...], steps: int, precision: Any) -> None:
+def test_a_window_with_batches_that_return_none(at: tuple[int, ...], steps: int, precision: Any) -> None:
     if precision == "16-mixed" and 3 in at:
         steps = 2  # With a scaler Lightning takes no step at a batch that returns nothing, whatever the window holds.
-    cell, hearing = Cell("automatic", precision, "single", "4short"), Hearing()
-    trait = type("Silent", (Silent,), {"at": at})
-    callbacks = [hearing, GradientAccumulation(4), WeightRegularization(L2(0.1))]
+    cell, recorded = Cell("automatic", precision, "single", "4short"), Recording()
+    trait = type("ReturningNone", (ReturningNone,), {"at": at})
+    callbacks = [recorded, GradientAccumulation(4), WeightRegularization(L2(0.1))]
     fitted = fit(BY_NAME["plain"], cell, Changing, trait, callbacks=callbacks)
-    assert hearing.steps == fitted.module.changes == [steps]
+    assert recorded.steps == fitted.module.changes == [steps]
 
 
 class Leaving:
-    """Ends the first epoch at one of its batches, before it."""
+    """End the first epoch just before one of its batches."""
 
     at = 0
 
@@ -154,7 +154,7 @@ class Leaving:
 
 
 def test_a_window_that_never_closed_is_forgotten() -> None:
-    """Lightning zeroes its gradients when the next one begins: that one's mean is over its own micro-batches."""
+    """Lightning zeroes its gradients when the next window begins, whose mean is over its own micro-batches alone."""
 
     def weights(at: int) -> dict[str, Tensor]:
         leaving = type("Leaving", (Leaving, BeginningAnew), {"at": at})
@@ -167,8 +167,8 @@ def test_a_window_that_never_closed_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
-def test_a_callback_that_is_new_on_resume_learns_how_far_the_run_is(kind: Any, tmp_path: Path) -> None:
-    """From another one of ours, which knows of a dropped step; else from Lightning's count, of all optimizers."""
+def test_a_callback_that_is_new_on_resume_gets_the_step_count_of_the_run(kind: Any, tmp_path: Path) -> None:
+    """From another callback of this package, which knows of a dropped step; else from Lightning's count of calls."""
     cell = Cell(kind, "32-true", "single", "4short")
     windows, old = GradientAccumulation(4), OptimCallback(name="old")
     first = fit(BY_NAME["plain"], cell, callbacks=[Dropping(), old, windows], max_epochs=1)
@@ -191,6 +191,6 @@ def test_a_callback_that_is_new_on_resume_learns_how_far_the_run_is(kind: Any, t
         assert all(callback.steps == [step + calls for step in known] for callback in resumed.ours)
 
 
-def test_hearing_changes_nothing() -> None:
-    callbacks = [Hearing(), *BY_NAME["several"].all_callbacks(CELL)]
+def test_recording_changes_nothing() -> None:
+    callbacks = [Recording(), *BY_NAME["several"].all_callbacks(CELL)]
     assert_same(fit(BY_NAME["several"], CELL, Remembering, callbacks=callbacks), whole(BY_NAME["several"]))

@@ -1,4 +1,4 @@
-"""What a user's subclass remembers, and what `evaluated_state` shows."""
+"""State of a user's subclass over a resume; steps that saving takes; `evaluated_state`."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ STEPS = Cell("automatic", "32-true", "single", "1")
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
 
 
-class Way(OptimCallback):
-    """A user's: the way that each weight has gone, and where it was. Under FSDP2 these are shards."""
+class PathLength(OptimCallback):
+    """Sum the distances that each weight moves in a step; remember the last weight. Under FSDP2 both are shards."""
 
     def reset(self) -> None:
-        self.way: dict[str, Tensor] = {}
-        self.was: dict[str, Tensor] = {}
+        self.length: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for name, weight in pl_module.named_parameters():
-            before = self.was.get(name, torch.zeros_like(weight))
-            self.way[name] = self.way.get(name, torch.zeros_like(weight)) + (weight - before).abs()
-            self.was[name] = weight.detach().clone()
+            before = self.last.get(name, torch.zeros_like(weight))
+            self.length[name] = self.length.get(name, torch.zeros_like(weight)) + (weight - before).abs()
+            self.last[name] = weight.detach().clone()
 
     def extra_state(self) -> dict[str, Any]:
-        return {"way": dict(self.way), "was": dict(self.was), "count": len(self.way)}
+        return {"length": dict(self.length), "last": dict(self.last), "count": len(self.length)}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self.loaded = extra
@@ -49,17 +49,17 @@ class Way(OptimCallback):
         super().on_train_start(trainer, pl_module)
         loaded = vars(self).pop("loaded", None)
         if loaded:
-            assert loaded["count"] == len(loaded["way"])
+            assert loaded["count"] == len(loaded["length"])
             live = dict(pl_module.named_parameters())
-            self.way = {name: _placed(saved, live[name]) for name, saved in loaded["way"].items()}
-            self.was = {name: _placed(saved, live[name]) for name, saved in loaded["was"].items()}
+            self.length = {name: _placed(saved, live[name]) for name, saved in loaded["length"].items()}
+            self.last = {name: _placed(saved, live[name]) for name, saved in loaded["last"].items()}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.then = copied(self.way)
+        self.then = copied(self.length)
 
 
 def _placed(saved: Tensor, weight: Tensor) -> Tensor:
-    """From a file of one piece the whole tensor comes, from a folder the shard."""
+    """Shard a tensor that comes from a checkpoint file; from a distributed checkpoint it comes as a shard."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(weight, DTensor) and not isinstance(saved, DTensor):
@@ -68,7 +68,7 @@ def _placed(saved: Tensor, weight: Tensor) -> Tensor:
 
 
 def resumed_subclass(cell: Cell, folder: Path, distributed: bool) -> tuple[Any, ...]:
-    """A job: the state at the end of a whole run, and at that of a run that was resumed in the middle."""
+    """Return the state after a whole run, and after one that was resumed in the middle."""
 
     def options() -> dict[str, Any]:
         if cell.strategy != "fsdp2":
@@ -77,7 +77,7 @@ def resumed_subclass(cell: Cell, folder: Path, distributed: bool) -> tuple[Any, 
         return {"strategy": ModelParallelStrategy(**sizes, save_distributed_checkpoint=distributed)}
 
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
-    whole, then = Way(), Way()
+    whole, then = PathLength(), PathLength()
     fit(BY_NAME["plain"], cell, callbacks=[whole], extra=(saver,), enable_checkpointing=True, **options())
     path = folder / "step=3.ckpt"
     fit(BY_NAME["plain"], cell, callbacks=[then], ckpt_path=path, **options())
@@ -88,7 +88,7 @@ def test_subclass_resumes(tmp_path: Path) -> None:
     whole, then, steps, _ = resumed_subclass(STEPS, tmp_path, False)
     assert steps == [8]
     assert not differences(then, whole)
-    assert all(bool((way > 0).any()) for way in whole.values())
+    assert all(bool((length > 0).any()) for length in whole.values())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -104,7 +104,7 @@ def test_subclass_resumes_in_two_processes(strategy: Any, distributed: bool, gro
         assert not differences(then, whole)
 
 
-# ---- saving is no step -----------------------------------------------------------------------------------------------
+# ---- saving takes no step --------------------------------------------------------------------------------------------
 
 
 class Stateless(LightningModule):
@@ -113,7 +113,7 @@ class Stateless(LightningModule):
 
 
 def with_and_without_saving(folder: Path) -> list[Any]:
-    """A job: torch lets an optimizer that holds no state step once, at a rate of zero, whenever it is saved."""
+    """Return the outcome of a run with a checkpoint, for which torch takes a step with lr 0, and of one without."""
     cell, outcomes = Cell("automatic", "32-true", "fsdp2", "1"), []
     for saver in ((), (ModelCheckpoint(folder, save_top_k=-1, save_on_train_epoch_end=False),)):
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True)
@@ -124,7 +124,7 @@ def with_and_without_saving(folder: Path) -> list[Any]:
     return outcomes
 
 
-def test_saving_a_stateless_optimizer_is_no_step(group: Group, tmp_path: Path) -> None:
+def test_saving_a_stateless_optimizer_takes_no_step(group: Group, tmp_path: Path) -> None:
     for without, saving in group.run(with_and_without_saving, tmp_path):
         assert without[0] == saving[0] == [8]
         assert not differences(saving, without)
@@ -134,7 +134,7 @@ def test_saving_a_stateless_optimizer_is_no_step(group: Group, tmp_path: Path) -
 
 
 class Asking(LightningModule):
-    """Asks at each batch's end, and in each validation, what would be evaluated."""
+    """Copy the evaluated state at the end of each batch and in each validation."""
 
     def on_train_batch_end(self: Any, *_: Any) -> None:
         vars(self).setdefault("between", []).append(copied(evaluated_state(self.trainer)))
@@ -147,7 +147,7 @@ class Asking(LightningModule):
 
 @each_entry
 def test_evaluated_state(entry: Entry) -> None:
-    """Within a validation it is what the module holds; before one, what the module is about to hold."""
+    """In a validation it is what the module holds; before one, what the module will hold in it."""
     fitted = fit(entry, STEPS, Asking)
     for state, held in fitted.module.within:
         assert not differences(state, held)

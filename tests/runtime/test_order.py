@@ -1,4 +1,4 @@
-"""The order of the list changes no result, and the user's own callbacks keep their places."""
+"""The order of the list changes no result, and a user's callbacks keep their places in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ORDERS = sorted({tuple(order) for i, order in enumerate(itertools.permutations(r
 
 
 class Own(Callback):
-    """A user's, which counts what it is told."""
+    """A user's callback, which counts its setups."""
 
     def __init__(self) -> None:
         self.setups = 0
@@ -31,8 +31,8 @@ class Own(Callback):
         self.setups += 1
 
 
-class OwnHearing(OptimCallback):
-    """A user's of our base class; it has no slot."""
+class OwnWithoutSlot(OptimCallback):
+    """A user's callback that derives from the base class."""
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join(map(str, order)))
@@ -50,7 +50,7 @@ def test_users_callbacks_keep_their_places(order: tuple[int, ...]) -> None:
     for callback in callbacks:
         _note_setup(callback, setups)
     ours = [callbacks[i] for i in order]
-    first, second, third = Own(), OwnHearing(), Own()
+    first, second, third = Own(), OwnWithoutSlot(), Own()
     listed: list[Callback] = [first, *ours[:2], second, *ours[2:], third]
     fitted = prepare(SEVERAL, CELL, callbacks=listed)
     given = fitted.trainer.callbacks
@@ -80,7 +80,7 @@ STEPS = Cell("automatic", "32-true", "single", "1")
 
 
 def _commute(pair: tuple[Entry, Entry]) -> bool:
-    """Not the same job twice, and no callback of a user's, which keeps its place."""
+    """Return True if no two callbacks do the same job and each has a slot: one without a slot keeps its place."""
     slots = [callback.slot for entry in pair for callback in entry.callbacks(STEPS)]  # type: ignore[attr-defined]
     return len(set(slots)) == len(slots) and None not in slots
 
@@ -91,7 +91,7 @@ PAIRS = [pair for pair in itertools.product(WITH, OF_TENSORS) if _commute(pair)]
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}, {pair[1].name}")
 def test_two_entries_in_either_order(pair: tuple[Entry, Entry]) -> None:
-    """Any technique beside one of each family that does another job."""
+    """Each entry beside one entry of every family that does another job."""
     one, other = ([callback for entry in some for callback in entry.callbacks(STEPS)] for some in (pair, pair[::-1]))
     entry = next((entry for entry in pair if entry.scores), pair[0])
     assert_same(fit(entry, STEPS, callbacks=one), fit(entry, STEPS, callbacks=other))

@@ -36,7 +36,7 @@ STEPS = Cell("automatic", "32-true", "single", "1")
 
 
 def silent(name: str) -> Any:
-    """A hook that does nothing, and `super()` least of all."""
+    """Make a hook that does nothing and does not call `super()`."""
     state = {} if name in ("state_dict", "extra_state") else None
     return lambda self, *args, **kwargs: state
 
@@ -50,7 +50,7 @@ def calling(name: str) -> Any:
 
 
 def overridden(callbacks: list[Any], make: Any) -> list[Any]:
-    """The callbacks as objects of subclasses that override every hook, made after the class was."""
+    """Make the callbacks objects of subclasses that override every hook after the class was made."""
     for callback in callbacks:
         if isinstance(callback, OptimCallback):
             kind = type(callback)
@@ -64,7 +64,7 @@ def overridden(callbacks: list[Any], make: Any) -> list[Any]:
 @each_slot
 @pytest.mark.parametrize("make", [silent, calling])
 def test_every_hook_overridden(entry: Entry, make: Any) -> None:
-    """The run, the state and what is left behind are those of the class itself, with `super()` and without."""
+    """With `super()` and without, the run, the state and what stays installed are those of the class itself."""
     callbacks = overridden(entry.all_callbacks(CELL), make)
     fitted = fit(entry, CELL, Remembering, callbacks=callbacks)
     assert_same(fitted, whole(entry))
@@ -75,7 +75,7 @@ def test_every_hook_overridden(entry: Entry, make: Any) -> None:
 
 
 def test_each_hook_of_a_user_is_called_once() -> None:
-    """As often as of a plain callback of Lightning, whether or not ours is reached by `super()`."""
+    """As often as that of a plain Lightning callback, also if it calls the package's hook through `super()`."""
 
     class Plain(Callback):
         pass
@@ -92,7 +92,7 @@ def test_each_hook_of_a_user_is_called_once() -> None:
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start", "reset"])
 @pytest.mark.parametrize("where", ["class", "mixin", "object"])
 def test_wherever_it_is_overridden(hook: str, where: str) -> None:
-    """In the class, in a class beside ours, on the object; ours is done before, and the user's sees it."""
+    """In the class, in a mixin, on the object: the package's part runs first, and the user's part sees its effect."""
     seen = []
 
     def theirs(*args: Any, **kwargs: Any) -> None:
@@ -141,7 +141,7 @@ class _Called:
 
 
 @pytest.mark.parametrize("kind", ["static", "class", "partial", "object"])
-def test_whatever_kind_of_method_it_is(kind: str) -> None:
+def test_every_kind_of_method(kind: str) -> None:
     """It gets the arguments that Python gives a method of this kind."""
     seen: list[Any] = []
     note = _Called(seen)
@@ -157,8 +157,8 @@ def test_whatever_kind_of_method_it_is(kind: str) -> None:
     assert own.steps == [8]
 
 
-def test_ours_is_done_again_in_a_call_within_the_same_hook() -> None:
-    """As of a validation that a user's hook of a validation starts."""
+def test_the_packages_part_runs_again_in_a_nested_call_of_the_same_hook() -> None:
+    """For example in a validation that is started by a user's hook of a validation."""
     places: list[int] = []
 
     class Again(GradientClipping):
@@ -173,7 +173,7 @@ def test_ours_is_done_again_in_a_call_within_the_same_hook() -> None:
 
 
 def test_a_copy_is_overridden_too() -> None:
-    """Nothing of the run that the original was in is in it, in the middle of a hook either."""
+    """A copy made in the middle of a hook holds nothing of the original's run."""
 
     class Copying(GradientClipping):
         copies: tuple[Any, ...] = ()
@@ -192,8 +192,8 @@ def test_a_copy_is_overridden_too() -> None:
         assert again.ours[0].copies
 
 
-def test_a_step_is_overridden_for_good() -> None:
-    """What is done to the step is what a subclass changes: all of it, or some steps, by `super()`."""
+def test_the_hook_of_a_step_needs_super() -> None:
+    """A subclass that overrides it decides in which steps the class acts, by calling `super()`."""
 
     class Late(GradientClipping):
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -215,7 +215,7 @@ def test_a_step_is_overridden_for_good() -> None:
 
 
 class OwnState(GradientClipping):
-    """State in Lightning's way, without `super()`."""
+    """Save state in Lightning's way, without `super()`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -232,7 +232,7 @@ class OwnState(GradientClipping):
 
 
 class OwnExtra(GradientClipping):
-    """State in this package's way, without `super()`."""
+    """Save state in this package's way, without `super()`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -251,7 +251,7 @@ class OwnExtra(GradientClipping):
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
 @pytest.mark.parametrize("kind", [OwnState, OwnExtra])
 def test_state_of_both_is_saved(kind: Any, tmp_path: Path) -> None:
-    """The user's state and ours come back, so that a resumed run is the whole one; after the fit it is saved too."""
+    """The user's state and the package's are loaded, so that a resumed run equals the whole one."""
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     first = fit(
         BY_NAME["plain"],

@@ -1,4 +1,4 @@
-"""What is refused, each with its sentence, and nothing is lost by it."""
+"""Each refused combination raises its sentence, and changes neither Trainer, weights nor callbacks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STEPS = Cell("automatic", "32-true", "single", "1")
 
 
 def assert_refused(fitted: Fitted, sentence: str) -> None:
-    """The fit raises this sentence, and the Trainer's settings, the weights and the callbacks are as before."""
+    """Assert that the fit raises this sentence and leaves settings, weights and callbacks as they were."""
     weights, before = models.full_weights(fitted.module), settings(fitted.trainer)
     with pytest.raises(MisconfigurationException, match=sentence):
         fitted.trainer.fit(fitted.module)
@@ -86,7 +86,7 @@ def test_trainer_of_pytorch_lightning(entry: Entry) -> None:
 @each_entry
 @pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy, XLAStrategy])
 def test_strategies_that_hide_weights(entry: Entry, strategy: type) -> None:
-    """DeepSpeed and XLA are not installed here: what setup sees of the Trainer is built without their constructors."""
+    """DeepSpeed and XLA are not installed: the strategy is made without its constructor."""
     trainer = run.make_trainer(CELL, [])
     connector = trainer._accelerator_connector
     connector.strategy = strategy.__new__(strategy)  # type: ignore[attr-defined]
@@ -112,7 +112,7 @@ def test_stopping_with_a_directory_works_where_weights_are_hidden() -> None:
 
 
 class OnTheCPU(FSDPStrategy):
-    """Lightning tests for the class itself when it asks for a GPU."""
+    """FSDP1 on the CPU: Lightning asks for a GPU only if the strategy is of the class itself."""
 
 
 def under_fsdp1() -> str:
@@ -183,7 +183,7 @@ def test_an_average_that_is_not_evaluated_may_be_there_twice() -> None:
 
 
 class Alone(models.Model):
-    """Manual optimization, without the mixin."""
+    """Manual optimization without the mixin."""
 
     def __init__(self, cell: Cell) -> None:
         super().__init__(cell)
@@ -222,7 +222,7 @@ def test_a_schedule_needs_an_end(callback: Any, known_before: bool) -> None:
 
 @each_entry
 def test_two_of_one_identity_need_a_name(entry: Entry) -> None:
-    """Lightning says so, in the Trainer's constructor; with `name=` they are two."""
+    """Lightning's Trainer refuses them in its constructor; with `name=` they are distinct."""
     for index, one in enumerate(entry.callbacks(STEPS)):
         twin = entry.callbacks(STEPS)[index]
         with pytest.raises(RuntimeError, match="more than one stateful callback"):
@@ -234,7 +234,7 @@ def test_two_of_one_identity_need_a_name(entry: Entry) -> None:
 
 
 def partly_sharded() -> list[str]:
-    """A job: what is warned of when only one layer is under `fully_shard`."""
+    """Return the warnings of a fit in which only one layer is sharded."""
     import warnings
 
     class Partly(models.Model):

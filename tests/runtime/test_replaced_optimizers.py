@@ -1,4 +1,4 @@
-"""Optimizers that a user puts in the place of others in the middle of a fit."""
+"""Steps of optimizers that a user puts in the place of others during a fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPOCHS, BATCHES = 3, 4
 
 
 class Replacing(BoringModel):
-    """Has a new optimizer in each epoch."""
+    """Use a new optimizer in each epoch."""
 
     def __init__(self, way: str, manual: bool) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Replacing(BoringModel):
 
 
 class Weights(OptimCallback):
-    """Remembers the weights after each step."""
+    """Record the weights after each step."""
 
     def reset(self) -> None:
         self.seen: list[Tensor] = []
@@ -58,7 +58,7 @@ class Weights(OptimCallback):
 
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("way", ["set up again", "assigned"])
-def test_their_steps_are_heard_of(way: str, manual: bool) -> None:
+def test_their_steps_are_counted(way: str, manual: bool) -> None:
     weights, average = Weights(), WeightAveraging(EMA(0.9, warmup=None), evaluate=False)
     callbacks = [weights, average, clipping := GradientClipping(1.0), GradientMonitor()]
     module = Replacing(way, manual)
@@ -72,7 +72,7 @@ def test_their_steps_are_heard_of(way: str, manual: bool) -> None:
         torch.testing.assert_close(module.layer.weight.detach(), wanted)
 
 
-def test_more_of_them_are_refused() -> None:
+def test_more_optimizers_than_before_are_refused() -> None:
     trainer = Trainer(max_epochs=2, limit_train_batches=2, callbacks=[GradientClipping(1.0)], barebones=True)
     with pytest.raises(
         MisconfigurationException, match=r"has 2 optimizers, and had 1 .*GradientClipping cannot follow.*place"

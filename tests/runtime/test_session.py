@@ -32,7 +32,7 @@ def session() -> Session:
 
 
 def allowed(before: State, after: State) -> bool:
-    """The four states of a fit that ends well follow one another; any of them may fail, and any may be closed."""
+    """Return True if the second state may follow: the next of a fit that ends well, FAILED, or CLOSED."""
     if after is State.CLOSED:
         return before is not State.CLOSED
     if after is State.FAILED:
@@ -55,7 +55,7 @@ def test_transitions(session: Session, before: State, after: State) -> None:
 
 
 class States(OptimCallback):
-    """Remembers the state of the session in each hook, and patches an attribute of the module in some of them."""
+    """Record the state of the session in each hook, patch an attribute of the module, and raise in one hook."""
 
     def __init__(self, fails_in: str = "", name: str | None = None) -> None:
         super().__init__(name)
@@ -114,7 +114,7 @@ def test_states_of_a_fit_and_of_a_second_one() -> None:
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_end", "on_fit_end"])
 @pytest.mark.parametrize("first", [True, False])
 def test_states_of_a_fit_that_fails(hook: str, first: bool) -> None:
-    """Wherever it fails; with a callback that has seen the hook before, and with one that has not."""
+    """In any hook, also if another callback has run the hook before."""
     failing, beside = States(fails_in=hook), GradientClipping(0.1)
     fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[failing, beside] if first else [beside, failing])
     with pytest.raises(ZeroDivisionError, match=hook):
@@ -134,7 +134,7 @@ def test_states_of_a_fit_that_fails(hook: str, first: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
 def test_a_resumed_run_with_nothing_left_to_train(tmp_path: Path) -> None:
-    """It begins and ends at once; callbacks know the steps of the run when they are told so."""
+    """It begins and ends in one hook; callbacks have the step count of the run in it."""
 
     class Ended(OptimCallback):
         told: tuple[Any, ...] = ()
@@ -152,7 +152,7 @@ def test_a_resumed_run_with_nothing_left_to_train(tmp_path: Path) -> None:
 
 
 class Owner:
-    """Has an attribute of its class."""
+    """Owner of an attribute of its class."""
 
     value = "of the class"
 
@@ -209,7 +209,7 @@ def test_an_exception_at_the_end_of_a_fit_frees_the_callbacks() -> None:
 
 
 class Nesting(Callback):
-    """Runs another Trainer with the same callbacks, in the middle of the first fit."""
+    """Run another Trainer with the same callbacks in the middle of a fit."""
 
     def __init__(self, run: str, shared: list[Any]) -> None:
         self.run, self.shared = run, shared
@@ -245,7 +245,7 @@ def test_a_nested_fit_is_refused_and_harms_nothing(with_another_of_ours: bool) -
 
 
 class Logging(OptimCallback):
-    """Logs by its own `self.log`, which each Trainer binds to its own module."""
+    """Log through `self.log`, which each Trainer binds to its own module."""
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.log("mine", float(trainer.global_step))
@@ -263,15 +263,15 @@ def test_a_nested_run_leaves_the_log_alone(run: str) -> None:
 
 
 def test_a_nested_validation_with_the_same_callbacks() -> None:
-    """It is none of the fit's business: what acts at steps does nothing in it."""
+    """It does not change the fit: callbacks that act at steps do nothing in a validation."""
     callbacks = [*BY_NAME["several"].all_callbacks(STEPS), ExactResume()]
     nesting, fitted = nested("validate", callbacks, callbacks)
     assert nesting.error is None
     assert_same(fitted, fit(BY_NAME["several"], STEPS))
 
 
-class Worse(Callback):
-    """An error in `on_exception`, which keeps the Trainer from its teardown."""
+class FailingTwice(Callback):
+    """Raise in `on_exception`, which keeps the Trainer from its teardown."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         raise ZeroDivisionError
@@ -284,7 +284,7 @@ def test_after_a_fit_that_stopped_without_a_word() -> None:
     """The callback may fit again."""
     clipping = GradientClipping(0.1)
     with pytest.raises(KeyError, match="worse"):
-        fit(BY_NAME["plain"], STEPS, callbacks=[Worse(), clipping])
+        fit(BY_NAME["plain"], STEPS, callbacks=[FailingTwice(), clipping])
     assert clipping.fit is not None
     assert_same(
         fit(BY_NAME["plain"], STEPS, callbacks=[clipping]),
@@ -301,7 +301,7 @@ def test_a_session_that_was_never_closed_lives_no_longer_than_its_trainer() -> N
     assert kept() is None
 
 
-def test_outside_of_a_run_a_sentence_says_so() -> None:
+def test_outside_of_a_fit_a_sentence_says_so() -> None:
     own = OptimCallback()
     with pytest.raises(RuntimeError, match="OptimCallback is in no fit"):
         own.on_fit_start(Trainer(barebones=True, accelerator="cpu"), LightningModule())

@@ -1,4 +1,4 @@
-"""Fits in other processes, which a launcher starts: what callbacks have come to there is here afterwards."""
+"""After a fit in processes that a launcher started, callbacks have the attributes that they got there."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAUNCHED: dict[str, Any] = {"use_distributed_sampler": False}
 
 
 class Counting(OptimCallback):
-    """A user's own, with attributes of every kind."""
+    """A user's callback, with attributes that come back and others that do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_callbacks_are_as_after_a_fit_in_this_process(strategy: str, tmp_path: P
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """What comes back is that of the first; the module ends with the average."""
+    """The attributes of the first process come back; the module ends with the average."""
     average, model = WeightAveraging(EMA(0.8)), Model()
     files = ModelCheckpoint(tmp_path, filename="one")
     fit(model, [average, files], strategy="ddp_fork", devices=2, enable_checkpointing=True)
@@ -105,7 +105,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 class Unpicklable(Callback):
-    """Puts something that no pickle holds into another callback."""
+    """Give another callback an attribute that cannot be pickled."""
 
     def __init__(self, other: Any) -> None:
         self.other = other

@@ -1,4 +1,4 @@
-"""`total_steps`: the steps that are really taken by each optimizer, known before the first."""
+"""`total_steps` is the number of steps that each optimizer will really take, known before the first."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUNS: dict[str, tuple[Any, list[Any], dict[str, Any], float]] = {
 
 
 class Asking(OptimCallback):
-    """Asks at each hook at which anybody may."""
+    """Ask in several hooks."""
 
     def ask(self, trainer: Any, *_: Any) -> None:
         vars(self).setdefault("answers", []).append(total_steps(trainer))
@@ -42,33 +42,33 @@ class Asking(OptimCallback):
     on_fit_start = on_train_epoch_start = on_train_end = ask
 
 
-class Told(OptimCallback):
-    """Its neighbour overrides hooks without `super()`, so this one counts."""
+class Counting(OptimCallback):
+    """Count the steps."""
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_total_is_what_happens(run: str) -> None:
     kind, callbacks, options, expected = RUNS[run]
-    cell, asking, told = Cell(kind, "32-true", "single", "4short"), Asking(), Told()
-    fit(BY_NAME["plain"], cell, BeginningAnew, callbacks=[told, asking, *callbacks], **options)
-    assert told.steps == [expected] * cell.optimizers
+    cell, asking, counting = Cell(kind, "32-true", "single", "4short"), Asking(), Counting()
+    fit(BY_NAME["plain"], cell, BeginningAnew, callbacks=[counting, asking, *callbacks], **options)
+    assert counting.steps == [expected] * cell.optimizers
     assert set(asking.answers) == {expected}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("n", [1, 4, {0: 4, 1: 1}])
 def test_estimated_stepping_batches(n: Any) -> None:
-    """Lightning's own number is right for an int, in `configure_optimizers` too; for a dictionary it is not."""
+    """Lightning's own number is right for an int, also in `configure_optimizers`, and wrong for a dictionary."""
 
     class Estimating:
         def configure_optimizers(self: Any) -> Any:
             self.estimated, self.total = self.trainer.estimated_stepping_batches, total_steps(self.trainer)
             return super().configure_optimizers()  # type: ignore[misc]
 
-    told = Told()
+    counting = Counting()
     cell = Cell("automatic", "32-true", "single", "4short")
-    fitted = fit(BY_NAME["plain"], cell, Estimating, callbacks=[told, GradientAccumulation(n)])
-    assert [fitted.module.total] == told.steps
-    assert (fitted.module.estimated == told.steps[0]) == isinstance(n, int)
+    fitted = fit(BY_NAME["plain"], cell, Estimating, callbacks=[counting, GradientAccumulation(n)])
+    assert [fitted.module.total] == counting.steps
+    assert (fitted.module.estimated == counting.steps[0]) == isinstance(n, int)
 
 
 def test_without_an_end() -> None:
