@@ -10,31 +10,41 @@ from lightning_optim.base.arguments import check_number
 
 
 class EMAWeightAveraging(WeightAveraging):
-    r"""Lightning's ``EMAWeightAveraging``, on top of :class:`WeightAveraging` with ``EMA(decay, warmup=None)``.
+    r"""Average the weights exponentially, with the arguments of Lightning's ``EMAWeightAveraging``.
 
-    Different from Lightning's: ``update_every_n_steps=k`` forgets as fast as an update at each step, with
-    ``decay ** k``; ``update_starting_at_epoch=E`` leaves out the epochs before E (Lightning's averages from the first
-    step on, and once more at the end of each epoch from E on); an average that never started is never used; steps that
-    a GradScaler skipped do not count; the average is in fp32 for bf16 weights; integer buffers are the latest. All that
-    :class:`WeightAveraging` promises for files, exceptions and sharded models holds. A subclass that overrides
-    :meth:`should_update` is asked as by Lightning's, and each update then decays once.
+    It is :class:`WeightAveraging` with ``EMA(decay, warmup=None)``: :math:`e \leftarrow e + (1 - d^k)(w - e)`, with
+    :math:`k` the number of optimizer steps since the last update. The differences from Lightning's callback are:
+
+    * ``update_every_n_steps=k`` forgets as fast as an update at each step, since it uses the decay :math:`d^k`.
+    * ``update_starting_at_epoch=E`` skips the epochs before E. Lightning's averages from the first step on, and once
+      more at the end of each epoch from E on.
+    * An average without an update is never used.
+    * Steps that a GradScaler skips do not count.
+    * The average of bf16 weights is kept in fp32; integer buffers are the latest ones.
+    * Checkpoints, exceptions and sharded models are handled as in :class:`WeightAveraging`.
+
+    A subclass that overrides :meth:`should_update` is called as Lightning calls it, and each update then decays once.
 
     Args:
-        device: Where the average is kept. Default: where the model is.
-        use_buffers: Whether floating-point buffers are averaged; if not, the latest are used.
-        decay: As of :class:`EMA`. Default 0.999, as in Lightning.
-        update_every_n_steps: The steps between two updates, >= 1, counted from the first step of the run.
-        update_starting_at_step: The steps before the first update. If an epoch is given too, both must be reached.
-        update_starting_at_epoch: The epochs before the first update, >= 0.
-        evaluate: As of :class:`WeightAveraging`.
-        apply_at_end: As of :class:`WeightAveraging`.
-        name: As of :class:`WeightAveraging`.
+        device: Device of the averaged tensors. Default: that of the weights.
+        use_buffers: If True (default), floating-point buffers are averaged; if False, the latest are used.
+        decay: Share of the average that is kept per optimizer step, in [0, 1). Default 0.999, as in Lightning: the
+            average looks back about :math:`1 / (1 - decay)` steps.
+        update_every_n_steps: Optimizer steps from one update to the next, >= 1, counted from the first step of the run.
+        update_starting_at_step: Optimizer steps before the first update, >= 0. If an epoch is given too, both must be
+            reached.
+        update_starting_at_epoch: Epochs before the first update, >= 0.
+        evaluate: See :class:`WeightAveraging`.
+        apply_at_end: See :class:`WeightAveraging`.
+        name: See :class:`WeightAveraging`.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of its range.
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[EMAWeightAveraging(decay=0.99)], logger=False)
         >>> EMAWeightAveraging(decay=0.99).average
         EMA(decay=0.99, warmup=None)
     """

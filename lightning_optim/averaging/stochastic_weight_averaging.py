@@ -1,4 +1,4 @@
-"""Lightning's ``StochasticWeightAveraging``: the same arguments, for any number of optimizers, ranks and shards."""
+"""Lightning's ``StochasticWeightAveraging``, with its arguments, for any number of optimizers, ranks and shards."""
 
 from __future__ import annotations
 
@@ -12,42 +12,50 @@ from torch import Tensor
 from lightning_optim.averaging.avg_fn import AvgFnAverage
 from lightning_optim.averaging.swa import SWA
 from lightning_optim.averaging.weight_averaging import WeightAveraging
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 
 
 class StochasticWeightAveraging(WeightAveraging):
-    r"""Lightning's ``StochasticWeightAveraging``: the mean of the weights at the ends of the last epochs.
+    r"""Average the weights at the ends of the last epochs, with the arguments of Lightning's callback of this name.
 
-    Different from Lightning's: the last epoch's end is in the mean, and weights from before ``swa_epoch_start`` are
-    not; validation and every file use the average; it goes into the model also after an early stop and at
-    ``max_steps``; the learning-rate schedule stays the user's unless ``swa_lrs`` is given, and then runs on
-    underneath; BatchNorm statistics are estimated without an optimizer step, a hook or an epoch more; several
-    optimizers and sharded models work.
+    It is :class:`WeightAveraging` with :class:`SWA` (:math:`a \leftarrow a + (w - a) / (n + 1)`,
+    `arXiv:1803.05407 <https://arxiv.org/abs/1803.05407>`_), ``every="epoch"`` and ``buffers="refresh"``. The
+    differences from Lightning's callback are:
+
+    * The weights at the end of the last epoch are in the average, and those before ``swa_epoch_start`` are not.
+    * Validations and checkpoints use the average. The module ends with it also after an early stop and at
+      ``max_steps``.
+    * The learning-rate schedule stays the user's, unless ``swa_lrs`` is given.
+    * BatchNorm statistics are estimated without an optimizer step, a hook or an epoch more.
+    * Several optimizers and sharded models work.
 
     Args:
-        swa_lrs: The rate, or one for each parameter group, to which the rates of the first averaged epoch are annealed.
-            ``None``: leave the rates alone. SWA wants one that stays high. A group that is added later, by a
-            fine-tuning callback, is annealed from the rate it comes with, to the last of a list.
-        swa_epoch_start: An integer E >= 1: from the E-th epoch on; a float: from ``int(f * max_epochs)``. Default 0.8.
-        annealing_epochs: How many epochs the annealing takes, >= 0.
-        annealing_strategy: ``"cos"`` or ``"linear"``.
-        avg_fn: ``(averaged, weight, number of updates before) -> averaged``, in place of the mean.
-        device: Where the average is kept. Default the CPU, as in Lightning; ``None``: beside the weights, and so under
-            FSDP2.
-        refresh_batches: As of :class:`WeightAveraging`.
-        refresh_loader: As of :class:`WeightAveraging`.
-        evaluate: As of :class:`WeightAveraging`.
-        apply_at_end: As of :class:`WeightAveraging`.
-        name: As of :class:`WeightAveraging`.
+        swa_lrs: Learning rate to which the rates of the first averaged epoch are annealed, or a list with one for each
+            parameter group. SWA needs a rate that stays high. A group that a fine-tuning callback adds later is
+            annealed from its own rate, to the last of the list. Default ``None``: the rates are not changed.
+        swa_epoch_start: First averaged epoch: an integer E >= 1 counts from 1; a float in [0, 1] stands for
+            ``int(swa_epoch_start * max_epochs)``. Default 0.8.
+        annealing_epochs: Number of epochs of the annealing, >= 0. Default 10.
+        annealing_strategy: ``"cos"`` (default) or ``"linear"``.
+        avg_fn: Function ``(averaged, weight, number of updates before) -> averaged`` of tensors, instead of the mean.
+        device: Device of the averaged tensors. Default the CPU, as in Lightning. ``None``: that of the weights, which a
+            sharded model on an accelerator needs.
+        refresh_batches: See :class:`WeightAveraging`.
+        refresh_loader: See :class:`WeightAveraging`.
+        evaluate: See :class:`WeightAveraging`.
+        apply_at_end: See :class:`WeightAveraging`.
+        name: See :class:`WeightAveraging`.
 
     Raises:
-        ValueError: If an argument is none of these.
-        MisconfigurationException: For a start given as a fraction in a run without ``max_epochs``, or where the number
-            of rates is not that of an optimizer's parameter groups.
+        ValueError: If an argument is not allowed.
+        MisconfigurationException: For a fraction as ``swa_epoch_start`` in a run without ``max_epochs``, or a list of
+            rates whose length differs from the number of parameter groups of an optimizer.
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[StochasticWeightAveraging(swa_lrs=0.05)], logger=False)
         >>> StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=0.75).average
         SWA()
     """
@@ -80,8 +88,7 @@ class StochasticWeightAveraging(WeightAveraging):
         else:
             check_number("swa_epoch_start", swa_epoch_start, low=1, integer=True)
         check_number("annealing_epochs", annealing_epochs, low=0, integer=True)
-        if annealing_strategy not in self._anneal:
-            raise ValueError(f'`annealing_strategy` must be "cos" or "linear", got {annealing_strategy!r}')
+        check_choice("annealing_strategy", annealing_strategy, Literal["cos", "linear"])
         if avg_fn is not None and not callable(avg_fn):
             raise ValueError(f"`avg_fn` must be a function, got {avg_fn!r}")
         super().__init__(
@@ -100,7 +107,7 @@ class StochasticWeightAveraging(WeightAveraging):
 
     def reset(self) -> None:
         super().reset()
-        # Of each group the rate from which, and the epoch from which on, it is annealed.
+        # For each parameter group, the rate and the epoch at which its annealing begins.
         self._first_lrs: list[list[float]] = []
         self._first_epochs: list[list[int]] = []
 
@@ -109,7 +116,7 @@ class StochasticWeightAveraging(WeightAveraging):
         if stage == "fit" and isinstance(self.swa_epoch_start, float) and trainer.max_epochs in (None, -1):
             raise MisconfigurationException(
                 f"StochasticWeightAveraging(swa_epoch_start={self.swa_epoch_start}) is a fraction of `max_epochs`,"
-                " which this run does not have: set `Trainer(max_epochs=…)`, or give the epoch as an integer."
+                " which this run does not have: set `Trainer(max_epochs=…)`, or pass the epoch as an integer."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,15 +124,15 @@ class StochasticWeightAveraging(WeightAveraging):
         if isinstance(self.swa_lrs, list):
             for optimizer in trainer.optimizers:
                 count, groups = len(self.swa_lrs), len(optimizer.param_groups)
-                # A run that is resumed may have groups that were added in its course: these get the last rate.
+                # A resumed run may have groups that were added later, which get the last rate.
                 if not 0 < count <= groups or (count < groups and trainer.ckpt_path is None):
                     raise MisconfigurationException(
-                        f"StochasticWeightAveraging(swa_lrs={self.swa_lrs}): give a number, or one rate for each of the"
+                        f"StochasticWeightAveraging(swa_lrs={self.swa_lrs}): pass a number, or one rate for each of the"
                         f" {groups} parameter groups of {type(optimizer).__name__}."
                     )
 
     def first_epoch(self, trainer: Trainer) -> int:
-        """The first epoch, counted from 0, at whose end the weights are averaged."""
+        """Return the first epoch, counted from 0, at the end of which the average is updated."""
         if isinstance(self.swa_epoch_start, float):
             assert trainer.max_epochs is not None
             return max(int(trainer.max_epochs * self.swa_epoch_start) - 1, 0)
@@ -138,31 +145,31 @@ class StochasticWeightAveraging(WeightAveraging):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.swa_lrs is None or trainer.current_epoch < self.first_epoch(trainer):
             return
-        self._look_at_groups(trainer)
+        self._remember_groups(trainer)
         for optimizer, lrs, epochs in zip(trainer.optimizers, self._first_lrs, self._first_epochs, strict=True):
-            # zip: not strict, since a group may have been taken away.
+            # Not strict, since a group may have been removed.
             for place, (group, begun, epoch) in enumerate(zip(optimizer.param_groups, lrs, epochs, strict=False)):
                 part = (trainer.current_epoch - epoch) / self.annealing_epochs if self.annealing_epochs else 1.0
                 share = self._anneal[self.annealing_strategy](min(1.0, part))
-                # At each batch, since the user's schedule may have set it meanwhile: that one runs on underneath.
-                now = self._wanted_lr(place) * share + begun * (1.0 - share)
+                # At each batch, since the user's schedule goes on and sets the rate.
+                now = self._target_lr(place) * share + begun * (1.0 - share)
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(now)
                 else:
                     group["lr"] = now
 
-    def _look_at_groups(self, trainer: Trainer) -> None:
-        """Remember the rate of each group when the annealing begins; one that is added later begins when it comes."""
+    def _remember_groups(self, trainer: Trainer) -> None:
+        """Remember the rate of each parameter group at the first averaged epoch, or when the group is added later."""
         first = self.first_epoch(trainer)
         begins = trainer.current_epoch if self._first_lrs else first
         for held in (self._first_lrs, self._first_epochs):
             held.extend([] for _ in trainer.optimizers[len(held) :])
         for optimizer, lrs, epochs in zip(trainer.optimizers, self._first_lrs, self._first_epochs, strict=True):
-            epochs += [first] * (len(lrs) - len(epochs))  # of a checkpoint that has rates alone
+            epochs += [first] * (len(lrs) - len(epochs))  # after loading a checkpoint that has only rates
             lrs += [float(group["lr"]) for group in optimizer.param_groups[len(lrs) :]]
             epochs += [begins] * (len(lrs) - len(epochs))
 
-    def _wanted_lr(self, place: int) -> float:
+    def _target_lr(self, place: int) -> float:
         if isinstance(self.swa_lrs, list):
             return self.swa_lrs[min(place, len(self.swa_lrs) - 1)]
         assert self.swa_lrs is not None

@@ -230,7 +230,7 @@ def test_a_function_in_place_of_the_mean() -> None:
         (lambda: StochasticWeightAveraging(0.1, 0), "`swa_epoch_start` must be an integer >= 1, got 0"),
         (lambda: StochasticWeightAveraging(0.1, 1.5), r"`swa_epoch_start` must be a number in \[0.0, 1.0\], got 1.5"),
         (lambda: StochasticWeightAveraging(0.1, 1, -1), "`annealing_epochs` must be an integer >= 0, got -1"),
-        (lambda: StochasticWeightAveraging(0.1, annealing_strategy="step"), '`annealing_strategy` must be "cos" or'),
+        (lambda: StochasticWeightAveraging(0.1, annealing_strategy="step"), "`annealing_strategy` must be one of"),
         (lambda: StochasticWeightAveraging(0.1, avg_fn=3), "`avg_fn` must be a function, got 3"),
     ],
 )
@@ -247,7 +247,7 @@ def test_another_number_of_rates_than_groups_is_refused(rates: list[float]) -> N
 
 def test_a_fraction_without_max_epochs_is_refused() -> None:
     with pytest.raises(
-        MisconfigurationException, match="set `Trainer\\(max_epochs=…\\)`, or give the epoch as an integer"
+        MisconfigurationException, match="set `Trainer\\(max_epochs=…\\)`, or pass the epoch as an integer"
     ):
         fit(Model(), [StochasticWeightAveraging()], max_epochs=-1, max_steps=3)
 

@@ -123,11 +123,16 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("LAWA(0)", "size", "0", "an integer >= 1"),
     ("EMAWeightAveraging(decay=1.0)", "decay", "1.0", "in [0.0, 1.0)"),
     ("EMAWeightAveraging(update_every_n_steps=0)", "update_every_n_steps", "0", "an integer >= 1"),
-    ("StochasticWeightAveraging(annealing_strategy='no')", "annealing_strategy", "'no'", 'must be "cos" or "linear"'),
+    (
+        "StochasticWeightAveraging(annealing_strategy='no')",
+        "annealing_strategy",
+        "'no'",
+        "must be one of 'cos', 'linear'",
+    ),
     ("StochasticWeightAveraging(swa_lrs=-1.0)", "swa_lrs", "-1.0", "> 0"),
     ("StochasticWeightAveraging(swa_epoch_start=0)", "swa_epoch_start", "0", "an integer >= 1"),
     ("CheckpointAveraging(top=0)", "top", "0", "an integer >= 2"),
-    ("CheckpointAveraging(buffers='copy')", "buffers", "'copy'", 'must be "refresh" or "average"'),
+    ("CheckpointAveraging(buffers='copy')", "buffers", "'copy'", "must be one of 'refresh', 'average'"),
     # ensembling
     ("Ensemble([])", "members", "list", "a list of at least one LightningModule"),
     ("Ensemble([3])", "members", "int", "must be LightningModules"),
