@@ -18,21 +18,21 @@ from lightning_optim.averaging.checkpoints.soup import greedy_mean
 from lightning_optim.averaging.training.buffer_plan import BufferPlan, plan_buffers
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.arguments import check_choice, check_number
-from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.files.saved_weights import load_weights_
 from lightning_optim.runtime.files.sharded_reading import load_folder
+from lightning_optim.runtime.files.unused_path import unused_path
 from lightning_optim.runtime.lightning import (
     LightningModule,
     MisconfigurationException,
     ModelCheckpoint,
     Trainer,
-    get_filesystem,
     rank_zero_info,
     rank_zero_warn,
 )
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.raw_weights import Displaced
+from lightning_optim.runtime.raw_weights import RawWeights
 from lightning_optim.runtime.validation import validate
 
 
@@ -116,7 +116,7 @@ class CheckpointAveraging(BatchNormRefresh):
         self.path = self.best_path = ""
         self.score: float | None = None
         self.kept: list[str] = []
-        self._displaced = Displaced()
+        self._raw_weights = RawWeights()
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class CheckpointAveraging(BatchNormRefresh):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._displaced.resume_(pl_module)
+        self._raw_weights.resume_(pl_module)
         plan = self._buffer_plan(pl_module)
         self.try_before_first_step(trainer, pl_module, plan.layers)
         if any(norm.sharded for norm in plan.vectors):
@@ -161,46 +161,47 @@ class CheckpointAveraging(BatchNormRefresh):
                 return
             self.score = score
             self._load_average_(trainer, pl_module, mean)
-            self.path = trainer.strategy.broadcast(_free_path(os.path.dirname(self.best_path), len(self.kept)))
+            path = unused_path(os.path.dirname(self.best_path), f"average-of-best-{len(self.kept)}")
+            self.path = trainer.strategy.broadcast(path)
             trainer.save_checkpoint(self.path, weights_only=True)
         if sign * score > sign * scores[ranked[0]]:
             self.best_path = self.path
 
     def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._displaced.resume_(pl_module)
+        self._raw_weights.resume_(pl_module)
         self.on_train_end(trainer, pl_module)
 
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.best_path:
             return False
         is_own = self.best_path in self.session.own_files
-        self._displaced.keep_raw(pl_module)
+        self._raw_weights.keep_raw(pl_module)
         try:
             load_weights_(pl_module, self.best_path, weights_only=not is_own)
         except (OSError, ValueError) as error:
             rank_zero_warn(f"CheckpointAveraging leaves the module as it is: the best checkpoint is not read: {error}")
             self.best_path = ""
-            self._displaced.resume_(pl_module)
+            self._raw_weights.resume_(pl_module)
             return False
         return True
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
-        return self._displaced.extra_state()
+        return self._raw_weights.extra_state()
 
     def rank_state(self) -> dict[str, Tensor]:
-        return self._displaced.rank_state()
+        return self._raw_weights.rank_state()
 
     def displaced(self) -> dict[str, Tensor]:
-        return self._displaced.displaced
+        return self._raw_weights.displaced
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
-        self._displaced.load_extra_state(extra)
+        self._raw_weights.load_extra_state(extra)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint_state.leave_out(trainer.strategy, pl_module, self.state_key, ("raw",))
+        callback_state.leave_out(trainer.strategy, pl_module, self.state_key, ("raw",))
 
     def _model_checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
         """Return the ``ModelCheckpoint`` whose checkpoints are averaged."""
@@ -295,7 +296,7 @@ class _NotLogged(Exception):
 
 def _reader_of_checkpoints(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
     """Return a function that reads a checkpoint: full tensors from a file, this rank's shards from a folder."""
-    if not checkpoint_state.is_distributed(trainer):
+    if not callback_state.is_distributed(trainer):
         return lambda path: reading.weights_in(path, weights_only=path not in own)
 
     def read(path: str) -> StateDict:
@@ -332,12 +333,3 @@ def _weights_restored(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         _write_(module, kept)
-
-
-def _free_path(directory: str, count: int) -> str:
-    """Return a path that no earlier run has used."""
-    path, version = os.path.join(directory, f"average-of-best-{count}.ckpt"), 0
-    while get_filesystem(path).exists(path):
-        version += 1
-        path = os.path.join(directory, f"average-of-best-{count}-v{version}.ckpt")
-    return path

@@ -26,7 +26,7 @@ from lightning_optim.averaging.training.comparison import Comparison
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
-from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden
@@ -373,9 +373,9 @@ class WeightAveraging(AveragedCheckpoints):
         """Return the state of a copy, which holds copies of the averaged tensors and no tensor of the model."""
         copied = {**super().__getstate__(), "_averaged": None, "_layers": [], "_unfrozen": None}
         if self._averaged is not None and self._averaged.started:
-            copied["_loaded"] = checkpoint_state.export(self.extra_state(), None)
+            copied["_loaded"] = callback_state.export(self.extra_state(), None)
             averaged = {name: tensor.detach() for name, tensor in self._averaged.named().items()}
-            copied["_copied"] = checkpoint_state.export(averaged, None)
+            copied["_copied"] = callback_state.export(averaged, None)
         return copied
 
     def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:

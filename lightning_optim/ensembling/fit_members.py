@@ -17,7 +17,7 @@ from lightning_optim.base.arguments import check_number
 from lightning_optim.base.shards import reshard_
 from lightning_optim.ensembling.member_files import FinishedMembers, LabelCheckpoints, last_checkpoint
 from lightning_optim.resume.exact_resume import ExactResume
-from lightning_optim.runtime.checkpoint_state import is_distributed
+from lightning_optim.runtime.callback_state import is_distributed
 from lightning_optim.runtime.files.checkpoint_io import AtomicCheckpointIO, using_checkpoint_io
 from lightning_optim.runtime.lightning import (
     LightningDataModule,

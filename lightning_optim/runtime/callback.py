@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.runtime import checkpoint_state, spawned_processes
+from lightning_optim.runtime import callback_state, spawned_processes
 from lightning_optim.runtime.lightning import LightningModule, LightningOptimizer, Trainer
 from lightning_optim.runtime.order import Slot, arrange
 from lightning_optim.runtime.overridden_hooks import OverridableHooks
@@ -223,7 +223,7 @@ class OptimCallback(OverridableHooks):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint. A collective under FSDP2, where Lightning calls it on all ranks."""
-        return checkpoint_state.export({"steps": list(self.steps), **self.extra_state()}, self.fit and self.fit.trainer)
+        return callback_state.export({"steps": list(self.steps), **self.extra_state()}, self.fit and self.fit.trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint's state for a fit; a no-op in ``validate``, ``test`` and ``predict``."""
@@ -234,19 +234,19 @@ class OptimCallback(OverridableHooks):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add sharded state to a distributed checkpoint, and the tensors that differ between ranks."""
-        checkpoint_state.save_shards(self.extra_state, trainer, checkpoint, self.state_key)
+        callback_state.save_shards(self.extra_state, trainer, checkpoint, self.state_key)
         self._save_ranks(trainer, checkpoint)
 
     def _save_ranks(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         own = type(self).rank_state is not OptimCallback.rank_state
         if own and (self.fit is None or self.fit.collectives_allowed):
-            checkpoint_state.save_ranks(self.rank_state(), trainer, checkpoint, self.state_key)
+            callback_state.save_ranks(self.rank_state(), trainer, checkpoint, self.state_key)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load sharded state from a distributed checkpoint, and the tensors of this rank."""
         if self._stage == "fit":
-            checkpoint_state.load_shards(trainer, pl_module, checkpoint, self.state_key)
-            checkpoint_state.load_ranks(trainer, checkpoint, self.state_key)
+            callback_state.load_shards(trainer, pl_module, checkpoint, self.state_key)
+            callback_state.load_ranks(trainer, checkpoint, self.state_key)
             self.session.loaded(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Copies of a module's tensors on the CPU, by name: made, and exchanged with the module's."""
+"""Copy a module's tensors to the CPU by name, and swap the copies with the module's tensors in place."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_optim.base import foreach, shards
+from lightning_optim.base import foreach, module_tensors, shards
 
 
-def copies_of(live: Mapping[str, Tensor], values: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the values of a module's tensors to the CPU, of sharded ones this process's shard.
+def copy_to_cpu(
+    live: Mapping[str, Tensor], values: Mapping[str, Tensor], old: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Copy values of a module's tensors to the CPU; of sharded tensors this process's shard.
 
     Args:
-        live: The module's tensors; a copy has their dtype, and tied ones get one copy.
-        values: What is copied, by the same names; the tensors themselves where there is nothing else.
+        live: The module's tensors. A copy has their dtype, and tied ones get one copy.
+        values: The values by the same names. Where a name is missing, the module's own value is copied.
         old: Earlier copies, whose storage is used again.
     """
     made: dict[int, Tensor] = {}
@@ -32,47 +34,52 @@ def copies_of(live: Mapping[str, Tensor], values: Mapping[str, Tensor], old: Map
     return copies
 
 
-def fitting(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> list[str]:
-    """Return the names under which a held tensor has the shape of the module's, or of this process's shard of it."""
+def from_checkpoint(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint on the CPU, by plain name; of sharded ones this process's shards."""
+    return {module_tensors.plain_name(name): shards.local_shards([tensor])[0].cpu() for name, tensor in saved.items()}
+
+
+def matching_names(live: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> list[str]:
+    """Return the names whose copy has the shape of the module's tensor, or of this process's shard of it."""
     return [
         name
-        for name, kept in held.items()
-        if name in live and kept.shape in (live[name].shape, shards.local_shards([live[name]])[0].shape)
+        for name, copy in copies.items()
+        if name in live and copy.shape in (live[name].shape, shards.local_shards([live[name]])[0].shape)
     ]
 
 
-def localized(held: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the held tensors with this process's shards in place of whole ones, which come from a file."""
-    parts = {}
-    for name, kept in held.items():
-        like = live.get(name, kept)
+def with_local_shards(copies: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace copies of whole tensors, which a checkpoint may hold, by this process's shards of them."""
+    found = {}
+    for name, copy in copies.items():
+        like = live.get(name, copy)
         (shard,) = shards.local_shards([like])
-        whole = like is not shard and kept.shape == like.shape and kept.shape != shard.shape
-        parts[name] = shards.shard_of(kept.to(shard.device), like).cpu().clone() if whole else kept
-    return parts
+        is_whole = like is not shard and copy.shape == like.shape and copy.shape != shard.shape
+        found[name] = shards.shard_of(copy.to(shard.device), like).cpu().clone() if is_whole else copy
+    return found
 
 
 @torch.no_grad()
-def exchange_(live: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Exchange the module's tensors with held ones that fit, in place; return what the module had."""
-    had: dict[str, Tensor] = {}
+def swap_(live: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Swap the values of the module's tensors and of their copies, in place; return what the module held."""
+    held: dict[str, Tensor] = {}
     done: dict[int, str] = {}
     places: dict[int, Tensor] = {}
-    for name, kept in held.items():
+    for name, copy in copies.items():
         (shard,) = shards.local_shards([live[name]])
         if id(live[name]) in done:  # tied
-            had[name] = had[done[id(live[name])]]
+            held[name] = held[done[id(live[name])]]
             continue
         done[id(live[name])] = name
-        if kept.numel() and kept.data_ptr() in places:  # tied when it was kept, and no longer
-            had[name] = shard.detach().to("cpu", copy=True)
-            shard.copy_(places[kept.data_ptr()])
+        if copy.numel() and copy.data_ptr() in places:  # tied when it was copied, and no longer
+            held[name] = shard.detach().to("cpu", copy=True)
+            shard.copy_(places[copy.data_ptr()])
             continue
-        places[kept.data_ptr()] = shard
-        if kept.dtype == shard.dtype:
-            foreach.swap_(shard, kept)
-            had[name] = kept
+        places[copy.data_ptr()] = shard
+        if copy.dtype == shard.dtype:
+            foreach.swap_(shard, copy)
+            held[name] = copy
         else:
-            had[name] = shard.detach().to("cpu", copy=True)
-            shard.copy_(kept)
-    return had
+            held[name] = shard.detach().to("cpu", copy=True)
+            shard.copy_(copy)
+    return held

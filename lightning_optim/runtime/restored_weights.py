@@ -1,4 +1,4 @@
-"""Mend, or report, the changes that Lightning makes to weights and buffers when it restores a checkpoint."""
+"""Undo the rounding of weights that Lightning restores from a checkpoint, and warn of buffers that it loses."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim.base import module_tensors
 from lightning_optim.base.module_registry import buffer_of, is_persistent
-from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import DDPStrategy, ModelParallelStrategy, Trainer, rank_zero_warn
 
 
-class Restored:
-    """The weights and buffers of the module, from ``setup`` to the first step.
+class RestoredWeights:
+    """Weights and buffers of the module from ``setup`` to the first step.
 
-    Lightning restores weights before it converts the module: with ``precision="64-true"`` it loads what is in fp64 into
-    the fp32 of the module's constructor. And its checkpoints hold the buffers of one rank.
+    Lightning restores weights before it converts the module: with ``precision="64-true"`` it loads fp64 values into the
+    fp32 weights that the module's constructor made. And its checkpoints hold the buffers of one rank.
 
     Args:
         trainer: A Trainer in ``setup``.
@@ -27,38 +27,38 @@ class Restored:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._rounded: dict[str, Any] = {}
-        self._moved: list[str] = []
+        self._changed: list[str] = []
         late = trainer.strategy.restore_checkpoint_after_setup
         self._made: dict[str, Any] = {} if late else _buffers_of_ranks(trainer)
 
     def start(self) -> None:
-        """At ``on_fit_start``: the module is converted."""
+        """Load rounded weights again at ``on_fit_start``, when the module is converted."""
         self._load_again()
         if self._trainer.strategy.restore_checkpoint_after_setup:
             self._made = _buffers_of_ranks(self._trainer)
 
     def loaded(self, checkpoint: dict[str, Any]) -> None:
-        """At ``on_load_checkpoint``: keep the weights that the module has rounded, and see which buffers have moved."""
+        """Keep weights that the module rounds, and note which buffers change, at ``on_load_checkpoint``."""
         if saved := checkpoint.get("state_dict"):
             live = module_tensors.named_tensors(self._trainer.lightning_module)
             self._rounded = saved if _rounds(saved, live) else {}
         now = _buffers_of_ranks(self._trainer) if self._made else {}
-        self._moved = [name for name, digest in now.items() if self._made.get(name) != digest]
+        self._changed = [name for name, digest in now.items() if self._made.get(name) != digest]
 
     def begin(self, gathered: bool) -> None:
-        """At ``on_train_start``.
+        """Load rounded weights again at ``on_train_start``, and warn of lost buffers.
 
         Args:
-            gathered: Whether a callback brings back the buffers of each rank.
+            gathered: True if a callback brings back the buffers of each rank.
         """
         self._load_again()
-        if self._moved and not gathered:
+        if self._changed and not gathered:
             rank_zero_warn(
                 "This resume is not exact: a checkpoint holds the buffers of one rank, and here each rank has its own"
-                f" {self._moved}, from its batches. Add `ExactResume()` to the callbacks, also where the checkpoint is"
-                " written."
+                f" {self._changed}, from its batches. Add `ExactResume()` to the callbacks, also where the checkpoint"
+                " is written."
             )
-        self._rounded, self._made, self._moved = {}, {}, []
+        self._rounded, self._made, self._changed = {}, {}, []
 
     def _load_again(self) -> None:
         module = self._trainer.lightning_module
@@ -68,7 +68,7 @@ class Restored:
 
 
 def _rounds(saved: dict[str, Any], live: dict[str, Tensor]) -> bool:
-    """Return whether any saved tensor loses bits in the dtype of the module's."""
+    """Return True if a saved tensor loses bits in the dtype of the module's tensor."""
     both = [(saved[name].dtype, tensor.dtype) for name, tensor in live.items() if isinstance(saved.get(name), Tensor)]
     return any(torch.promote_types(theirs, ours) != ours for theirs, ours in both)
 
@@ -78,7 +78,7 @@ def _buffers_of_ranks(trainer: Trainer) -> dict[str, Any]:
     if trainer.world_size == 1 or _shares_buffers(trainer):
         return {}
     return {
-        name: checkpoint_state.digest(buffer)
+        name: callback_state.digest(buffer)
         for name, owner, key in module_tensors.buffer_places(trainer.lightning_module)
         if (buffer := buffer_of(owner, key)) is not None and is_persistent(owner, key) and _may_differ(owner, buffer)
     }

@@ -17,7 +17,7 @@ from lightning_optim.runtime.lightning import LightningModule, ModelParallelStra
 from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot
 from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
-from lightning_optim.runtime.restored_weights import Restored
+from lightning_optim.runtime.restored_weights import RestoredWeights
 from lightning_optim.runtime.spawned_processes import send_back
 from lightning_optim.runtime.step import OptimizerStep, total_steps
 
@@ -77,7 +77,7 @@ class Session:
         self.own_files = OwnFiles()
         self._undo = contextlib.ExitStack()
         self._total: int | float | None = None
-        self._restored = Restored(trainer)
+        self._restored = RestoredWeights(trainer)
         self._watched: WeakSet[Optimizer] = WeakSet()
         # Not a state: a checkpoint may be written in any of them.
         self._saving_optimizer = False

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.base import module_tensors, shards
-from lightning_optim.runtime.cpu_copies import copies_of, exchange_, fitting, localized
+from lightning_optim.runtime.cpu_copies import copy_to_cpu, from_checkpoint, matching_names, swap_, with_local_shards
 from lightning_optim.runtime.evaluated_weights import evaluated_state
 from lightning_optim.runtime.files.checkpoint_io import using_checkpoint_io
 from lightning_optim.runtime.files.own_files import OwnFiles, resolved
 from lightning_optim.runtime.files.saved_weights import SavedWeights
+from lightning_optim.runtime.files.unused_path import unused_path
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, get_filesystem, rank_zero_warn
-from lightning_optim.runtime.raw_weights import Displaced, on_cpu
+from lightning_optim.runtime.raw_weights import RawWeights
 
 
-class BestWeights(Displaced, abc.ABC):
+class BestWeights(RawWeights, abc.ABC):
     """Keep the weights of the best validation, and the raw weights once the best ones are restored.
 
     Attributes:
@@ -108,7 +109,7 @@ class BestInMemory(BestWeights):
         self._leave_out(live, left_out)
         live = {name: tensor for name, tensor in live.items() if name not in self.left_out}
         with uninterrupted():
-            self._best = copies_of(live, evaluated, self._best)
+            self._best = copy_to_cpu(live, evaluated, self._best)
         self._module = weakref.ref(module)
 
     def _leave_out(self, live: dict[str, Tensor], names: Iterable[str]) -> None:
@@ -121,7 +122,7 @@ class BestInMemory(BestWeights):
     def add_unfrozen(self) -> None:
         unfrozen = {name: parameter for name, parameter in self._frozen.items() if parameter.requires_grad}
         if unfrozen:
-            self._best |= copies_of(unfrozen, unfrozen, {})
+            self._best |= copy_to_cpu(unfrozen, unfrozen, {})
             self._frozen = {name: p for name, p in self._frozen.items() if name not in unfrozen}
             self.left_out = set(self._frozen)
 
@@ -133,7 +134,7 @@ class BestInMemory(BestWeights):
         shards.reshard_(module)
         live = module_tensors.writable_tensors(module)
         best = with_pruning_applied({**_local(self._restored), **self._best}, live)
-        fits = fitting(live, best)
+        fits = matching_names(live, best)
         for name in fits:
             (shard,) = shards.local_shards([live[name]])
             # The kept tensor is our shard, or the whole tensor if it came from a checkpoint.
@@ -149,36 +150,36 @@ class BestInMemory(BestWeights):
             )
 
     def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
-        best = localized(with_pruning_applied(self._best, live), live)
-        fits = fitting(live, best)
+        best = with_local_shards(with_pruning_applied(self._best, live), live)
+        fits = matching_names(live, best)
         _warn_of_mismatches(module, live, best, fits)
         self._best = {name: kept for name, kept in best.items() if name not in fits}
-        self._raw = exchange_(live, {name: best[name] for name in fits})
+        self._raw = swap_(live, {name: best[name] for name in fits})
         self._restored = {name: live[name] for name in fits}
         self._versions = {name: shards.version(tensor) for name, tensor in self._restored.items()}
 
-    def _take_(self, live: dict[str, Tensor]) -> None:
-        moved = {name: self._raw[name] for name in fitting(live, self._raw)}
+    def _put_raw_in_(self, live: dict[str, Tensor]) -> None:
+        moved = {name: self._raw[name] for name in matching_names(live, self._raw)}
         unmoved = {name: live[name] for name in live.keys() - moved.keys() - self._best.keys() - self.left_out}
-        self._best = self._best | copies_of(unmoved, unmoved, {}) | exchange_(live, moved)
+        self._best = self._best | copy_to_cpu(unmoved, unmoved, {}) | swap_(live, moved)
         self._restored, self._versions = {}, {}
 
     @torch.no_grad()
     def resume_(self, module: nn.Module) -> None:
         super().resume_(module)
         live = module_tensors.writable_tensors(module)
-        self._best = localized(self._best, live)
+        self._best = with_local_shards(self._best, live)
         self._leave_out(live, self.left_out)
 
     def extra_state(self) -> dict[str, Any]:
-        return {**super().extra_state(), "best": self._placed(self._best)}
+        return {**super().extra_state(), "best": self._sharded(self._best)}
 
     def rank_state(self) -> dict[str, Tensor]:
-        return super().rank_state() | self._of_buffers("best", self._best)
+        return super().rank_state() | self._buffers_of("best", self._best)
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         super().load_extra_state(extra)
-        self._best = on_cpu(extra.get("best", {}))
+        self._best = from_checkpoint(extra.get("best", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the content of a copy, which holds the best weights itself."""
@@ -213,7 +214,8 @@ class BestInDirectory(BestWeights):
 
     def store(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
         if not self._may_replace(self.path):
-            self.path = self._unused_path()
+            get_filesystem(self.directory).makedirs(self.directory, exist_ok=True)
+            self.path = unused_path(self.directory, self.stem)
         self.path = trainer.strategy.broadcast(self.path)
         new = f"{self.path}.new"
         with _synchronous_writing(trainer.strategy):
@@ -229,15 +231,6 @@ class BestInDirectory(BestWeights):
         directory, name = os.path.split(path)
         is_named_so = re.fullmatch(rf"{re.escape(self.stem)}(-v\d+)?\.ckpt", name)
         return path in self._own_files or (bool(is_named_so) and resolved(directory) == self.location)
-
-    def _unused_path(self) -> str:
-        """Return a path that no earlier run has used, so that its best checkpoint is not overwritten."""
-        get_filesystem(self.directory).makedirs(self.directory, exist_ok=True)
-        path, version = os.path.join(self.directory, f"{self.stem}.ckpt"), 0
-        while any(get_filesystem(path).exists(name) for name in (path, f"{path}.new")):
-            version += 1
-            path = os.path.join(self.directory, f"{self.stem}-v{version}.ckpt")
-        return path
 
     @torch.no_grad()
     def copy_into_(self, module: nn.Module) -> None:
@@ -256,11 +249,11 @@ class BestInDirectory(BestWeights):
     def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
         saved, fits = self._open(live)
         targets = {name: live[name] for name in fits}
-        self._raw = copies_of(targets, targets, {})
+        self._raw = copy_to_cpu(targets, targets, {})
         try:
             saved.copy_into_(targets)
         except BaseException:
-            exchange_(targets, self._raw)
+            swap_(targets, self._raw)
             self._raw = {}
             raise
         _warn_of_mismatches(module, live, saved.shapes, fits)

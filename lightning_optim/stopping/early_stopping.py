@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.plotting import canvas
-from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.lightning import EarlyStopping as LightningEarlyStopping
@@ -439,7 +439,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         OptimCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
-        checkpoint_state.leave_out(trainer.strategy, pl_module, self.state_key, ("best", "raw"), self._left_out.update)
+        callback_state.leave_out(trainer.strategy, pl_module, self.state_key, ("best", "raw"), self._left_out.update)
 
     def rank_state(self) -> dict[str, Tensor]:
         return self._best_weights.rank_state()

@@ -26,7 +26,7 @@ from lightning_optim import (
 )
 from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.resume.exact_resume import ExactResume
-from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime import callback_state
 from tests.harness.groups import Group
 from tests.harness.run import LivingEnvironment, share_mesh
 from tests.resume.helpers import difference, fit
@@ -262,5 +262,5 @@ def test_rank_state_of_a_users_callback(group: Group, tmp_path: Path) -> None:
 def test_mean_for_another_number_of_ranks() -> None:
     by_rank = [{"averaged/mean": torch.tensor([1.0]), "count": torch.tensor(3)}, {"averaged/mean": torch.tensor([2.0])}]
     checkpoint = {"callbacks": {"key": {"averaged": {}, "count": torch.tensor(0), "of_each_rank": by_rank}}}
-    checkpoint_state.load_ranks(Trainer(accelerator="cpu", devices=1, logger=False), checkpoint, "key")
+    callback_state.load_ranks(Trainer(accelerator="cpu", devices=1, logger=False), checkpoint, "key")
     assert checkpoint["callbacks"]["key"] == {"averaged": {"mean": torch.tensor([1.5])}, "count": torch.tensor(3)}

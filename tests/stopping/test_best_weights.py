@@ -335,14 +335,14 @@ def test_an_interrupt_waits_until_the_best_is_whole(tmp_path: Path) -> None:
     import signal
 
     module, callback = Scripted(WORSE), EarlyStopping("val_loss")
-    whole = best_weights.exchange_
+    whole = best_weights.swap_
 
     def interrupted(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return whole(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(best_weights, "exchange_", interrupted)
+        patch.setattr(best_weights, "swap_", interrupted)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(module, callback, max_epochs=3)
     assert same(weights(module), module.seen[0])

@@ -21,7 +21,7 @@ from lightning_optim.averaging.training.averaged_weights import raw_weights_in
 from lightning_optim.averaging.training.evaluation import AveragedEvaluation
 from lightning_optim.base import shards
 from lightning_optim.base.module_tensors import plain_name
-from lightning_optim.runtime import checkpoint_state
+from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer
 from lightning_optim.runtime.patching import patched
 
@@ -76,7 +76,7 @@ class AveragedCheckpoints(AveragedEvaluation):
             for source, raw, averaged in self._averaged.located():
                 value = averaged.to(raw.dtype)
                 if isinstance(value, DTensor):  # of a sharded model: whole tensors on rank 0, or each rank's shard
-                    value = value.cpu() if checkpoint_state.is_distributed(trainer) else value.full_tensor().cpu()
+                    value = value.cpu() if callback_state.is_distributed(trainer) else value.full_tensor().cpu()
                 for name in source.names:
                     name = name if name in saved else plain_name(name)
                     if name in saved:

@@ -14,7 +14,7 @@ from lightning_optim.averaging.training import pruning
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.callback import OptimCallback
-from lightning_optim.runtime.checkpoint_state import edit_before_write
+from lightning_optim.runtime.callback_state import edit_before_write
 from lightning_optim.runtime.lightning import Strategy, Trainer
 from lightning_optim.runtime.order import Slot
 

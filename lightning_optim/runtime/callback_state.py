@@ -1,7 +1,8 @@
-"""Callback state that holds shards: gathered for a single file, an entry of the folder for a distributed checkpoint.
+"""Save and load callback state with tensors that differ between ranks: shards, and buffers of each rank.
 
 Lightning stores callback state from rank 0 only. A shard that is returned from ``state_dict`` would come back on every
-rank, with shapes that agree and values that are wrong.
+rank, with shapes that agree and values that are wrong. So shards are gathered for a single file, and are an entry of
+the folder of a distributed checkpoint.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from lightning_optim.runtime.lightning import LightningModule, ModelParallelStra
 from lightning_optim.runtime.patching import patched
 
 _ENTRY = "lightning_optim"
-_RANKS = "of_each_rank"  # what ranks differ in, in a callback's state
-_SHARD = "sharded_dtype"  # the key of a leaf that stands for a tensor in the folder
+_RANKS = "of_each_rank"  # key in a callback's state: for each rank the tensors in which ranks differ
+_SHARD = "sharded_dtype"  # key of a leaf that refers to a tensor in the folder
 
 
 def export(tree: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
-    """``tree`` as rank 0 may store it: DTensors gathered, or a note of their dtype where the folder holds them."""
+    """Return the state as rank 0 may store it: DTensors are gathered, or replaced by their dtype in a folder."""
     folder = trainer is not None and is_distributed(trainer)
 
     def leaf(value: Any) -> Any:
@@ -42,7 +43,7 @@ def save_shards(tree: Callable[[], dict[str, Any]], trainer: Trainer, checkpoint
     """Add the DTensors of ``tree()`` to a distributed checkpoint.
 
     Lightning writes ``checkpoint["optimizer_states"]`` shard by shard into the folder, under ``optimizer_0``,
-    ``optimizer_1``, …: one more entry there is ours. A Trainer without our callbacks reads its own entries and resumes.
+    ``optimizer_1``, …: this is one more entry. A Trainer without callbacks of this package reads its own entries only.
     """
     if not is_distributed(trainer) or "optimizer_states" not in checkpoint:
         return
@@ -55,7 +56,7 @@ def save_shards(tree: Callable[[], dict[str, Any]], trainer: Trainer, checkpoint
 
 
 def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], key: str) -> None:
-    """Put the DTensors of a distributed checkpoint into ``checkpoint["callbacks"][key]``, in place of the notes.
+    """Put the DTensors of a distributed checkpoint into ``checkpoint["callbacks"][key]``, in place of their dtypes.
 
     The last part of a tensor's path is its name in the model, which says how it is sharded now.
     """
@@ -105,7 +106,7 @@ def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, 
 
 
 def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
-    """Put what this rank had into the callback's state; the mean over ranks if there were more of them, or fewer."""
+    """Put this rank's tensors into the callback's state; with another number of ranks, the mean over ranks."""
     state = checkpoint.get("callbacks", {}).get(key)
     by_rank = state.pop(_RANKS, None) if isinstance(state, dict) else None
     if not by_rank:
@@ -127,7 +128,7 @@ def digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def is_distributed(trainer: Trainer) -> bool:
-    """Whether checkpoints of this run are folders, into which each rank writes its shards."""
+    """Return True if checkpoints of this run are folders, into which each rank writes its shards."""
     strategy = trainer.strategy
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
@@ -149,7 +150,7 @@ def leave_out(
         module: The module whose checkpoint it is.
         key: The callback's ``state_key``.
         parts: Keys of its state, each with a dictionary of name to tensor.
-        tell: Gets the plain names of the tensors, if there are any.
+        tell: Called with the plain names of these tensors, if there are any.
     """
 
     def edit(checkpoint: dict[str, Any]) -> None:
@@ -199,7 +200,7 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path, with slashes, and value of every leaf of nested dictionaries."""
+    """Yield the path, with slashes, and the value of every leaf of nested dictionaries."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             yield from _leaves(value, f"{path}/{name}")
