@@ -31,7 +31,7 @@ class OverridableHooks(Callback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if _is_ours(cls):
+        if _is_of_package(cls):
             for name in _HOOKS & vars(cls).keys():
                 setattr(cls, name, _once(name, vars(cls)[name]))
 
@@ -48,10 +48,10 @@ class OverridableHooks(Callback):
     def log(self, log: Callable[..., None]) -> None:
         self.__dict__["log"] = log
         for name in _HOOKS - self.replaceable_hooks:
-            ours, theirs = _parts(type(self), name)
+            package_part, override = _parts(type(self), name)
             on_object = self.__dict__.get(name)
-            if ours is not None and not isinstance(on_object, TwoPartHook) and (on_object or theirs):
-                self.__dict__[name] = TwoPartHook(self, name, ours, on_object)
+            if package_part is not None and not isinstance(on_object, TwoPartHook) and (on_object or override):
+                self.__dict__[name] = TwoPartHook(self, name, package_part, on_object)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the module that ``log`` is bound to, and with hooks as they were before a run.
@@ -76,22 +76,27 @@ class TwoPartHook:
     """
 
     def __init__(
-        self, callback: OverridableHooks, name: str, ours: Callable[..., Any], on_object: Callable[..., Any] | None
+        self,
+        callback: OverridableHooks,
+        name: str,
+        package_part: Callable[..., Any],
+        on_object: Callable[..., Any] | None,
     ) -> None:
-        # A callback that held itself would keep the weights that it holds until the garbage is collected.
-        self._callback, self._name, self._ours, self.on_object = weakref.ref(callback), name, ours, on_object
+        # A reference cycle would keep the weights that a callback holds until the garbage is collected.
+        self._callback, self._name, self._package_part = weakref.ref(callback), name, package_part
+        self.on_object = on_object
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         callback = self._callback()
         assert callback is not None
         before = callback._package_results
-        # In a hook that the user's part of another one starts, such as a second validation's, ours runs again.
+        # The user's part may start another run of this hook, such as a second validation's: both parts run in it.
         callback._package_results = {name: result for name, result in before.items() if name != self._name}
         try:
-            result = self._ours(callback, *args, **kwargs)
+            result = self._package_part(callback, *args, **kwargs)
             callback._package_results = {**before, self._name: result}
-            theirs = self.on_object or _bound_override(callback, self._name)
-            returned = theirs(*args, **kwargs) if theirs else None
+            override = self.on_object or _bound_override(callback, self._name)
+            returned = override(*args, **kwargs) if override else None
         finally:
             callback._package_results = before
         return {**result, **(returned or {})} if isinstance(result, dict) else returned
@@ -99,7 +104,9 @@ class TwoPartHook:
 
 def is_overridden(callback: OverridableHooks, name: str) -> bool:
     """Return True if a user's class, or the callback object itself, overrides a method of this package."""
-    return name in vars(callback) or not _is_ours(next(cls for cls in type(callback).__mro__ if name in vars(cls)))
+    return name in vars(callback) or not _is_of_package(
+        next(cls for cls in type(callback).__mro__ if name in vars(cls))
+    )
 
 
 def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,11 +120,11 @@ def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parts(kind: type, name: str) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-    """Find a hook as this package defines it, and as another class does: a subclass, or one beside ours (a mixin)."""
-    package = next(cls for cls in kind.__mro__ if _is_ours(cls)).__mro__
-    ours = next((vars(cls)[name] for cls in package if _is_ours(cls) and name in vars(cls)), None)
-    theirs = next((vars(cls)[name] for cls in kind.__mro__ if cls not in package and name in vars(cls)), None)
-    return ours, theirs
+    """Find a hook as a class of this package defines it, and as a user's class does: a subclass or a mixin."""
+    package = next(cls for cls in kind.__mro__ if _is_of_package(cls)).__mro__
+    package_part = next((vars(cls)[name] for cls in package if _is_of_package(cls) and name in vars(cls)), None)
+    override = next((vars(cls)[name] for cls in kind.__mro__ if cls not in package and name in vars(cls)), None)
+    return package_part, override
 
 
 def _bound_override(callback: OverridableHooks, name: str) -> Callable[..., Any] | None:
@@ -126,5 +133,5 @@ def _bound_override(callback: OverridableHooks, name: str) -> Callable[..., Any]
     return override.__get__(callback, type(callback)) if hasattr(override, "__get__") else override
 
 
-def _is_ours(cls: type) -> bool:
+def _is_of_package(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == _PACKAGE

@@ -23,14 +23,15 @@ from lightning_optim.runtime.step import OptimizerStep, total_steps
 
 
 class State(enum.Enum):
-    """State of a session. Each fit has a session of its own: a closed one is not opened again.
+    """State of a session, which goes from one to the next and never back. Each fit has a session of its own.
 
     ::
 
         SETUP ──> STARTED ──> TRAINING ──> ENDED ──> CLOSED
           └──────────┴───────────┴───────────┴──> FAILED ──> CLOSED
 
-    A fit that stops without a word, such as one whose ``on_exception`` raised, is CLOSED from where it was.
+    From each of them it can also be CLOSED at once: a second exception, in a callback's ``on_exception``, keeps the
+    Trainer from its teardown, and the next fit closes the session.
     """
 
     SETUP = "callbacks join and are checked"
@@ -50,11 +51,11 @@ _NEXT: dict[State, set[State]] = {
     State.CLOSED: set(),
 }
 
-_ATTRIBUTE = "_lightning_optim_session"  # of the Trainer, which a session lives and dies with
+_ATTRIBUTE = "_lightning_optim_session"  # of the Trainer: a session lives no longer than its Trainer
 
 
 class Session:
-    """Session of one ``trainer.fit``, shared by the callbacks of this package that are in it.
+    """Session of one ``trainer.fit``, shared by the callbacks of this package that are in it: ``callback.session``.
 
     It opens in the first ``setup`` of such a callback, and closes in ``teardown`` or after an exception. Whatever is
     installed for the length of the fit is installed here, with :meth:`patch` or :meth:`on_close`, so that it is undone
@@ -120,17 +121,17 @@ class Session:
 
     @property
     def failed(self) -> bool:
-        """True after an exception. It may be this process's alone, so that no other rank would answer."""
+        """True after an exception. It may have happened in this process alone: call no collective."""
         return self.state is State.FAILED
 
     @property
     def running(self) -> bool:
-        """True while the fit goes on: it did not fail, and its Trainer did not stop without a word."""
+        """True while the fit goes on: it has not failed, and its Trainer is running."""
         return not self.failed and self.trainer.state.status is TrainerStatus.RUNNING
 
     @property
     def collectives_allowed(self) -> bool:
-        """True if all ranks take part in a checkpoint: after an exception only if a callback relies on that."""
+        """True if all ranks take part in a checkpoint; after an exception only if a callback relies on that."""
         return not self.failed or any(callback.gathers_ranks for callback in self.callbacks)
 
     @property
@@ -149,7 +150,7 @@ class Session:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def _enter(self, state: State) -> bool:
-        """Go to the next state; return False if another callback's call has come first."""
+        """Go to the next state; return False if another callback has done so before."""
         if state is self.state:
             return False
         if state not in _NEXT[self.state]:
@@ -158,7 +159,7 @@ class Session:
         return True
 
     def start(self) -> None:
-        """At ``on_fit_start``: watch each optimizer for steps."""
+        """Watch each optimizer for steps. Called at ``on_fit_start``."""
         if not self._enter(State.STARTED):
             return
         self._restored.start()
@@ -172,12 +173,12 @@ class Session:
             self.patch(strategy, "optimizer_state", self._not_counting(strategy.optimizer_state))
 
     def loaded(self, checkpoint: dict[str, Any]) -> None:
-        """At ``on_load_checkpoint``: in SETUP or, with sharded weights, in STARTED."""
+        """Note what Lightning restores. Called at ``on_load_checkpoint``: in SETUP, or in STARTED if it is sharded."""
         if self.state in (State.SETUP, State.STARTED):
             self._restored.loaded(checkpoint)
 
     def begin(self) -> None:
-        """At ``on_train_start``: give a callback that the checkpoint does not know the step count of the run."""
+        """Begin to count steps, from the run's count in each callback, also a new one. Called at ``on_train_start``."""
         if not self._enter(State.TRAINING):
             return
         self._restored.begin(any(callback.gathers_ranks for callback in self.callbacks))
@@ -193,7 +194,7 @@ class Session:
             callback.steps = list(steps)
 
     def end(self, pl_module: LightningModule) -> None:
-        """At ``on_fit_end``, after the last checkpoint: write the weights that the module keeps."""
+        """Write the weights that the module keeps. Called at ``on_fit_end``, after the last checkpoint."""
         if self.state is State.STARTED:  # nothing was left to train
             self.begin()
             for callback in self._acting():
@@ -202,10 +203,10 @@ class Session:
             self.average = None  # a checkpoint that a later hook writes holds what the module holds, as after the fit
 
     def fail(self) -> None:
-        """At ``on_exception``: close as late as in a fit that ends well, in the Trainer's own teardown.
+        """Have the session closed in the Trainer's own teardown, as late as in a fit that ends well.
 
-        Checkpoint callbacks come after those of this package, and what they write now must still hold the evaluated
-        weights.
+        Called at ``on_exception``. Checkpoint callbacks come after those of this package, and what they write then must
+        still hold the evaluated weights.
         """
         if not self._enter(State.FAILED):
             return
@@ -238,7 +239,7 @@ class Session:
         del self._steps[optimizer]
 
     def current_step(self, optimizer: Optimizer) -> OptimizerStep:
-        """Return the step of an optimizer that is under way, made if nobody asked for it before, to be read anew."""
+        """Return the step of an optimizer that is under way. It is made at the first call, and read anew at each."""
         step = self._steps.get(optimizer)
         if step is None:
             index, callback = self.trainer.optimizers.index(optimizer), self.callbacks[0]
