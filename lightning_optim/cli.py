@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints
@@ -17,6 +16,7 @@ from lightning_optim.averaging.checkpoints.inspecting import describe
 from lightning_optim.averaging.checkpoints.safetensors_writing import save_safetensors
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.files.atomic_writing import write_atomically
+from lightning_optim.runtime.lightning.torch_internals import tree_leaves
 
 # What belongs to the training of one of the files, and not to their mean.
 _TRAINING = ("callbacks", "optimizer_states", "lr_schedulers", "loops", "current_model_state", "averaging_state")

@@ -28,9 +28,11 @@ from lightning_optim.runtime.lightning import (
     MisconfigurationException,
     ModelCheckpoint,
     Trainer,
+    logger_connector,
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_optim.runtime.lightning.loops import logger_step
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.raw_weights import RawWeights
 from lightning_optim.runtime.validation import validate
@@ -284,9 +286,9 @@ class CheckpointAveraging(BatchNormRefresh):
 
     def _log(self, trainer: Trainer, checkpoint: ModelCheckpoint, score: float) -> float:
         name = f"averaging/{checkpoint.monitor}"
-        trainer._logger_connector._callback_metrics[name] = torch.tensor(score)
+        logger_connector.show_to_callbacks(trainer, {name: torch.tensor(score)})
         for logger in trainer.loggers:
-            logger.log_metrics({name: score}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics({name: score}, step=logger_step(trainer))
         return score
 
 

@@ -28,6 +28,7 @@ from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
+from lightning_optim.runtime.lightning.loops import ends_epoch
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden
 from lightning_optim.runtime.spawned_processes import check_not_lost
@@ -219,9 +220,7 @@ class WeightAveraging(AveragedCheckpoints):
                 self._decided[0] = trainer.global_step
                 self._update_all()
             return
-        loop = trainer.fit_loop.epoch_loop
-        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
-        if loop.batch_progress.is_last_batch or loop._is_training_done or stops:
+        if ends_epoch(trainer):
             self._end_epoch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

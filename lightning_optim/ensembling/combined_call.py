@@ -10,12 +10,12 @@ from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lightning_optim.base.module_registry import with_submodules
 from lightning_optim.ensembling.mean_prediction import Outputs, mean_prediction
 from lightning_optim.runtime.lightning import MisconfigurationException
+from lightning_optim.runtime.lightning.torch_internals import is_compiled, tree_map_only
 
 _MEANINGS: dict[Outputs, str] = {
     "values": "for regression: averaged as they are",
@@ -140,7 +140,7 @@ class CombinedCall(nn.Module):
         """
         first, *others = self._members
         outside: set[str] = set()
-        if any("_orig_mod" in module._modules or module._compiled_call_impl for module in first.modules()):
+        if any(map(is_compiled, first.modules())):
             yield outside  # hooks would cause compiled modules to be compiled again
             return
         shared = {id(module) for other in others for module in other.modules()}

@@ -24,6 +24,7 @@ from lightning_optim.runtime.lightning import (
     Trainer,
     rank_zero_info,
 )
+from lightning_optim.runtime.lightning.torch_internals import uncompiled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,7 +168,7 @@ def cost_benefit(
 
 
 def _ensemble_of(members: Any, outputs: Outputs | None, on: str | None, dim: int | None) -> Ensemble:
-    ensemble = getattr(members, "_orig_mod", members)  # of `torch.compile(ensemble)`
+    ensemble = uncompiled(members)  # of `torch.compile(ensemble)`
     if not isinstance(ensemble, Ensemble):
         return Ensemble(members, outputs=outputs, on=on, dim=dim)
     for name, given in {"outputs": outputs, "on": on, "dim": dim}.items():

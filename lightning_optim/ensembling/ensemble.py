@@ -28,8 +28,13 @@ from lightning_optim.runtime.lightning import (
     LightningModule,
     MisconfigurationException,
     ModelParallelStrategy,
-    _restricted_classmethod,
     is_overridden,
+)
+from lightning_optim.runtime.lightning.modules import (
+    detach_trainer,
+    is_attached,
+    restricted_classmethod,
+    share_device_mesh,
 )
 
 _TORCH = frozenset(vars(nn.Module()))  # where torch keeps submodules, parameters and hooks: an ensemble has its own
@@ -146,7 +151,7 @@ class Ensemble(LightningModule):
         members = [ensemble_checkpoint.load_member(member_class, path, kwargs) for path in files]
         return cls._without_copies(members, outputs, on, dim)
 
-    @_restricted_classmethod  # type: ignore[untyped-decorator]
+    @restricted_classmethod  # type: ignore[untyped-decorator]
     def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
@@ -223,7 +228,7 @@ class Ensemble(LightningModule):
             if name not in _TORCH and name not in STEPS and name not in vars(Ensemble):
                 bound = isinstance(value, types.MethodType) and value.__self__ is first
                 self.__dict__[name] = types.MethodType(value.__func__, self) if bound else value
-        self.__dict__["_trainer"] = None  # the first member's, if it was trained
+        detach_trainer(self)  # the first member's, if it was trained
         self.members = Members(members)
         self.__dict__.update(_combined=CombinedCall(self.members, outputs, on, dim), _checked_steps=set())
         self._insert_combined_call()
@@ -312,11 +317,11 @@ class Ensemble(LightningModule):
 
     def configure_model(self) -> None:
         """Call each member's ``configure_model``, which may shard it."""
-        sharded = self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+        sharded = is_attached(self) and isinstance(self.trainer.strategy, ModelParallelStrategy)
         member: Any
         for member in self.members:
             if is_overridden("configure_model", member):
-                member._device_mesh = self._device_mesh
+                share_device_mesh(self, member)
                 member.configure_model()
             elif sharded:
                 raise MisconfigurationException(

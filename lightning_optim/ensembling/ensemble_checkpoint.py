@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.lightning import LightningModule
+from lightning_optim.runtime.lightning.modules import hparams_name
 
 _KEY = "ensemble"
 _PREFIX = "members."
@@ -257,8 +258,7 @@ def _with_hyper_parameters(member: LightningModule, part: dict[str, Any]) -> dic
     if not member.hparams:
         return part
     part[_HPARAMS] = dict(member.hparams) if isinstance(member.hparams, dict) else member.hparams
-    if hasattr(member, "_hparams_name"):
-        part[_HPARAMS_NAME] = member._hparams_name
+    part |= hparams_name(member)
     if not isinstance(member.hparams, dict):
         part[_HPARAMS_TYPE] = type(member.hparams)
     return part

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_optim.ensembling.combined_call import CombinedCall
 from lightning_optim.runtime.lightning import LightningModule, to_uncompiled
+from lightning_optim.runtime.lightning.torch_internals import set_state_metadata, state_metadata, uncompiled
 
 _NAMES = ("members", "member_outputs", "from_checkpoints")  # of an ensemble, beside those of a member
 
@@ -23,20 +24,20 @@ class Members(nn.ModuleList):
         """Return the members' states, with the member's number before each name."""
         if destination is None:
             destination = OrderedDict()
-            destination._metadata = OrderedDict()
+            set_state_metadata(destination, {})
         for index, member in enumerate(self):
             own = member.state_dict(keep_vars=True) if keep_vars else member.state_dict()
             destination.update({f"{prefix}{index}.{name}": value for name, value in own.items()})
-            if hasattr(destination, "_metadata"):
-                about = getattr(own, "_metadata", {})
-                destination._metadata.update({f"{prefix}{index}.{name}".rstrip("."): v for name, v in about.items()})
+            if (metadata := state_metadata(destination)) is not None:
+                about = state_metadata(own) or {}
+                metadata.update({f"{prefix}{index}.{name}".rstrip("."): v for name, v in about.items()})
         return destination
 
 
 def checked_members(members: Any) -> list[LightningModule]:
     """Return the members as a list, or raise if they cannot form an ensemble."""
     given = [] if isinstance(members, nn.Module | str) or not isinstance(members, Iterable) else list(members)
-    given = [getattr(member, "_orig_mod", member) for member in given]  # of `torch.compile(member)`
+    given = [uncompiled(member) for member in given]  # of `torch.compile(member)`
     if not given:
         raise ValueError(f"`members` must be a list of at least one LightningModule, got {type(members).__name__}")
     for member in given:
@@ -62,9 +63,10 @@ def undo_compilation_(member: LightningModule) -> None:
 
     Lightning leaves methods on the instance that call the module that was fitted; a copy's would not call the copy.
     """
-    if member._compiler_ctx is None:
+    try:
+        to_uncompiled(member)
+    except ValueError:  # it is not compiled
         return
-    to_uncompiled(member)
     for name, method in list(vars(member).items()):
         if isinstance(method, types.MethodType) and method.__func__ is getattr(type(member), name, None):
             del member.__dict__[name]

@@ -7,17 +7,14 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.shards import reshard_
 from lightning_optim.ensembling.member_files import FinishedMembers, LabelCheckpoints, last_checkpoint
 from lightning_optim.resume.exact_resume import ExactResume
-from lightning_optim.runtime.callback_state import is_distributed
 from lightning_optim.runtime.files.checkpoint_io import AtomicCheckpointIO, using_checkpoint_io
 from lightning_optim.runtime.lightning import (
     LightningDataModule,
@@ -29,7 +26,8 @@ from lightning_optim.runtime.lightning import (
     rank_zero_info,
     seed_everything,
 )
-from lightning_optim.runtime.patching import patched
+from lightning_optim.runtime.lightning.strategies import writing_one_file
+from lightning_optim.runtime.lightning.torch_internals import tree_leaves
 
 
 def fit_members(
@@ -205,6 +203,5 @@ def _save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint with the weights at the end of the fit; it is complete when this returns."""
     strategy = trainer.strategy
     # One file, which `load_from_checkpoint` reads, and no folder of shards.
-    whole = patched(strategy, "_save_distributed_checkpoint", False) if is_distributed(trainer) else nullcontext()
-    with whole, using_checkpoint_io(strategy, AtomicCheckpointIO()):
+    with writing_one_file(strategy), using_checkpoint_io(strategy, AtomicCheckpointIO()):
         trainer.save_checkpoint(path, weights_only=True)

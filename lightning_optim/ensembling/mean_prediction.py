@@ -14,9 +14,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_optim.base.foreach import accumulation_dtype, has_mean
+from lightning_optim.runtime.lightning.torch_internals import (
+    assert_in_graph,
+    is_exporting,
+    tree_flatten,
+    tree_unflatten,
+)
 
 Outputs: TypeAlias = Literal["values", "logits", "binary_logits", "probabilities"]
 
@@ -25,7 +30,6 @@ _DIFFER = (
     "The members' outputs differ in a part that cannot be averaged (it is not a floating-point tensor): return scores"
     " and not labels, or name with `on` a submodule that does"
 )
-_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former from torch 2.7 on
 
 
 def mean_prediction(outputs: Iterable[Any], kind: Outputs, dim: int | None = None) -> Any:
@@ -166,10 +170,10 @@ def _add(total: Any, leaf: Any) -> Any:
             " the same for all members, which a traced program cannot check: use `torch.export`, or trace an ensemble"
             " whose members return only what can be averaged"
         )
-    if tensors and _exporting():
+    if tensors and is_exporting():
         # An exported program cannot branch on values: it asserts when it runs.
         _check_shapes(total, leaf)
-        torch._assert_async((total == leaf).all(), _DIFFER)
+        assert_in_graph((total == leaf).all(), _DIFFER)
     elif not (torch.equal(total, leaf) if tensors else total == leaf):
         raise ValueError(_DIFFER)
     return total

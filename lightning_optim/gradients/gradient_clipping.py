@@ -19,7 +19,7 @@ from lightning_optim.gradients.clipping.clipping import Clipping, Scope
 from lightning_optim.gradients.step_skipping import Guard, Verdict
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
-from lightning_optim.runtime.lightning.grad_scaler import agree_on_overflow, scale_of
+from lightning_optim.runtime.lightning.precision import agree_on_overflow, scale_of
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_split_units
 from lightning_optim.runtime.step import OptimizerStep, drop_step

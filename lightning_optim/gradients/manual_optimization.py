@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,9 +14,9 @@ from lightning_optim.runtime.lightning import (
     LightningModule,
     LightningOptimizer,
     Trainer,
-    _block_parallel_sync_behavior,
 )
-from lightning_optim.runtime.lightning.grad_scaler import scaler_of
+from lightning_optim.runtime.lightning.precision import scaler_of
+from lightning_optim.runtime.lightning.strategies import without_reduction
 from lightning_optim.runtime.order import AccumulationWindows
 from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.step import parameters_of
@@ -73,7 +74,7 @@ class ManualOptimizationMixin(LightningModule):
         # A window that stays open needs no reduction over ranks. With several optimizers it is reduced all the same:
         # DDP would remember that the other windows' parameters were used, and look for gradients that are set aside.
         block = not closes and len(trainer.optimizers) == 1
-        with _block_parallel_sync_behavior(trainer.strategy, block=block), _only(plain, trainer):
+        with without_reduction(trainer.strategy, block), _only(plain, trainer):
             self.manual_backward(loss)
         if closes:
             wrapped.step()
@@ -92,7 +93,8 @@ def _open_windows(trainer: Trainer) -> AccumulationWindows | None:
 
 def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:
     """Lightning's wrapper, through which the step sees the hooks and the scaler."""
-    for wrapper in trainer.strategy._lightning_optimizers:
+    wrappers: Any = trainer.lightning_module.optimizers(use_pl_optimizer=True)
+    for wrapper in wrappers if isinstance(wrappers, list) else [wrappers]:
         if optimizer is wrapper or optimizer is wrapper.optimizer:
             return wrapper
     raise ValueError(f"`optimizer={type(optimizer).__name__}` must be one of `self.optimizers()`")

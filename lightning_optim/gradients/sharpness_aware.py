@@ -20,6 +20,8 @@ from lightning_optim.runtime.lightning import (
     LightningOptimizer,
     MisconfigurationException,
 )
+from lightning_optim.runtime.lightning.log_interception import intercept_log
+from lightning_optim.runtime.lightning.loops import keep_result
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.step import gradients_of
@@ -97,19 +99,11 @@ class SharpnessAwareMixin(LightningModule):
             weights, grads = gradients_of(plain)
             if weights:
                 # The closure keeps what `training_step` returned last; what is reported is the first.
-                result = getattr(first, "_result", None)
-                with _perturbed(weights, grads, self.rho, self.adaptive), self._quiet(generators):
+                with keep_result(first), _perturbed(weights, grads, self.rho, self.adaptive), self._quiet(generators):
                     first()
-                if result is not None:
-                    first._result = result  # type: ignore[attr-defined]
             return loss
 
         super().optimizer_step(epoch, batch_idx, optimizer, twice)
-
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As in Lightning, and silent in the second pass."""
-        if not self.second_pass:
-            super().log(name, value, *args, **kwargs)
 
     @contextlib.contextmanager
     def _quiet(self, generators: list[tuple[Any, Tensor]]) -> Iterator[None]:
@@ -125,7 +119,8 @@ class SharpnessAwareMixin(LightningModule):
             device.set_rng_state(state)
         self.second_pass = True
         try:
-            yield
+            with intercept_log(self):
+                yield
         finally:
             self.second_pass = False
             with torch.no_grad():

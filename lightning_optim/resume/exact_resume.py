@@ -14,6 +14,7 @@ from lightning_optim.resume.buffers import Buffers
 from lightning_optim.resume.loops import Resume
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning.modules import running_hook
 from lightning_optim.runtime.logged_values import logged_values, metric_updates
 
 
@@ -97,7 +98,7 @@ class ExactResume(OptimCallback):
         validation = None
         if trainer.validating:
             # Not by a hook of our own: whoever writes in this hook may stand before us in the list.
-            validation = "done" if trainer.lightning_module._current_fx_name == "on_validation_end" else "running"
+            validation = "done" if running_hook(trainer.lightning_module) == "on_validation_end" else "running"
         mine = self._rank_state(trainer, validation)
         ranks = [mine]
         if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -157,7 +158,7 @@ class ExactResume(OptimCallback):
 
     def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
         # The learning-rate finder runs the loop too, and takes the callbacks away for it.
-        if not trainer.fit_loop._loaded_from_state_dict or self not in trainer.callbacks:
+        if not trainer.fit_loop.is_resuming or self not in trainer.callbacks:
             return run()
         saved, self._loaded = self._loaded, None
         resume = Resume(trainer, saved)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_optim.resume.rank_state import loaders
-from lightning_optim.runtime.lightning import Trainer, _Stateful
+from lightning_optim.runtime.lightning import Trainer
+from lightning_optim.runtime.lightning.data_loading import saves_position, training_loaders
+from lightning_optim.runtime.lightning.loops import is_last_batch, window_is_open
 from lightning_optim.runtime.order import Slot
 
 
@@ -14,7 +15,7 @@ def resumes_exactly_from_here(trainer: Trainer) -> bool:
 
     Within an epoch of manual optimization the answer is always False: only the module knows whether it accumulates.
     """
-    within_epoch = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    within_epoch = not is_last_batch(trainer)
     if within_epoch and not trainer.lightning_module.automatic_optimization:
         return False
     return not inexact_parts(trainer, within_epoch)
@@ -28,7 +29,7 @@ def inexact_parts(trainer: Trainer, within_epoch: bool) -> list[str]:
         within_epoch: True if batches of the running epoch are left.
     """
     parts = _inexact_within_epoch(trainer) if within_epoch else []
-    if any(getattr(loader, "persistent_workers", False) for loader in loaders(trainer)):
+    if any(getattr(loader, "persistent_workers", False) for loader in training_loaders(trainer)):
         parts.append(
             "worker processes that outlive an epoch go on with a random state that no checkpoint holds: set"
             " `persistent_workers=False` if the data set draws random numbers"
@@ -37,24 +38,24 @@ def inexact_parts(trainer: Trainer, within_epoch: bool) -> list[str]:
 
 
 def _inexact_within_epoch(trainer: Trainer) -> list[str]:
-    parts, training_loaders = [], loaders(trainer)
-    if not all(isinstance(loader, _Stateful) for loader in training_loaders):
+    parts, loaders = [], training_loaders(trainer)
+    if not all(map(saves_position, loaders)):
         parts.append(
             "the checkpoint is from the middle of an epoch and a training loader does not save its position: give it"
             " `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader` has them), or resume from an"
             " epoch's end"
         )
-    if any(getattr(loader, "num_workers", 0) for loader in training_loaders):
+    if any(getattr(loader, "num_workers", 0) for loader in loaders):
         parts.append(
             "the checkpoint is from the middle of an epoch and holds no random state of worker processes: set"
             " `num_workers=0`, or resume from an epoch's end, if the data set draws random numbers"
         )
-    if not all(map(_has_length, training_loaders)):
+    if not all(map(_has_length, loaders)):
         parts.append(
             "a training loader has no length, so Lightning had fetched the next batch already, and the checkpoint does"
             " not hold it: give the loader `__len__`, or resume from an epoch's end"
         )
-    if trainer.fit_loop.epoch_loop._should_accumulate() and not _window_is_saved(trainer):
+    if window_is_open(trainer) and not _window_is_saved(trainer):
         parts.append(
             "the checkpoint does not hold the gradients of the accumulation window that was open: use"
             " `GradientAccumulation` in place of `Trainer(accumulate_grad_batches=…)`"

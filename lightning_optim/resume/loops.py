@@ -9,7 +9,8 @@ from typing import Any
 from lightning_optim.resume import rank_state
 from lightning_optim.resume.buffers import set_buffers_
 from lightning_optim.resume.exactness import inexact_parts
-from lightning_optim.runtime.lightning import Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning import Trainer, data_loading, logger_connector, rank_zero_warn
+from lightning_optim.runtime.lightning.loops import is_last_batch, skip_next_validation
 from lightning_optim.runtime.logged_values import set_logged_values_
 
 
@@ -118,9 +119,9 @@ class Resume:
         # Lightning loads rank 0's, before it tells samplers the epoch; and none at an epoch's end, or if
         # `configure_optimizers` has asked for the number of steps.
         fit_loop = self.trainer.fit_loop
-        theirs, fit_loop._combined_loader_states_to_load = fit_loop._combined_loader_states_to_load, []
+        theirs = data_loading.take_saved_positions(self.trainer)
         fit_loop.setup_data()
-        if fit_loop._combined_loader is not None:
+        if data_loading.combined_loader(fit_loop) is not None:
             state = {"positions": theirs, "seeds": []} if self.mine is None else self.mine["loaders"]
             self.positions = state["positions"]
             rank_state.set_positions_(self.trainer, self.positions, state["seeds"])
@@ -136,7 +137,7 @@ class Resume:
         # Nothing is restarted. With `max_steps`, Lightning takes every resume for one from within an epoch. And it
         # does not make a new iterator for the epoch, because it has made one, from other draws.
         for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
-            loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+            loop.on_iteration_done()
 
     # ---- after on_train_start, before on_train_epoch_start -----------------------------------------------------------
 
@@ -154,30 +155,25 @@ class Resume:
 
     def _end_epoch(self) -> None:
         """What Lightning does after ``on_train_epoch_end``, before it counts the epoch."""
-        connector, epoch_loop = self.trainer._logger_connector, self.trainer.fit_loop.epoch_loop
         counted = self.trainer.fit_loop.epoch_progress.current
         counted.completed -= 1
-        connector.on_epoch_end()
-        if epoch_loop._num_ready_batches_reached():
-            epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-        epoch_loop._batches_that_stepped -= 1
-        connector.update_train_epoch_metrics()
-        epoch_loop._batches_that_stepped += 1
+        logger_connector.show_epoch(self.trainer)
+        if is_last_batch(self.trainer):
+            self.trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        logger_connector.log_epoch(self.trainer)
         counted.completed += 1
 
     # ---- in place of the first batch ---------------------------------------------------------------------------------
 
     def _finish_batch(self) -> None:
         """The batch at which the file was written is trained: Lightning goes on to its end, validation included."""
-        connector, epoch_loop = self.trainer._logger_connector, self.trainer.fit_loop.epoch_loop
-        progress = epoch_loop.val_loop.batch_progress
+        progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
         if self.validation == "running":
             for part in ("ready", "started", "processed", "completed"):
                 setattr(progress.total, part, getattr(progress.total, part) - getattr(progress.current, part))
-        epoch_loop._skip_next_val = self.validation == "done"
+        skip_next_validation(self.trainer, self.validation == "done")
         if self.place is Place.BATCH_END and self.mine is not None:
-            connector.on_batch_end()
-            connector.update_train_step_metrics()
+            logger_connector.end_batch(self.trainer)
         self._nothing_restarts()
 
     def _advance(self, advance: Callable[[Any], None], data_fetcher: Any) -> None:
@@ -186,7 +182,7 @@ class Resume:
         self._nothing_restarts()
         if self.known:
             # Else Lightning looks for a validation that might have been due at the batch before.
-            epoch_loop._restarting = False
+            epoch_loop.restarting = False
         try:
             advance(data_fetcher)
         except StopIteration:
@@ -200,7 +196,9 @@ class Resume:
     def _nothing_restarts(self) -> None:
         # Else no ReduceLROnPlateau is stepped at this epoch's end, and the next validation goes on with the counts of
         # the last one.
-        self.trainer.fit_loop._restarting = self.trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        # Not by the fit loop's `restarting`, which with `max_steps` cannot be false.
+        self.trainer.fit_loop.on_iteration_done()
+        self.trainer.fit_loop.epoch_loop.val_loop.restarting = False
 
     # ---- what is not exact -------------------------------------------------------------------------------------------
 
@@ -225,5 +223,5 @@ class Resume:
             doubts.append(
                 "the checkpoint was written inside a training batch: write it in `on_train_batch_end` or later"
             )
-        batches_are_left = not self.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        batches_are_left = not is_last_batch(self.trainer)
         return doubts + inexact_parts(self.trainer, within_epoch=self.within_epoch and batches_are_left)

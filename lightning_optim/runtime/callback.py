@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.runtime import callback_state, spawned_processes
 from lightning_optim.runtime.lightning import LightningModule, LightningOptimizer, Trainer
+from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.order import Slot, arrange
 from lightning_optim.runtime.overridden_hooks import OverridableHooks
 from lightning_optim.runtime.refusals import in_another_fit, refuse_setup, refuse_start, refuse_unknown_length
@@ -205,7 +206,7 @@ class OptimCallback(OverridableHooks):
     @staticmethod
     def logs_now(trainer: Trainer) -> bool:
         """Return True if the values of this batch are logged; compute what is only logged only then."""
-        return trainer._logger_connector.should_update_logs
+        return logs_in_this_step(trainer)
 
     def log_value(self, pl_module: LightningModule, name: str, value: Tensor | float, optimizer: Optimizer) -> None:
         """Log a value of this step as ``name``, or, with several optimizers, as ``name/0``, ``name/1``, …."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.base import module_tensors, shards
-from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Strategy, Trainer
+from lightning_optim.runtime.lightning import LightningModule, Strategy, Trainer
+from lightning_optim.runtime.lightning.strategies import writes_folders
 from lightning_optim.runtime.patching import patched
 
 _ENTRY = "lightning_optim"
@@ -130,7 +131,7 @@ def digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
 def is_distributed(trainer: Trainer) -> bool:
     """Return True if checkpoints of this run are folders, into which each rank writes its shards."""
     strategy = trainer.strategy
-    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+    return writes_folders(strategy)
 
 
 def leave_out(

@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.interrupts import uninterrupted
-from lightning_optim.runtime.lightning import Callback, Trainer
-from lightning_optim.runtime.lightning.grad_scaler import scaler_of
+from lightning_optim.runtime.lightning import Callback, Trainer, strategies
+from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
+from lightning_optim.runtime.lightning.precision import scaler_of
 from lightning_optim.runtime.logged_values import epoch_sums, set_epoch_sums_
 from lightning_optim.runtime.object_state import LeftAlone, ObjectState
 from lightning_optim.runtime.random_state import rank_random_state, set_rank_random_state_
-
-_BROADCASTS = "require_forward_param_sync"
 
 
 class _Stateful(Protocol):
@@ -111,7 +110,7 @@ def capture(
         ObjectState(objects, device, with_package=True),
         [(each, _copied(each.state_dict(), device)) for each in stateful],
         rank_random_state(trainer),
-        buffer_broadcast(trainer),
+        strategies.broadcast_is_due(trainer),
         epoch_sums(trainer),
     )
 
@@ -149,34 +148,23 @@ def _restore_(trainer: Trainer, state: RunState) -> list[str]:
     for each, saved in state.stateful:
         each.load_state_dict(copy.deepcopy(saved))
     set_epoch_sums_(trainer, state.logged)
-    set_buffer_broadcast_(trainer, state.broadcasts)
+    strategies.set_broadcast_is_due(trainer, state.broadcasts)
     set_rank_random_state_(trainer, state.random)
     return changed
-
-
-def buffer_broadcast(trainer: Trainer) -> bool | None:
-    """Return True if DDP broadcasts buffers at the next forward; ``None`` without DDP.
-
-    It does so at the first forward after a backward, and not within a window that accumulates.
-    """
-    return getattr(trainer.strategy.model, _BROADCASTS, None)
-
-
-def set_buffer_broadcast_(trainer: Trainer, broadcasts: bool | None) -> None:
-    """Set what :func:`buffer_broadcast` returned."""
-    if broadcasts is not None and hasattr(trainer.strategy.model, _BROADCASTS):
-        setattr(trainer.strategy.model, _BROADCASTS, broadcasts)
 
 
 @contextlib.contextmanager
 def _running_hooks_kept(trainer: Trainer) -> Iterator[None]:
     """Context manager: keep what Lightning and this package note about the hooks that are running."""
-    owners: list[tuple[Any, str]] = [(trainer.lightning_module, "_current_fx_name")]
-    owners += [(callback, "_package_results") for callback in trainer.callbacks if isinstance(callback, OptimCallback)]
-    notes = [(owner, name, getattr(owner, name)) for owner, name in owners]
+    hook, ours = (
+        running_hook(trainer.lightning_module),
+        [cb for cb in trainer.callbacks if isinstance(cb, OptimCallback)],
+    )
+    notes = [callback._package_results for callback in ours]
     yield
-    for owner, name, value in notes:
-        setattr(owner, name, value)
+    set_running_hook(trainer.lightning_module, hook)
+    for callback, note in zip(ours, notes, strict=True):
+        callback._package_results = note
 
 
 def _counts(trainer: Trainer) -> list[Any]:

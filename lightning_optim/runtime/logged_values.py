@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_optim.runtime.lightning import Trainer
+from lightning_optim.runtime.lightning import Trainer, logger_connector, metrics
 
 # A checkpoint names a reduction by its index here: nothing that a checkpoint says is looked up among all functions.
 _REDUCTIONS = (torch.mean, torch.sum, torch.max, torch.min, sum, max, min)
-_SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _META = (
     "fx",
     "name",
@@ -33,7 +32,7 @@ _META = (
 def metric_updates(trainer: Trainer) -> dict[str, int]:
     """Return how often each torchmetrics metric of the module was updated since its reset, by name."""
     modules = trainer.lightning_module.named_modules()
-    return {name: module._update_count for name, module in modules if isinstance(module, Metric)}
+    return {name: module.update_count for name, module in modules if isinstance(module, Metric)}
 
 
 def logged_values(trainer: Trainer, without_metrics: Collection[str] = ()) -> dict[str, Any]:
@@ -43,14 +42,13 @@ def logged_values(trainer: Trainer, without_metrics: Collection[str] = ()) -> di
         trainer: A Trainer that fits.
         without_metrics: Names of torchmetrics metrics that are left out.
     """
-    connector, epoch_loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     updates = {name: count for name, count in metric_updates(trainer).items() if count and name not in without_metrics}
-    modules = dict(trainer.lightning_module.named_modules())
+    modules, results = dict(trainer.lightning_module.named_modules()), logger_connector.results(trainer).values()
     return {
-        "shown": {name: copied(getattr(connector, name)) for name in _SHOWN},
-        "hook": connector._current_fx,
+        "shown": copied(logger_connector.shown_metrics(trainer)),
+        "hook": logger_connector.log_position(trainer)[0],
         # A process group cannot be saved, so a value that is reduced over a group of the user's starts anew.
-        "results": [_result(m) for m in epoch_loop._results.values() if not m.has_reset and m.meta.sync.group is None],
+        "results": [_result(m) for m in results if not m.has_reset and m.meta.sync.group is None],
         "metrics": {name: [count, copied(modules[name].metric_state)] for name, count in updates.items()},
     }
 
@@ -63,18 +61,16 @@ def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) ->
         state: The copy.
         batches: Number of batches of the running epoch that are done; 0 between epochs.
     """
-    connector, device = trainer._logger_connector, trainer.strategy.root_device
-    for name in _SHOWN:
-        setattr(connector, name, copied(state["shown"][name], device))
+    logger_connector.set_shown_metrics(trainer, copied(state["shown"], trainer.strategy.root_device))
     # Lightning empties what a hook logged before when it logs in an epoch's first batch: this is not the first.
-    connector._current_fx, connector._first_loop_iter = state["hook"], batches == 1 if batches else None
+    logger_connector.set_log_position(trainer, state["hook"], batches == 1 if batches else None)
     modules = dict(trainer.lightning_module.named_modules())
     for name, (count, values) in state["metrics"].items():
         metric = modules.get(name)
-        if isinstance(metric, Metric) and metric._defaults.keys() == values.keys():
+        if isinstance(metric, Metric) and metric.metric_state.keys() == values.keys():
             for key, value in values.items():
                 setattr(metric, key, copied(value, metric.device))
-            metric._update_count, metric._computed = count, None
+            metrics.restore_(metric, count)
     for result in state["results"]:
         _set_result_(trainer, result, modules)
 
@@ -91,7 +87,7 @@ def set_epoch_sums_(trainer: Trainer, state: dict[str, Any]) -> None:
     Values of the present batch, which are logged at its end, stay as they are.
     """
     if state["epoch"] != trainer.current_epoch:
-        for result in trainer.fit_loop.epoch_loop._results.values():
+        for result in logger_connector.results(trainer).values():
             result.reset()
         return
     for name, result in _summed(trainer):
@@ -100,11 +96,12 @@ def set_epoch_sums_(trainer: Trainer, state: dict[str, Any]) -> None:
             continue
         for key, value in copied(state["sums"][name], trainer.strategy.root_device).items():
             setattr(result, key, value)
-        result.has_reset, result._computed = False, None
+        result.has_reset = False
+        metrics.forget_value_(result)
 
 
 def _summed(trainer: Trainer) -> list[tuple[str, Any]]:
-    results = trainer.fit_loop.epoch_loop._results.items()
+    results = logger_connector.results(trainer).items()
     return [(name, result) for name, result in results if result.is_tensor and result.meta.on_epoch]
 
 
@@ -119,13 +116,13 @@ def copied(tree: Any, device: torch.device | str | None = "cpu") -> Any:
 
 def _result(result: Any) -> dict[str, Any]:
     """Return one logged name: its options, and the value so far."""
-    meta = result.meta
+    meta, last = result.meta, logger_connector.last_value(result)
     return {
         "meta": {name: getattr(meta, name) for name in _META},
         "reduction": _REDUCTIONS.index(meta.reduce_fx),
         "sync": [meta.sync.should, meta.sync.rank_zero_only],
         "states": copied(result.metric_state) if result.is_tensor else None,
-        "last": copied(result._forward_cache) if isinstance(result._forward_cache, Tensor) else None,
+        "last": copied(last) if isinstance(last, Tensor) else None,
     }
 
 
@@ -134,7 +131,7 @@ def _set_result_(trainer: Trainer, state: dict[str, Any], modules: dict[str, Any
     value = modules.get(meta["metric_attribute"]) if state["states"] is None else torch.zeros(())
     if not isinstance(value, Tensor | Metric):
         return
-    results = trainer.fit_loop.epoch_loop._results
+    results = logger_connector.results(trainer)
     # Logged once, so that Lightning builds the entry, and without reduction: a collective has no place here.
     results.log(
         value=value,
@@ -148,4 +145,4 @@ def _set_result_(trainer: Trainer, state: dict[str, Any], modules: dict[str, Any
     result.meta.sync.should = sync
     for key, tensor in (state["states"] or {}).items():
         setattr(result, key, copied(tensor, trainer.strategy.root_device))
-    result._forward_cache = copied(state["last"], trainer.strategy.root_device)
+    logger_connector.set_last_value(result, copied(state["last"], trainer.strategy.root_device))

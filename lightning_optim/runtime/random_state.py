@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_optim.runtime.lightning import Trainer
+from lightning_optim.runtime.lightning.data_loading import loaders_of
 
 
 def random_state() -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _loops(trainer: Trainer) -> tuple[Any, Any]:
 
 def _loader_generators(loop: Any) -> list[torch.Generator]:
     found: list[torch.Generator] = []
-    for loader in [] if loop._combined_loader is None else loop._combined_loader.flattened:
+    for loader in loaders_of(loop):
         for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator) and not any(generator is other for other in found):

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from lightning_optim.base import module_tensors
 from lightning_optim.base.module_registry import buffer_of, is_persistent
 from lightning_optim.runtime import callback_state
-from lightning_optim.runtime.lightning import DDPStrategy, ModelParallelStrategy, Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning import ModelParallelStrategy, Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning.strategies import broadcasts_buffers
 
 
 class RestoredWeights:
@@ -88,7 +89,7 @@ def _shares_buffers(trainer: Trainer) -> bool:
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         return strategy.device_mesh["data_parallel"].size() == 1
-    return isinstance(strategy, DDPStrategy) and bool(strategy._ddp_kwargs.get("broadcast_buffers", True))
+    return broadcasts_buffers(strategy)
 
 
 def _may_differ(owner: nn.Module, buffer: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.final_weights import write_final_weights_
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer, TrainerStatus
+from lightning_optim.runtime.lightning.precision import unscale_before_hooks
 from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot
 from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
@@ -265,11 +266,7 @@ class Session:
     def _watch(self, optimizer: Optimizer) -> None:
         self._watched.add(optimizer)
         self.on_close(optimizer.register_step_post_hook(self._stepped).remove)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales
-            # before the hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
-            self.patch(optimizer, "_step_supports_amp_scaling", False)
+        unscale_before_hooks(self.trainer, optimizer, self.patch)
 
     def _watching_new_optimizers(self, optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap ``strategy.optimizer_step``: watch an optimizer that a user put in place of another during the fit."""

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lightning_optim.runtime.lightning import Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning.strategies import forks, launches_processes
 from lightning_optim.runtime.order import SessionCallback
 
 _callbacks: WeakValueDictionary[int, SessionCallback] = WeakValueDictionary()
@@ -36,10 +37,10 @@ def remember(callback: SessionCallback) -> None:
 def send_back(trainer: Trainer, callbacks: list[SessionCallback]) -> None:
     """Add the attributes of callbacks to what a launched process returns when it ends; a no-op in any other process."""
     launcher: Any = trainer.strategy.launcher
-    if not hasattr(launcher, "get_extra_results"):
+    if not launches_processes(trainer):
         return
     collect: Callable[[Trainer], dict[str, Any]] = launcher.get_extra_results
-    forked = getattr(launcher, "_start_method", "spawn") == "fork"  # a fork leaves each object where it was
+    forked = forks(trainer)  # a fork leaves each object where it was
 
     def get_extra_results(trainer: Trainer) -> dict[str, Any]:
         origins = [id(callback) if forked else callback.launcher_id for callback in callbacks]

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.runtime.lightning import Trainer, isolate_rng
+from lightning_optim.runtime.lightning import Trainer, isolate_rng, logger_connector
+from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
 from lightning_optim.runtime.patching import patched
 
 
@@ -35,35 +36,29 @@ def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str
 @contextlib.contextmanager
 def _without_callbacks_and_loggers(trainer: Trainer) -> Iterator[None]:
     """Context manager: no callback or logger is called, nothing is saved; metrics and progress are restored."""
-    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    loop, metrics = trainer.fit_loop.epoch_loop.val_loop, logger_connector.shown_metrics(trainer)
     callbacks, loggers, progress = trainer.callbacks, trainer.loggers, copy.deepcopy(loop.batch_progress)
-    metrics = {
-        name: dict(getattr(connector, name))
-        for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
-    }
     trainer.callbacks, trainer.loggers = [], []
-    for name in metrics:
-        setattr(connector, name, {})
+    logger_connector.set_shown_metrics(trainer, {name: {} for name in metrics})
     try:
         # A hook of the module may save a checkpoint. It will do so again in the validation that callbacks see.
         with patched(trainer, "save_checkpoint", lambda *args, **kwargs: None):
             yield
     finally:
         trainer.callbacks, trainer.loggers, loop.batch_progress = callbacks, loggers, progress
-        for name, values in metrics.items():
-            setattr(connector, name, values)
+        logger_connector.set_shown_metrics(trainer, metrics)
 
 
 @contextlib.contextmanager
 def _in_validation_stage(trainer: Trainer) -> Iterator[None]:
     """Context manager: the Trainer is validating, so that ``log`` sends values to the validation loop."""
-    stage, connector = trainer.state.stage, trainer._logger_connector
-    first, hook = connector._first_loop_iter, trainer.lightning_module._current_fx_name
+    stage, module = trainer.state.stage, trainer.lightning_module
+    position, hook = logger_connector.log_position(trainer), running_hook(module)
     trainer.validating = True
-    connector._first_loop_iter = None
+    logger_connector.set_log_position(trainer, None, None)
     try:
         yield
     finally:
         trainer.state.stage = stage
-        connector._first_loop_iter = first
-        trainer.lightning_module._current_fx_name = hook
+        logger_connector.set_log_position(trainer, *position)
+        set_running_hook(module, hook)

@@ -13,11 +13,9 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import Dataset
 
-from lightning_optim.runtime.lightning.log_interception import intercept_log
 from lightning_optim.runtime.object_state import ObjectState
 
 
@@ -191,20 +189,3 @@ def test_what_cannot_be_put_back_is_named() -> None:
     module.sparse.zero_()
     assert sorted(state.restore_()) == ["self.names['all'][0]", "self.sparse"]
     assert module.names["all"][0] is letters
-
-
-def test_log_is_intercepted_in_subclasses_that_override_it() -> None:
-    class Own(LightningModule):
-        def log(self, name: str, *args: Any, **kwargs: Any) -> None:
-            raise AssertionError("called")
-
-        def log_dict(self, values: Any, *args: Any, **kwargs: Any) -> None:
-            super().log_dict({f"own/{name}": value for name, value in values.items()}, *args, **kwargs)
-
-    module, seen = Own(), []
-    with intercept_log(module, lambda name, value, **options: seen.append((name, value, options["on_step"]))):
-        module.log("a", 1.0, on_step=True)
-        module.log_dict({"b": 2.0}, on_step=False)
-    assert seen == [("a", 1.0, True), ("own/b", 2.0, False)]
-    with pytest.raises(AssertionError, match="called"):
-        module.log("a", 1.0)

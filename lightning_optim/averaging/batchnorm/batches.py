@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.runtime.lightning import CombinedLoader, LightningModule, Trainer, isolate_rng
+from lightning_optim.runtime.lightning import CombinedLoader, Trainer, isolate_rng
+from lightning_optim.runtime.lightning.data_loading import combined_loader, copy_without_iterator
 from lightning_optim.runtime.random_state import generator_state, is_generator, set_generator_state_
 
 
@@ -40,13 +41,6 @@ def separate_batches(
             yield batches
 
 
-def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Convert and move a batch as Lightning does before ``training_step`` gets it."""
-    converted = trainer.precision_plugin.convert_input(batch)
-    converted = pl_module._on_before_batch_transfer(converted, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(converted, dataloader_idx=0)
-
-
 def check_arguments(batches: int | None, loader: Iterable[Any] | None) -> None:
     """Check the arguments ``refresh_batches`` and ``refresh_loader``.
 
@@ -68,15 +62,13 @@ def own_copy(loader: Any) -> Any:
         ValueError: If the data can be read only once.
     """
     if isinstance(loader, CombinedLoader):
-        copied = copy.copy(loader)
+        copied = copy_without_iterator(loader)
         copied.flattened = [own_copy(part) for part in loader.flattened]
-        copied.__dict__["_iterator"] = None
         return copied
     if not isinstance(loader, DataLoader):
         return _copy_of(loader)
-    copied = copy.copy(loader)
     # Persistent workers belong to the iterator that trains. DataLoader's `__setattr__` refuses to change these.
-    changed: dict[str, Any] = {"_iterator": None, "persistent_workers": False}
+    changed: dict[str, Any] = {"persistent_workers": False}
     if isinstance(loader.dataset, IterableDataset):
         changed["dataset"] = loader.dataset if loader.num_workers else _copy_of(loader.dataset)
     else:
@@ -86,8 +78,7 @@ def own_copy(loader: Any) -> Any:
             changed["batch_sampler"] = batch_sampler
             if getattr(batch_sampler, "sampler", None) is loader.sampler:
                 batch_sampler.sampler = changed["sampler"]
-    copied.__dict__.update(changed)
-    return copied
+    return copy_without_iterator(loader, **changed)
 
 
 def _copy_of(data: Any) -> Any:
@@ -106,7 +97,7 @@ def _copy_of(data: Any) -> Any:
 
 
 def _training_data(trainer: Trainer) -> Iterable[Any]:
-    combined = trainer.fit_loop._combined_loader
+    combined = combined_loader(trainer.fit_loop)
     assert combined is not None, "the loader exists before the first step"
     return combined
 

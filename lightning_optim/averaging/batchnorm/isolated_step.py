@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-
-from lightning_optim.runtime.lightning import LightningModule, Logger, Trainer, _ResultCollection, rank_zero_warn
+from lightning_optim.runtime.lightning import LightningModule, Logger, Trainer, logger_connector, rank_zero_warn
 from lightning_optim.runtime.lightning.log_interception import intercept_log
+from lightning_optim.runtime.lightning.modules import set_running_hook
+from lightning_optim.runtime.lightning.strategies import forget_forward
 from lightning_optim.runtime.object_state import ObjectState
 from lightning_optim.runtime.patching import patched
 
@@ -39,7 +37,7 @@ class IsolatedCalls:
         try:
             run(batch)
         except BaseException:
-            _abort(self._module)
+            forget_forward(self._module)
             raise
         finally:
             given.restore_()
@@ -52,14 +50,6 @@ class IsolatedCalls:
             self._state.return_gradients()
 
 
-def _abort(module: nn.Module) -> None:
-    """Reset FSDP2 after a forward pass that an error ended, or it takes the next forward for a part of it."""
-    for submodule in module.modules():
-        if isinstance(submodule, FSDPModule) and hasattr(submodule, "reset_iter_state"):
-            with contextlib.suppress(RuntimeError):  # raised by all modules but the root
-                submodule.reset_iter_state()
-
-
 @contextlib.contextmanager
 def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[IsolatedCalls]:
     """Context manager: ``training_step`` can be called as in training, and nothing of it is logged.
@@ -69,9 +59,9 @@ def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[IsolatedC
     """
     calls = IsolatedCalls(pl_module)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(intercept_log(pl_module))
         for module in pl_module.modules():
             if isinstance(module, LightningModule):
-                stack.enter_context(intercept_log(module, _ignore))
                 stack.enter_context(patched(module, "print", _ignore))
         stack.enter_context(_trainer_in_training(trainer))
         stack.callback(calls.close)
@@ -85,36 +75,22 @@ def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[IsolatedC
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Do nothing with what is logged or printed."""
+    """Do nothing with what is printed."""
 
 
 @contextlib.contextmanager
 def _trainer_in_training(trainer: Trainer) -> Iterator[None]:
     """Context manager: the Trainer is in training, with silent loggers; afterwards it is as before."""
-    connector, epoch_loop, module = trainer._logger_connector, trainer.fit_loop.epoch_loop, trainer.lightning_module
-    stage, hook, stops, loggers = trainer.state.stage, module._current_fx_name, trainer.should_stop, trainer.loggers
-    kept = {
-        name: copy.copy(getattr(connector, name))
-        for name in (
-            "_callback_metrics",
-            "_logged_metrics",
-            "_progress_bar_metrics",
-            "_current_fx",
-            "_first_loop_iter",
-        )
-    }
-    trainer.training = True
-    module._current_fx_name = "training_step"
-    trainer.loggers = [_SilentLogger(logger) for logger in loggers]
-    # For calls of Lightning's own `log` that bypass the patched one.
-    with patched(epoch_loop, "_results", _ResultCollection(training=True)):
+    stage, stops, loggers = trainer.state.stage, trainer.should_stop, trainer.loggers
+    # Calls of Lightning's own `log` that bypass the patched one go nowhere.
+    with logger_connector.keep_logging_state(trainer), logger_connector.logging_nowhere(trainer):
+        trainer.training = True
+        set_running_hook(trainer.lightning_module, "training_step")
+        trainer.loggers = [_SilentLogger(logger) for logger in loggers]
         try:
             yield
         finally:
             trainer.state.stage, trainer.should_stop, trainer.loggers = stage, stops, loggers
-            module._current_fx_name = hook
-            for name, value in kept.items():
-                setattr(connector, name, value)
 
 
 class _Silent:

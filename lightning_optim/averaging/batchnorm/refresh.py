@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.averaging.batchnorm.batches import all_agree, separate_batches, to_device
+from lightning_optim.averaging.batchnorm.batches import all_agree, separate_batches
 from lightning_optim.averaging.batchnorm.isolated_step import isolated
 from lightning_optim.averaging.batchnorm.statistics import Write, collect, statistics_layers, write_
 from lightning_optim.base.layer_classes import BatchNormBase
@@ -23,6 +22,7 @@ from lightning_optim.runtime.lightning import (
     Trainer,
     is_param_in_hook_signature,
 )
+from lightning_optim.runtime.lightning.data_loading import to_device, training_step_arguments
 
 
 class BatchNormRefresh(OptimCallback):
@@ -54,8 +54,7 @@ class BatchNormRefresh(OptimCallback):
                 def forward_batch(self, pl_module, batch):
                     return pl_module.generator(batch["noise"])
         """
-        kwargs = pl_module.trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, self._batch_idx)
-        return pl_module.training_step(*kwargs.values())
+        return pl_module.training_step(*training_step_arguments(pl_module, batch, self._batch_idx))
 
     def estimate_statistics_(
         self,

@@ -36,6 +36,7 @@ from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_of
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.interrupts import uninterrupted
+from lightning_optim.runtime.lightning.torch_internals import keep_versions
 from lightning_optim.runtime.object_state import same_objects
 
 _holding: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
@@ -285,10 +286,8 @@ class AveragedWeights:
     def exchanged(self) -> Iterator[None]:
         """Context manager: average and model are exchanged; afterwards, also after an error, they are as before."""
         before = self.inside
-        with contextlib.ExitStack() as versions:
-            for source, _ in self.pairs():
-                # A graph from before may go backward afterwards, when the weights have their values again.
-                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(source.tensor))
+        # A graph from before may go backward afterwards, when the weights have their values again.
+        with keep_versions(source.tensor for source, _ in self.pairs()):
             try:
                 self.exchange_()
                 yield

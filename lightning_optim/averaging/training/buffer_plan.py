@@ -17,9 +17,10 @@ from lightning_optim.averaging.training import spectral_norm
 from lightning_optim.averaging.training.averaged_buffers import can_be_averaged
 from lightning_optim.averaging.training.averaged_tensors import Names, Source, names_in
 from lightning_optim.base.layer_classes import BatchNormBase
-from lightning_optim.base.module_registry import buffer_names, buffer_of
+from lightning_optim.base.module_registry import buffer_names, buffer_of, forward_pre_hooks
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import MisconfigurationException
+from lightning_optim.runtime.lightning.pruning import pruned_name
 
 BufferMode: TypeAlias = Literal["average", "copy", "refresh"]
 BufferModes: TypeAlias = BufferMode | Mapping[str, BufferMode]
@@ -175,9 +176,9 @@ def _no_means(module: nn.Module) -> Iterator[tuple[int, str]]:
     for owner in module.modules():
         if isinstance(owner, kinds):
             yield from ((id(part), key) for part in owner.modules() for key in buffer_names(part))
-        for hook in owner._forward_pre_hooks.values():
+        for hook in forward_pre_hooks(owner):
             if isinstance(hook, BasePruningMethod):
-                yield id(owner), f"{hook._tensor_name}_mask"
+                yield id(owner), f"{pruned_name(hook)}_mask"
 
 
 def _name(names: Names, buffer: Any) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
 from lightning_optim.averaging.training import lightning_checkpoints, pruning
 from lightning_optim.averaging.training.averaged_weights import raw_weights_in
@@ -23,6 +22,8 @@ from lightning_optim.base import shards
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer
+from lightning_optim.runtime.lightning.pruning import is_permanent_in_checkpoints
+from lightning_optim.runtime.lightning.torch_internals import tree_map_only
 from lightning_optim.runtime.patching import patched
 
 
@@ -94,7 +95,7 @@ class AveragedCheckpoints(AveragedEvaluation):
     def _permanent_masks(self) -> dict[str, Tensor]:
         """Return the masks of pruned weights, if a ``ModelPruning`` makes pruning permanent in checkpoints."""
         module = None if self._averaged is None else self._averaged.module
-        if module is None or self.fit is None or not pruning.is_permanent_in_checkpoints(self.fit.trainer.callbacks):
+        if module is None or self.fit is None or not any(map(is_permanent_in_checkpoints, self.fit.trainer.callbacks)):
             return {}
         return pruning.masks_by_name(module)
 

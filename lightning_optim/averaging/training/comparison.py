@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_optim.plotting import canvas
-from lightning_optim.runtime.lightning import Trainer
-from lightning_optim.runtime.patching import patched
+from lightning_optim.runtime.lightning import Trainer, logger_connector
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,16 +42,14 @@ class Comparison:
             self.points.pop()  # its validation was cut short, and is run again after a resume
         self.points.append({**point, "averaged": {}})
         beside = {f"averaging/raw/{name}": value for name, value in raw.items()}
-        connector = trainer._logger_connector
-        log = connector.log_eval_end_metrics
 
-        def log_both(metrics: dict[str, Any]) -> None:
+        def complete() -> dict[str, Tensor]:
             found = trainer.callback_metrics
             self.points[-1]["averaged"] = {name: float(found[name]) for name in raw if name in found}
-            connector._callback_metrics.update(beside)
-            log({**metrics, **beside})
+            logger_connector.show_to_callbacks(trainer, beside)
+            return beside
 
-        with patched(connector, "log_eval_end_metrics", log_both):
+        with logger_connector.logging_beside_validation(trainer, complete):
             yield
 
     def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, data_group, in_training
 from lightning_optim.averaging.training import pruning
@@ -18,6 +17,7 @@ from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning.strategies import share_buffers_
 from lightning_optim.runtime.refusals import nested_averages
 from lightning_optim.runtime.spawned_processes import check_weights_are_here
 from lightning_optim.runtime.validation import validate
@@ -150,7 +150,7 @@ class AveragedEvaluation(BatchNormRefresh):
                 return run()
             raw = validate(trainer, run) if self.compare and self.started else {}
             if self.started:
-                _broadcast_raw_buffers(trainer)
+                share_buffers_(trainer)  # raw ones: in a validation of the average the module no longer holds them
             with contextlib.ExitStack() as during:
                 during.enter_context(self.averaged_weights(pl_module))
                 if raw:
@@ -176,17 +176,6 @@ class AveragedEvaluation(BatchNormRefresh):
         if average is None or not average.inside:
             return {}
         return {plain_name(name): raw for name, raw in average.raw().items()}
-
-
-def _broadcast_raw_buffers(trainer: Trainer) -> None:
-    """Broadcast rank 0's buffers now if DDP would do so in the next forward.
-
-    DDP broadcasts them at the first forward after a backward. If that is in a validation of the average, the module no
-    longer holds the raw buffers.
-    """
-    model = trainer.strategy.model
-    if isinstance(model, DistributedDataParallel) and model._check_sync_bufs_pre_fwd():  # type: ignore[no-untyped-call]
-        model._sync_buffers()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

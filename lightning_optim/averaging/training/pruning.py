@@ -14,8 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from lightning_optim.base.module_registry import buffer_of, forward_pre_hooks, parameter_of
 from lightning_optim.base.module_tensors import plain_name
-from lightning_optim.runtime.lightning import Callback, MisconfigurationException, ModelPruning
+from lightning_optim.runtime.lightning import Callback, MisconfigurationException
+from lightning_optim.runtime.lightning.pruning import (
+    pruned_name,
+    prunes_in_validation,
+    resets_weights,
+)
 
 _RENAMED, _MASK = "_orig", "_mask"
 
@@ -26,34 +32,35 @@ class Pruned:
 
     owner: nn.Module
     hook: BasePruningMethod
+    name: str
     parameter: nn.Parameter
     mask: Tensor
 
     @property
     def product(self) -> Any:
         """Product of weight and mask, an attribute of the submodule that each forward sets again."""
-        return vars(self.owner).get(self.hook._tensor_name)
+        return vars(self.owner).get(self.name)
 
     @product.setter
     def product(self, value: Any) -> None:
-        setattr(self.owner, self.hook._tensor_name, value)
+        setattr(self.owner, self.name, value)
 
     @property
     def holds(self) -> bool:
         """True if the parameter is still pruned with this mask."""
-        return self.owner._buffers.get(self.hook._tensor_name + _MASK) is self.mask
+        return buffer_of(self.owner, self.name + _MASK) is self.mask
 
 
 def pruned_in(module: nn.Module) -> list[Pruned]:
     """Return the parameters that are pruned now."""
     found = []
     for owner in module.modules():
-        for hook in owner._forward_pre_hooks.values():
+        for hook in forward_pre_hooks(owner):
             if isinstance(hook, BasePruningMethod):
-                parameter = owner._parameters.get(hook._tensor_name + _RENAMED)
-                mask = owner._buffers.get(hook._tensor_name + _MASK)
+                name = pruned_name(hook)
+                parameter, mask = parameter_of(owner, name + _RENAMED), buffer_of(owner, name + _MASK)
                 if parameter is not None and mask is not None:
-                    found.append(Pruned(owner, hook, parameter, mask))
+                    found.append(Pruned(owner, hook, name, parameter, mask))
     return found
 
 
@@ -101,11 +108,6 @@ def masks_by_name(module: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): masks[id(parameter)] for name, parameter in named if id(parameter) in masks}
 
 
-def is_permanent_in_checkpoints(callbacks: Iterable[Callback]) -> bool:
-    """Return True if a ``ModelPruning`` makes pruning permanent in checkpoints."""
-    return any(isinstance(callback, ModelPruning) and callback._make_pruning_permanent for callback in callbacks)
-
-
 def permanent(tree: Any, masks: dict[str, Tensor]) -> Any:
     """Make pruning permanent in a state: multiply weights by their masks and use the names of an unpruned model.
 
@@ -140,9 +142,7 @@ def refuse_within_validation(callbacks: Iterable[Callback], name: str) -> None:
         MisconfigurationException: If there is one. The message names the ways out.
     """
     for callback in callbacks:
-        if not isinstance(callback, ModelPruning) or callback._prune_on_train_epoch_end:
-            continue
-        if callback._use_lottery_ticket_hypothesis:
+        if prunes_in_validation(callback) and resets_weights(callback):
             raise MisconfigurationException(
                 f"{type(callback).__name__}(prune_on_train_epoch_end=False) sets weights back to their first values"
                 f" within the validation, in which the module holds the weights of {name}(evaluate=True). Leave"

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_optim.averaging.training.averaged_tensors import Source
 from lightning_optim.base import foreach
-from lightning_optim.base.module_registry import buffer_of
+from lightning_optim.base.module_registry import buffer_of, forward_pre_hooks, parameter_of
 from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.runtime.lightning.spectral_norm import VECTORS, as_matrix, parametrization
 
 _ITERATIONS = 50  # the estimate of the largest singular value is right to some percent even where the next one is close
 
@@ -122,15 +123,15 @@ def find(module: nn.Module) -> list[Spectral]:
     for owner in module.modules():
         if isinstance(owner, ParametrizationList):
             for position, part in enumerate(owner):
-                if isinstance(part, _SpectralNorm) and "_u" in part._buffers:
-                    found.append(_parametrized(owner, position, part))
-        for hook in owner._forward_pre_hooks.values():
+                if (norm := parametrization(part)) is not None:
+                    found.append(_parametrized(owner, position, norm))
+        for hook in forward_pre_hooks(owner):
             if isinstance(hook, SpectralNorm):
                 found.append(_hooked(owner, hook))
     return found
 
 
-def _parametrized(parts: ParametrizationList, position: int, norm: _SpectralNorm) -> Spectral:
+def _parametrized(parts: ParametrizationList, position: int, norm: Any) -> Spectral:
     def matrix() -> Tensor:
         modes = [(module, module.training) for module in parts.modules()]
         parts.eval()  # those before this one may be normalized too
@@ -142,9 +143,9 @@ def _parametrized(parts: ParametrizationList, position: int, norm: _SpectralNorm
         finally:
             for module, mode in modes:
                 module.training = mode
-        return norm._reshape_weight_to_matrix(weight)
+        return as_matrix(norm, weight)
 
-    return Spectral(norm, ("_u", "_v"), lambda: parts.parameters(recurse=False), matrix, norm.eps)
+    return Spectral(norm, VECTORS, lambda: parts.parameters(recurse=False), matrix, norm.eps)
 
 
 def _hooked(owner: nn.Module, hook: SpectralNorm) -> Spectral:
@@ -152,6 +153,6 @@ def _hooked(owner: nn.Module, hook: SpectralNorm) -> Spectral:
         return hook.reshape_weight_to_matrix(getattr(owner, f"{hook.name}_orig"))
 
     def parameters() -> list[nn.Parameter]:
-        return [p for p in (owner._parameters.get(f"{hook.name}_orig"),) if p is not None]
+        return [p for p in (parameter_of(owner, f"{hook.name}_orig"),) if p is not None]
 
     return Spectral(owner, (f"{hook.name}_u", f"{hook.name}_v"), parameters, matrix, hook.eps)

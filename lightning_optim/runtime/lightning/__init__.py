@@ -1,10 +1,23 @@
-"""The wall: the only place that imports Lightning and touches its private names."""
+"""Hold all that depends on Lightning, its version, or a private name of Lightning, torch or torchmetrics.
 
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.types import _Stateful
+Only this folder imports Lightning; the rest of the package imports Lightning's public names from here. A private name
+stands in one function of one of these files, and in the table of ``private_names.py``, by which a test of each says
+what a new version has renamed:
+
+* ``loops.py``: batches, windows and steps of a running fit; ``data_loading.py``: its loaders and their positions;
+* ``logger_connector.py``: what was logged; ``log_interception.py``: mute, tap or collect what a step logs;
+* ``modules.py``: a LightningModule; ``strategies.py``, ``precision.py``, ``pruning.py``, ``metrics.py``;
+* ``torch_internals.py`` and ``spectral_norm.py``: parts of torch that are not public.
+"""
+
+# ruff: noqa: I001 (in groups, by what they are)
+
+# What a user writes
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import Logger
+
+# Callbacks that ours derive from, or look for
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -13,9 +26,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+
+# Strategies, and how checkpoints are written
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import (
     DDPStrategy,

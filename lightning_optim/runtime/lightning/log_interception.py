@@ -1,33 +1,116 @@
-"""Mute, listen to or collect the values that a module logs."""
+"""Mute, tap or collect the values that the steps of a module log."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.data import extract_batch_size
 
+from lightning_optim.runtime.lightning.modules import running_hook
+from lightning_optim.runtime.lightning.private_names import read_private
 from lightning_optim.runtime.patching import patched
+
+_OPTIONS = list(inspect.signature(LightningModule.log).parameters)[3:]  # after the module, the name and the value
+
+
+@dataclass(frozen=True)
+class LoggedValue:
+    """One value that a hook of a module logs, before Lightning has it.
+
+    Attributes:
+        name: Name that was given to ``log``.
+        value: A number, a tensor, perhaps with a graph, or a metric of torchmetrics; of this rank alone.
+        options: Other arguments of ``log``, by name, such as ``on_step`` and ``sync_dist``.
+        module: The module whose ``log`` was called.
+        forward: Logs the value as if nobody had intercepted it.
+    """
+
+    name: str
+    value: Any
+    options: dict[str, Any]
+    module: LightningModule
+    forward: Callable[[], None]
+
+    @property
+    def hook(self) -> str | None:
+        """Name of the hook that logs, such as ``"validation_step"``."""
+        return running_hook(self.module)
+
+    @property
+    def dataloader_idx(self) -> int | None:
+        """Index of the loader whose batch is evaluated; ``None`` in training, or if there is one loader."""
+        return None if self._results is None else self._results.dataloader_idx
+
+    @property
+    def key(self) -> str:
+        """Name in ``trainer.callback_metrics``: with several loaders it ends in ``/dataloader_idx_<n>``."""
+        index = self.dataloader_idx if self.options.get("add_dataloader_idx", True) else None
+        return self.name if index is None else self.name + self._results.DATALOADER_SUFFIX.format(index)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples by which Lightning weights the value in a mean over batches: given, or read off the batch.
+
+        It is 1 in a hook that has no batch.
+        """
+        results, given = self._results, self.options.get("batch_size")
+        if given is not None or results is None or results.batch is None:
+            return 1 if given is None else int(given)
+        if results.batch_size is None:
+            results.batch_size = extract_batch_size(results.batch)  # once a batch, as Lightning does
+        return results.batch_size
+
+    @property
+    def _results(self) -> Any:
+        return read_private(self.module.trainer, "_results")
 
 
 @contextlib.contextmanager
-def intercept_log(pl_module: LightningModule, handler: Callable[..., Any]) -> Iterator[None]:
-    """Context manager: ``pl_module.log(…)`` calls ``handler(…)``, and ``log_dict`` calls it once for each entry.
+def intercept_log(pl_module: LightningModule, handler: Callable[[LoggedValue], Any] | None = None) -> Iterator[None]:
+    """Context manager: each value that the module logs goes to ``handler`` in the place of Lightning.
+
+    Values of ``log_dict`` come one by one, and those of LightningModules inside the module come too. To *mute* the
+    module give no handler; to *collect* what it logs, keep the values; to *tap* it, call ``logged.forward()`` as well.
+    Callbacks log past it. Under DDP each rank's handler gets the values of this rank.
 
     Args:
-        pl_module: The module. What it holds of other LightningModules keeps its own ``log``.
-        handler: Gets what ``log`` was called with: the name, the value, and options.
+        pl_module: The module. A ``log`` that its class overrides is not called, but by ``forward``.
+        handler: Takes each value. Default: values are dropped.
 
     Example::
 
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> module, logged = BoringModel(), []
-        >>> with intercept_log(module, lambda name, value, **options: logged.append((name, value))):
+        >>> module, collected = BoringModel(), {}
+        >>> with intercept_log(module, lambda logged: collected.update({logged.name: logged.value})):
         ...     module.log("loss", 1.0, prog_bar=True)
         ...     module.log_dict({"a": 2.0, "b": 3.0})
-        >>> logged
-        [('loss', 1.0), ('a', 2.0), ('b', 3.0)]
+        >>> collected
+        {'loss': 1.0, 'a': 2.0, 'b': 3.0}
     """
-    with patched(pl_module, "log", handler):
+    with contextlib.ExitStack() as stack:
+        for module in pl_module.modules():
+            if isinstance(module, LightningModule):
+                log = _drop if handler is None else _handing(module, handler)
+                stack.enter_context(patched(module, "log", log))
         yield
+
+
+def _drop(*args: Any, **options: Any) -> None:
+    """Drop a value. One function for all modules: a compiled step would be compiled again for each new one."""
+
+
+def _handing(module: LightningModule, handler: Callable[[LoggedValue], Any]) -> Callable[..., None]:
+    log = module.log
+
+    @functools.wraps(log)
+    def hand(name: str, value: Any, *args: Any, **options: Any) -> None:
+        forward = functools.partial(log, name, value, *args, **options)
+        handler(LoggedValue(name, value, {**dict(zip(_OPTIONS, args, strict=False)), **options}, module, forward))
+
+    return hand

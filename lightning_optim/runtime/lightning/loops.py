@@ -1,0 +1,66 @@
+"""Where the loops of a running fit are: its batches, windows, steps and closures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.optimization.closure import AbstractClosure
+
+from lightning_optim.runtime.lightning.private_names import read_private, write_private
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Return whether the training batch that was fetched last is the epoch's last."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.is_last_batch or progress.current.ready == trainer.num_training_batches
+
+
+def window_is_open(trainer: Trainer) -> bool:
+    """Return whether the batch that was fetched last is in a window of ``accumulate_grad_batches`` that is not full."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    steps_at_end = is_last_batch(trainer) and not trainer.strategy.handles_gradient_accumulation
+    return progress.current.ready % trainer.accumulate_grad_batches != 0 and not steps_at_end
+
+
+def ends_epoch(trainer: Trainer) -> bool:
+    """Return whether Lightning ends the epoch after this batch: it is the last, or the run reached its last step."""
+    loop = trainer.fit_loop
+    if is_last_batch(trainer) or (loop.max_steps != -1 and trainer.global_step >= loop.max_steps):
+        return True
+    epochs_are_done = not loop.min_epochs or loop.epoch_progress.current.processed >= loop.min_epochs
+    steps_are_done = not loop.min_steps or trainer.global_step >= loop.min_steps
+    return trainer.should_stop and epochs_are_done and steps_are_done
+
+
+def logger_step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs: the number of batches that ended a step, as it counts them."""
+    return read_private(trainer.fit_loop.epoch_loop, "_batches_that_stepped")
+
+
+@contextlib.contextmanager
+def logging_at_last_step(trainer: Trainer) -> Iterator[None]:
+    """Context manager: values are logged at the step of the last batch, as those of an epoch's end are."""
+    loop, step = trainer.fit_loop.epoch_loop, logger_step(trainer)
+    write_private(loop, "_batches_that_stepped", step - 1)
+    yield
+    write_private(loop, "_batches_that_stepped", step)
+
+
+def skip_next_validation(trainer: Trainer, skip: bool) -> None:
+    """Leave out the validation that is due after this batch, or let it run."""
+    write_private(trainer.fit_loop.epoch_loop, "_skip_next_val", skip)
+
+
+@contextlib.contextmanager
+def keep_result(closure: Callable[[], Any]) -> Iterator[None]:
+    """Context manager: after it, the optimizer's closure holds the result that it holds now, which Lightning reports.
+
+    A function that a user has put around Lightning's closure holds none, and is left alone.
+    """
+    result = read_private(closure, "_result") if isinstance(closure, AbstractClosure) else None
+    yield
+    if result is not None:
+        write_private(closure, "_result", result)

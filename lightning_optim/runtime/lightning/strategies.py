@@ -1,0 +1,105 @@
+"""How a strategy launches processes, shares buffers, and writes checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_optim.runtime.lightning.private_names import read_private, write_private
+from lightning_optim.runtime.lightning.torch_internals import uncompiled
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def writes_folders(strategy: Strategy) -> bool:
+    """Return whether checkpoints are folders, into which each rank writes its shards."""
+    return isinstance(strategy, ModelParallelStrategy) and read_private(strategy, "_save_distributed_checkpoint")
+
+
+@contextlib.contextmanager
+def writing_one_file(strategy: Strategy) -> Iterator[None]:
+    """Context manager: a checkpoint is one file, of a sharded model too."""
+    folders = writes_folders(strategy)
+    if folders:
+        write_private(strategy, "_save_distributed_checkpoint", False)
+    try:
+        yield
+    finally:
+        if folders:
+            write_private(strategy, "_save_distributed_checkpoint", True)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def launches_processes(trainer: Trainer) -> bool:
+    """Return whether the fit runs in processes that are made for it, from which only results come back."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def forks(trainer: Trainer) -> bool:
+    """Return whether these processes are forked, in which each object lies where it was."""
+    return read_private(trainer.strategy.launcher, "_start_method") == "fork"
+
+
+def without_reduction(strategy: Strategy, block: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a backward pass does not reduce gradients over ranks, if ``block``."""
+    blocks = block and isinstance(strategy, ParallelStrategy)
+    return strategy.block_backward_sync() if blocks else contextlib.nullcontext()
+
+
+# ---- buffers ---------------------------------------------------------------------------------------------------------
+
+
+def broadcasts_buffers(strategy: Strategy) -> bool:
+    """Return whether DDP gives all ranks the buffers of rank 0; known before it wraps the model."""
+    return isinstance(strategy, DDPStrategy) and bool(
+        read_private(strategy, "_ddp_kwargs").get("broadcast_buffers", True)
+    )
+
+
+def share_buffers_(trainer: Trainer) -> None:
+    """Broadcast rank 0's buffers if DDP would at the next forward: it does so at the first one after a backward."""
+    model = _ddp(trainer)
+    if model is not None and read_private(model, "_check_sync_bufs_pre_fwd")():
+        read_private(model, "_sync_buffers")()
+
+
+def broadcast_is_due(trainer: Trainer) -> bool | None:
+    """Return whether DDP's next forward broadcasts buffers: not within a window that accumulates; ``None``: no DDP."""
+    model = _ddp(trainer)
+    return None if model is None else model.require_forward_param_sync
+
+
+def set_broadcast_is_due(trainer: Trainer, due: bool | None) -> None:
+    """Set what :func:`broadcast_is_due` returns; without DDP, or for ``None``, nothing happens."""
+    model = _ddp(trainer)
+    if model is not None and due is not None:
+        model.require_forward_param_sync = due
+
+
+def _ddp(trainer: Trainer) -> DistributedDataParallel | None:
+    model = uncompiled(trainer.strategy.model)
+    return model if isinstance(model, DistributedDataParallel) else None
+
+
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def forget_forward(module: nn.Module) -> None:
+    """Let FSDP2 forget a forward pass that an error cut short: it would take the next one for a part of it.
+
+    Versions of torch before 2.11 cannot, and recover by themselves.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule) and hasattr(submodule, "reset_iter_state"):
+            with contextlib.suppress(RuntimeError):  # it is for roots only, and says so
+                submodule.reset_iter_state()

@@ -1,0 +1,70 @@
+"""Parts of torch that are not public: trees of outputs, version counters, compiled modules, versions in state dicts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from lightning_optim.runtime.lightning.private_names import read_private
+
+__all__ = [
+    "assert_in_graph",
+    "is_compiled",
+    "is_exporting",
+    "keep_versions",
+    "set_state_metadata",
+    "state_metadata",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_unflatten",
+    "uncompiled",
+]
+
+
+@contextlib.contextmanager
+def keep_versions(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Context manager: writes to these tensors leave their version counters as they are.
+
+    A graph that saved a tensor still runs backward if its values are put back before.
+    """
+    with contextlib.ExitStack() as stack:
+        for tensor in tensors:
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+        yield
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Check a condition where an exported program runs, since it does not branch on values."""
+    torch._assert_async(condition, message)
+
+
+def is_exporting() -> bool:
+    """Return whether ``torch.export`` runs; before torch 2.7, whether torch compiles or exports."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def uncompiled(module: Any) -> Any:
+    """Return the module of which ``torch.compile(module)`` made this one; any other module as it is."""
+    return read_private(module, "_orig_mod") if isinstance(module, torch._dynamo.OptimizedModule) else module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled, by ``torch.compile(module)`` or by ``module.compile()``."""
+    return uncompiled(module) is not module or read_private(module, "_compiled_call_impl") is not None
+
+
+def state_metadata(state: Any) -> dict[str, Any] | None:
+    """Return the versions of the modules in a ``state_dict()``, by prefix; ``None`` for another dictionary."""
+    return getattr(state, "_metadata", None)
+
+
+def set_state_metadata(state: OrderedDict[str, Any], metadata: dict[str, Any]) -> None:
+    """Attach the versions of modules to a state dict."""
+    state._metadata = metadata  # type: ignore[attr-defined]
