@@ -299,6 +299,18 @@ CASES = (
     ),
     Case("threshold", lambda: [EarlyStopping(Threshold("val_score", 3.2))], scores=_BEYOND, trainer={"min_epochs": 4}),
     Case(
+        "threshold_over",
+        lambda: [EarlyStopping(Threshold("val_score", 3.2))],
+        scores={"val_score": (5.0, 4.0, 3.0, 3.15, 3.5, 3.6, 3.7, 3.8)},
+        trainer={"min_epochs": 4},
+    ),
+    Case(
+        "frozen",
+        lambda: [EarlyStopping("val_score", patience=9), WeightAveraging(EMA(0.8))],
+        scores=_EARLY,
+        model=models.FrozenModel,
+    ),
+    Case(
         "stop_asked",
         lambda: [EarlyStopping("val_score", patience=1, restore_best=False)],
         scores={"val_score": (5.0, 4.0, 3.0, 3.5, 3.6, 3.55, 3.54, 3.53)},

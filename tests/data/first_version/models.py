@@ -194,6 +194,20 @@ class TwoModel(ManualModel):
     optimizer_count = 2
 
 
+class FrozenModel(Model):
+    """Has weights that are not trained, and leaves them out of its checkpoints."""
+
+    strict_loading = False
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits)
+        self.net.inner.weight.requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"].pop("net.inner.weight", None)
+
+
 class RandomModel(Model):
     """Draws from every generator, shuffles, averages over an epoch, and has a buffer that is in no ``state_dict``."""
 
