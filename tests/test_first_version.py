@@ -82,7 +82,10 @@ AVERAGES = [
 def test_an_average_is_read_out_of_a_file(case: Case, index: int, tmp_path: Path) -> None:
     path, first = runs.unpack(case.name, tmp_path)
     averaged = averaged_state_dict(path, case.callbacks()[index].name)  # type: ignore[attr-defined]
-    assert not runs.differences(dict(averaged), first["there"]["read"][index]["averaged"])
+    known = first["there"]["read"][index]["averaged"]
+    if case.name == "frozen":
+        del known["net.inner.weight"]  # which the module leaves out of its files
+    assert not runs.differences(dict(averaged), known)
 
 
 def test_an_ensemble_predicts_what_it_predicted(tmp_path: Path) -> None:
