@@ -1,22 +1,21 @@
-"""Gradient clipping, and dropping steps whose gradients cannot be used, as a callback."""
+"""Callback that clips the gradients before each optimizer step, and skips steps whose gradients are not finite."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.base import shards, sparse
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import PerOptimizer
 from lightning_optim.base.selection import Selection
-from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
 from lightning_optim.gradients.clipping.clipping import Clipping, Scope
-from lightning_optim.gradients.step_skipping import Guard, Verdict
+from lightning_optim.gradients.step_skipping import NormCheck, Reason, SkippedSteps
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_optim.runtime.lightning.precision import agree_on_overflow, scale_of
@@ -24,47 +23,50 @@ from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_split_units
 from lightning_optim.runtime.step import OptimizerStep, drop_step
 
-NonFinite = Literal["skip", "raise", "ignore"]
+OnNonFinite: TypeAlias = Literal["skip", "raise", "ignore"]
 
-_PLACES = 1000  # Skipped batches that are remembered.
+_PLACES = 1000  # Number of skipped steps whose place is remembered.
 
 
 class GradientClipping(OptimCallback):
-    """Clip the gradients of each optimizer before its step, and drop a step whose gradients are not finite.
+    """Clip the gradients of each optimizer before its step, and skip a step whose gradients are not finite.
 
     It acts after accumulation and penalties, on gradients that are whole, averaged over ranks and unscaled: under
-    automatic and manual optimization (where Lightning's ``clip_gradients`` clips scaled gradients with mixed
-    precision), with a fused optimizer under a GradScaler (which Lightning refuses), and for models that mix DTensors
-    with plain parameters whose gradients agree on all ranks. Each optimizer's gradients have their own norm.
+    automatic and manual optimization (where Lightning's ``clip_gradients`` clips scaled gradients in mixed precision),
+    with a fused optimizer under a GradScaler (which Lightning refuses), and for models that mix DTensors with plain
+    parameters whose gradients agree on all ranks. The norm is computed for each optimizer by itself.
 
-    A skipped step leaves weights, momentum and step counts as they are, on all ranks alike, and is no step for any
-    callback here. It is logged with the index of its batch, and counted in ``skipped``. With a GradScaler, which skips
-    by itself while it searches its scale, its skips are counted too, each once; an infinity is no error as long as a
-    smaller scale may cure it.
+    A skipped step leaves weights, momentum and step counts as they are, on all ranks alike, and no callback of this
+    package counts it. Its reason is printed, with the index of its batch, and it is counted in ``skipped``. A
+    GradScaler, which skips steps by itself until it has found its scale, has these counted too, each once. An infinite
+    norm raises no error as long as a smaller scale may cure it.
 
     The norm before clipping is logged as ``gradients/norm`` at the steps at which Lightning logs, and the number of
-    skipped steps, once there are any, as ``gradients/skipped``. ``nonfinite="skip"`` and ``spike`` need one read from
-    the device in each step, and one reduction if there are several ranks; ``"ignore"`` without ``spike`` needs none.
-    What is read is the norm: where :class:`ClipByNorm` has nothing to do then, the gradients are not touched.
+    skipped steps as ``gradients/skipped`` once there are any.
+
+    ``nonfinite="skip"`` and ``spike`` read one number from the device in each step, and reduce one over the ranks if
+    there are several; ``"ignore"`` without ``spike`` reads nothing. That number is the norm: where it is within the
+    bound of :class:`ClipByNorm`, the gradients are not touched.
 
     Args:
-        policy: What is done: one policy; a list, which runs in turn; or a number, short for ``ClipByNorm(number)``.
-        nonfinite: What to do when the norm is NaN or infinite: ``"skip"`` the step; ``"raise"`` a ``RuntimeError`` that
-            names the parameters; ``"ignore"``, which lets one NaN into every weight. Default ``"skip"``, since no
-            training goes on from weights of NaN.
-        max_consecutive_skips: How many steps in a row may be skipped, >= 0; one more raises. Default 10: then it is the
-            weights or the data, and not one batch.
-        spike: If given, a factor > 1: a step whose norm is more than so many times the median of the last 100 is
-            skipped too, once there are 10.
-        name: Tells two callbacks apart in checkpoints.
+        policy: The clipping policy; a list of policies, which act in turn; or a number, short for
+            ``ClipByNorm(number)``.
+        nonfinite: What to do if the norm is NaN or infinite: ``"skip"`` the step; ``"raise"`` a ``RuntimeError`` that
+            names the parameters; or ``"ignore"`` it, so that one NaN reaches every weight. Default ``"skip"``, because
+            no training recovers from weights that are NaN.
+        max_consecutive_skips: Number of steps in a row that may be skipped, >= 0; one more raises. Default 10: then
+            the weights or the data are at fault, and not a single batch.
+        spike: A factor > 1: a step whose norm is more than this factor times the median of the last 100 norms is
+            skipped too, once there are 10. Default ``None``: no such check.
+        name: Distinguishes two such callbacks in checkpoints.
 
     Attributes:
-        skipped: The steps of each optimizer that were skipped, in the order of ``trainer.optimizers``.
-        skipped_at: Where the last 1000 of them were: number of the optimizer, epoch, index of the batch.
+        skipped: Number of skipped steps of each optimizer, in the order of ``trainer.optimizers``.
+        skipped_at: Places of the last 1000 skipped steps: index of the optimizer, epoch, index of the batch.
 
     Raises:
-        ValueError: If an argument is none of these.
-        RuntimeError: In training, as ``nonfinite`` and ``max_consecutive_skips`` say.
+        ValueError: If an argument is out of its range.
+        RuntimeError: During training, as ``nonfinite`` and ``max_consecutive_skips`` say.
 
     Example::
 
@@ -73,6 +75,8 @@ class GradientClipping(OptimCallback):
         [ClipByNorm(max_norm=1.0)]
         >>> GradientClipping([ClipByValue(0.5), ClipByNorm(1.0)]).policies
         [ClipByValue(value=0.5), ClipByNorm(max_norm=1.0)]
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping(1.0)])``.
     """
 
     slot = Slot.CLIP
@@ -81,7 +85,7 @@ class GradientClipping(OptimCallback):
     def __init__(
         self,
         policy: float | Clipping | list[Clipping],
-        nonfinite: NonFinite = "skip",
+        nonfinite: OnNonFinite = "skip",
         max_consecutive_skips: int = 10,
         spike: float | None = None,
         name: str | None = None,
@@ -91,12 +95,9 @@ class GradientClipping(OptimCallback):
         self.policies = [one if isinstance(one, Clipping) else _from_number(one) for one in listed]
         if not self.policies:
             raise ValueError(f"`policy={policy!r}` must be a number > 0, a clipping policy or a list of them")
-        if nonfinite not in get_args(NonFinite):
-            raise ValueError(f"`nonfinite={nonfinite!r}` must be one of {get_args(NonFinite)}")
-        check_number("max_consecutive_skips", max_consecutive_skips, low=0, integer=True)
-        if spike is not None:
-            check_number("spike", spike, low=1.0, low_open=True)
-        self.nonfinite, self.max_consecutive_skips, self.spike = nonfinite, max_consecutive_skips, spike
+        self.nonfinite = check_choice("nonfinite", nonfinite, OnNonFinite)
+        self.max_consecutive_skips = check_number("max_consecutive_skips", max_consecutive_skips, low=0, integer=True)
+        self.spike = spike if spike is None else check_number("spike", spike, low=1.0, low_open=True)
         self.reset()
 
     @property
@@ -109,35 +110,36 @@ class GradientClipping(OptimCallback):
 
     def reset(self) -> None:
         self._copies = PerOptimizer(self.policies)
-        self._chosen: list[Selection | None] = []
-        self._acted: dict[int, list[Clipping]] = {}
-        self._attempts = Attempts()
-        self._guards: list[Guard] = []
+        self._selections: list[Selection | None] = []
+        self._applied: dict[int, list[Clipping]] = {}
+        self._pending = SkippedSteps()
+        self._checks: list[NormCheck] = []
         self._batch_idx = 0
         self.skipped: list[int] = []
         self.skipped_at: list[list[int]] = []
-        self._in_a_row: list[int] = []
+        self._skipped_in_a_row: list[int] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         shards.reshard_(pl_module)
+        self._copies.name_weights(pl_module)
         for policy in self.policies:
             refuse_split_units(policy, pl_module.parameters())
             if policy.on is None and policy.exclude is None:
-                self._chosen.append(None)
+                self._selections.append(None)
             else:
                 on = "*" if policy.on is None else policy.on
-                self._chosen.append(Selection(pl_module, on, policy.exclude))
+                self._selections.append(Selection(pl_module, on, policy.exclude))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._extend(len(trainer.optimizers))
 
     def _extend(self, optimizers: int) -> None:
-        missing = optimizers - len(self._guards)
-        self._guards += [Guard(self.nonfinite != "ignore", self.spike) for _ in range(missing)]
+        missing = optimizers - len(self._checks)
+        self._checks += [NormCheck(self.nonfinite != "ignore", self.spike) for _ in range(missing)]
         self.skipped += [0] * missing
-        self._in_a_row += [0] * missing
+        self._skipped_in_a_row += [0] * missing
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_idx = batch_idx
@@ -152,118 +154,128 @@ class GradientClipping(OptimCallback):
         norm_type = self.policies[0].norm_type
         checks = self.nonfinite != "ignore" or self.spike is not None
         norm = step.norm(norm_type) if checks or step.logs else step.known_norm(norm_type)
-        verdict: Verdict = "fine"
+        reason: Reason | None = None
         value: float | None = None
         if checks and norm is not None:
-            verdict, value = self._guards[step.index].judge(norm, trainer.world_size)
-        if verdict == "fine" or value is None:
-            self._attempts.tried(step.index)
+            reason, value = self._checks[step.index].check(norm, trainer.world_size)
+        if reason is None or value is None:
+            self._pending.before_step(step.index)
             self._clip_(step, norm, value)
         else:
-            self._drop(trainer, step, verdict, value)
+            self._skip(trainer, step, reason, value)
         if step.logs and norm is not None:
             self.log_value(pl_module, "gradients/norm", norm, optimizer)
             if self.skipped[step.index]:
                 self.log_value(pl_module, "gradients/skipped", float(self.skipped[step.index]), optimizer)
 
     def _clip_(self, step: OptimizerStep, norm: Tensor | None, value: float | None) -> None:
-        """Apply the policies; ``norm`` is that of all gradients, and ``value`` the same on the host, where known."""
-        acted = self._acted[step.index] = []
-        norm_type, weights, grads = self.policies[0].norm_type, step.weights, step.grads
+        """Apply the policies in turn.
+
+        Args:
+            step: The step.
+            norm: The norm of all gradients, if it is known.
+            value: The same on the host, if it is known there.
+        """
+        applied = self._applied[step.index] = []
+        norm_type = self.policies[0].norm_type
         when: dict[str, Any] = {"step": step.number, "total": step.total}
-        for policy, selection in zip(self._copies[step.index], self._chosen, strict=True):
+        for policy, selection in zip(self._copies[step.index], self._selections, strict=True):
             if value is not None and policy.norm_type == norm_type and policy.is_idle(value, **when):
                 continue
-            some_weights, some_grads, chosen = weights, grads, None
+            weights, grads, chosen = step.weights, step.grads, None
             if selection is not None:
                 selection.follow(weights)
                 chosen = selection.ids
                 pairs = [(w, g) for w, g in zip(weights, grads, strict=True) if id(w) in chosen]
-                some_weights, some_grads = [w for w, _ in pairs], [g for _, g in pairs]
-            if some_grads:
-                known = norm if chosen is None and policy.norm_type == norm_type else None
-                units: dict[
-                    str, Any
-                ] = {}  # Only a policy that asks for them must take them: users' own may know nothing of units.
-                if policy.scope != "global":
-                    units["units"] = _units(policy.scope, step, chosen, some_weights)
-                some_weights, some_grads = sparse.dense_rows(some_weights, some_grads)
-                policy.clip_(some_grads, some_weights, norm=known, **when, **units)
-                acted.append(policy)
-                norm = value = None  # of the gradients before; the next policy sees others
+                weights, grads = [w for w, _ in pairs], [g for _, g in pairs]
+            if not grads:
+                continue
+            arguments = when | {"norm": norm if chosen is None and policy.norm_type == norm_type else None}
+            if policy.scope != "global":  # a policy without scopes need not take `units`
+                arguments["units"] = _units(policy.scope, step, chosen, weights)
+            rows, values = sparse.dense_rows(weights, grads)
+            policy.clip_(values, rows, **arguments)
+            applied.append(policy)
+            norm = value = None  # the next policy sees other gradients
 
     def clipped(self, index: int) -> Tensor | bool | None:
-        """Whether the last step of an optimizer was clipped, on its device; ``None`` if a policy does not say."""
+        """Return whether the last step of an optimizer was clipped; ``None`` if a policy does not say.
+
+        Args:
+            index: The index of the optimizer.
+
+        Returns:
+            A scalar on the device, or False if no policy had anything to do.
+        """
         if not any(policy.limits for policy in self.policies):
             return None
-        said = [policy.clipped for policy in self._acted.get(index, []) if policy.limits]
-        flags = [flag for flag in said if flag is not None]
-        if len(flags) < len(said):
+        flags = [policy.clipped for policy in self._applied.get(index, []) if policy.limits]
+        known = [flag for flag in flags if flag is not None]
+        if len(known) < len(flags):
             return None
-        return torch.stack(flags).any() if flags else False
+        return torch.stack(known).any() if known else False
 
     # ---- skipped steps -----------------------------------------------------------------------------------------------
 
-    def _drop(self, trainer: Trainer, step: OptimizerStep, verdict: Verdict, value: float) -> None:
+    def _skip(self, trainer: Trainer, step: OptimizerStep, reason: Reason, norm: float) -> None:
         optimizer, index = step.optimizer, step.index
-        where = f"in epoch {trainer.current_epoch}, batch {self._batch_idx} the norm of its gradients is {value:.4g}"
-        curable = verdict == "nonfinite" and scale_of(trainer) > 1.0  # by a smaller scale
-        if not curable:
-            self._in_a_row[index] += 1
-            row = self._in_a_row[index]
-            if verdict == "nonfinite" and self.nonfinite == "raise":
+        where = f"in epoch {trainer.current_epoch}, batch {self._batch_idx} the norm of its gradients is {norm:.4g}"
+        smaller_scale_may_help = reason == "nonfinite" and scale_of(trainer) > 1.0
+        if not smaller_scale_may_help:
+            self._skipped_in_a_row[index] += 1
+            in_a_row = self._skipped_in_a_row[index]
+            if reason == "nonfinite" and self.nonfinite == "raise":
                 raise RuntimeError(f"{type(optimizer).__name__}: {where}. {_not_finite(step)}")
-            if row > self.max_consecutive_skips:
+            if in_a_row > self.max_consecutive_skips:
                 raise RuntimeError(
-                    f"{row} steps in a row of {type(optimizer).__name__} would be skipped, more than"
-                    f" `max_consecutive_skips={self.max_consecutive_skips}`: {where}."
-                    f" {_not_finite(step)}"
+                    f"{in_a_row} steps in a row of {type(optimizer).__name__} would be skipped, more than"
+                    f" `max_consecutive_skips={self.max_consecutive_skips}`: {where}. {_not_finite(step)}"
                 )
-        if verdict == "nonfinite":
-            agree_on_overflow(trainer, optimizer, overflow=curable)
+        if reason == "nonfinite":
+            agree_on_overflow(trainer, optimizer, overflow=smaller_scale_may_help)
         drop_step(trainer, optimizer, where)
-        self._count(trainer, index)
+        self._count_skipped(trainer, index)
 
-    def _count(self, trainer: Trainer, index: int) -> None:
+    def _count_skipped(self, trainer: Trainer, index: int) -> None:
         self.skipped[index] += 1
         self.skipped_at = [*self.skipped_at[1 - _PLACES :], [index, trainer.current_epoch, self._batch_idx]]
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = self.current_step(optimizer).index
-        self._attempts.happened(index)
-        self._in_a_row[index] = 0
+        self._pending.after_step(index)
+        self._skipped_in_a_row[index] = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # What was clipped and did not happen was skipped by the scaler: with "ignore", and for a norm that is finite
-        # although one scaled gradient was not.
-        for index, count in self._attempts.failed().items():
+        # The scaler skipped what was clipped and did not happen: with "ignore", or if the norm is finite although one
+        # scaled gradient was not.
+        for index, count in self._pending.pop().items():
             rank_zero_info(f"The scaler skipped the step in epoch {trainer.current_epoch}, batch {batch_idx}.")
             for _ in range(count):
-                self._count(trainer, index)
+                self._count_skipped(trainer, index)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
         return {
             "policies": self._copies.state_dict(),
-            "guards": [guard.state_dict() for guard in self._guards],
+            "guards": [check.state_dict() for check in self._checks],
             "skipped": list(self.skipped),
             "skipped_at": [list(place) for place in self.skipped_at],
-            "in_a_row": list(self._in_a_row),
+            "in_a_row": list(self._skipped_in_a_row),
         }
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._copies.load_state_dict(extra["policies"])
         self._extend(len(extra["guards"]))
-        for guard, saved in zip(self._guards, extra["guards"], strict=True):
-            guard.load_state_dict(saved)
-        self.skipped, self._in_a_row = list(extra["skipped"]), list(extra["in_a_row"])
+        for check, saved in zip(self._checks, extra["guards"], strict=True):
+            check.load_state_dict(saved)
+        self.skipped, self._skipped_in_a_row = list(extra["skipped"]), list(extra["in_a_row"])
         self.skipped_at = [list(place) for place in extra["skipped_at"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_chosen": []}
+        return {**super().__getstate__(), "_selections": []}
 
 
 def _from_number(number: Any) -> Clipping:
@@ -273,7 +285,7 @@ def _from_number(number: Any) -> Clipping:
 
 
 def _units(scope: Scope, step: OptimizerStep, chosen: set[int] | None, weights: list[Tensor]) -> list[int]:
-    """The number of each weight's group, or its own among all that are chosen, whether they have a gradient or not."""
+    """Return the index of each weight's group, or of the weight among all that are chosen, with a gradient or not."""
     grouped = [(id(parameter), number) for number, group in enumerate(step.groups) for parameter in group]
     listed = [(key, number) for key, number in grouped if chosen is None or key in chosen]
     unit_of = {key: own if scope == "tensor" else number for own, (key, number) in enumerate(listed)}
@@ -281,7 +293,7 @@ def _units(scope: Scope, step: OptimizerStep, chosen: set[int] | None, weights: 
 
 
 def _not_finite(step: OptimizerStep) -> str:
-    """A sentence with the parameters whose gradients, or their parts on this rank, are not finite, if any are."""
+    """Return a sentence that names the parameters whose gradients on this rank are not finite."""
     named = zip(step.names, shards.local_shards(sparse.dense_rows(step.weights, step.grads)[1]), strict=True)
     found = [name for name, grad in named if not bool(grad.isfinite().all())]
-    return f"On this rank not finite are the gradients of {found}." if found else "On this rank all are finite."
+    return f"On this rank the gradients of {found} are not finite." if found else "On this rank all are finite."

@@ -1,21 +1,21 @@
-"""Norms of gradients and of updates, measured and shown."""
+"""Callback that measures norms of gradients and of updates, logs them, and suggests a bound for clipping."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.base import shards, sparse
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.norms import tensor_norms, total_norm
 from lightning_optim.base.ring_buffer import Ring
-from lightning_optim.gradients.attempts import Attempts
 from lightning_optim.gradients.gradient_clipping import GradientClipping
+from lightning_optim.gradients.step_skipping import SkippedSteps
 from lightning_optim.plotting import canvas
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Level = Literal["total", "module", "parameter"]
+Level: TypeAlias = Literal["total", "module", "parameter"]
 
-_BEFORE, _AFTER, _UPDATE, _CLIPPED = range(4)  # The columns of what is remembered of a step.
+_BEFORE, _AFTER, _UPDATE, _CLIPPED = range(4)  # columns of the history
 
 
 @dataclass
-class _Measured:
-    """Measurements of one optimizer's step, and what the rest of them needs."""
+class _Measurement:
+    """Values of one optimizer's step, and what the rest of them is computed from."""
 
     norm: Tensor
     logs: bool
@@ -44,44 +44,43 @@ class _Measured:
 
 
 class GradientMonitor(OptimCallback):
-    r"""Measure gradients before and after clipping, and how far a step moves the weights.
+    r"""Measure the gradients before and after clipping, and how far each step moves the weights.
 
     At the steps at which Lightning logs (``log_every_n_steps``), for all weights of an optimizer together:
 
-    * ``gradients/norm`` and ``gradients/norm_clipped``: before and after clipping, whole and unscaled;
+    * ``gradients/norm`` and ``gradients/norm_clipped``: the norm before and after clipping, unscaled and over all
+      ranks;
     * ``gradients/update_ratio``: :math:`\lVert \Delta w \rVert / \lVert w \rVert` of the step. About 1e-3 is usual;
-      below 1e-5 a layer hardly learns, above 1e-2 it is shaken;
-    * ``gradients/share_clipped``: the share of the remembered steps that clipping made shorter;
-    * ``gradients/skipped``: the steps so far that had gradients and did not happen.
+      below 1e-5 a layer hardly learns, above 1e-2 its training is unstable;
+    * ``gradients/share_clipped``: the share of the steps in the history that clipping made shorter;
+    * ``gradients/skipped``: the number of steps so far that had gradients and did not happen.
 
     With ``level="module"`` or ``"parameter"`` the first three also for each module that holds parameters itself, or for
     each parameter, as ``gradients/norm/encoder.0`` and so on.
 
-    The norm of each step is kept, on its device, so that :meth:`suggest_clip` and :meth:`plot` see all steps and not
-    only those that were logged. Clipping uses the same norm, and measures in the same way: the norm is that of its
-    first policy (``norm_type``), 2 without clipping. A step that is not logged costs what one norm costs, and nothing
-    beside clipping by norm; nothing waits for the device. In a step that is logged ``update_ratio`` needs a copy of
-    the weights.
+    The norm of each step is kept on its device, so that :meth:`suggest_clip` and :meth:`plot` use all steps and not
+    only those that were logged. Clipping takes the same norm: its exponent is the ``norm_type`` of the first clipping
+    policy, or 2 without clipping. A step that is not logged costs one norm, and nothing beside clipping by norm;
+    nothing waits for the device. A logged step needs a copy of the weights for ``update_ratio``.
 
-    Whether a step was clipped is known for policies that scale by a norm; for others it is seen in logged steps, from
-    the norms.
+    Policies that scale by a norm tell whether a step was clipped. For other policies the norms tell it, at logged
+    steps.
 
     Args:
-        level: For what the norms are logged: ``"total"``; ``"module"`` or ``"parameter"`` as well, which floods a
-            logger if the model is large.
-        history: How many steps of each optimizer are remembered, >= 1. Default 1000, a few kB.
-        name: Tells two callbacks apart in checkpoints.
+        level: Norms that are logged: ``"total"``; or for each ``"module"`` or ``"parameter"`` as well, which are many
+            values if the model is large.
+        history: Number of steps of each optimizer that are kept, >= 1. Default 1000, which takes a few kB.
+        name: Distinguishes two such callbacks in checkpoints.
 
     Attributes:
-        skipped: The steps of each optimizer that had gradients and did not happen: not finite, dropped, or skipped by a
-            scaler.
+        skipped: Number of steps of each optimizer that had gradients and did not happen: their norm was not finite,
+            they were dropped, or the GradScaler skipped them.
 
     Raises:
-        ValueError: If an argument is none of these.
+        ValueError: If an argument is out of its range.
 
     Example::
 
-        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_optim import GradientClipping, GradientMonitor
         >>> monitor = GradientMonitor()
@@ -96,22 +95,20 @@ class GradientMonitor(OptimCallback):
 
     def __init__(self, level: Level = "total", history: int = 1000, name: str | None = None) -> None:
         super().__init__(name)
-        if level not in get_args(Level):
-            raise ValueError(f"`level={level!r}` must be one of {get_args(Level)}")
-        check_number("history", history, low=1, integer=True)
-        self.level, self.history = level, history
+        self.level = check_choice("level", level, Level)
+        self.history = check_number("history", history, low=1, integer=True)
         self.reset()
 
     def reset(self) -> None:
-        self._recent: list[Ring] = []
-        self._steps: dict[int, _Measured] = {}
-        self._attempts = Attempts()
+        self._histories: list[Ring] = []
+        self._measurements: dict[int, _Measurement] = {}
+        self._pending = SkippedSteps()
         self._clipping: GradientClipping | None = None
         self.skipped: list[int] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        found = (cb for cb in trainer.callbacks if isinstance(cb, GradientClipping))
+        found = (callback for callback in trainer.callbacks if isinstance(callback, GradientClipping))
         self._clipping = next(found, None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,8 +116,8 @@ class GradientMonitor(OptimCallback):
         self._extend(len(trainer.optimizers))
 
     def _extend(self, optimizers: int) -> None:
-        missing = optimizers - len(self._recent)
-        self._recent += [Ring(self.history) for _ in range(missing)]
+        missing = optimizers - len(self._histories)
+        self._histories += [Ring(self.history) for _ in range(missing)]
         self.skipped += [0] * missing
 
     # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -130,56 +127,58 @@ class GradientMonitor(OptimCallback):
         step = self.current_step(optimizer)
         if not step.grads:
             return
-        self._attempts.tried(step.index)
-        self._steps[step.index] = measured = _Measured(step.norm(self._norm_type), step.logs)
+        self._pending.before_step(step.index)
+        found = self._measurements[step.index] = _Measurement(step.norm(self._norm_type), step.logs)
         if step.logs:
-            measured.weights, measured.copies = step.weights, _copies(step.weights)
-            measured.labels = self._labels(step)
-            measured.values |= {"gradients/norm": measured.norm, **self._detailed("gradients/norm", step)}
+            found.weights, found.copies, found.labels = step.weights, _copies(step.weights), self._labels(step)
+            found.values |= {"gradients/norm": found.norm, **self._by_label("gradients/norm", step)}
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = self.current_step(optimizer)
-        self._attempts.happened(step.index)
-        measured = self._steps.get(step.index)
-        if measured is None:
+        self._pending.after_step(step.index)
+        found = self._measurements.get(step.index)
+        if found is None:
             return
-        nothing = torch.full_like(measured.norm, math.nan)
-        row = [measured.norm, nothing, nothing, nothing]
+        unknown = torch.full_like(found.norm, math.nan)
+        row = [found.norm, unknown, unknown, unknown]
         clipped = None if self._clipping is None else self._clipping.clipped(step.index)
         if clipped is not None:
-            row[_CLIPPED] = clipped.to(nothing) if isinstance(clipped, Tensor) else nothing.new_full((), clipped)
-        if measured.logs:
+            row[_CLIPPED] = clipped.to(unknown) if isinstance(clipped, Tensor) else unknown.new_full((), clipped)
+        if found.logs:
             row[_AFTER] = step.norm(self._norm_type)
-            row[_UPDATE] = self._measure_update(measured)
-            if row[_CLIPPED] is nothing and self._only_limits:
-                row[_CLIPPED] = (row[_AFTER] < measured.norm).to(measured.norm)
-            measured.values |= {"gradients/norm_clipped": row[_AFTER], "gradients/update_ratio": row[_UPDATE]}
-            measured.values |= self._detailed("gradients/norm_clipped", step)
-        self._recent[step.index].append(torch.stack(row))
-        if measured.logs and row[_CLIPPED] is not nothing:
-            measured.values["gradients/share_clipped"] = self._recent[step.index].rows[:, _CLIPPED].nanmean()
+            row[_UPDATE] = self._measure_update(found)
+            if row[_CLIPPED] is unknown and self._only_limits:
+                row[_CLIPPED] = (row[_AFTER] < found.norm).to(found.norm)
+            found.values |= {"gradients/norm_clipped": row[_AFTER], "gradients/update_ratio": row[_UPDATE]}
+            found.values |= self._by_label("gradients/norm_clipped", step)
+        history = self._histories[step.index]
+        history.append(torch.stack(row))
+        if found.logs and row[_CLIPPED] is not unknown:
+            found.values["gradients/share_clipped"] = history.rows[:, _CLIPPED].nanmean()
 
-    def _measure_update(self, measured: _Measured) -> Tensor:
-        weights, copies = measured.weights, measured.copies
+    def _measure_update(self, found: _Measurement) -> Tensor:
+        """Return the update ratio of all weights, and log those of modules or parameters."""
+        weights, copies = found.weights, found.copies
         before, sizes = total_norm(copies), tensor_norms(copies) if self.level != "total" else None
         torch._foreach_sub_(shards.local_shards(copies), shards.local_shards([weight.detach() for weight in weights]))
         if sizes is not None:
-            moved = _by_name(measured.labels, tensor_norms(copies), 2.0)
-            held = _by_name(measured.labels, sizes, 2.0)
-            measured.values |= {f"gradients/update_ratio/{name}": _ratio(moved[name], held[name]) for name in moved}
+            moved = _norms_by_label(found.labels, tensor_norms(copies), 2.0)
+            held = _norms_by_label(found.labels, sizes, 2.0)
+            found.values |= {f"gradients/update_ratio/{label}": _ratio(moved[label], held[label]) for label in moved}
         ratio = _ratio(total_norm(copies), before)
-        measured.weights, measured.copies = [], []
+        found.weights, found.copies = [], []
         return ratio
 
-    def _detailed(self, prefix: str, step: OptimizerStep) -> dict[str, Tensor]:
+    def _by_label(self, prefix: str, step: OptimizerStep) -> dict[str, Tensor]:
+        """Return the gradient norm of each module or parameter, by the name under which it is logged."""
         if self.level == "total":
             return {}
         each = tensor_norms(sparse.dense_rows(step.weights, step.grads)[1], self._norm_type)
-        found = _by_name(self._labels(step), each, self._norm_type)
-        return {f"{prefix}/{name}": norm for name, norm in found.items()}
+        found = _norms_by_label(self._labels(step), each, self._norm_type)
+        return {f"{prefix}/{label}": norm for label, norm in found.items()}
 
     def _labels(self, step: OptimizerStep) -> list[str]:
-        """Return under which name the norm of each weight is logged."""
+        """Return the name of each weight, or that of its module, for the log."""
         if self.level == "total":
             return []
         return [name.rpartition(".")[0] or "root" for name in step.names] if self.level == "module" else step.names
@@ -190,86 +189,91 @@ class GradientMonitor(OptimCallback):
 
     @property
     def _only_limits(self) -> bool:
-        """Whether a norm that became smaller was clipped, and is not smaller for another reason."""
+        """True if every clipping policy only limits gradients, so that a norm that became smaller was clipped."""
         return self._clipping is not None and all(policy.limits for policy in self._clipping.policies)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for index, count in self._attempts.failed().items():
+        for index, count in self._pending.pop().items():
             self.skipped[index] += count
-        for index, step in self._steps.items():
-            if step.logs:
-                values: dict[str, Tensor | float] = {**step.values, "gradients/skipped": float(self.skipped[index])}
+        for index, found in self._measurements.items():
+            if found.logs:
+                values: dict[str, Tensor | float] = {**found.values, "gradients/skipped": float(self.skipped[index])}
                 for name, value in values.items():
                     self.log_value(pl_module, name, value, trainer.optimizers[index])
-        self._steps.clear()
+        self._measurements.clear()
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     def suggest_clip(self, percentile: float = 90.0, optimizer: int = 0) -> float:
-        """A threshold for clipping by norm: a percentile of the remembered norms before clipping.
+        """Return a bound for clipping by norm: a percentile of the norms before clipping in the history.
 
-        Train some hundred steps without clipping, or with what you have. At the 90th percentile one step in ten is
-        clipped: enough against spikes, and little else. If half the steps are clipped, the threshold acts as a
-        learning rate.
+        Train some hundred steps without clipping, or with the clipping that you have. A bound at the 90th percentile
+        clips one step in ten, which is enough against spikes. A bound that clips half of the steps acts as a learning
+        rate.
 
         Args:
             percentile: In [0, 100].
-            optimizer: The number of the optimizer.
+            optimizer: The index of the optimizer.
 
         Raises:
             ValueError: If ``percentile`` is out of its range.
             RuntimeError: If no step with a finite norm was measured yet.
         """
         check_number("percentile", percentile, low=0.0, high=100.0)
-        norms = self._remembered(optimizer)[:, _BEFORE].double()
+        norms = self._rows(optimizer)[:, _BEFORE].double()
         norms = norms[norms.isfinite()]
         if not len(norms):
-            raise RuntimeError("No norm is remembered that is finite: train some steps first")
+            raise RuntimeError("The history holds no finite norm: train some steps first")
         return float(torch.quantile(norms, percentile / 100.0))
 
-    def plot(self, optimizer: int = 0, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the remembered norms before and after clipping, and the suggested threshold, over the steps.
+    def plot(self, metric_or_optimizer: int | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the norms in the history before and after clipping over the steps, and the suggested bound.
 
         Args:
-            optimizer: The number of the optimizer.
-            ax: Where to draw; a new figure without it.
+            metric_or_optimizer: The index of the optimizer. Default: the first one, 0.
+            ax: The axes to draw on. Default: those of a new figure.
 
         Returns:
             The figure and its axes.
+
+        Raises:
+            ValueError: If ``metric_or_optimizer`` is not an index.
+            RuntimeError: If no step with a finite norm was measured yet.
+            ModuleNotFoundError: If matplotlib is not installed.
         """
-        rows = self._remembered(optimizer)
+        optimizer = check_number("metric_or_optimizer", metric_or_optimizer or 0, low=0, integer=True)
+        rows, bound = self._rows(optimizer), self.suggest_clip(optimizer=optimizer)
         last = self.steps[optimizer] if optimizer < len(self.steps) else len(rows)
         steps = torch.arange(last - len(rows) + 1, last + 1)
         figure, axes = canvas(ax)
         axes.plot(steps, rows[:, _BEFORE], linewidth=0.8, label="before clipping")
-        seen = rows[:, _AFTER].isfinite()
+        measured = rows[:, _AFTER].isfinite()
         if rows[:, _CLIPPED].isfinite().any():
-            axes.plot(steps[seen], rows[seen, _AFTER], ".", label="after clipping (logged steps)")
-        threshold = self.suggest_clip(optimizer=optimizer)
-        axes.axhline(threshold, color="gray", linestyle="--", label=f"90th percentile, {threshold:.3g}")
+            axes.plot(steps[measured], rows[measured, _AFTER], ".", label="after clipping (logged steps)")
+        axes.axhline(bound, color="gray", linestyle="--", label=f"90th percentile, {bound:.3g}")
         axes.set(xlabel="optimizer step", ylabel="norm of the gradients", yscale="log")
         axes.legend()
         return figure, axes
 
-    def _remembered(self, optimizer: int) -> Tensor:
-        rows = self._recent[optimizer].rows if optimizer < len(self._recent) else torch.zeros(0, 4)
+    def _rows(self, optimizer: int) -> Tensor:
+        rows = self._histories[optimizer].rows if optimizer < len(self._histories) else torch.zeros(0, 4)
         return rows.cpu() if rows.numel() else torch.zeros(0, 4)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
-        return {"recent": [recent.state_dict() for recent in self._recent], "skipped": list(self.skipped)}
+        return {"recent": [history.state_dict() for history in self._histories], "skipped": list(self.skipped)}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._extend(len(extra["recent"]))
-        for recent, saved in zip(self._recent, extra["recent"], strict=True):
-            recent.load_state_dict(saved)
+        for history, saved in zip(self._histories, extra["recent"], strict=True):
+            history.load_state_dict(saved)
         self.skipped = list(extra["skipped"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_clipping": None, "_steps": {}}
+        return {**super().__getstate__(), "_clipping": None, "_measurements": {}}
 
 
 def _copies(weights: list[Tensor]) -> list[Tensor]:
@@ -279,8 +283,8 @@ def _copies(weights: list[Tensor]) -> list[Tensor]:
     return [shards.placed_as(copy, weight) for copy, weight in zip(copies, weights, strict=True)]
 
 
-def _by_name(labels: list[str], each: Tensor, norm_type: float) -> dict[str, Tensor]:
-    """The norm of all tensors under each label, of the tensors' norms."""
+def _norms_by_label(labels: list[str], each: Tensor, norm_type: float) -> dict[str, Tensor]:
+    """Return the norm of all tensors with the same label, from the norms of the single tensors."""
     grouped: dict[str, list[Tensor]] = {}
     for label, norm in zip(labels, each.unbind(), strict=True):
         grouped.setdefault(label, []).append(norm)
@@ -288,5 +292,5 @@ def _by_name(labels: list[str], each: Tensor, norm_type: float) -> dict[str, Ten
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    # Weights of zero have no ratio: a number that is merely large keeps a logger's axis, infinity does not.
+    # Weights of zero have no ratio: a large number does not spoil the axis of a plot, infinity does.
     return part / whole.clamp(min=1e-12)

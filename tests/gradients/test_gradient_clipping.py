@@ -298,8 +298,8 @@ def test_counts_and_medians_are_in_the_state() -> None:
     other.load_state_dict(clipping.state_dict())
     assert other.skipped == [2]
     assert other.skipped_at == clipping.skipped_at
-    assert other._in_a_row == [2]
-    assert torch.equal(other._guards[0]._recent.rows, clipping._guards[0]._recent.rows)
+    assert other._skipped_in_a_row == [2]
+    assert torch.equal(other._checks[0]._norms.rows, clipping._checks[0]._norms.rows)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_counts_and_medians_are_in_the_state() -> None:
     [
         ({"policy": 0.0}, "`policy=0.0` must be a number > 0, a clipping policy or a list of them"),
         ({"policy": []}, "`policy=.*` must be a number > 0, a clipping policy or a list of them"),
-        ({"policy": 1.0, "nonfinite": "drop"}, "`nonfinite='drop'` must be one of .'skip', 'raise', 'ignore'."),
+        ({"policy": 1.0, "nonfinite": "drop"}, "`nonfinite` must be one of 'skip', 'raise', 'ignore', got 'drop'"),
         ({"policy": 1.0, "max_consecutive_skips": -1}, "`max_consecutive_skips` must be an integer >= 0, got -1"),
         ({"policy": 1.0, "spike": 1.0}, "`spike` must be a number > 1.0, got 1.0"),
     ],

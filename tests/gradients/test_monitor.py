@@ -124,7 +124,7 @@ def test_skipped_steps_are_counted_and_not_remembered(precision: Any) -> None:
     monitor = GradientMonitor()
     logged = _fit(monitor, GradientClipping(0.5), Bad({2, 5}), cell=Cell("automatic", precision, "single", "1"))
     assert monitor.skipped == [2]
-    assert len(monitor._remembered(0)) == 10
+    assert len(monitor._rows(0)) == 10
     assert list(logged["gradients/skipped"].values())[-1] == 2.0
     assert math.isfinite(monitor.suggest_clip(100.0))
 
@@ -201,7 +201,7 @@ def test_its_memory_is_in_the_state() -> None:
     other.load_state_dict(monitor.state_dict())
     assert other.suggest_clip(30.0) == monitor.suggest_clip(30.0)
     assert other.skipped == [1]
-    assert len(other._remembered(0)) == 5
+    assert len(other._rows(0)) == 5
 
 
 def test_nothing_to_suggest_before_a_step() -> None:
@@ -231,5 +231,9 @@ def test_plot_shows_the_norms(clips: bool) -> None:
     assert len(dots) == clips
     if clips:
         assert list(dots[0].get_xdata()) == [4, 8, 12]
-    assert monitor.plot(ax=axes) == (figure, axes)
+    assert monitor.plot(0, ax=axes) == (figure, axes)
+    with pytest.raises(ValueError, match="`metric_or_optimizer` must be an integer >= 0, got 'val_loss'"):
+        monitor.plot("val_loss")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="train some steps first"):
+        monitor.plot(1)
     plt.close(figure)
