@@ -86,7 +86,7 @@ def _refuse_second_accumulation(name: str, trainer: Trainer) -> None:
 
 def _refuse_second_average(callback: SessionCallback, trainer: Trainer) -> None:
     averages = callbacks_in(trainer, Slot.AVERAGE)
-    applied = [average for average in averages if average.apply_at_end]
+    applied = [average for average in averages if getattr(average, "apply_at_end", False)]
     if len(applied) > 1 and not any(average.evaluates for average in applied):
         raise MisconfigurationException(
             f"{len(applied)} averages with `evaluate=False` have `apply_at_end=True`, and the module can hold only one"

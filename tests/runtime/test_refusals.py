@@ -26,6 +26,7 @@ from lightning_optim import (
     GradientClipping,
     Linear,
     OptimCallback,
+    Slot,
     WeightAveraging,
     WeightRegularization,
 )
@@ -180,6 +181,20 @@ def test_an_average_that_is_not_evaluated_may_be_there_twice() -> None:
     fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[one, other])
     fitted.trainer.fit(fitted.module)
     assert one.steps == other.steps == [8]  # type: ignore[attr-defined]
+
+
+class InSlotOfAverages(OptimCallback):
+    """A user's callback that acts after projections, as averages do."""
+
+    slot = Slot.AVERAGE
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_users_callback_in_the_slot_of_averages_is_no_average(backwards: bool) -> None:
+    callbacks: list[Any] = [InSlotOfAverages(), WeightAveraging(EMA(0.9), evaluate=False)]
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=callbacks[::-1] if backwards else callbacks)
+    fitted.trainer.fit(fitted.module)
+    assert [callback.steps for callback in callbacks] == [[8], [8]]
 
 
 class Alone(models.Model):
