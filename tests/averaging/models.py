@@ -1,4 +1,4 @@
-"""Small modules for the tests of averaging, and the trajectory of their weights."""
+"""Small modules and Trainers for the tests of averaging; averages of a trajectory of weights in fp64."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.harness.run import LivingEnvironment
+
 
 def data(count: int = 8, size: int = 4, features: int = 6, seed: int = 0) -> DataLoader:
-    """Batches whose features have means and scales of their own."""
+    """Return a loader of batches whose features differ in mean."""
     generator = torch.Generator().manual_seed(seed)
     x = 3.0 * torch.randn(count * size, features, generator=generator) + torch.arange(features)
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).tanh()), batch_size=size)
 
 
 class Model(LightningModule):
-    """A regression with what ``net`` is; remembers its weights after each step and at each validation."""
+    """A regression with ``net`` that records its weights after each step and at each validation."""
 
     def __init__(
         self, net: nn.Module | None = None, lr: float = 0.05, make: Callable[[], nn.Module] | None = None
@@ -87,6 +90,15 @@ def trainer(callbacks: Iterable[Callback] = (), **changes: Any) -> Trainer:
     return Trainer(**(arguments | changes))
 
 
+def two_processes(callbacks: Iterable[Callback], sharded: bool = True, folders: bool = True, **changes: Any) -> Trainer:
+    """Return a Trainer for a process of a group of two: under FSDP2, with checkpoints in folders or files, or DDP."""
+    strategy: Strategy = DDPStrategy()
+    if sharded:
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=folders)
+    fixed: dict[str, Any] = {"devices": 2, "plugins": [LivingEnvironment()], "use_distributed_sampler": False}
+    return trainer(callbacks, strategy=strategy, **fixed, **changes)
+
+
 def fit(
     model: Model, callbacks: Iterable[Callback] = (), train: Any = None, ckpt: Any = None, **changes: Any
 ) -> Trainer:
@@ -96,12 +108,12 @@ def fit(
 
 
 def mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The sum over the whole trajectory in fp64, divided."""
+    """Return the mean of the states, in fp64."""
     return {name: sum(state[name].double() for state in states) / len(states) for name in states[0]}
 
 
 def ema(states: Sequence[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
-    """The sum over the whole trajectory in fp64, each state times what later updates kept of its share."""
+    """Return the exponential average of the states as a weighted sum, in fp64."""
     shares = [1.0] + [1.0 - decay] * (len(states) - 1)
     factors = [share * decay ** (len(states) - 1 - index) for index, share in enumerate(shares)]
     return {
@@ -126,7 +138,7 @@ def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 class Moving(nn.Module):
-    """A buffer that each training step sets to ``values(step)``."""
+    """A layer with a buffer that each training step sets to ``values(step)``."""
 
     def __init__(self, values: Callable[[int], Tensor | None], first: Tensor | None = None) -> None:
         super().__init__()

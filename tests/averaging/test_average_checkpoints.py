@@ -25,9 +25,19 @@ from lightning_optim import (
     greedy_soup,
     refresh_batchnorm_,
 )
-from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, plain_net, snapshot, trainer
+from tests.averaging.models import (
+    Model,
+    assert_close,
+    assert_equal,
+    data,
+    fit,
+    norm_net,
+    plain_net,
+    snapshot,
+    trainer,
+    two_processes,
+)
 from tests.harness.groups import Group
-from tests.harness.run import LivingEnvironment
 
 
 def _models(count: int, make=plain_net) -> list[nn.Module]:
@@ -426,24 +436,13 @@ def test_arguments_are_refused(arguments) -> None:
 
 
 def _sharded(folder: str) -> list:
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
     from tests.harness.cells import Cell
     from tests.harness.models import build, full_weights
 
     saved = ModelCheckpoint(folder, monitor="val_loss", save_top_k=3)
     callback = CheckpointAveraging(top=3)
     module = build(Cell("automatic", "32-true", "fsdp2", "1"))
-    run = trainer(
-        [saved, callback],
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-        devices=2,
-        plugins=[LivingEnvironment()],
-        enable_checkpointing=True,
-        max_epochs=3,
-        use_distributed_sampler=False,
-    )
-    run.fit(module)
+    two_processes([saved, callback], enable_checkpointing=True, max_epochs=3).fit(module)
     return [full_weights(module), list(saved.best_k_models), callback.path, callback.best_path, callback.score]
 
 

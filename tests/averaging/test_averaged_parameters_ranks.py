@@ -1,4 +1,4 @@
-"""What is averaged while layers are frozen and unfrozen, and estimated, on two processes."""
+"""Parameters that are frozen and unfrozen, and estimated vectors, on two processes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_optim import EMA, SWA, WeightAveraging
-from tests.averaging.models import Model, assert_equal, data, differ, snapshot, trainer
+from tests.averaging.models import Model, assert_equal, data, differ, snapshot, two_processes
 from tests.harness.cells import Cell
 from tests.harness.groups import Group, JobFailed
 from tests.harness.models import build, full_weights
-from tests.harness.run import LivingEnvironment
 
 
 def _sharded(folder: str, whole_files: bool, plan: str) -> list[Any]:
@@ -37,18 +35,8 @@ def _sharded(folder: str, whole_files: bool, plan: str) -> list[Any]:
         module.on_train_epoch_start = lambda: choose(module.current_epoch)
         saved = ModelCheckpoint(f"{folder}/{name}", filename="{epoch}", save_top_k=-1)
         average = WeightAveraging(EMA(0.8))
-        fitted = trainer(
-            [average, saved],
-            strategy=ModelParallelStrategy(
-                data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not whole_files
-            ),
-            devices=2,
-            plugins=[LivingEnvironment()],
-            enable_checkpointing=True,
-            max_epochs=epochs,
-            use_distributed_sampler=False,
-        )
-        fitted.fit(module, ckpt_path=ckpt)
+        changes = {"enable_checkpointing": True, "max_epochs": epochs}
+        two_processes([average, saved], folders=not whole_files, **changes).fit(module, ckpt_path=ckpt)
         return [full_weights(module), module.raw, module.validations[-1], len(average.averaged_state())]
 
     whole, _ = run("whole", 4), run("first", 2)
@@ -91,15 +79,7 @@ class ShardedNormed(Normed):
 
 def _normed(sharded: bool, buffers: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
     model = ShardedNormed() if sharded else Normed()
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else DDPStrategy()
-    run = trainer(
-        [WeightAveraging(SWA(), buffers=buffers)],
-        strategy=strategy,
-        devices=2,
-        plugins=[LivingEnvironment()],
-        use_distributed_sampler=False,
-    )
-    run.fit(model)
+    two_processes([WeightAveraging(SWA(), buffers=buffers)], sharded).fit(model)
     if sharded:
         return 1.0, {name: buffer.clone() for name, buffer in model.named_buffers()}
     return float(torch.linalg.matrix_norm(model.net[0].weight.detach(), 2)), snapshot(model)
@@ -112,6 +92,6 @@ def test_vectors_of_spectral_norm_are_the_same_on_all_ranks(group: Group) -> Non
 
 
 def test_vectors_of_a_sharded_weight_are_refused_unless_they_are_copied(group: Group) -> None:
-    with pytest.raises(JobFailed, match=r"no rank holds the whole weight of these: .* `buffers=\{"):
+    with pytest.raises(JobFailed, match=r"no rank holds the whole weight of: .* `buffers=\{"):
         group.run(_normed, True)
     assert len(group.run(_normed, True, {"*_u": "copy", "*_v": "copy"})) == 2

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 from lightning_optim import SWA, WeightAveraging, refresh_batchnorm_
-from tests.averaging.models import Model, assert_close, assert_equal, data, norm_net, trainer
+from tests.averaging.models import Model, assert_close, assert_equal, data, norm_net, two_processes
 from tests.harness.groups import Group, JobFailed
-from tests.harness.run import LivingEnvironment
 
 
 def _whole(module: nn.Module) -> dict[str, Tensor]:
@@ -85,16 +83,8 @@ def _fit(buffers: Any, gradients: str, sharded: bool) -> list[Any]:
     model = Talking(gradients, sharded)
     rank = torch.distributed.get_rank()
     loader = DataLoader(_rows(rank)[: 3 + 2 * rank], batch_size=None)  # three batches on one, five on the other
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else DDPStrategy()
-    run = trainer(
-        [WeightAveraging(SWA(), buffers=buffers, refresh_loader=loader)],
-        devices=2,
-        strategy=strategy,
-        plugins=[LivingEnvironment()],
-        use_distributed_sampler=False,
-        val_check_interval=3,
-        max_epochs=1,
-    )
+    average = WeightAveraging(SWA(), buffers=buffers, refresh_loader=loader)
+    run = two_processes([average], sharded, val_check_interval=3, max_epochs=1)
     run.fit(model)
     return [_whole(model), model.seen, float(run.callback_metrics["train_loss"])]
 
@@ -125,14 +115,7 @@ class Broken(Talking):
 
 
 def _refused() -> None:
-    run = trainer(
-        [WeightAveraging(SWA())],
-        devices=2,
-        strategy=DDPStrategy(),
-        plugins=[LivingEnvironment()],
-        use_distributed_sampler=False,
-    )
-    run.fit(Broken("", False))
+    two_processes([WeightAveraging(SWA())], sharded=False).fit(Broken("", False))
 
 
 def test_what_fails_on_one_rank_is_refused_on_all(group: Group) -> None:

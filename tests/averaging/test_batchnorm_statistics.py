@@ -7,16 +7,14 @@ import random
 import numpy
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_optim import SWA, WeightAveraging, refresh_batchnorm_
 from lightning_optim.averaging.batchnorm.batches import own_copy
-from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, snapshot, trainer
+from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, snapshot, two_processes
 from tests.harness.groups import Group
-from tests.harness.run import LivingEnvironment
 
 
 def _rows(count: int, sort: bool = False) -> torch.Tensor:
@@ -291,10 +289,7 @@ class Ranked(Model):
 def _on_ranks(buffers: str, dtype: torch.dtype = torch.float32):
     model = Ranked(make=norm_net)
     callback = _averaged(buffers=buffers, dtype=dtype)
-    run = trainer(
-        [callback], devices=2, strategy=DDPStrategy(), plugins=[LivingEnvironment()], use_distributed_sampler=False
-    )
-    run.fit(model)
+    two_processes([callback], sharded=False).fit(model)
     return [snapshot(model), model.validated, model.trajectory, callback.averaged_state()]
 
 

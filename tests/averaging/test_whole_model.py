@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,11 +27,11 @@ from tests.averaging.models import (
     plain_net,
     snapshot,
     trainer,
+    two_processes,
 )
 from tests.harness.cells import Cell
 from tests.harness.groups import Group
 from tests.harness.models import build, full_weights
-from tests.harness.run import LivingEnvironment
 
 DECAY = 0.8
 
@@ -373,18 +372,8 @@ def _sharded(folder: str, whole_files: bool, average, kind: str) -> list[Any]:
         module.configure_optimizers = lambda: torch.optim.Adam(module.parameters(), lr=0.01)
         saved = ModelCheckpoint(f"{folder}/{name}", filename="{epoch}", save_top_k=-1)
         callback = EMAWeightAveraging(decay=DECAY) if kind == "drop-in" else WeightAveraging(average, every=1)
-        fitted = trainer(
-            [callback, saved],
-            strategy=ModelParallelStrategy(
-                data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not whole_files
-            ),
-            devices=2,
-            plugins=[LivingEnvironment()],
-            enable_checkpointing=True,
-            max_epochs=epochs,
-            use_distributed_sampler=False,
-        )
-        fitted.fit(module, ckpt_path=ckpt)
+        changes = {"enable_checkpointing": True, "max_epochs": epochs}
+        two_processes([callback, saved], folders=not whole_files, **changes).fit(module, ckpt_path=ckpt)
         return module
 
     whole, _ = run("whole", 3), run("first", 1)
@@ -431,14 +420,7 @@ def _sharded_statistics() -> list[Any]:
             self.log("val_loss", (self(batch[0]) - batch[1]).square().mean(), sync_dist=True)
 
     model = Sharded(make=norm_net)
-    run = trainer(
-        [averaging(average=SWA())],
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-        devices=2,
-        plugins=[LivingEnvironment()],
-        use_distributed_sampler=False,
-    )
-    run.fit(model)
+    two_processes([averaging(average=SWA())]).fit(model)
     return [full_weights(model), {name: buffer.clone() for name, buffer in model.named_buffers()}]
 
 
