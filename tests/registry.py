@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import (
@@ -28,6 +30,7 @@ from lightning_optim import (
     CheckpointAveraging,
     ClipByNorm,
     ClipByValue,
+    Clipping,
     Constant,
     Cosine,
     Criterion,
@@ -55,6 +58,7 @@ from lightning_optim import (
     WeightRegularization,
     ZClip,
 )
+from lightning_optim.base import local_shards, per_weight
 from tests.harness import averaging_formulas, formulas, gradient_formulas, run
 from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
 from tests.harness.dropout_formulas import Dropout, fixed
@@ -118,6 +122,22 @@ class Shrinking(OptimCallback):
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 weight.mul_(0.98)
+
+
+class SlowGradients(Clipping):
+    """What a user may write: a policy that keeps a tensor beside each weight, the mean of its gradients."""
+
+    limits = False
+
+    def __init__(self, decay: float, strength: float) -> None:
+        super().__init__()
+        self.decay, self.strength = decay, strength
+        self.add_state("slow", per_weight(torch.zeros_like))
+
+    def _clip_(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        slow, shards = local_shards(self.slow.of(weights)), local_shards(grads)
+        torch._foreach_lerp_(slow, shards, 1.0 - self.decay)
+        torch._foreach_add_(shards, slow, alpha=self.strength)
 
 
 def _window(cell: Cell) -> int:
@@ -213,6 +233,12 @@ _SCORES = (5.0, 4.0, 2.0, 3.0, 4.0, 1.0)
 ENTRIES = (
     Entry("plain", "nothing", lambda _: [], _plain),
     Entry("after_step", "weights", lambda _: [Shrinking()], lambda _: formulas.Shrink(0.98)),
+    Entry(
+        "tensor_beside_each_weight",
+        "gradients",
+        lambda _: [GradientClipping(SlowGradients(decay=0.8, strength=2.0))],
+        lambda _: gradient_formulas.AddMean(decay=0.8, strength=2.0),
+    ),
     Entry(
         "accumulation",
         "windows",

@@ -151,26 +151,13 @@ class Nested(State):
         return [[policy.identity, policy.state_dict()] for policy in held]
 
     def load(self, saved: list[Any], held: list[Any]) -> list[Any]:
-        left = _with_identities(saved, held)
+        left = list(saved)
         for policy in held:
             found = next((entry for entry in left if entry[0] == policy.identity), None)
             if found is not None:
                 left.remove(found)
                 policy.load_state_dict(found[1])
         return held
-
-
-def _with_identities(saved: list[Any], policies: list[Any]) -> list[Any]:
-    """Add the identities to the states of a checkpoint that holds them in their order only, as the first ones did."""
-    if all(isinstance(entry, list | tuple) for entry in saved):
-        return list(saved)
-    if [sorted(entry) for entry in saved] != [sorted(policy.state_dict()) for policy in policies]:
-        raise ValueError(
-            f"This checkpoint of an earlier version holds the states of {len(saved)} criteria in their order, and they"
-            f" are not those of {[policy.identity for policy in policies]}: resume with the same criteria in the same"
-            " order."
-        )
-    return [[policy.identity, entry] for policy, entry in zip(policies, saved, strict=True)]
 
 
 def per_unit(fill: float = 0.0, rows: int | None = None) -> State:
@@ -234,7 +221,9 @@ class WeightStates:
 
     def __init__(self, init: Callable[[Tensor], Tensor]) -> None:
         self._init = init
-        self._held: dict[int, tuple[weakref.ref[Tensor], str, Tensor]] = {}
+        # By the weight's `id`: the weight, its name, the tensor. Weights are held, since torch moves no tensor to another
+        # device to which there is a weak reference.
+        self._held: dict[int, tuple[Tensor, str, Tensor]] = {}
         self._loaded: dict[str, Tensor] = {}  # of weights that were not seen yet
         self._count = 0  # of weights seen, by which they are named without a module
         self._module: weakref.ref[nn.Module] | None = None
@@ -246,15 +235,15 @@ class WeightStates:
             ValueError: If a weight is no parameter of the module by which the weights are named, such as the rows of a
                 weight whose gradient is sparse.
         """
-        new = [weight for weight in weights if (held := self._held.get(id(weight))) is None or held[0]() is not weight]
-        if new:
-            self._add(new)
+        if not self._held.keys() >= set(map(id, weights)):
+            self._add([weight for weight in weights if id(weight) not in self._held])
         return [self._held[id(weight)][2] for weight in weights]
 
     @torch.no_grad()
     def _add(self, weights: Sequence[Tensor]) -> None:
-        self._held = {key: held for key, held in self._held.items() if held[0]() is not None}
         names = self._names()
+        if names is not None:
+            self._held = {key: held for key, held in self._held.items() if key in names}
         for place, weight in enumerate(weights, start=self._count):
             if names is not None and id(weight) not in names:
                 raise ValueError(
@@ -266,7 +255,7 @@ class WeightStates:
             saved = self._loaded.pop(name, None)
             if saved is not None and saved.shape == own.shape:
                 shards.copy_(own, saved)
-            self._held[id(weight)] = (weakref.ref(weight), name, own)
+            self._held[id(weight)] = (weight, name, own)
         self._count += len(weights)
 
     def _names(self) -> dict[int, str] | None:
@@ -283,10 +272,9 @@ class WeightStates:
     def named(self) -> dict[str, Tensor]:
         """Return the tensors by the present names of their weights, live."""
         names = self._names()
-        there = {key: held for key, held in self._held.items() if held[0]() is not None}
         if names is None:
-            return self._loaded | {name: own for _, name, own in there.values()}
-        return self._loaded | {names[key]: own for key, (_, _, own) in there.items() if key in names}
+            return self._loaded | {name: own for _, name, own in self._held.values()}
+        return self._loaded | {names[key]: own for key, (_, _, own) in self._held.items() if key in names}
 
     def load(self, named: dict[str, Tensor]) -> None:
         """Take copies of tensors by the names of their weights, for when these are seen."""

@@ -85,6 +85,7 @@ class WeightRegularization(OptimCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         shards.reshard_(pl_module)
+        self._copies.name_weights(pl_module)
         for term in self.terms:
             refuse_split_units(term, selection.select(pl_module, term.on, term.exclude).values())
             self._chosen.append(Selection(pl_module, term.on, term.exclude))

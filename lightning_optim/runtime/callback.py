@@ -14,6 +14,7 @@ from lightning_optim.runtime.order import Slot, arrange
 from lightning_optim.runtime.overridden_hooks import OverridableHooks
 from lightning_optim.runtime.refusals import in_another_fit, refuse_setup, refuse_start, refuse_unknown_length
 from lightning_optim.runtime.session import Session
+from lightning_optim.runtime.state_versions import converted, with_version
 from lightning_optim.runtime.step import OptimizerStep
 
 
@@ -224,12 +225,13 @@ class OptimCallback(OverridableHooks):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint. A collective under FSDP2, where Lightning calls it on all ranks."""
-        return callback_state.export({"steps": list(self.steps), **self.extra_state()}, self.fit and self.fit.trainer)
+        state = {"steps": list(self.steps), **self.extra_state()}
+        return callback_state.export(with_version(state), self.fit and self.fit.trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint's state for a fit; a no-op in ``validate``, ``test`` and ``predict``."""
         if self._stage in (None, "fit"):
-            extra = dict(state_dict)
+            extra = converted(self, state_dict)
             self.steps = list(extra.pop("steps", []))
             self.load_extra_state(extra)
 

@@ -201,9 +201,9 @@ def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path, with slashes, and the value of every leaf of nested dictionaries."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
+    """Yield the path, with slashes, and the value of every leaf of nested dictionaries and lists."""
+    if isinstance(tree, dict | list):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _leaves(value, f"{path}/{name}")
     else:
         yield path, tree
@@ -211,5 +211,5 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _at(tree: Any, path: str) -> Any:
     for name in path.split("/")[1:]:
-        tree = tree[name]
+        tree = tree[int(name)] if isinstance(tree, list) else tree[name]
     return tree

@@ -65,6 +65,21 @@ class Draw(Formula):
             grad += (self.eta / (1.0 + step.step) ** self.gamma) ** 0.5 * torch.randn(grad.shape, generator=draws)
 
 
+class AddMean(Formula):
+    """To each gradient the exponential mean of those of its weight so far, times ``strength``."""
+
+    def __init__(self, decay: float, strength: float) -> None:
+        self.decay = decay
+        self.strength = strength
+        self.means: dict[tuple[int, int], Tensor] = {}
+
+    def before_step(self, step: Step) -> None:
+        for index, grad in enumerate(step.grads):
+            before = self.means.get((step.optimizer, index), torch.zeros_like(grad))
+            self.means[step.optimizer, index] = mean = self.decay * before + (1.0 - self.decay) * grad
+            grad += self.strength * mean
+
+
 class PercentileClip(Formula):
     """Each tensor's norm at most a percentile of all its norms so far, this one included."""
 
