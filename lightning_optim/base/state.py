@@ -221,8 +221,8 @@ class WeightStates:
 
     def __init__(self, init: Callable[[Tensor], Tensor]) -> None:
         self._init = init
-        # By the weight's `id`: the weight, its name, the tensor. Weights are held, since torch moves no tensor to another
-        # device to which there is a weak reference.
+        # By the weight's `id`: the weight, its name, the tensor. Weights are held, since a weak reference would keep
+        # torch from moving them to another device.
         self._held: dict[int, tuple[Tensor, str, Tensor]] = {}
         self._loaded: dict[str, Tensor] = {}  # of weights that were not seen yet
         self._count = 0  # of weights seen, by which they are named without a module

@@ -1,4 +1,4 @@
-"""The batch that a step is meant to see, whatever fits onto a device."""
+"""The batch size of an optimizer step, whatever size of micro-batch fits onto a device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from lightning_optim.base.policy import Policy
 
 
 class TargetBatchSize(Policy):
-    r"""As many micro-batches in a step as make a batch of at least ``size``: :math:`\lceil S / (b \cdot R) \rceil`.
+    r"""Count the micro-batches that make a batch of at least ``size``: :math:`\lceil S / (b \cdot R) \rceil`.
 
     :math:`b` is the size of one rank's micro-batch and :math:`R` the number of ranks with different data, so that a
     recipe keeps its batch size on another number of devices.
 
     Args:
-        size: S >= 1, the samples in one optimizer step, over all ranks.
-        micro_batch_size: b >= 1. Default: the training ``DataLoader``'s ``batch_size``.
+        size: Number S >= 1 of samples in one optimizer step, over all ranks. micro_batch_size: Number b >= 1 of samples
+        in a micro-batch of one rank. Default: that of the training ``DataLoader``'s ``batch_size``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -25,6 +25,7 @@ class TargetBatchSize(Policy):
 
         >>> TargetBatchSize(256).micro_batches(micro_batch_size=24, ranks=2)
         6
+        >>> callback = GradientAccumulation(TargetBatchSize(256))  # for Trainer(callbacks=[callback])
     """
 
     identity_args = ()
@@ -36,5 +37,5 @@ class TargetBatchSize(Policy):
         self.size, self.micro_batch_size = size, micro_batch_size
 
     def micro_batches(self, micro_batch_size: int, ranks: int = 1) -> int:
-        """The number of micro-batches in a step, >= 1."""
+        """Return the number of micro-batches in a step, >= 1."""
         return math.ceil(self.size / (micro_batch_size * ranks))
