@@ -15,8 +15,9 @@ class TargetBatchSize(Policy):
     recipe keeps its batch size on another number of devices.
 
     Args:
-        size: Number S >= 1 of samples in one optimizer step, over all ranks. micro_batch_size: Number b >= 1 of samples
-        in a micro-batch of one rank. Default: that of the training ``DataLoader``'s ``batch_size``.
+        size: Number S >= 1 of samples in one optimizer step, over all ranks.
+        micro_batch_size: Number b >= 1 of samples in a rank's micro-batch. Default: ``batch_size`` of the training
+            ``DataLoader``.
 
     Raises:
         ValueError: If an argument is out of its range.
