@@ -1,7 +1,8 @@
-"""The figure of every ``plot()``: matplotlib is imported only when somebody asks for a picture."""
+"""Make the figure of a ``plot()``. Matplotlib is imported when a plot is drawn, not before."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def canvas(axes: Axes | None = None) -> tuple[Figure, Axes]:
-    """A figure and its axes, as torchmetrics' ``plot()`` returns them.
+    """Return a figure and its axes, as torchmetrics' ``plot()`` does.
 
     Args:
         axes: Axes to draw on; a new figure by default.
@@ -27,3 +28,10 @@ def canvas(axes: Axes | None = None) -> tuple[Figure, Axes]:
     figure = axes.get_figure()
     assert figure is not None
     return figure, axes  # type: ignore[return-value]
+
+
+def check_metric(metric: str | None, names: Collection[str]) -> str:
+    """Return the metric to plot, or raise if there is no such metric."""
+    if metric is None or metric not in names:
+        raise ValueError(f"`metric_or_optimizer` must be one of {', '.join(map(repr, names))}, got {metric!r}")
+    return metric

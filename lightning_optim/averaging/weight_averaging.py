@@ -377,11 +377,11 @@ class WeightAveraging(AveragedCheckpoints):
             copied["_copied"] = callback_state.export(averaged, None)
         return copied
 
-    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Plot a metric of the raw and of the averaged weights over the optimizer steps.
 
         Args:
-            metric: Name of the metric. It may be left out if a validation logs only one.
+            metric_or_optimizer: Name of the metric. It may be left out if a validation logs only one.
             ax: Axes to draw on. Default: those of a new figure.
 
         Returns:
@@ -392,7 +392,7 @@ class WeightAveraging(AveragedCheckpoints):
             ModuleNotFoundError: If matplotlib is not installed.
         """
         check_not_lost(self)
-        return self.comparison.plot(metric, ax=ax)
+        return self.comparison.plot(metric_or_optimizer, ax=ax)
 
 
 def _device(device: str | int | torch.device | None) -> torch.device | None:

@@ -16,7 +16,7 @@ from lightning_optim.base.arguments import check_number
 from lightning_optim.base.shards import local_shards
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
-from lightning_optim.plotting import canvas
+from lightning_optim.plotting import canvas, check_metric
 from lightning_optim.runtime.lightning import (
     Callback,
     LightningModule,
@@ -71,12 +71,12 @@ class CostBenefit:
         lines = (zip(line, widths, strict=True) for line in [names, *cells])
         return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in line) for line in lines)
 
-    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Plot a metric over the number of members.
 
         Args:
-            metric: ``monitor``, with the range over the groups; ``"seconds"`` or ``"megabytes"``. Default: ``monitor``,
-                with the seconds on a second axis.
+            metric_or_optimizer: ``monitor``, with the range over the groups; ``"seconds"`` or ``"megabytes"``. Default:
+                ``monitor``, with the seconds on a second axis.
             ax: Axes to draw on; a new figure by default.
 
         Returns:
@@ -86,18 +86,16 @@ class CostBenefit:
             ValueError: If there is no such metric.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        names = (self.monitor, "seconds", "megabytes")
-        if metric is not None and metric not in names:
-            raise ValueError(f"`metric` must be one of {names}, got {metric!r}")
+        metric = check_metric(metric_or_optimizer or self.monitor, (self.monitor, "seconds", "megabytes"))
         figure, axes = canvas(ax)
         numbers = [row.members for row in self.rows]
-        column = "value" if metric in (None, self.monitor) else str(metric)
-        axes.plot(numbers, [getattr(row, column) for row in self.rows], marker="o", label=metric or self.monitor)
-        axes.set(xlabel="members", ylabel=metric or self.monitor, xticks=numbers)
+        column = "value" if metric == self.monitor else metric
+        axes.plot(numbers, [getattr(row, column) for row in self.rows], marker="o", label=metric)
+        axes.set(xlabel="members", ylabel=metric, xticks=numbers)
         if column == "value":
             lowest, highest = [row.lowest for row in self.rows], [row.highest for row in self.rows]
             axes.fill_between(numbers, lowest, highest, alpha=0.2, linewidth=0)
-        if metric is None:
+        if metric_or_optimizer is None:
             times = axes.twinx()
             times.plot(numbers, [row.seconds for row in self.rows], color="gray", linestyle="--", marker=".")
             times.set(ylabel="seconds per pass (dashed)", ylim=(0, None))

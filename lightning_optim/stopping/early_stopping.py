@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.plotting import canvas
+from lightning_optim.plotting import canvas, check_metric
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.files.own_files import OwnFiles
@@ -397,11 +397,11 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             self._best_weights.directory = new.directory  # as the user writes it
         self._best_weights.store(trainer, left_out)
 
-    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Plot the monitored metrics over the validations, and mark the best one.
 
         Args:
-            metric: Name of one metric. Default: all that the criterion reads.
+            metric_or_optimizer: Name of one metric. Default: all that the criterion reads.
             ax: Axes to draw on; a new figure by default.
 
         Returns:
@@ -413,10 +413,10 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         """
         check_not_lost(self)
         names = self.criterion.monitors
-        if metric is not None and metric not in names:
-            raise ValueError(f"`metric` must be one of {names}, got {metric!r}")
+        if metric_or_optimizer is not None:
+            names = (check_metric(metric_or_optimizer, names),)
         figure, axes = canvas(ax)
-        for name in names if metric is None else (metric,):
+        for name in names:
             axes.plot(range(1, len(self.history) + 1), [values[name] for values in self.history], label=name)
         if self.best_check >= 0:
             axes.axvline(self.best_check + 1, linestyle="--", color="0.4", label="best")

@@ -373,7 +373,7 @@ def test_plot() -> None:
     assert axes.get_title() == stop.stopping_reason_message
     assert stop.plot(ax=axes)[1] is axes
     assert [line.get_label() for line in stop.plot("other")[1].lines] == ["other", "best"]
-    with pytest.raises(ValueError, match=r"`metric` must be one of \('val_loss', 'other'\), got 'loss'"):
+    with pytest.raises(ValueError, match="must be one of 'val_loss', 'other', got 'loss'"):
         stop.plot("loss")
     _, empty = EarlyStopping("val_loss").plot()
     assert [line.get_label() for line in empty.lines] == ["val_loss"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_optim.plotting import canvas
+from lightning_optim.plotting import canvas, check_metric
 from lightning_optim.runtime.lightning import Trainer, logger_connector
 
 if TYPE_CHECKING:
@@ -52,14 +52,13 @@ class Comparison:
         with logger_connector.logging_beside_validation(trainer, complete):
             yield
 
-    def plot(self, metric: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Plot a metric of both over the steps; see :meth:`WeightAveraging.plot`."""
         names = sorted({name for point in self.points for name in point["raw"]})
         if not names:
             raise ValueError("there is nothing to plot: no validation has compared, which takes `compare=True`")
-        metric = names[0] if metric is None and len(names) == 1 else metric
-        if metric is None or metric not in names:
-            raise ValueError(f"`metric` must be one of {names}, got {metric!r}")
+        only = names[0] if len(names) == 1 else None
+        metric = check_metric(metric_or_optimizer or only, names)
         figure, ax = canvas(ax)
         for kind in ("raw", "averaged"):
             shown = [(point["step"], point[kind][metric]) for point in self.points if metric in point[kind]]
