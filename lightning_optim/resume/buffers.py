@@ -1,4 +1,4 @@
-"""Buffers that an exact resume needs beside the module's ``state_dict``: each rank's own, and those not in it."""
+"""Find and set buffers that no ``state_dict`` in a checkpoint holds: each rank's own, and non-persistent ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_optim.runtime.lightning import Trainer
 
 
 class Buffers:
-    """The plain buffers that training uses, by plain name.
+    """Buffers that are not sharded and that training uses, by plain name.
 
-    Lightning's checkpoints hold one rank's persistent buffers. Of non-persistent ones, those that change in training
-    are state too; the others, such as masks and position codes, the module makes by itself, and they may be large.
+    Lightning's checkpoints hold one rank's persistent buffers. Non-persistent buffers that change in training are state
+    too; the rest, such as masks and position codes, the module makes by itself, and they may be large.
 
     Args:
         trainer: A Trainer at ``on_fit_start``.
@@ -34,7 +34,7 @@ class Buffers:
         }
 
     def of_rank(self) -> dict[str, Tensor]:
-        """Return live storage of all buffers that a checkpoint must hold, wherever callbacks have put them."""
+        """Return live storage of all buffers that a checkpoint must hold, wherever a callback has put them."""
         trainer = self._trainer()
         if trainer is None:
             return {}
@@ -49,7 +49,7 @@ class Buffers:
         return found
 
     def unsaved(self) -> dict[str, Tensor]:
-        """Return copies of those that no ``state_dict`` holds."""
+        """Return copies of the non-persistent buffers among them."""
         trainer = self._trainer()
         present = [] if trainer is None else list(_present(trainer.lightning_module))
         hidden = {name for name, owner, key, _ in present if not is_persistent(owner, key)}
@@ -62,7 +62,7 @@ class Buffers:
 
 @torch.no_grad()
 def set_buffers_(trainer: Trainer, saved: dict[str, Tensor]) -> None:
-    """Put back buffers by plain name, into the storage that is there if it has their shape."""
+    """Set buffers by plain name, in place where the shape is the same."""
     present = {name: (owner, key) for name, owner, key in module_tensors.buffer_places(trainer.lightning_module)}
     for name, value in saved.items():
         owner, key = present.get(name, (None, ""))

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed equals the run that was not."""
+"""Resume a killed run as if it had not been killed."""
 
 from __future__ import annotations
 
@@ -23,43 +23,44 @@ class ExactResume(OptimCallback):
 
     Lightning's checkpoints hold weights, optimizers, schedules and counters. They do not hold the random state, so a
     resumed run draws other dropout masks and another order of the data; and a validation that was due at the batch at
-    whose end the file was written is never run. With this callback the file also holds, for every rank,
+    whose end the checkpoint was written never runs. With this callback a checkpoint also holds, for every rank,
 
     * the state of the random generators of torch (CPU and CUDA), Python and NumPy, and of those that loaders and
       samplers own;
     * the positions of training loaders that have ``state_dict`` and ``load_state_dict``. Lightning saves rank 0's, and
       does not load them at an epoch's end, nor if ``configure_optimizers`` used ``trainer.estimated_stepping_batches``;
-    * what ``self.log(…, on_epoch=True)`` and torchmetrics have gathered in the epoch, and the values that callbacks
-      monitor;
+    * the values that ``self.log(…, on_epoch=True)`` and torchmetrics have gathered in the epoch, and those that
+      callbacks monitor;
     * buffers in which ranks differ, such as the statistics of BatchNorm under FSDP2: Lightning saves one rank's;
     * non-persistent buffers that have changed since the fit started. Other attributes of the module are in no
       checkpoint, unless its ``on_save_checkpoint`` puts them there;
 
-    and the resumed run first does what the killed one was about to do when it had written the file: log the batch,
-    validate, step a ``ReduceLROnPlateau``, end the epoch. A file from the middle of a validation runs all of that
-    validation again, from its beginning.
+    and the resumed run first does what the killed one was about to do when it had written the checkpoint: log the
+    batch, validate, step a ``ReduceLROnPlateau``, end the epoch. If the checkpoint was written in a validation, that
+    validation runs again from its beginning.
 
-    This holds for files that are written in ``on_train_batch_end``, in a validation, in ``on_train_epoch_end`` or
+    This holds for checkpoints that are written in ``on_train_batch_end``, in a validation, in ``on_train_epoch_end`` or
     between these, by a ``ModelCheckpoint``, on SIGTERM or with ``trainer.save_checkpoint``, for epochs and for
     ``max_steps``; on one device, with DDP and with FSDP2. Resume with the same arguments::
 
         trainer = Trainer(callbacks=[ExactResume(), ModelCheckpoint(every_n_train_steps=100, save_last=True)])
         trainer.fit(model, ckpt_path="last")
 
-    What cannot be made exact is said once, in a warning, with what to do instead:
+    A warning says once what cannot be made exact, and what to do instead:
 
-    * A file from the middle of an epoch with a loader that does not save its position. Use torchdata's
+    * A checkpoint from the middle of an epoch with a loader that does not save its position. Use torchdata's
       ``StatefulDataLoader``, or resume from an epoch's end, where a plain ``DataLoader(shuffle=True)`` is exact.
-    * A file from the middle of an epoch with a loader that has no length: Lightning fetches one batch ahead.
+    * A checkpoint from the middle of an epoch with a loader that has no length: Lightning fetches one batch ahead.
     * Random numbers drawn in worker processes, from the middle of an epoch or with ``persistent_workers=True``.
-    * A file written while a window of ``Trainer(accumulate_grad_batches=…)`` was open: use ``GradientAccumulation``,
-      which saves the window. A file written inside a training batch.
-    * Another number of processes than the one that wrote the file, or a file that was written without this callback.
+    * A checkpoint written while a window of ``Trainer(accumulate_grad_batches=…)`` was open: use
+      ``GradientAccumulation``, which saves the window. A checkpoint written inside a training batch.
+    * Another number of processes than the one that wrote the checkpoint, or one that was written without this callback.
 
-    Three things are left as they are. A hook is not called twice: if a callback writes in ``on_train_batch_end``, the
-    module's own, which comes later, is not called for that batch. Whether to stop is decided by who stops, since more
-    patience on resume must be possible: ``trainer.should_stop`` is not in the file. And time is time: intervals by the
-    clock, and with more than two processes the order in which DDP's first all-reduce sums, can differ.
+    Three things are not restored. A hook is not called twice: if a callback writes a checkpoint in
+    ``on_train_batch_end``, the module's own hook, which comes later, is not called for that batch.
+    ``trainer.should_stop`` is not in the checkpoint, since the callback that stops decides anew: more patience on
+    resume must be possible. Intervals by the clock, and with more than two processes the order in which DDP's first
+    all-reduce sums, can differ.
 
     Args:
         name: Tells several of these apart in checkpoints.
@@ -89,7 +90,7 @@ class ExactResume(OptimCallback):
         self._loaded = self._before_validation = self._buffers = None
 
     def extra_state(self) -> dict[str, Any]:
-        """Every rank's state, gathered: Lightning stores what rank 0 returns."""
+        """Return every rank's state, gathered: Lightning stores what rank 0 returns."""
         if self._loaded is not None:
             return self._loaded
         trainer = self._trainer() if self._trainer is not None else None
@@ -97,7 +98,7 @@ class ExactResume(OptimCallback):
             return {}
         validation = None
         if trainer.validating:
-            # Not by a hook of our own: whoever writes in this hook may stand before us in the list.
+            # Not from a hook of this callback: the callback that writes may come before it in the list.
             validation = "done" if running_hook(trainer.lightning_module) == "on_validation_end" else "running"
         mine = self._rank_state(trainer, validation)
         ranks = [mine]
@@ -114,8 +115,8 @@ class ExactResume(OptimCallback):
     def _rank_state(self, trainer: Trainer, validation: str | None) -> dict[str, Any]:
         moment, touched = rank_state.moment(trainer), set()
         if validation is not None and self._before_validation is not None:
-            # What metrics have of a validation: if it runs again they have none of it, and if it is done they are reset
-            # when its last hook was called.
+            # Metrics that a validation updates: if it runs again they begin without it, and if it is done they are
+            # reset after its last hook.
             before, updates = self._before_validation
             counts = metric_updates(trainer)
             touched = {name for name, count in counts.items() if count != updates.get(name)}
@@ -127,13 +128,13 @@ class ExactResume(OptimCallback):
         self._loaded = extra if extra.get("ranks") else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the buffers in which ranks differ. None of the rest is sharded: to ask for it again would gather it."""
+        """Add the buffers in which ranks differ. Nothing else is sharded: asking for it again would gather it."""
         self._save_ranks(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._stage == "fit" and checkpoint.get("global_step"):
-            # Lightning checks validation anew when it resumes at an epoch's end; the run that went on did not.
+            # Lightning runs the sanity check again when it resumes at an epoch's end; the run that went on did not.
             self.session.patch(trainer, "num_sanity_val_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,20 +145,20 @@ class ExactResume(OptimCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            # An exception's checkpoint is written when the fit that we were in is closed already.
+            # The checkpoint of an exception is written when the session is closed already.
             self._trainer = weakref.ref(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         fit_loop, val_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
         self._buffers = Buffers(trainer)
-        # When the fit loop is run, all state is restored and nothing has begun. No hook comes at that moment.
+        # When the fit loop is run, all state is restored and nothing has begun. Lightning has no hook for that moment.
         run, validate = fit_loop.run, val_loop.run
         self.session.patch(fit_loop, "run", lambda: self._run(trainer, run))
         self.session.patch(val_loop, "run", lambda: self._validate(trainer, validate))
 
     def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
-        # The learning-rate finder runs the loop too, and takes the callbacks away for it.
+        # The learning-rate finder runs the loop too, without the callbacks.
         if not trainer.fit_loop.is_resuming or self not in trainer.callbacks:
             return run()
         saved, self._loaded = self._loaded, None
@@ -166,6 +167,6 @@ class ExactResume(OptimCallback):
         resume.run(run)
 
     def _validate(self, trainer: Trainer, validate: Callable[[], Any]) -> Any:
-        # Before the loader's iterator is made, which draws.
+        # Before the loader's iterator is made, which draws a random number.
         self._before_validation = rank_state.moment(trainer), metric_updates(trainer)
         return validate()

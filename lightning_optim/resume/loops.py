@@ -1,4 +1,4 @@
-"""Brings Lightning's loops to where a file was written, so that they go on as the run that wrote it did."""
+"""Bring Lightning's loops to the place where a checkpoint was written, so that they go on as that run did."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_optim.runtime.logged_values import set_logged_values_
 
 
 class Place(enum.Enum):
-    """Where in the run a file was written."""
+    """Place in the run at which a checkpoint was written."""
 
     BETWEEN_EPOCHS = enum.auto()
     EPOCH_END = enum.auto()  # in on_train_epoch_end
@@ -26,24 +26,28 @@ class Place(enum.Enum):
 
 
 class Resume:
-    """One resume, from the moment when all is restored to the first batch.
+    """One resume, from the moment when all state is restored to the first batch.
 
     Args:
         trainer: The Trainer that is about to run its fit loop.
-        saved: What :class:`~lightning_optim.ExactResume` has in the file; ``None`` if it was not there.
+        saved: State of :class:`~lightning_optim.ExactResume` in the checkpoint; ``None`` if it has none.
 
     Attributes:
-        place: Where the file was written. Lightning's counters tell, up to how far a validation was.
-        validation: ``"running"`` or ``"done"`` if the file was written in one.
-        mine: This rank's state; ``None`` if the file has none for it.
+        known: True if the checkpoint was written with ``ExactResume``.
+        place: The place at which it was written, by Lightning's counts and by ``validation``.
+        validation: ``"running"`` or ``"done"`` if it was written in a validation.
+        own: This rank's state; ``None`` if the checkpoint has none for this rank.
         buffers: This rank's buffers that differ from those of the module's ``state_dict``, or are not in it.
+        within_epoch: True if it was written before the epoch's end.
+        unfinished: True as long as the batch at which it was written has not ended.
+        positions: Positions of the training loaders.
     """
 
     def __init__(self, trainer: Trainer, saved: dict[str, Any] | None) -> None:
         ranks = saved["ranks"] if saved is not None else []
         self.trainer = trainer
         self.known = saved is not None
-        self.mine: dict[str, Any] | None = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
+        self.own: dict[str, Any] | None = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
         self.buffers: dict[str, Any] = saved.get("buffers", {}) if saved is not None else {}
         self.validation: str | None = saved["validation"] if saved is not None else None
         self.place = self._find_place()
@@ -102,8 +106,8 @@ class Resume:
         fit_loop = self.trainer.fit_loop
         if not (self.unfinished or self.place is Place.EPOCH_END) or not fit_loop.done:
             return run()
-        # All steps or epochs are done, and Lightning would not even start. But the last batch has still to end, or the
-        # last epoch.
+        # All steps or epochs are done, so that Lightning would not even start. But the last batch or epoch has not
+        # ended.
         fit_loop.reset()
         fit_loop.on_run_start()
         if self.unfinished:
@@ -116,13 +120,13 @@ class Resume:
         fit_loop.on_run_end()
 
     def _load_positions(self) -> None:
-        # Lightning loads rank 0's, before it tells samplers the epoch; and none at an epoch's end, or if
+        # Lightning loads rank 0's positions, before it tells samplers the epoch; and none at an epoch's end, or if
         # `configure_optimizers` has asked for the number of steps.
         fit_loop = self.trainer.fit_loop
         theirs = data_loading.take_saved_positions(self.trainer)
         fit_loop.setup_data()
         if data_loading.combined_loader(fit_loop) is not None:
-            state = {"positions": theirs, "seeds": []} if self.mine is None else self.mine["loaders"]
+            state = {"positions": theirs, "seeds": []} if self.own is None else self.own["loaders"]
             self.positions = state["positions"]
             rank_state.set_positions_(self.trainer, self.positions, state["seeds"])
 
@@ -131,11 +135,11 @@ class Resume:
         if self.place is Place.EPOCH_END:
             progress.increment_completed()
         if progress.current.ready > progress.current.started:
-            # Written in on_train_epoch_start: the epoch starts again.
+            # The checkpoint was written in on_train_epoch_start: the epoch starts again.
             progress.total.ready -= 1
             progress.current.ready -= 1
-        # Nothing is restarted. With `max_steps`, Lightning takes every resume for one from within an epoch. And it
-        # does not make a new iterator for the epoch, because it has made one, from other draws.
+        # Nothing is restarted. With `max_steps`, Lightning takes every resume for one from within an epoch, and makes
+        # no new iterator for the epoch, because it has made one already, with other random numbers.
         for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
             loop.on_iteration_done()
 
@@ -143,18 +147,18 @@ class Resume:
 
     def _begin(self) -> None:
         self._warn()
-        if self.mine is None:
+        if self.own is None:
             return
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed if self.within_epoch else 0
-        rank_state.set_rebuilt_(self.trainer, self.mine["loaders"]["rebuilt"])
-        set_logged_values_(self.trainer, self.mine["logged"], done)
+        rank_state.set_rebuilt_(self.trainer, self.own["loaders"]["rebuilt"])
+        set_logged_values_(self.trainer, self.own["logged"], done)
         set_buffers_(self.trainer, self.buffers)
-        rank_state.set_moment_(self.trainer, self.mine["moment"])
+        rank_state.set_moment_(self.trainer, self.own["moment"])
         if self.place is Place.EPOCH_END:
             self._end_epoch()
 
     def _end_epoch(self) -> None:
-        """What Lightning does after ``on_train_epoch_end``, before it counts the epoch."""
+        """Do what Lightning does after ``on_train_epoch_end``, before it counts the epoch."""
         counted = self.trainer.fit_loop.epoch_progress.current
         counted.completed -= 1
         logger_connector.show_epoch(self.trainer)
@@ -166,13 +170,13 @@ class Resume:
     # ---- in place of the first batch ---------------------------------------------------------------------------------
 
     def _finish_batch(self) -> None:
-        """The batch at which the file was written is trained: Lightning goes on to its end, validation included."""
+        """Let Lightning end the batch at which the checkpoint was written, which is trained, with its validation."""
         progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
         if self.validation == "running":
             for part in ("ready", "started", "processed", "completed"):
                 setattr(progress.total, part, getattr(progress.total, part) - getattr(progress.current, part))
         skip_next_validation(self.trainer, self.validation == "done")
-        if self.place is Place.BATCH_END and self.mine is not None:
+        if self.place is Place.BATCH_END and self.own is not None:
             logger_connector.end_batch(self.trainer)
         self._nothing_restarts()
 
@@ -181,22 +185,21 @@ class Resume:
         epoch_loop = self.trainer.fit_loop.epoch_loop
         self._nothing_restarts()
         if self.known:
-            # Else Lightning looks for a validation that might have been due at the batch before.
+            # Otherwise Lightning looks for a validation that might have been due at the batch before.
             epoch_loop.restarting = False
         try:
             advance(data_fetcher)
         except StopIteration:
             if not self.positions or epoch_loop.batch_progress.current.ready:
                 raise
-            # A loader whose `__iter__` is a generator function takes the position that was loaded only now, and that
-            # is the last epoch's end.
+            # A loader whose `__iter__` is a generator function takes the loaded position only now, and it is that of the
+            # last epoch's end.
             iter(data_fetcher)
             advance(data_fetcher)
 
     def _nothing_restarts(self) -> None:
-        # Else no ReduceLROnPlateau is stepped at this epoch's end, and the next validation goes on with the counts of
-        # the last one.
-        # Not by the fit loop's `restarting`, which with `max_steps` cannot be false.
+        # Otherwise no ReduceLROnPlateau is stepped at this epoch's end, and the next validation goes on with the counts
+        # of the last one. With `max_steps` the fit loop's `restarting` cannot be set to False.
         self.trainer.fit_loop.on_iteration_done()
         self.trainer.fit_loop.epoch_loop.val_loop.restarting = False
 
@@ -204,7 +207,7 @@ class Resume:
 
     def _warn(self) -> None:
         if self.trainer.fit_loop.epoch_progress.total.ready == 0:
-            return  # the learning-rate finder restores a file of its own before the run
+            return  # the learning-rate finder restores a checkpoint of its own before the run
         doubts = self._doubts()
         if doubts:
             rank_zero_warn(f"This resume is not exact: {'; '.join(doubts)}.")
@@ -214,7 +217,7 @@ class Resume:
         doubts = []
         if not self.known:
             doubts.append("the checkpoint was written without `ExactResume`")
-        elif self.mine is None:
+        elif self.own is None:
             doubts.append(
                 f"{self._writers} processes wrote the checkpoint and {self.trainer.world_size} read it: resume with as"
                 " many"

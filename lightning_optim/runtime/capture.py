@@ -156,10 +156,8 @@ def _restore_(trainer: Trainer, state: RunState) -> list[str]:
 @contextlib.contextmanager
 def _running_hooks_kept(trainer: Trainer) -> Iterator[None]:
     """Context manager: keep what Lightning and this package note about the hooks that are running."""
-    hook, ours = (
-        running_hook(trainer.lightning_module),
-        [cb for cb in trainer.callbacks if isinstance(cb, OptimCallback)],
-    )
+    hook = running_hook(trainer.lightning_module)
+    ours = [callback for callback in trainer.callbacks if isinstance(callback, OptimCallback)]
     notes = [callback._package_results for callback in ours]
     yield
     set_running_hook(trainer.lightning_module, hook)
