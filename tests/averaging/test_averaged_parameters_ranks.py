@@ -92,6 +92,6 @@ def test_vectors_of_spectral_norm_are_the_same_on_all_ranks(group: Group) -> Non
 
 
 def test_vectors_of_a_sharded_weight_are_refused_unless_they_are_copied(group: Group) -> None:
-    with pytest.raises(JobFailed, match=r"no rank holds the whole weight of: .* `buffers=\{"):
+    with pytest.raises(JobFailed, match=r"no rank holds the whole weight of .* `buffers=\{"):
         group.run(_normed, True)
     assert len(group.run(_normed, True, {"*_u": "copy", "*_v": "copy"})) == 2
