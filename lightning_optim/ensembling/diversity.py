@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from lightning_optim.base.arguments import check_choice
 from lightning_optim.base.foreach import widest_dtype
 from lightning_optim.ensembling.mean_prediction import log_mean_exp
+from lightning_optim.runtime.lightning.metrics import plot
 
 Measure = Literal["pairwise", "mutual_information"]
 Scores = Literal["probabilities", "logits"]
@@ -117,7 +118,7 @@ class Disagreement(Metric):
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a value, or a list of values, and return the figure and axes; see :meth:`torchmetrics.Metric.plot`."""
-        return self._plot(val, ax)
+        return plot(self, val, ax)
 
 
 def pairwise_disagreement(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.runtime.lightning import LightningModule
+from lightning_optim.runtime.lightning.modules import is_attached
 
 
 class RegularizationMixin(LightningModule):
@@ -54,6 +55,6 @@ class RegularizationMixin(LightningModule):
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"`regularization` must return a scalar tensor, got {got}: take its mean or sum")
-        if self._trainer is not None:
+        if is_attached(self):
             self.log("regularization/loss", loss.detach())
         return loss

@@ -221,7 +221,7 @@ class OptimCallback(OverridableHooks):
     def state_key(self) -> str:
         """Key of the state in a checkpoint: class, :attr:`identity`, and ``name`` if there is one."""
         identity = self.identity if self.name is None else {**self.identity, "name": self.name}
-        return self._generate_state_key(**identity) if identity else type(self).__qualname__
+        return f"{type(self).__qualname__}{identity!r}" if identity else type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint. A collective under FSDP2, where Lightning calls it on all ranks."""

@@ -129,5 +129,5 @@ def copy_without_iterator(loader: Any, **changed: Any) -> Any:
     """
     read_private(loader, "_iterator")  # is there: the copy must not share it
     copied = copy.copy(loader)
-    copied.__dict__.update(changed, _iterator=None)
+    copied.__dict__.update({**changed, "_iterator": None})
     return copied

@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.data import extract_batch_size
 
+from lightning_optim.runtime.lightning.logger_connector import results_of_loop
 from lightning_optim.runtime.lightning.modules import running_hook
-from lightning_optim.runtime.lightning.private_names import read_private
 from lightning_optim.runtime.patching import patched
 
 _OPTIONS = list(inspect.signature(LightningModule.log).parameters)[3:]  # after the module, the name and the value
@@ -68,7 +68,7 @@ class LoggedValue:
 
     @property
     def _results(self) -> Any:
-        return read_private(self.module.trainer, "_results")
+        return results_of_loop(self.module.trainer)
 
 
 @contextlib.contextmanager

@@ -66,6 +66,11 @@ def results(trainer: Trainer) -> Any:
     return read_private(trainer.fit_loop.epoch_loop, "_results")
 
 
+def results_of_loop(trainer: Trainer) -> Any:
+    """Return what the loop that runs now has logged, also a validation loop; ``None`` where nothing can be logged."""
+    return read_private(trainer, "_results")
+
+
 def last_value(result: Any) -> Any:
     """Return the value that was logged last under one name of :func:`results`; ``None`` if none was."""
     return read_private(result, "_forward_cache")

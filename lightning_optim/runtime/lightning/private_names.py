@@ -103,6 +103,7 @@ PRIVATE_NAMES = (
     PrivateName("_pytree", "torch_internals.tree_leaves", "walk through outputs of any structure"),
     # ---- torchmetrics ----
     PrivateName("_update_count", "metrics.restore_", "go on with a metric that is half gathered"),
+    PrivateName("_plot", "metrics.plot", "plot a metric as torchmetrics plots its own"),
     PrivateName("_computed", "metrics.forget_value_", "forget a value of the state before"),
 )
 """Each private name once, by the function that uses it."""

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
@@ -27,7 +28,7 @@ def canary(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
         def told() -> None:
             try:
                 test()
-            except Exception as error:
+            except (Exception, pytest.fail.Exception) as error:
                 said = "; or ".join(entry.message() for entry in entries)
                 raise AssertionError(f"{said}. The test saw {type(error).__name__}: {error}") from error
 

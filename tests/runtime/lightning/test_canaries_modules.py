@@ -65,14 +65,13 @@ def test_name_of_hyper_parameters() -> None:
     assert modules.hparams_name(Model()) == {}
 
 
-class Loading(LightningModule):
-    @modules.restricted_classmethod
-    def made(cls) -> str:
-        return cls.__name__
-
-
 @canary("_restricted_classmethod")
 def test_restricted_class_methods() -> None:
+    class Loading(LightningModule):
+        @modules.restricted_classmethod
+        def made(cls) -> str:
+            return cls.__name__
+
     assert Loading.made() == "Loading"
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         Loading().made()
@@ -93,3 +92,17 @@ def test_metrics_go_on() -> None:
     metric.update(3.0)
     assert metric.compute() == 2.0
     assert torch.equal(metric.compute(), torch.tensor(2.0))
+
+
+@canary("_plot")
+def test_plots_of_metrics() -> None:
+    metric = MeanMetric()
+    metric.update(3.0)
+    for value, expected in (
+        (None, [3.0]),
+        (torch.tensor(2.0), [2.0]),
+        ([torch.tensor(1.0), torch.tensor(2.0)], [1.0, 2.0]),
+    ):
+        figure, axes = metrics.plot(metric, value, None)
+        assert [float(y) for line in axes.lines for y in line.get_ydata()] == expected
+        assert axes.figure is figure
