@@ -192,8 +192,8 @@ class Resume:
         except StopIteration:
             if not self.positions or epoch_loop.batch_progress.current.ready:
                 raise
-            # A loader whose `__iter__` is a generator function takes the loaded position only now, and it is that of the
-            # last epoch's end.
+            # A loader whose `__iter__` is a generator function takes the loaded position only now, and it is the last
+            # epoch's end.
             iter(data_fetcher)
             advance(data_fetcher)
 
