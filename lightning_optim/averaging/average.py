@@ -150,6 +150,14 @@ class Average(Policy):
         memory = [[tensor.clone() for tensor in row] for row in state["memory"]]
         self.load(state["counters"], [tensor.clone() for tensor in state["averaged"]], memory)
 
+    def declared_state(self) -> dict[str, Any]:
+        """Return what a subclass declares with ``add_state``, without counters and tensors."""
+        return {name: value for name, value in super().state_dict().items() if name != "counters"}
+
+    def load_declared_state(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`declared_state` returned; call it before :meth:`load`."""
+        super().load_state_dict(state)
+
     def copy_of(self, weight: Tensor) -> Tensor:
         """Return a copy with the shape and placement of a weight, kept as :meth:`keep_in` says."""
         weight = weight.detach()

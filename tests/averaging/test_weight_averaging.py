@@ -15,7 +15,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_optim import EMA, LAWA, SWA, EarlyStopping, WeightAveraging, averaged_state_dict, refresh_batchnorm_
+from lightning_optim import (
+    EMA,
+    LAWA,
+    SWA,
+    Average,
+    EarlyStopping,
+    WeightAveraging,
+    averaged_state_dict,
+    refresh_batchnorm_,
+)
 from tests.averaging.models import (
     Model,
     assert_close,
@@ -139,7 +148,19 @@ def test_a_file_that_no_validation_preceded_holds_refreshed_statistics(tmp_path)
     assert differ({"v": saved["net.1.running_var"]}, {"v": model.trajectory[2]["net.1.running_var"]})
 
 
-@pytest.mark.parametrize("average", [EMA(DECAY), SWA(), LAWA(2)], ids=repr)
+class Slowing(Average):
+    """What a user may write: each update moves the average by less than the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("share", 1.0)
+
+    def _share(self, step: int) -> float:
+        self.share *= 0.7
+        return self.share
+
+
+@pytest.mark.parametrize("average", [EMA(DECAY), SWA(), LAWA(2), Slowing()], ids=repr)
 def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path, average) -> None:
     whole, _, _, _ = _states(tmp_path, average=average)
     model = Model(make=norm_net)
@@ -149,7 +170,7 @@ def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path, average) -> None:
     assert_equal(snapshot(model), whole.validated[0])
 
 
-@pytest.mark.parametrize("average", [EMA(DECAY), EMA(DECAY, warmup=0.7), SWA(), LAWA(3)], ids=repr)
+@pytest.mark.parametrize("average", [EMA(DECAY), EMA(DECAY, warmup=0.7), SWA(), LAWA(3), Slowing()], ids=repr)
 @pytest.mark.parametrize("every", [1, "epoch"])
 def test_resuming_at_an_epochs_end(tmp_path, average, every) -> None:
     runs = {}

@@ -64,7 +64,7 @@ def test_a_trainer_without_our_callbacks_resumes(entry: Entry, tmp_path: Path) -
 
 
 @each_entry
-@pytest.mark.filterwarnings("ignore:This resume is not exact. the file was written without")
+@pytest.mark.filterwarnings("ignore:This resume is not exact. the checkpoint was written without")
 def test_a_trainer_with_our_callbacks_resumes_a_plain_file(entry: Entry, tmp_path: Path) -> None:
     """A technique that is new in the middle of a run begins there, with the weights of the file."""
     fit(BY_NAME["plain"], STEPS, callbacks=[], extra=(saver(tmp_path),), enable_checkpointing=True)

@@ -342,8 +342,10 @@ class AveragedWeights:
                 raw[source.name] = own
             if not evaluated or average.dtype != own.dtype:
                 averaged[source.name] = average
+        declared = [average.declared_state() for average in self.averages]
         return {
             "counters": [average.counters for average in self.averages],
+            **({"declared": declared} if any(declared) else {}),
             "raw": raw,
             "averaged": averaged,
             "own": self.buffers.own(),
@@ -396,8 +398,10 @@ class AveragedWeights:
             # A weight without an average in the checkpoint begins with its raw value.
             saved = {name: value for name, value in raw.items() if name not in recorded} | averaged | own
             remembered = state.get("memory", {}).get(str(index), {})
+            declared = state["declared"][index] if "declared" in state else {}
             for sources, average in self._parts(index):
                 memory = [copies_of(sources, average, remembered[str(place)]) for place in range(len(remembered))]
+                average.load_declared_state(declared)
                 average.load(counters, copies_of(sources, average, saved), memory)
         self.fresh = state.get("fresh", False)
         self.buffers.load_estimates(own.keys(), averaged)
