@@ -7,6 +7,7 @@ import inspect
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,36 +16,23 @@ from torch import Tensor, nn
 
 import lightning_optim
 from lightning_optim import (
-    AGC,
     EMA,
-    L1,
     L2,
-    LAWA,
-    SWA,
     AllOf,
     AnyOf,
     AtLeast,
     AutoClip,
     Average,
-    Centralize,
     ClipByNorm,
-    ClipByValue,
     Clipping,
-    Constant,
     Cosine,
     Criterion,
-    Divergence,
-    ElasticNet,
-    Exponential,
     Linear,
-    Noise,
     NonFinite,
     Penalty,
-    Piecewise,
     Plateau,
     Policy,
     Proximal,
-    ProximalL1,
     Schedule,
     TargetBatchSize,
     Threshold,
@@ -52,43 +40,30 @@ from lightning_optim import (
 )
 from lightning_optim.base import PerOptimizer, local_shards, nested, per_unit, per_weight, ring
 from lightning_optim.stopping.improvement import Best
+from tests.harness.cells import CELLS
+from tests.registry import ALL_ENTRIES, SlowGradients
+from tests.test_matrix import BASES, parts
 
-# One way at least to make every public policy, so that what it remembers counts within a few steps.
-POLICIES: list[Callable[[], Policy]] = [
-    lambda: AGC(0.1),
-    lambda: AutoClip(50.0, history=4, scope="tensor"),
-    lambda: AutoClip(Linear(10.0, 90.0)),
-    lambda: Centralize(),
-    lambda: ClipByNorm(1.0, scope="tensor"),
-    lambda: ClipByValue(0.5),
-    lambda: Noise(0.1),
-    lambda: ZClip(z=0.5, warmup=2, release_after=2, scope="tensor"),
-    lambda: ZClip(z=0.5, warmup=2, release_after=2),
-    lambda: L1(0.1),
-    lambda: L2(Cosine(1.0, 0.0)),
-    lambda: ElasticNet(0.1, 0.2),
-    lambda: ProximalL1(0.1),
-    lambda: EMA(0.9),
-    lambda: EMA(half_life=2.0, warmup=None),
-    lambda: SWA(),
-    lambda: LAWA(3),
-    lambda: Plateau("loss", patience=2, min_delta=0.1),
-    lambda: Threshold("loss", 1.0),
-    lambda: Divergence("loss", 2.5),
-    lambda: NonFinite("loss"),
-    lambda: AnyOf([NonFinite("loss"), Plateau("loss", patience=2)]),
-    lambda: AllOf([Threshold("loss", 1.5), Plateau("acc", patience=1, mode="max")]),
-    lambda: AtLeast(1, [Plateau("acc", patience=2, mode="max"), AnyOf([Plateau("loss", patience=3)])]),
-    lambda: Best(["acc", "loss"], mode=["max", "min"]),
-    lambda: TargetBatchSize(8),
-    lambda: Constant(0.1),
-    lambda: Cosine(1.0, 0.0),
-    lambda: Exponential(1.0, 0.1),
-    lambda: Linear(1.0, 0.0),
-    lambda: Piecewise({0.0: 1.0, 0.5: 0.1}),
+# Beside those of the registry: so that what they remember counts within a few steps, and those in `EarlyStopping`.
+MORE: list[Policy] = [
+    AutoClip(50.0, history=4, scope="tensor"),
+    AutoClip(Linear(10.0, 90.0)),
+    ClipByNorm(1.0, scope="tensor"),
+    ZClip(z=0.5, warmup=2, release_after=2, scope="tensor"),
+    ZClip(z=0.5, warmup=2, release_after=2),
+    L2(Cosine(1.0, 0.0)),
+    EMA(half_life=2.0, warmup=None),
+    Plateau("loss", patience=2, min_delta=0.1),
+    AnyOf([NonFinite("loss"), Plateau("loss", patience=2)]),
+    AllOf([Threshold("loss", 1.5), Plateau("acc", patience=1, mode="max")]),
+    AtLeast(1, [Plateau("acc", patience=2, mode="max"), AnyOf([Plateau("loss", patience=3)])]),
+    Best(["acc", "loss"], mode=["max", "min"]),
 ]
+IN_REGISTRY = [p for e in ALL_ENTRIES for cb in e.all_callbacks(CELLS[0]) for p in parts(cb) if isinstance(p, Policy)]
+POLICIES = list({repr(policy): policy for policy in [*IN_REGISTRY, *MORE]}.values())
 STEPS = 12
-each_policy = pytest.mark.parametrize("make", POLICIES, ids=lambda make: repr(make()))
+WEIGHTS = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4, 3), (5,), (2, 3, 2))]
+each_policy = pytest.mark.parametrize("policy", POLICIES, ids=repr)
 
 
 def tensors(step: int) -> list[Tensor]:
@@ -101,7 +76,7 @@ def tensors(step: int) -> list[Tensor]:
 def act(policy: Policy, step: int) -> Any:
     """Let a policy act once; return all that it tells and changes."""
     grads = tensors(step)
-    weights = tensors(step + 100)[: len(grads)]
+    weights = WEIGHTS[: len(grads)]
     if isinstance(policy, Clipping):
         units = {"units": range(len(grads))} if policy.scope == "tensor" else {}
         norm = policy.clip_(grads, weights, step=step, total=STEPS, **units)
@@ -111,8 +86,9 @@ def act(policy: Policy, step: int) -> Any:
         policy.add_grad_(weights, grads, step=step, total=STEPS)
         return [grads, value]
     if isinstance(policy, Proximal):
-        policy.project_(weights, lr=0.1, step=step, total=STEPS)
-        return weights
+        projected = [weight.clone() for weight in weights]
+        policy.project_(projected, lr=0.1, step=step, total=STEPS)
+        return projected
     if isinstance(policy, Average):
         weights = tensors(step + 100)[:2]
         policy.update_(weights, step=step + step // 4)
@@ -121,7 +97,7 @@ def act(policy: Policy, step: int) -> Any:
         return policy.micro_batches(4, 1)
     if isinstance(policy, Schedule):
         return policy(step, STEPS)
-    metrics = {"loss": 3.0 - abs(step - 6) % 4, "acc": float(step % 5)}
+    metrics = dict.fromkeys(policy.monitors, 3.0 - abs(step - 6) % 4) | {"acc": float(step % 5)}
     if isinstance(policy, Best):
         return [policy.better(metrics), policy.best]
     assert isinstance(policy, Criterion)
@@ -138,8 +114,9 @@ def _plain(tree: Any) -> Any:
 
 
 @each_policy
-def test_goes_on_from_every_step(make: Callable[[], Policy]) -> None:
+def test_goes_on_from_every_step(policy: Policy) -> None:
     """Saved after each step and loaded into a fresh copy, also after another past, it goes on bit for bit."""
+    make = partial(copy.deepcopy, policy)
     whole, told = make(), []
     states = []
     for step in range(STEPS):
@@ -156,8 +133,8 @@ def test_goes_on_from_every_step(make: Callable[[], Policy]) -> None:
 
 
 @each_policy
-def test_reset_forgets_everything(make: Callable[[], Policy]) -> None:
-    fresh, used = make(), make()
+def test_reset_forgets_everything(policy: Policy) -> None:
+    fresh, used = copy.deepcopy(policy), copy.deepcopy(policy)
     for step in range(STEPS):
         act(used, step)
     used.reset()
@@ -167,30 +144,28 @@ def test_reset_forgets_everything(make: Callable[[], Policy]) -> None:
 
 
 @each_policy
-def test_a_state_is_plain_and_not_shared(make: Callable[[], Policy]) -> None:
-    policy = make()
+def test_a_state_is_plain_and_not_shared(policy: Policy) -> None:
+    policy, other = copy.deepcopy(policy), copy.deepcopy(policy)
     for step in range(5):
         act(policy, step)
     state = policy.state_dict()
     before = _plain(state)
-    if not isinstance(policy, Average):  # whose tensors are live storage, as a module's
+    live = isinstance(policy, Average | SlowGradients)  # tensors beside weights are live storage, as a module's
+    if not live:
         for step in range(5, STEPS):
             act(policy, step)
         assert _plain(state) == before
-    other = make()
     other.load_state_dict(state)
     for step in range(5, STEPS):
         act(other, step)
-    if not isinstance(policy, Average):
+    if not live:
         assert _plain(state) == before
 
 
 def test_every_public_policy_is_here() -> None:
     public = [getattr(lightning_optim, name) for name in lightning_optim.__all__]
     policies = {thing for thing in public if inspect.isclass(thing) and issubclass(thing, Policy)}
-    made = {type(make()) for make in POLICIES}
-    bases = {cls for cls in policies if any(cls is not one and issubclass(one, cls) for one in policies)} - made
-    assert policies - bases == made - {Best}  # `Best` stands behind EarlyStopping(best_by=…)
+    assert policies - BASES <= {type(policy) for policy in POLICIES}
 
 
 # ---- the kinds -------------------------------------------------------------------------------------------------------

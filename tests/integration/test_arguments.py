@@ -11,6 +11,9 @@ from lightning.pytorch import LightningModule
 
 import lightning_optim
 from lightning_optim import EMA, L1, ClipByNorm, Plateau, Policy, SharpnessAwareMixin
+from tests.integration.entry_fits import CELL
+from tests.registry import ALL_ENTRIES
+from tests.test_matrix import parts
 
 
 class Sharp(SharpnessAwareMixin, LightningModule):
@@ -161,10 +164,32 @@ def test_wrong_argument(case: tuple[str, str, str, str]) -> None:
 
 
 def test_each_public_class_is_here() -> None:
-    classes = {name for name in lightning_optim.__all__ if inspect.isclass(getattr(lightning_optim, name))}
+    """Or it is a policy, each argument of which is tried below."""
+    classes = {name: getattr(lightning_optim, name) for name in lightning_optim.__all__}
+    classes = {name: cls for name, cls in classes.items() if inspect.isclass(cls)}
     refused = {made.split("(")[0] for made, *_ in WRONG}
-    assert refused | NOTHING_TO_REFUSE == classes
+    assert {name for name, cls in classes.items() if not issubclass(cls, Policy)} <= refused | NOTHING_TO_REFUSE
+    assert refused | NOTHING_TO_REFUSE <= set(classes)
     assert not refused & NOTHING_TO_REFUSE
+
+
+IN_REGISTRY = [p for e in ALL_ENTRIES for cb in e.all_callbacks(CELL) for p in parts(cb) if isinstance(p, Policy)]
+POLICIES = {type(p): p for p in IN_REGISTRY if type(p).__name__ in lightning_optim.__all__}
+NUMBERS = [
+    (policy, name)
+    for policy in POLICIES.values()
+    for name, parameter in inspect.signature(type(policy)).parameters.items()
+    if re.match(r"(float|int)\b|Mode|Scope", str(parameter.annotation))
+]
+
+
+@pytest.mark.parametrize(("policy", "argument"), NUMBERS, ids=lambda value: value if isinstance(value, str) else None)
+@pytest.mark.parametrize("wrong", [float("nan"), "neither", [1.0]], ids=repr)
+def test_each_number_and_choice_of_a_policy_is_checked(policy: Policy, argument: str, wrong: Any) -> None:
+    arguments = {name: getattr(policy, name) for name in inspect.signature(type(policy)).parameters}
+    with pytest.raises(ValueError, match=rf"`{argument}`?") as caught:
+        type(policy)(**{**arguments, argument: wrong})
+    assert repr(wrong) in str(caught.value)
 
 
 def test_policies_print_as_they_were_written() -> None:
