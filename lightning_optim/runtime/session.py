@@ -69,6 +69,23 @@ class Session:
             change. Every callback calls these; the first call counts.
         average: The average that validation and checkpoints use, if any.
         own_files: The checkpoints that this process wrote in this fit.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_optim import OptimCallback
+        >>> class CountForwards(OptimCallback):
+        ...     count = 0
+        ...     def on_fit_start(self, trainer, pl_module):
+        ...         self.session.patch(pl_module, "example_attribute", "there in the fit")
+        ...         self.session.on_close(pl_module.register_forward_hook(self.add_one).remove)
+        ...     def add_one(self, *_):
+        ...         self.count += 1
+        >>> callback, model = CountForwards(), BoringModel()
+        >>> Trainer(max_steps=3, limit_val_batches=0, callbacks=[callback], barebones=True).fit(model)
+        >>> callback.count, hasattr(model, "example_attribute"), len(model._forward_hooks)
+        (3, False, 0)
     """
 
     def __init__(self, trainer: Trainer) -> None:
