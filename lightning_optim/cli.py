@@ -1,4 +1,4 @@
-"""The command line: ``lightning-optim average`` and ``lightning-optim inspect``."""
+"""Average checkpoints, and describe them, from the command line: ``lightning-optim average`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -18,91 +18,115 @@ from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.runtime.lightning.torch_internals import tree_leaves
 
-# What belongs to the training of one of the files, and not to their mean.
+# Entries that belong to the training of one checkpoint, not to the mean of several.
 _TRAINING = ("callbacks", "optimizer_states", "lr_schedulers", "loops", "current_model_state", "averaging_state")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code."""
-    given = _parser().parse_args(arguments)
+    """Run a command and return its exit code: 0, or 1 with a message on stderr.
+
+    Args:
+        arguments: The command and its arguments. Default: those of the process.
+
+    Example::
+
+        >>> main(["inspect", "missing.ckpt"])
+        1
+    """
+    options = _parser().parse_args(arguments)
     try:
-        return int(given.run(given))
-    except Exception as error:  # of any kind: of files with contents that nobody thought of
-        said = str(error) if isinstance(error, OSError | ValueError | ImportError) else safe_reading.first_line(error)
-    paths = [*given.files, *([given.output] if "output" in given else [])]
-    if not any(path in said for path in paths):
-        said = f"{', '.join(given.files)}: {said}"
-    print(f"lightning-optim: {_on_one_line(said)}", file=sys.stderr)
+        return int(options.run(options))
+    except Exception as error:  # of any kind: a damaged file may cause any
+        expected = isinstance(error, OSError | ValueError | ImportError)
+        message = str(error) if expected else safe_reading.first_line(error)
+    paths = [*options.files, *([options.output] if "output" in options else [])]
+    if not any(path in message for path in paths):
+        message = f"{', '.join(options.files)}: {message}"
+    print(f"lightning-optim: {_on_one_line(message)}", file=sys.stderr)
     return 1
 
 
 def _on_one_line(text: str) -> str:
-    """Escape line breaks and control characters, which a file may have put into its names."""
+    """Escape line breaks and control characters, which the names in a checkpoint may contain."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-optim", description="Weights in checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="lightning-optim", description="Average the weights of checkpoints, or describe what a checkpoint holds."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    average = commands.add_parser("average", help="write the weighted mean of several files' weights")
-    average.add_argument("files", nargs="+", help="checkpoints, state dicts, .safetensors files, or folders")
-    average.add_argument("-o", "--output", required=True, help="a .ckpt or .safetensors file")
-    average.add_argument("--weights", nargs="+", type=float, help="one number for each file; default: equal")
-    average.add_argument("--force", action="store_true", help="overwrite the output")
+    average = commands.add_parser(
+        "average",
+        help="write the weighted mean of the weights of several checkpoints",
+        description="Write the weighted mean of the weights of several checkpoints, computed in fp32.",
+    )
+    average.add_argument("files", nargs="+", help="checkpoints, state dicts, .safetensors files, or folders of shards")
+    average.add_argument("-o", "--output", required=True, help="the .ckpt or .safetensors file to write")
+    average.add_argument("--weights", nargs="+", type=float, help="one number >= 0 for each file; default: equal")
+    average.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     average.set_defaults(run=_average)
 
-    inspect = commands.add_parser("inspect", help="say what is in a checkpoint: raw or averaged, how many updates")
-    inspect.add_argument("files", nargs="+", metavar="file")
+    inspect = commands.add_parser(
+        "inspect",
+        help="print whether the weights of a checkpoint are averaged, and which averages it holds",
+        description="Print whether the weights of each checkpoint are raw or averaged, and the averages that it holds:"
+        " their kind, and the number and the steps of their updates.",
+    )
+    inspect.add_argument(
+        "files", nargs="+", metavar="file", help="a checkpoint, state dict, .safetensors file or folder"
+    )
     inspect.set_defaults(run=_inspect)
 
     for command in (average, inspect):
         command.add_argument(
             "--key",
-            help="under which name the weights lie; default: state_dict, model, model_state_dict, ema, or the file",
+            help="name of the entry with the weights; default: state_dict, model, model_state_dict or ema, or the whole"
+            " file",
         )
         command.add_argument(
             "--unsafe",
             action="store_true",
-            help="read pickled objects too, which can run any code: only what you trust",
+            help="also read pickled objects, which can run any code: only for files that you trust",
         )
     return parser
 
 
-def _average(given: argparse.Namespace) -> int:
-    _check_output(given.output, given.force)
-    safe = not given.unsafe
+def _average(options: argparse.Namespace) -> int:
+    _check_output(options.output, options.force)
+    safe = not options.unsafe
     mean = average_checkpoints(
-        given.files, given.weights, key=given.key, weights_only=safe, progress=sys.stderr.isatty()
+        options.files, options.weights, key=options.key, weights_only=safe, progress=sys.stderr.isatty()
     )
     left_out: list[str] = []
-    if safe_reading.is_safetensors(given.output):
-        save_safetensors(mean, given.output)
+    if safe_reading.is_safetensors(options.output):
+        save_safetensors(mean, options.output)
     else:
-        content, left_out = _content(given.files[-1], mean, given.key, safe)
-        with write_atomically(given.output) as beside, open(beside, "wb") as file:
+        content, left_out = _content(options.files[-1], mean, options.key, safe)
+        with write_atomically(options.output) as beside, open(beside, "wb") as file:
             torch.save(content, file)
-    print(f"{given.output}: the mean of {len(given.files)} files" + _on_one_line(_said_of(left_out)))
+    print(f"{options.output}: the mean of {len(options.files)} files" + _on_one_line(_left_out_note(left_out)))
     return 0
 
 
 def _check_output(path: str, force: bool) -> None:
-    """Refuse an output that could not be written, before anything is read."""
+    """Raise if the output could not be written, before anything is read."""
     if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: give the name of a file")
+        raise ValueError(f"{path} is a folder: pass the name of a file")
     if os.path.lexists(path) and not force:
         raise ValueError(f"{path} exists: choose another name, or pass --force")
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise ValueError(f"{path} cannot be written: there is no folder {folder}")
+        raise ValueError(f"{path} cannot be written: the folder {folder} does not exist")
 
 
 def _content(last: str, mean: dict[Any, Any], key: str | None, weights_only: bool) -> tuple[dict[Any, Any], list[str]]:
-    """Return the last file with the mean in the place of its weights, and the names of its entries that are left out.
+    """Return the last checkpoint with the mean as its weights, and the names of its entries that are left out.
 
-    A Lightning checkpoint loses its training state, so that ``load_from_checkpoint`` finds the module's arguments and
-    nothing that belongs to one file alone. Another file loses all other entries with tensors, such as an optimizer's
-    state.
+    A Lightning checkpoint loses its training state: ``load_from_checkpoint`` finds the arguments of the module, and
+    nothing that belongs to one checkpoint alone. Other files lose all other entries with tensors, such as the state of
+    an optimizer.
     """
     loaded = {} if safe_reading.is_safetensors(last) else reading.load_checkpoint(last, weights_only)
     is_lightning = "pytorch-lightning_version" in loaded
@@ -126,12 +150,12 @@ def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
 
 
-def _said_of(left_out: Sequence[str]) -> str:
-    return f"; what else the last one holds of tensors is left out: {', '.join(left_out)}" if left_out else ""
+def _left_out_note(left_out: Sequence[str]) -> str:
+    return f"; other tensors of the last file are left out: {', '.join(left_out)}" if left_out else ""
 
 
-def _inspect(given: argparse.Namespace) -> int:
-    for path in given.files:
-        for line in describe(path, weights_only=not given.unsafe, key=given.key):
+def _inspect(options: argparse.Namespace) -> int:
+    for path in options.files:
+        for line in describe(path, weights_only=not options.unsafe, key=options.key):
             print(_on_one_line(line))
     return 0

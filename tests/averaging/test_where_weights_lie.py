@@ -46,7 +46,7 @@ def test_under_a_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     code, said = _run(capsys, "average", *paths, "-o", out)
     assert (code, said) == (
         0,
-        f"{out}: the mean of 2 files; what else the last one holds of tensors is left out: optimizer\n",
+        f"{out}: the mean of 2 files; other tensors of the last file are left out: optimizer\n",
     )
     written = torch.load(out)
     assert list(written) == [name, "epoch", "args"]  # in the order of the last file, and what it says of itself
