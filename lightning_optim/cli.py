@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     average = commands.add_parser(
         "average",
         help="write the weighted mean of the weights of several checkpoints",
-        description="Write the weighted mean of the weights of several checkpoints, computed in fp32.",
+        description="Write the weighted mean of the weights of several checkpoints, computed in fp32 or better.",
     )
     average.add_argument("files", nargs="+", help="checkpoints, state dicts, .safetensors files, or folders of shards")
     average.add_argument("-o", "--output", required=True, help="the .ckpt or .safetensors file to write")

@@ -63,7 +63,7 @@ def test_under_a_name_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture
     assert greedy_soup(paths, lambda state: 1.0, key="teacher")["w"].tolist() == [2.0, 2.0]
     out = str(tmp_path / "out.pt")
     code, said = _run(capsys, "average", *paths, "-o", out, "--key", "teacher")
-    assert (code, "is left out: state_dict" in said) == (0, True)
+    assert (code, "are left out: state_dict" in said) == (0, True)
     written = torch.load(out)
     assert (written["teacher"]["w"].tolist(), written["step"], len(written)) == ([2.0, 2.0], 5, 2)
     assert "under `teacher`, 2 numbers" in _run(capsys, "inspect", paths[0], "--key", "teacher")[1]
