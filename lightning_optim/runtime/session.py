@@ -72,20 +72,15 @@ class Session:
 
     Example::
 
-        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> from lightning_optim import OptimCallback
-        >>> class CountForwards(OptimCallback):
-        ...     count = 0
-        ...     def on_fit_start(self, trainer, pl_module):
-        ...         self.session.patch(pl_module, "example_attribute", "there in the fit")
-        ...         self.session.on_close(pl_module.register_forward_hook(self.add_one).remove)
-        ...     def add_one(self, *_):
-        ...         self.count += 1
-        >>> callback, model = CountForwards(), BoringModel()
-        >>> Trainer(max_steps=3, limit_val_batches=0, callbacks=[callback], barebones=True).fit(model)
-        >>> callback.count, hasattr(model, "example_attribute"), len(model._forward_hooks)
-        (3, False, 0)
+        >>> model, session = BoringModel(), Session.of(Trainer(barebones=True))
+        >>> session.patch(model, "note", "there for the length of the fit")
+        >>> session.on_close(model.register_forward_hook(print).remove)
+        >>> session.close()
+        >>> hasattr(model, "note"), len(model._forward_hooks)
+        (False, 0)
+
+    In a callback's ``on_fit_start``, say, the session is ``self.session``, and Lightning's hooks close it.
     """
 
     def __init__(self, trainer: Trainer) -> None:
