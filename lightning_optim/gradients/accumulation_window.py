@@ -1,4 +1,4 @@
-"""Accumulation windows: how many micro-batches a step holds, and what each of them counts for."""
+"""Accumulation windows: the number of micro-batches in a step, and the weight of each in their mean."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ WeightBy: TypeAlias = Literal["batch", "sample"] | Callable[[Any], int | float |
 
 @dataclass
 class Window:
-    """The micro-batches of one optimizer step, as far as they have come.
+    """Micro-batches of one optimizer step that are accumulated so far.
 
     Attributes:
         size: N, fixed when the window opens.
-        count: The micro-batches whose gradients are in.
-        scale: The loss scale of these gradients.
-        unit: The weight that counts as 1, the same on all ranks; ``None`` if micro-batches are not weighted.
-        total: The sum of this rank's weights, in units.
+        count: Number of micro-batches whose gradients are accumulated.
+        scale: Loss scale of these gradients.
+        unit: Weight that is taken for 1, equal on all ranks; ``None`` if all micro-batches weigh the same.
+        total: Sum of the weights on this rank, in units.
     """
 
     size: int
@@ -44,18 +44,19 @@ class Window:
     def weigh(self, weight: Tensor, unit: Tensor) -> Tensor:
         """Add the weight of a micro-batch, and return the factor for its loss.
 
-        The factor is relative to ``unit``, so that scaled gradients in half precision are as large as without weights.
-        What they must be divided by is known, and divided out, at the step.
+        The factor is relative to ``unit``, so that scaled gradients in half precision stay as large as without weights.
+        :meth:`correction` divides by the sum of the factors at the step.
         """
         self.unit = unit if self.unit is None else self.unit
-        share = weight / self.unit
-        self.total = share if self.total is None else self.total + share
-        return share
+        factor = weight / self.unit
+        self.total = factor if self.total is None else self.total + factor
+        return factor
 
     def correction(self, ranks: int) -> Tensor | float:
-        r"""The factor that makes a mean of what the gradients are after the loss was divided by ``size``.
+        r"""Return the factor for the gradients at the step, which makes them the weighted mean.
 
-        Over the ranks, whose gradients are averaged, it is :math:`N R / \sum_{r, i} w_{r, i}`.
+        Each loss was divided by ``size``, so without weights it is N / count, which is 1 for a full window. With
+        weights it is :math:`N R / \sum_{r, i} w_{r, i}` over R ranks, whose gradients are averaged.
         """
         if self.total is None:
             return self.size / self.count
@@ -66,7 +67,7 @@ class Window:
 
 
 def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
-    """What a micro-batch counts for: a scalar on the device; a tensor that is there already is not waited for."""
+    """Return the weight of a micro-batch, a scalar on the device; a tensor that is there already is not waited for."""
     weight = extract_batch_size(batch) if isinstance(weight_by, str) else weight_by(batch)
     if isinstance(weight, Tensor) and weight.numel() == 1:
         return weight.detach().to(device, torch.float32).reshape(())
@@ -76,7 +77,7 @@ def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
 
 
 def unit_of(weight: Tensor, ranks: int, before: Tensor | None) -> Tensor:
-    """The unit of a window: the mean over ranks of its first micro-batch's weight; if that is 0, the unit before it."""
+    """Return the unit of a window: the mean over ranks of its first weight, or ``before`` if that mean is 0."""
     unit = weight.clone()
     if ranks > 1:
         dist.all_reduce(unit)
@@ -84,7 +85,7 @@ def unit_of(weight: Tensor, ranks: int, before: Tensor | None) -> Tensor:
 
 
 def micro_batches_for(target: TargetBatchSize, trainer: Trainer) -> int:
-    """The number of micro-batches in a step, for a Trainer whose training data are loaded."""
+    """Return the number of micro-batches in a step, for a Trainer whose training data are loaded."""
     return target.micro_batches(target.micro_batch_size or _loader_batch_size(trainer), _data_ranks(trainer))
 
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation: several micro-batches in one optimizer step."""
+"""Callback that accumulates the gradients of several micro-batches for each optimizer step."""
 
 from __future__ import annotations
 
@@ -25,40 +25,39 @@ from lightning_optim.runtime.step import OptimizerStep
 class GradientAccumulation(OptimCallback):
     r"""Step once in N micro-batches, with the mean of their gradients: :math:`g = \sum_i w_i \nabla L_i / \sum_i w_i`.
 
-    The sums go over what the window holds: N, and less in the last window of an epoch that does not divide (Lightning
-    divides by N there too, so that this step is too small). A micro-batch whose ``training_step`` returned ``None`` is
-    not in it. With :math:`w_i` the number of things that :math:`L_i` is the mean of, N micro-batches give the step of
-    one batch of their union, if the model has no batch statistics and no dropout. With all :math:`w_i = 1`, the
-    default, they do so if they are of equal size.
+    The sums go over the micro-batches of the window: N of them, or fewer in the last window of an epoch (which
+    Lightning divides by N too, so that this step is too small). A micro-batch whose ``training_step`` returned ``None``
+    is left out. If :math:`w_i` is the number of samples or tokens that :math:`L_i` is the mean of, N micro-batches give
+    the step of one batch that holds all of them, for a model without batch statistics and dropout. With all
+    :math:`w_i = 1`, the default, they do so if they are of equal size.
 
-    With ``weight_by`` other than ``"batch"`` the sums also go over all ranks, whose weights may differ: two small
-    reductions in a step. A micro-batch with the weight 0 adds nothing, if its gradient is finite: that of
-    ``cross_entropy(..., ignore_index=...)`` is, although the loss is NaN; a mean of your own is
-    ``sum / count.clamp(min=1)`` where a batch may hold nothing.
+    With ``weight_by`` other than ``"batch"`` the sums also go over all ranks, whose weights may differ; this costs two
+    reductions of one number in each step. A micro-batch with the weight 0 adds nothing, if its gradient is finite: that
+    of ``cross_entropy(..., ignore_index=...)`` is, although the loss is NaN. In a mean of your own, divide by
+    ``count.clamp(min=1)`` where a micro-batch may be empty.
 
-    In automatic optimization this replaces ``Trainer(accumulate_grad_batches=N)`` (which it sets for the length of the
-    fit): ``outputs["loss"]`` is the loss over N in every micro-batch, as with Lightning's flag. In manual optimization
-    the module is a :class:`ManualOptimizationMixin` and steps through its ``optimize``.
-    ``trainer.estimated_stepping_batches`` is right for an int; for a dictionary :func:`~lightning_optim.total_steps`
-    is.
+    In automatic optimization it takes the place of ``Trainer(accumulate_grad_batches=N)``, which it sets for the length
+    of the fit: ``outputs["loss"]`` is the loss divided by N, as with Lightning's argument. In manual optimization the
+    module is a :class:`ManualOptimizationMixin` and steps with its ``optimize``. For an int
+    ``trainer.estimated_stepping_batches`` is right; for a dictionary use :func:`~lightning_optim.total_steps`.
 
-    An open window is part of the state: its partial gradients, of every rank, and its count. Lightning loses them when
-    a run is resumed from a file that was written within a window.
+    A checkpoint that is written within a window holds the window: its gradients of every rank, and its count.
+    Lightning loses them.
 
     Args:
-        n: Micro-batches in a step, >= 1; or a dictionary of the epoch from which on, to their number, such as ``{0: 8,
-            10: 4}`` (1 before the first), where a change takes effect at an epoch's start, since windows do not span
-            epochs; or :class:`TargetBatchSize`, which computes it.
-        weight_by: What a micro-batch counts for in the mean, :math:`w_i`: ``"batch"``, each the same; ``"sample"``, its
-            size; or a function of the batch that counts what its loss is the mean of, such as ``lambda batch:
+        n: Number of micro-batches in each step, >= 1; or a dictionary from epoch to number, such as ``{0: 8, 10: 4}``
+            (1 before the first key), which changes at the start of an epoch, since no window spans two epochs; or a
+            :class:`TargetBatchSize`, which computes it.
+        weight_by: Weight :math:`w_i` of a micro-batch: ``"batch"``, 1 for each; ``"sample"``, its size; or a function
+            of the batch that counts the elements that its loss is the mean of, such as ``lambda batch:
             batch["mask"].sum()`` for tokens. A tensor may stay on its device.
-        name: Tells two callbacks apart in checkpoints.
+        name: Distinguishes two such callbacks in checkpoints.
 
     Raises:
-        ValueError: If an argument is none of these.
-        MisconfigurationException: Under manual optimization of a module that is no :class:`ManualOptimizationMixin`;
-            beside ``Trainer(accumulate_grad_batches=…)``; or if :class:`TargetBatchSize` does not see the size of a
-            micro-batch.
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: Under manual optimization of a module that is not a
+            :class:`ManualOptimizationMixin`; beside ``Trainer(accumulate_grad_batches=…)``; or if
+            :class:`TargetBatchSize` cannot find the size of a micro-batch.
 
     Example::
 
@@ -66,6 +65,8 @@ class GradientAccumulation(OptimCallback):
         >>> accumulation = GradientAccumulation({0: 8, 10: 4})
         >>> [accumulation.batches_per_step(epoch) for epoch in (0, 9, 10)]
         [8, 8, 4]
+
+    For a Trainer: ``Trainer(callbacks=[GradientAccumulation(8)])``.
     """
 
     slot = Slot.ACCUMULATE
@@ -76,7 +77,7 @@ class GradientAccumulation(OptimCallback):
     ) -> None:
         super().__init__(name)
         sizes = n if isinstance(n, dict) else {0: 1 if isinstance(n, TargetBatchSize) else n}
-        if not sizes or not all(_is_whole(epoch, 0) and _is_whole(size, 1) for epoch, size in sizes.items()):
+        if not sizes or not all(_is_integer(epoch, 0) and _is_integer(size, 1) for epoch, size in sizes.items()):
             raise ValueError(
                 f"`n={n!r}` must be an integer >= 1, a dictionary of epochs >= 0 to such integers, or a TargetBatchSize"
             )
@@ -98,14 +99,14 @@ class GradientAccumulation(OptimCallback):
     # ---- the window --------------------------------------------------------------------------------------------------
 
     def window(self, trainer: Trainer, index: int) -> Window:
-        """The open window of an optimizer; a new one if none is open."""
+        """Return the open window of an optimizer, or open one."""
         if index not in self._windows:
             self._windows[index] = Window(self.batches_per_step(trainer.current_epoch))
         return self._windows[index]
 
     @property
     def is_open(self) -> bool:
-        """Whether any optimizer's window holds gradients that were not stepped with."""
+        """True if the window of any optimizer holds gradients with which no step was taken yet."""
         return any(window.count for window in self._windows.values())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -118,13 +119,13 @@ class GradientAccumulation(OptimCallback):
             self.session.patch(trainer, "accumulate_grad_batches", self.batches_per_step(trainer.current_epoch))
         elif not isinstance(pl_module, ManualOptimizationMixin):
             raise MisconfigurationException(
-                "GradientAccumulation under manual optimization needs a module that steps through"
-                f" `ManualOptimizationMixin.optimize(loss, optimizer)`; {type(pl_module).__name__} is none, so every"
-                " batch would step. Write `class YourModule(ManualOptimizationMixin, LightningModule)`."
+                "GradientAccumulation under manual optimization needs a module that steps with"
+                f" `ManualOptimizationMixin.optimize(loss, optimizer)`; {type(pl_module).__name__} has no such method,"
+                " so every batch would step. Write `class YourModule(ManualOptimizationMixin, LightningModule)`."
             )
 
     def _resolve_when_loaded(self, target: TargetBatchSize, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find N once the training data are there: `estimated_stepping_batches` loads them before it asks for N."""
+        """Compute N when the training data are loaded, as `estimated_stepping_batches` does before it reads N."""
         setup_data = trainer.fit_loop.setup_data
 
         def setup_data_and_size() -> None:
@@ -150,14 +151,14 @@ class GradientAccumulation(OptimCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._windows.clear()  # Lightning zeroes the gradients here, whatever became of the window before
+            self._windows.clear()  # Lightning zeroes the gradients here, also if the window before never closed
         if self.weight_by != "batch":
             self._weight = weight_of(batch, self.weight_by, pl_module.device)
             if self._unit is None or not self.is_open:
                 self._unit = unit_of(self._weight, trainer.world_size, before=self._unit)
 
     def weigh(self, window: Window) -> Tensor | None:
-        """Take a micro-batch into a window; the factor for its loss, ``None`` if all count the same."""
+        """Add the present micro-batch to a window; return the factor for its loss, ``None`` if all weigh the same."""
         window.count += 1
         if self._weight is None or self._unit is None:
             return None
@@ -167,7 +168,7 @@ class GradientAccumulation(OptimCallback):
         if pl_module.automatic_optimization:
             share = self.weigh(self.window(trainer, 0))
             if share is not None:
-                # The loss itself is what the user logs.
+                # A hook, and not another loss, since the user logs the loss.
                 loss.register_hook(lambda grad: grad * share.to(grad.dtype))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -178,7 +179,7 @@ class GradientAccumulation(OptimCallback):
             return
         factor = window.correction(trainer.world_size)
         if window.unit is not None:
-            # What a micro-batch weighed, for a next window that begins with a weight of 0.
+            # The mean weight, for a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
             _, grads = sparse.dense_rows(step.weights, step.grads)
@@ -190,24 +191,24 @@ class GradientAccumulation(OptimCallback):
     def extra_state(self) -> dict[str, Any]:
         if self._loaded is not None:
             return self._loaded
-        # The unit outlives the windows: one that begins with a weight of 0 takes that of the window before.
+        # A window that begins with a weight of 0 takes the unit of the window before it.
         unit = {} if self._unit is None else {"unit": float(self._unit)}
         open_windows = {index: window for index, window in self._windows.items() if window.count}
         if self.fit is None or not open_windows:
             return unit
         trainer = self.fit.trainer
-        whole: dict[str, Tensor] = {}
-        ours: dict[str, Tensor] = {}
+        sharded: dict[str, Tensor] = {}
+        own: dict[str, Tensor] = {}
         for name, parameter in _named(trainer, open_windows).items():
-            # A sparse gradient is saved as it is: it is coalesced at the step, in the order in which its summands came.
-            sparse = parameter.grad is not None and parameter.grad.is_sparse
-            grad = parameter.grad if sparse else shards.align_grad_(parameter)
+            # A sparse gradient is saved uncoalesced: the step sums its rows in the order in which they came.
+            is_sparse = parameter.grad is not None and parameter.grad.is_sparse
+            grad = parameter.grad if is_sparse else shards.align_grad_(parameter)
             if grad is not None:
-                (whole if isinstance(grad, DTensor) else ours)[name] = grad
+                (sharded if isinstance(grad, DTensor) else own)[name] = grad
         return {
             "windows": {index: _plain(window) for index, window in open_windows.items()},
-            "sharded": whole,
-            "by_rank": _gather_ranks({name: grad.cpu() for name, grad in ours.items()}, trainer.world_size),
+            "sharded": sharded,
+            "by_rank": _gather_ranks({name: grad.cpu() for name, grad in own.items()}, trainer.world_size),
             "totals": _gather_ranks(_totals(open_windows), trainer.world_size),
             **unit,
         }
@@ -223,7 +224,7 @@ class GradientAccumulation(OptimCallback):
             self._unit = torch.tensor(extra["unit"], device=pl_module.device, dtype=torch.float32)
         if "windows" not in extra:
             return
-        ours, totals = (
+        own, totals = (
             by_rank[trainer.global_rank] if len(by_rank) == trainer.world_size else _mean(by_rank)
             for by_rank in (extra["by_rank"], extra["totals"])
         )
@@ -235,7 +236,7 @@ class GradientAccumulation(OptimCallback):
                 window.total = totals[str(index)].to(pl_module.device)
         shards.reshard_(pl_module)
         live = _named(trainer, self._windows)
-        for name, saved in {**extra["sharded"], **ours}.items():
+        for name, saved in {**extra["sharded"], **own}.items():
             parameter = live[module_tensors.plain_name(name)]
             if saved.is_sparse:
                 parameter.grad = saved.to(parameter.device, copy=True)
@@ -244,12 +245,12 @@ class GradientAccumulation(OptimCallback):
                 shards.copy_(parameter.grad, saved)
 
 
-def _is_whole(number: Any, low: int) -> bool:
+def _is_integer(number: Any, low: int) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number >= low
 
 
 def _named(trainer: Trainer, windows: Iterable[int]) -> dict[str, Tensor]:
-    """Map names to the parameters of these optimizers."""
+    """Return the parameters of these optimizers by name."""
     named: dict[str, Tensor] = {}
     for index in windows:
         step = OptimizerStep(trainer.optimizers[index], index=index, module=trainer.lightning_module)
@@ -258,7 +259,7 @@ def _named(trainer: Trainer, windows: Iterable[int]) -> dict[str, Tensor]:
 
 
 def _plain(window: Window) -> dict[str, Any]:
-    """What of a window is the same on all ranks, as plain values."""
+    """Return the values of a window that are equal on all ranks, for a checkpoint."""
     unit = None if window.unit is None else float(window.unit)
     return {"size": window.size, "count": window.count, "scale": window.scale, "unit": unit}
 
@@ -267,16 +268,16 @@ def _totals(windows: dict[int, Window]) -> dict[str, Tensor]:
     return {str(index): window.total.cpu() for index, window in windows.items() if window.total is not None}
 
 
-def _gather_ranks(ours: dict[str, Tensor], world_size: int) -> list[dict[str, Tensor]]:
-    """What each rank holds: under DDP the ranks' gradients differ until the window closes."""
-    everyone: list[Any] = [ours] * world_size
+def _gather_ranks(own: dict[str, Tensor], world_size: int) -> list[dict[str, Tensor]]:
+    """Return the tensors of each rank: under DDP the ranks' gradients differ until the window closes."""
+    by_rank: list[Any] = [own] * world_size
     if world_size > 1:
-        dist.all_gather_object(everyone, ours)
-    return everyone
+        dist.all_gather_object(by_rank, own)
+    return by_rank
 
 
 def _mean(by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """For a resume with another number of ranks: the mean over ranks is all that the step will see of them."""
+    """Return the mean over ranks, for a resume with another number of ranks: the step depends on nothing else."""
     names = {name: None for rank in by_rank for name in rank}
-    every = {name: [rank[name] for rank in by_rank if name in rank] for name in names}
-    return {name: functools.reduce(torch.add, some) / len(by_rank) for name, some in every.items()}
+    held = {name: [rank[name] for rank in by_rank if name in rank] for name in names}
+    return {name: functools.reduce(torch.add, some) / len(by_rank) for name, some in held.items()}

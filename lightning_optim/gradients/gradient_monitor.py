@@ -81,6 +81,7 @@ class GradientMonitor(OptimCallback):
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning_optim import GradientClipping, GradientMonitor
         >>> monitor = GradientMonitor()

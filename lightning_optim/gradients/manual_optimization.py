@@ -1,4 +1,4 @@
-"""Mixins for what a callback cannot do: the steps of manual optimization."""
+"""Mixin for manual optimization: backward pass, accumulation window, step and ``zero_grad`` in one call."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lightning_optim.runtime.step import parameters_of
 
 
 class ManualOptimizationMixin(LightningModule):
-    """Steps of manual optimization that accumulate, clip and average as in automatic optimization.
+    """Accumulate, clip and average in manual optimization as in automatic optimization, with ``self.optimize``.
 
-    ``self.optimize(loss, optimizer)`` stands for the backward pass, the accumulation window, the step and
-    ``zero_grad``. It takes the window's size from :class:`GradientAccumulation` if that is in the list of callbacks,
-    and steps at each call otherwise. Each optimizer has a window of its own, which the epoch's last batch closes; one
-    for which ``optimize`` is not called in that batch stays open into the next epoch. Clipping, penalties and the rest
-    are the callbacks'.
+    ``self.optimize(loss, optimizer)`` does the backward pass, the accumulation window, the step and ``zero_grad``. It
+    takes the size of the window from :class:`GradientAccumulation` if that is among the callbacks, and otherwise steps
+    at each call. Each optimizer has its own window, which closes at the last batch of the epoch; the window of an
+    optimizer that is not called in that batch stays open into the next epoch. Clipping, penalties and averages are
+    those of the callbacks.
 
-    The backward pass writes the gradients of this optimizer's parameters only. In a GAN the generator's loss also
-    reaches the discriminator; what it leaves there would otherwise be summed into the discriminator's window.
+    The backward pass writes the gradients of this optimizer's parameters only. The loss of a GAN's generator also
+    reaches the discriminator; its gradients there would otherwise be added to the discriminator's window.
 
     Example::
 
@@ -92,7 +92,7 @@ def _open_windows(trainer: Trainer) -> AccumulationWindows | None:
 
 
 def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:
-    """Lightning's wrapper, through which the step sees the hooks and the scaler."""
+    """Return Lightning's wrapper of an optimizer, whose ``step`` calls the hooks and the scaler."""
     wrappers: Any = trainer.lightning_module.optimizers(use_pl_optimizer=True)
     for wrapper in wrappers if isinstance(wrappers, list) else [wrappers]:
         if optimizer is wrapper or optimizer is wrapper.optimizer:
@@ -101,7 +101,7 @@ def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> Lig
 
 
 def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:
-    """Bring the window's gradients to the present loss scale, which another optimizer's step may have changed."""
+    """Multiply the gradients of a window to the present loss scale, which another optimizer's step may have changed."""
     scaler = scaler_of(trainer)
     if scaler is None:
         return
@@ -115,7 +115,7 @@ def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def _only(optimizer: Optimizer, trainer: Trainer) -> Iterator[None]:
-    """Within this, a backward pass leaves the gradients of other optimizers' parameters as they were."""
+    """Context manager: a backward pass leaves the gradients of the other optimizers' parameters as they were."""
     ours = set(map(id, parameters_of(optimizer)))
     others = [p for other in trainer.optimizers for p in parameters_of(other) if id(p) not in ours]
     kept = [parameter.grad for parameter in others]

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization, as a mixin: it needs the loss twice in a step."""
+"""Mixin for sharpness-aware minimization, which evaluates the loss twice in each step."""
 
 from __future__ import annotations
 
@@ -28,28 +28,33 @@ from lightning_optim.runtime.step import gradients_of
 
 
 class SharpnessAwareMixin(LightningModule):
-    r"""Step with the gradient at the worst point nearby, which finds flat minima: SAM, and with ``adaptive`` ASAM.
+    r"""Step with the gradient at the worst point nearby, which finds flat minima: SAM, or ASAM with ``adaptive``.
 
-    SAM (arXiv:2010.01412) takes the gradient at :math:`w + \rho \, g / \lVert g \rVert`; ASAM (arXiv:2102.11600) at
-    :math:`w + \rho \, w^2 g / \lVert |w| g \rVert`, which does not change when a layer is scaled. The weights are put
-    back from a copy before the step. So a step costs two forward and backward passes, and a copy of the weights.
+    SAM takes the gradient at :math:`w + \rho \, g / \lVert g \rVert`; ASAM takes it at
+    :math:`w + \rho \, w^2 g / \lVert |w| g \rVert`, which does not change when a layer is scaled. The weights are then
+    restored from a copy, before the step. So a step costs two forward and backward passes, and a copy of the weights.
 
-    In the second pass dropout draws the same masks, BatchNorm keeps its statistics, and ``self.log`` is silent: what is
-    logged, and ``outputs["loss"]``, is the loss at the weights themselves. A metric that ``training_step`` updates by
-    hand asks ``self.second_pass`` first. Penalties, clipping and the rest act on the second gradient, once. Under DDP
-    the first gradient too is averaged over the ranks, so that the step is that of one process with the whole batch.
+    In the second pass dropout draws the same masks, BatchNorm keeps its statistics, and ``self.log`` does nothing: the
+    logged loss, and ``outputs["loss"]``, is the loss at the weights themselves. If ``training_step`` updates a metric
+    by hand, it asks ``self.second_pass`` first. Penalties, clipping and all other callbacks act on the second gradient,
+    once. Under DDP the first gradient is averaged over the ranks too, so that the step is that of one process with the
+    whole batch.
+
+    Papers: Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+    <https://arxiv.org/abs/2010.01412>`_; Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
+    Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_.
 
     Args:
-        rho: The distance :math:`\rho > 0`. Default 0.05, the paper's; ASAM wants about ten times as much.
-        adaptive: Whether to measure the distance relative to the weights (ASAM).
+        rho: Distance :math:`\rho > 0`. Default 0.05, as in the paper; ASAM needs about ten times as much.
+        adaptive: True to measure the distance relative to the weights (ASAM).
 
     Attributes:
-        second_pass: Whether ``training_step`` runs at the perturbed weights now.
+        second_pass: True while ``training_step`` runs at the perturbed weights.
 
     Raises:
         ValueError: If ``rho`` is not a number > 0.
-        MisconfigurationException: Under manual optimization; with accumulation, whose windows it would need twice;
-            under LBFGS, DeepSpeed, FSDP1 and XLA.
+        MisconfigurationException: Under manual optimization; with accumulation, since the micro-batches of a window
+            would be needed twice; under LBFGS, DeepSpeed, FSDP1 and XLA.
 
     Example::
 
@@ -70,13 +75,13 @@ class SharpnessAwareMixin(LightningModule):
         self.rho, self.adaptive = rho, adaptive
 
     def on_fit_start(self) -> None:
-        """Refuse what it cannot go with."""
+        """Raise an error for optimizers and settings that the mixin cannot work with."""
         super().on_fit_start()
         for optimizer in self.trainer.optimizers:
             self._refuse(optimizer)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Refuse manual optimization."""
+        """Raise an error under manual optimization, where the mixin cannot evaluate ``training_step`` twice."""
         self._refuse_manual()
         super().manual_backward(loss, *args, **kwargs)
 
@@ -107,7 +112,7 @@ class SharpnessAwareMixin(LightningModule):
 
     @contextlib.contextmanager
     def _quiet(self, generators: list[tuple[Any, Tensor]]) -> Iterator[None]:
-        """Within this nothing is logged, the draws are those of the first pass, and statistics stay as they are."""
+        """Context manager: log nothing, repeat the random draws of the first pass, and keep BatchNorm statistics."""
         buffers = [
             buffer
             for module in self.modules()
@@ -154,14 +159,14 @@ class SharpnessAwareMixin(LightningModule):
 
 
 def _generators(device: torch.device) -> list[tuple[Any, Tensor]]:
-    """The generators of the CPU and of the module's device, and their state."""
+    """Return the random generators of the CPU and of the module's device, with their states."""
     modules = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     return [(module, module.get_rng_state()) for module in modules]
 
 
 @contextlib.contextmanager
 def _perturbed(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
-    """Within this the weights are those of the worst point nearby; afterwards exactly what they were."""
+    """Context manager: the weights are those of the worst point nearby; afterwards they are restored from a copy."""
     ours, kept = shards.local_shards([weight.detach() for weight in weights]), []
     with torch.no_grad():
         kept = [weight.clone() for weight in ours]
@@ -175,21 +180,21 @@ def _perturbed(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive:
 
 def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> None:
     rows, values = sparse.dense_rows(weights, grads)
-    ours, slopes = shards.local_shards(rows), shards.local_shards(values)
+    own, slopes = shards.local_shards(rows), shards.local_shards(values)
     if adaptive:
-        scaled = list(torch._foreach_abs(ours))
+        scaled = list(torch._foreach_abs(own))
         torch._foreach_mul_(scaled, slopes)
         measured = [shards.placed_as(part, like) for part, like in zip(scaled, grads, strict=True)]
-        moves = torch._foreach_pow(ours, 2)
+        moves = torch._foreach_pow(own, 2)
         torch._foreach_mul_(moves, slopes)
     else:
         measured, moves = values, torch._foreach_mul(slopes, 1.0)
     # Not `total_norm`, which rounds otherwise: the step is that of common implementations to the bit.
     norm = tensor_norms(measured).square().sum().sqrt()
-    # If the norm is not finite, neither is the second gradient: whoever skips such steps skips this one.
+    # If the norm is not finite, neither is the second gradient: GradientClipping skips the step.
     scale = rho / (norm + 1e-12)
     torch._foreach_mul_(moves, [scale.to(move.device) for move in moves])
-    torch._foreach_add_(ours, moves)
-    for weight, grad, moved in zip(weights, grads, ours, strict=True):
+    torch._foreach_add_(own, moves)
+    for weight, grad, moved in zip(weights, grads, own, strict=True):
         if grad.is_sparse:  # a copy of the rows that have a gradient
             weight[tuple(grad.indices())] = moved

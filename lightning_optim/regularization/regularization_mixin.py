@@ -1,4 +1,4 @@
-"""Regularization that needs the batch or the outputs, which no callback sees in time."""
+"""Mixin that adds a term to the loss that depends on the batch or the outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_optim.runtime.lightning.modules import is_attached
 
 
 class RegularizationMixin(LightningModule):
-    r"""A term of the loss on the batch or the outputs: :math:`L = L_{task} + R(batch, outputs)`.
+    r"""Add a term to the loss that depends on the batch or the outputs: :math:`L = L_{task} + R(batch, outputs)`.
 
-    A module overrides :meth:`regularization` and adds ``self.regularization_loss(batch, outputs)`` to its loss in
-    ``training_step``. The term is part of the loss, so accumulation, mixed precision and the strategies treat it as
-    such. It is logged as ``regularization/loss``. For terms on the weights alone :class:`WeightRegularization` costs
-    less.
+    No callback sees these in time. A module overrides :meth:`regularization` and adds
+    ``self.regularization_loss(batch, outputs)`` to its loss in ``training_step``. The term is part of the loss, so
+    accumulation, mixed precision and the strategies treat it as such. It is logged as ``regularization/loss``. For
+    terms on the weights alone :class:`WeightRegularization` costs less.
 
     Example::
 
@@ -34,19 +34,19 @@ class RegularizationMixin(LightningModule):
     """
 
     def regularization(self, batch: Any, outputs: Any) -> Tensor:
-        """The term; to be overridden.
+        """Return the term; to be overridden.
 
         Args:
-            batch: What ``training_step`` got.
-            outputs: What the model made of it: whatever ``regularization_loss`` is given.
+            batch: The batch of ``training_step``.
+            outputs: The outputs of the model, as they are passed to :meth:`regularization_loss`.
 
         Returns:
-            A scalar, its strength included.
+            A scalar, multiplied by its strength.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `regularization(self, batch, outputs)`")
 
     def regularization_loss(self, batch: Any, outputs: Any) -> Tensor:
-        """:meth:`regularization`, which is also logged.
+        """Return :meth:`regularization`, and log it.
 
         Raises:
             ValueError: If it is not a scalar.

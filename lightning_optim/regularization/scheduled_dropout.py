@@ -1,4 +1,4 @@
-"""Dropout rates by layer and by schedule, as a callback."""
+"""Callback that sets dropout rates by layer and by schedule, and inserts dropout where a model has none."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from lightning_optim.runtime.lightning import LightningModule, MisconfigurationE
 
 
 class ScheduledDropout(OptimCallback):
-    r"""Set the dropout rates of a model, by layer and by schedule, for the length of a fit.
+    r"""Set the dropout rates of a model by layer and by schedule, for the length of a fit.
 
-    Inverted dropout, :math:`y = x \cdot m / (1 - p)` with :math:`m \sim B(1 - p)` for each element, in training only.
-    The rates of what the model has are set: torch's dropout layers, attention, recurrent layers, :class:`DropPath`.
-    With ``insert=True`` layers that have none get it on their output, by a forward hook: no new keys in a checkpoint,
-    and the model is as before after the fit. Rates that are scheduled are logged as
+    Inverted dropout: in training each element is multiplied by :math:`m / (1 - p)` with :math:`m \sim B(1 - p)`. The
+    rates of the layers that the model has are set: torch's dropout layers, attention, recurrent layers and
+    :class:`DropPath`. With ``insert=True`` modules without dropout get it on their output, by a forward hook: it adds
+    no keys to a checkpoint, and the model is as before after the fit. Scheduled rates are logged as
     ``regularization/dropout/<pattern>``.
 
-    Early dropout, which is turned off after the first part of training, helps models that underfit; late dropout those
-    that overfit (arXiv:2303.01500): ``{"*": Piecewise({0.0: 0.1, 0.2: 0.0})}`` and
-    ``{"*": Piecewise({0.0: 0.0, 0.2: 0.1})}``.
+    Early dropout, which is switched off after the first part of training, helps models that underfit; late dropout
+    helps those that overfit: ``{"*": Piecewise({0.0: 0.1, 0.2: 0.0})}`` and ``{"*": Piecewise({0.0: 0.0, 0.2: 0.1})}``.
+    Paper: Liu et al., `Dropout Reduces Underfitting <https://arxiv.org/abs/2303.01500>`_.
 
-    Under ``torch.compile`` each new rate compiles anew: give a schedule of a few values, such as :class:`Piecewise`.
+    Under ``torch.compile`` each new rate compiles the model again: use a schedule with few values, such as
+    :class:`Piecewise`.
 
     Args:
-        rates: Glob over module names to rate in [0, 1], a number or a schedule. The first pattern that matches a module
-            wins.
-        insert: Add dropout to modules that have none: to every module with weights of its own that a glob matches, and
-            to any module that a pattern names in full.
-        name: Tells two callbacks apart in checkpoints.
+        rates: Dictionary from a glob over module names to a rate in [0, 1], a number or a schedule. The first pattern
+            that matches a module counts.
+        insert: True to add dropout to modules that have none: to every module with parameters of its own that a glob
+            matches, and to any module that a pattern names in full.
+        name: Distinguishes two such callbacks in checkpoints.
 
     Raises:
         ValueError: If a rate is not in [0, 1], or if a pattern matches nothing (in ``on_fit_start``).
@@ -44,6 +45,8 @@ class ScheduledDropout(OptimCallback):
         >>> from lightning_optim import Linear, ScheduledDropout
         >>> ScheduledDropout({"encoder.*": 0.1, "head.*": Linear(0.5, 0.0)}).rates["head.*"]
         Linear(start=0.5, end=0.0)
+
+    For a Trainer: ``Trainer(callbacks=[ScheduledDropout({"head.*": 0.5})])``.
     """
 
     def __init__(self, rates: dict[str, float | Schedule], insert: bool = False, name: str | None = None) -> None:
@@ -68,7 +71,7 @@ class ScheduledDropout(OptimCallback):
             self._setters[pattern] = [self._setter(site) for site in sites]
 
     def _setter(self, site: dropout.Site) -> Callable[[float], None]:
-        """What sets the rate of one place; undone with the fit."""
+        """Return a function that sets the rate of one layer until the end of the fit."""
         if site.attribute is None:
             inserted = _Inserted(site.name, self.draw)
             self.session.on_close(site.module.register_forward_hook(inserted).remove)
@@ -78,15 +81,15 @@ class ScheduledDropout(OptimCallback):
         return lambda rate: setattr(module, attribute, rate)
 
     def draw(self, name: str, like: Tensor, rate: float) -> Tensor:
-        """The mask for the output of a module that has no dropout of its own; to be overridden for another one.
+        """Draw the mask for the output of a module that has no dropout of its own; override it for other masks.
 
         Args:
-            name: The module's name.
-            like: Its output.
-            rate: The rate now, in (0, 1].
+            name: The name of the module.
+            like: The output of the module.
+            rate: The present rate, in (0, 1].
 
         Returns:
-            What ``like`` is multiplied by: zeros and :math:`1 / (1 - rate)`.
+            The factors for ``like``: zeros and :math:`1 / (1 - rate)`.
         """
         return dropout.mask(like, rate)
 
@@ -105,7 +108,7 @@ class ScheduledDropout(OptimCallback):
 
 
 class _Inserted:
-    """A forward hook that drops elements of a module's output in training."""
+    """Forward hook that drops elements of a module's output in training."""
 
     def __init__(self, name: str, draw: Callable[[str, Tensor, float], Tensor]) -> None:
         self.name, self.draw = name, draw

@@ -1,4 +1,4 @@
-"""Penalties on weights and proximal steps, as a callback."""
+"""Callback that adds the gradients of penalties before each optimizer step, and applies proximal steps after it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.base import selection, shards, sparse
+from lightning_optim.base import shards, sparse
 from lightning_optim.base.policy import PerOptimizer
-from lightning_optim.base.selection import Selection
+from lightning_optim.base.selection import Selection, select
 from lightning_optim.regularization.penalties import Penalty
 from lightning_optim.regularization.proximal import Proximal
 from lightning_optim.runtime.callback import OptimCallback
@@ -29,19 +29,19 @@ class WeightRegularization(OptimCallback):
 
     A :class:`Penalty` adds its gradient in closed form once per optimizer step, before clipping, when gradients are
     whole, averaged over ranks and unscaled: no autograd graph, and no factor for accumulation or a loss scale. The
-    logged training loss stays the task's. Values are logged as ``regularization/l1``, ``regularization/l2``, …, each in
-    the unit of the loss. A :class:`Proximal` term acts on the weights after each step that happened, before they are
-    averaged.
+    logged training loss stays that of the task. The values of the penalties are logged as ``regularization/l1``,
+    ``regularization/l2``, …, each in the unit of the loss. A :class:`Proximal` term acts on the weights after each step
+    that happened, before they are averaged.
 
-    A term acts on the parameters of the optimizer that steps, where they are trainable. One that has no gradient gets
-    one from a penalty, unless none has: then somebody cancelled the step. Where a gradient is sparse
-    (``Embedding(sparse=True)``), a penalty acts on the rows that have one, and so on a row as often as it is looked up;
-    what is logged is the penalty of all rows.
+    A term acts on the trainable parameters of the optimizer that steps. A penalty creates the gradient of a parameter
+    that has none, except if no parameter has one: then the step was cancelled. Where a gradient is sparse
+    (``Embedding(sparse=True)``), a penalty acts on the rows that have a gradient, and so on a row as often as it is
+    looked up; the logged value is the penalty of all rows.
 
     Args:
-        terms: One term, or a list: their sum, and projections in turn. Each chooses its own parameters; by default
-            those with two dimensions or more.
-        name: Tells two callbacks with the same terms apart in checkpoints.
+        terms: One term, or a list of terms: penalties are added, proximal terms act in turn. Each term chooses its own
+            parameters, by default those with two dimensions or more.
+        name: Distinguishes two callbacks with the same terms in checkpoints.
 
     Raises:
         ValueError: If ``terms`` is not a term or a list of terms, or if a term's ``on`` matches no parameter (in
@@ -54,6 +54,8 @@ class WeightRegularization(OptimCallback):
         [L2(strength=0.0001)]
         >>> WeightRegularization([L1(1e-5, on="encoder.*"), L2(1e-4, exclude="head.*")])
         WeightRegularization{'terms': ["L1(on='encoder.*')", "L2(exclude='head.*')"]}
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(1e-4))])``.
     """
 
     slot = Slot.PENALIZE
@@ -79,7 +81,7 @@ class WeightRegularization(OptimCallback):
 
     def reset(self) -> None:
         self._copies = PerOptimizer(self.terms)
-        self._chosen: list[Selection] = []
+        self._selections: list[Selection] = []
         self._looked_up: set[int] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,8 +89,8 @@ class WeightRegularization(OptimCallback):
         shards.reshard_(pl_module)
         self._copies.name_weights(pl_module)
         for term in self.terms:
-            refuse_split_units(term, selection.select(pl_module, term.on, term.exclude).values())
-            self._chosen.append(Selection(pl_module, term.on, term.exclude))
+            refuse_split_units(term, select(pl_module, term.on, term.exclude).values())
+            self._selections.append(Selection(pl_module, term.on, term.exclude))
         self._looked_up = _looked_up(pl_module)
 
     @torch.no_grad()
@@ -97,10 +99,10 @@ class WeightRegularization(OptimCallback):
         if step.dropped:
             return
         when: dict[str, Any] = {"step": step.number, "total": step.total}
-        for label, term, chosen in zip(self._labels, self._copies[step.index], self._chosen, strict=True):
-            if chosen.follow(step.parameters):
+        for label, term, selection in zip(self._labels, self._copies[step.index], self._selections, strict=True):
+            if selection.follow(step.parameters):
                 self._looked_up = _looked_up(pl_module)
-            weights = _trainable(step.parameters, chosen)
+            weights = _trainable(step.parameters, selection)
             if not weights or not isinstance(term, Penalty):
                 continue
             if step.logs:
@@ -112,10 +114,10 @@ class WeightRegularization(OptimCallback):
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = self.current_step(optimizer)
-        for term, chosen in zip(self._copies[step.index], self._chosen, strict=True):
+        for term, selection in zip(self._copies[step.index], self._selections, strict=True):
             if isinstance(term, Proximal):
                 for group, lr in zip(step.groups, step.lr, strict=True):
-                    term.project_(_trainable(group, chosen), lr=lr, step=step.number, total=step.total)
+                    term.project_(_trainable(group, selection), lr=lr, step=step.number, total=step.total)
 
     def extra_state(self) -> dict[str, Any]:
         return {"terms": self._copies.state_dict()}
@@ -124,16 +126,16 @@ class WeightRegularization(OptimCallback):
         self._copies.load_state_dict(extra["terms"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_chosen": [], "_looked_up": set()}
+        return {**super().__getstate__(), "_selections": [], "_looked_up": set()}
 
 
 def _looked_up(module: nn.Module) -> set[int]:
-    """Return the ``id`` of each weight whose gradient is sparse: if it has none, no row was looked up."""
+    """Return the ``id`` of each weight whose gradient is sparse, and ``None`` if no row was looked up."""
     return {id(m.weight) for m in module.modules() if isinstance(m, _LOOKED_UP) and m.sparse}
 
 
-def _trainable(parameters: Sequence[Tensor], chosen: Selection) -> list[Tensor]:
-    ids = chosen.existing
+def _trainable(parameters: Sequence[Tensor], selection: Selection) -> list[Tensor]:
+    ids = selection.existing
     return [p for p in parameters if id(p) in ids and p.requires_grad]
 
 
@@ -146,7 +148,7 @@ def _gradient_of(parameter: Tensor) -> Tensor:
 
 
 def _labels(terms: Sequence[Penalty | Proximal]) -> list[str]:
-    """A name for each term: its class, and a number from the second of a class on."""
+    """Return the name of each term for the log: its class, with a number from the second term of a class on."""
     seen: Counter[str] = Counter()
     labels = []
     for term in terms:

@@ -1,4 +1,4 @@
-"""One step of one optimizer, as the callbacks of a fit see it; the number of steps in a run; a step that is dropped."""
+"""One step of an optimizer as callbacks see it, how to drop it, and the number of steps in a run."""
 
 from __future__ import annotations
 
@@ -205,7 +205,16 @@ def gradients_of(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     The short form of :attr:`OptimizerStep.weights` and :attr:`OptimizerStep.grads` for hand-written loops. Both lists
     are empty when the step was cancelled or dropped. The gradients of another optimizer's parameters, which may be left
     from an earlier step, are never in the result. A sparse gradient, as ``Embedding(sparse=True)`` makes, is coalesced:
-    its ``values()`` are what is read and written.
+    read and write its ``values()``.
+
+    Example::
+
+        >>> import torch
+        >>> weight, frozen = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> weights, grads = gradients_of(torch.optim.SGD([weight, frozen], lr=0.1))
+        >>> len(weights), grads
+        (1, [tensor([3., 4.])])
     """
     return _aligned(parameters_of(optimizer))
 
@@ -223,39 +232,46 @@ def _aligned(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _having_gradients(weights: list[Tensor], grads: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    if type(None) in set(map(type, grads)):  # a question that costs little where hundreds of tensors have a gradient
+    if type(None) in set(map(type, grads)):  # cheap where hundreds of tensors have a gradient
         weights = [weight for weight, grad in zip(weights, grads, strict=True) if grad is not None]
         grads = [grad for grad in grads if grad is not None]
     return weights, grads
 
 
 def drop_step(trainer: Trainer, optimizer: Optimizer, reason: str) -> None:
-    """Drop the step that ``optimizer`` is about to take.
+    """Drop the step that ``optimizer`` is about to take; call it in ``on_before_optimizer_step``, on all ranks alike.
 
-    To be called in ``on_before_optimizer_step``, on all ranks alike. The optimizer's gradients become ``None``:
-    weights, momentum and step counts of torch's optimizers stay as they are, later slots see that nothing is left to
-    act on, and ``on_after_optimizer_step`` is not called. ``trainer.global_step`` and a step-wise learning-rate
-    schedule still advance: Lightning counts calls.
+    The optimizer's gradients become ``None``: weights, momentum and step counts of torch's optimizers stay as they are,
+    later callbacks have nothing to act on, and ``on_after_optimizer_step`` is not called. ``trainer.global_step`` and a
+    learning-rate schedule with ``"interval": "step"`` still advance, since Lightning counts calls.
 
     Args:
         trainer: The running Trainer.
-        optimizer: Whose step is dropped.
-        reason: A sentence for the log.
+        optimizer: The optimizer that shall not step.
+        reason: A sentence, which is printed.
+
+    Example::
+
+        >>> from lightning_optim import OptimCallback
+        >>> class SkipFirst(OptimCallback):
+        ...     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        ...         if trainer.global_step == 0:
+        ...             drop_step(trainer, optimizer, "the first batch is not trained on")
     """
     rank_zero_info(f"Step {trainer.global_step} of {type(optimizer).__name__} is dropped: {reason}")
     optimizer.zero_grad(set_to_none=True)
 
 
 def total_steps(trainer: Trainer) -> int | float:
-    r"""The optimizer steps of the whole run, for each optimizer; ``inf`` if there is no end to the run.
+    r"""Return the number of steps that each optimizer takes in the whole run; ``inf`` if the run has no end.
 
-    :math:`\min(\sum_e \lceil B / n_e \rceil,\; \lceil S / O \rceil)` with ``B`` batches an epoch, ``n_e`` micro-batches
-    a step in epoch ``e``, ``S = max_steps`` and ``O`` optimizers. Lightning's ``estimated_stepping_batches`` is wrong
-    where ``n`` changes from epoch to epoch, and counts no window of manual optimization. Each optimizer is taken to
-    step once in each window.
+    It is :math:`\min(\sum_e \lceil B / n_e \rceil,\; \lceil S / O \rceil)` with :math:`B` batches in an epoch,
+    :math:`n_e` micro-batches in a step of epoch :math:`e`, :math:`S` = ``max_steps`` and :math:`O` optimizers, each of
+    which is assumed to step once in each window. Lightning's ``estimated_stepping_batches`` is wrong where :math:`n`
+    changes from epoch to epoch, and does not count the windows of manual optimization.
 
     Args:
-        trainer: A Trainer with a connected model. Loads the training data if that has not happened yet.
+        trainer: A Trainer with a connected model. The training data are loaded if they are not yet.
     """
     optimizers = max(1, len(trainer.optimizers))
     limit = math.inf if trainer.max_steps == -1 else math.ceil(trainer.max_steps / optimizers)
@@ -271,7 +287,7 @@ def total_steps(trainer: Trainer) -> int | float:
 
 
 def micro_batches(trainer: Trainer, epoch: int) -> int:
-    """The number of micro-batches in one optimizer step of ``epoch``."""
+    """Return the number of micro-batches in one optimizer step of ``epoch``."""
     for callback in trainer.callbacks:
         if getattr(callback, "slot", None) is Slot.ACCUMULATE:
             return callback.batches_per_step(epoch)

@@ -208,7 +208,9 @@ class Alone(models.Model):
 def test_accumulation_of_manual_steps_needs_the_mixin() -> None:
     fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[GradientAccumulation(2)])
     fitted.module = Alone(STEPS)
-    sentence = "needs a module that steps through `ManualOptimizationMixin.optimize.*; Alone is none.* Write `class"
+    sentence = (
+        "needs a module that steps with `ManualOptimizationMixin.optimize.*; Alone has no such method.* Write `class"
+    )
     assert_refused(fitted, sentence)
 
 
