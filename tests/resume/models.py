@@ -1,4 +1,4 @@
-"""What is trained and killed: modules that draw from every generator and tell what happened, and loaders."""
+"""Modules that draw from every random generator and record what happened, and loaders that save their position."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def shuffling_by_itself() -> DataLoader[Any]:
 
 
 class Net(LightningModule):
-    """Draws from torch (dropout), Python and NumPy in training, and from torch in validation; tells what happened."""
+    """Draws from torch (dropout), Python and NumPy in training, and from torch in validation; records what happened."""
 
     def __init__(self, random: bool = True) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Net(LightningModule):
         self.mean, self.val_mean = MeanMetric(), MeanMetric()
         self.events: list[list[Any]] = []
 
-    def tell(self, what: str, **values: Tensor) -> None:
+    def record(self, what: str, **values: Tensor) -> None:
         if self.trainer.sanity_checking:
             return
         numbers = {name: float(value) for name, value in values.items()}
@@ -90,7 +90,7 @@ class Net(LightningModule):
         loss = (self.body(batch[0]) - batch[1]).square().mean()
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.mean.update(loss.detach())
-        self.tell("train", loss=loss.detach())
+        self.record("train", loss=loss.detach())
         return loss * (1 + self.noise * 0.1 * (random.random() + float(np.random.rand())))
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
@@ -101,17 +101,17 @@ class Net(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log("val_mean", self.val_mean)
         batches = torch.tensor(self.trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.ready)
-        self.tell("validated", batches=batches, **self.trainer.callback_metrics)
+        self.record("validated", batches=batches, **self.trainer.callback_metrics)
 
     def on_train_epoch_start(self) -> None:
-        self.tell("epoch start", draw=self.noise * torch.rand(()))
+        self.record("epoch start", draw=self.noise * torch.rand(()))
 
     def on_train_epoch_end(self) -> None:
         self.log("mean", self.mean)
-        self.tell("epoch end", **self.trainer.callback_metrics)
+        self.record("epoch end", **self.trainer.callback_metrics)
 
     def on_train_end(self) -> None:
-        self.tell("end", **self.trainer.callback_metrics)
+        self.record("end", **self.trainer.callback_metrics)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(data(), batch_size=8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+import pickle
 import signal
 import warnings
 from collections.abc import Callable
@@ -12,13 +14,13 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness.groups import Group, JobFailed
-from tests.resume.helpers import WriteAndDie, difference, fit, fit_of_two, killed
+from tests.resume.killed_runs import WriteAndDie, difference, fit, fit_of_two, killed
 from tests.resume.models import (
     LazyLoader,
     ManualNet,
@@ -58,14 +60,14 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def whole(run: str = "epochs", loader: Callable[[], Any] = PositionLoader, net: type[Net] = Net) -> dict[str, Any]:
-    """The run that was not killed, and which has never heard of ExactResume."""
+    """Train the run that is not killed, without ExactResume."""
     return fit([], loader, net=net, **RUNS[run])
 
 
 def check(
     place: str, path: Path, run: str = "epochs", loader: Callable[[], Any] = PositionLoader, net: type[Net] = Net
 ) -> None:
-    """Kill, resume, compare; and see that Lightning alone differs."""
+    """Kill, resume and compare; check that Lightning alone differs."""
     arguments = {"loader": loader, "net": net, **RUNS[run]}
     hook, call = PLACES[place]
     killed(lambda: fit([ExactResume(), WriteAndDie(hook, call, path)], **arguments))
@@ -81,7 +83,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "file.ckpt"
 
 
-# ---- where the file was written --------------------------------------------------------------------------------------
+# ---- where the checkpoint was written --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", ["epochs", "steps"])
@@ -174,7 +176,7 @@ def test_open_window(place: str, path: Path) -> None:
     assert difference(window([], path=path, seed=2), window([])) == ""
 
 
-# ---- who writes the file ---------------------------------------------------------------------------------------------
+# ---- what writes the checkpoint --------------------------------------------------------------------------------------
 
 
 class Die(Callback):
@@ -245,6 +247,59 @@ def test_checkpoint_of_sigterm(net: type[Net], tmp_path: Path) -> None:
         fit([ExactResume(), Terminate(), OnExceptionCheckpoint(tmp_path)], net=net)
     resumed = fit([ExactResume()], path=tmp_path / "on_exception.ckpt", seed=2, net=net)
     assert difference(resumed, whole(net=net)) == ""
+
+
+# ---- the rest of the fit ---------------------------------------------------------------------------------------------
+
+
+def test_changes_nothing_in_a_run_that_is_not_killed() -> None:
+    assert difference(fit([ExactResume()]), fit([])) == ""
+
+
+class Sanity(Callback):
+    checks = 0
+
+    def on_sanity_check_start(self, *_: Any) -> None:
+        self.checks += 1
+
+
+def test_no_sanity_check_on_resume(path: Path) -> None:
+    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_epoch_end", 1, path)]))
+    sanity = Sanity()
+    fit([ExactResume(), sanity], path=path)
+    assert sanity.checks == 0
+    fit([ExactResume(), sanity])
+    assert sanity.checks == 1
+
+
+def test_learning_rate_finder_goes_by() -> None:
+    def finder() -> LearningRateFinder:
+        return LearningRateFinder(num_training_steps=8, early_stop_threshold=None, attr_name="rate", update_attr=False)
+
+    assert difference(fit([ExactResume(), finder()], net=RateNet), fit([finder()], net=RateNet)) == ""
+
+
+class RateNet(Net):
+    rate = 0.01
+
+
+def test_leaves_nothing_installed_and_no_state_for_validate(path: Path) -> None:
+    killed(lambda: fit([ExactResume(), WriteAndDie("on_train_batch_end", 9, path)]))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callback = ExactResume()
+    trainer = Trainer(
+        callbacks=[callback], max_epochs=3, accelerator="cpu", devices=1, enable_checkpointing=False, **quiet
+    )
+    loops = (trainer, trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop)
+    before = [{name for name, value in vars(loop).items() if callable(value)} for loop in loops]
+    trainer.validate(Net(), ckpt_path=path, verbose=False)
+    assert callback.extra_state() == {}
+    trainer.fit(Net(), PositionLoader(), ckpt_path=path)
+    assert trainer.num_sanity_val_steps == 2
+    assert [{name for name, value in vars(loop).items() if callable(value)} for loop in loops] == before
+    for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert copied.state_key == "ExactResume"
+        assert copied.extra_state() == {}
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim import GradientAccumulation
 from lightning_optim.resume.exactness import resumes_exactly_from_here
-from tests.resume.helpers import fit
+from tests.resume.killed_runs import fit
 from tests.resume.models import BATCHES, ManualNet, Net, PositionLoader, data, shuffling
 
 

@@ -1,4 +1,4 @@
-"""What each rank has of its own, such as running statistics of its batches, survives a resume and a use."""
+"""Tensors that differ between ranks, such as running statistics of their batches, survive a resume and a use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime import callback_state
 from tests.harness.groups import Group
 from tests.harness.run import LivingEnvironment, share_mesh
-from tests.resume.helpers import difference, fit
+from tests.resume.killed_runs import difference, fit
 from tests.resume.models import SAMPLES, NormNet, PositionLoader, ShardedNormNet, data
 
 VALIDATION_DUE, EPOCH = 3, 6  # batches

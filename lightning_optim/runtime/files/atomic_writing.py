@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and nothing beside it."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Context manager: give a path to write to, and put what was written at ``path`` when the block ends well.
+    """Context manager: give a path to write to, and move the written file to ``path`` when the block ends well.
 
     If the block raises (a full disk, an interrupt), ``path`` holds what it held before, and no other file is left. On
     Linux the same is true after a kill at any moment: the file gets a name when it is complete and on the disk. To
-    replace an existing file it needs another name for the time between two system calls. File systems without unnamed
-    files, such as NFS, and other systems know it by a hidden name ``.lightning-optim-…`` while it is written, which
-    stays after a kill.
+    replace an existing file it needs another name for the time between two system calls. On file systems without
+    unnamed files, such as NFS, and on other systems the file has a hidden name ``.lightning-optim-…`` while it is
+    written, which stays after a kill.
 
-    A link keeps its place: the file that it leads to is replaced. The mode of a replaced file is kept.
+    If ``path`` is a link, the file that it leads to is replaced. The mode of a replaced file is kept.
 
     Args:
         path: A file of the local disk, in a folder that exists.
@@ -71,21 +71,21 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike[str], *others: str) -> Iterator[None]:
-    """Say of which output an error is: torch's writer hides a full disk, and no user knows the ``others``."""
+def _naming(path: str | os.PathLike[str], *temporary: str) -> Iterator[None]:
+    """Context manager: name ``path`` in errors, where torch's writer names no file or a ``temporary`` one is named."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason: BaseException | None = error
         while reason is not None and not isinstance(reason, OSError):
             reason = reason.__context__
-        if reason is None or reason.filename not in (None, *others):
+        if reason is None or reason.filename not in (None, *temporary):
             raise
         raise OSError(reason.errno, reason.strerror, os.fspath(path)) from error
 
 
 def _open_unnamed(folder: str) -> int | None:
-    """A new file without a name, which is gone when the process ends; ``None`` if there is no such thing here."""
+    """Open a new file without a name, which is gone when the process ends; return ``None`` if that is impossible."""
     if not hasattr(os, "O_TMPFILE") or not os.path.isdir("/proc/self/fd"):
         return None
     try:
@@ -101,13 +101,13 @@ def _path_of(descriptor: int) -> str:
 
 
 def _name(descriptor: int, hidden: str, target: str) -> None:
-    """Give the unnamed file its name, at once if nothing has that name yet."""
+    """Give the unnamed file its name, in one call if no file has that name yet."""
     with contextlib.suppress(OSError):
         _link(descriptor, target)
         return
     try:
         _link(descriptor, hidden)  # a link never replaces a file, a rename does
-    except OSError:  # a file system that cannot link what has no name
+    except OSError:  # a file system that cannot link an unnamed file
         with open(_path_of(descriptor), "rb") as written, open(hidden, "xb") as copy:
             shutil.copyfileobj(written, copy)
             copy.flush()
@@ -125,7 +125,7 @@ def _link(descriptor: int, path: str) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """See that the name is on the disk too, where a folder can be synchronized."""
+    """Write the folder's new entry to the disk too, where a folder can be synchronized."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Remember the files that this process wrote in a fit: only these are unpickled without a user's word."""
+"""Remember the checkpoints that this process wrote in a fit: only these are unpickled without the user's consent."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 class OwnFiles:
     """Paths to which a strategy wrote checkpoints in this process, in one fit.
 
-    A checkpoint may hold any hyper-parameters, so that reading one's own takes pickle. The paths that a *loaded*
-    checkpoint names (the best of a ``ModelCheckpoint``, say) may lead to anybody's file: after a resume such a file is
-    read with ``weights_only=True``, unless this process has written it anew.
+    A checkpoint may hold hyper-parameters of any type, so that reading it takes pickle. The paths that a *loaded*
+    checkpoint names, such as the best of a ``ModelCheckpoint``, may lead to a file of unknown origin: after a resume it
+    is read with ``weights_only=True``, unless this process has written it again.
 
     Example::
 

@@ -1,8 +1,8 @@
-"""Read files of tensors, with an error that names the file if it is damaged, hostile or of another kind.
+"""Read files of tensors, with an error that names the file if it is damaged, hostile or of another format.
 
-Before anything is loaded it is checked that a file is one that ``torch.save`` writes, that its records fit into it, and
-the checksum of each record. The archives of ``torch.save`` are zip files and have checksums, which ``torch.load`` does
-not read; its format before torch 1.6 and safetensors have none, so that other values in them cannot be noticed.
+Before a file is loaded, three checks are made: ``torch.save`` writes its format, its records fit into it, and their
+checksums are right. The archives of ``torch.save`` are zip files and have checksums, which ``torch.load`` does not
+read. Its format before torch 1.6 and safetensors have none, so that changed values in them go unnoticed.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _SMALL = 4 << 20
 
 
 def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> Any:
-    """Load all that a file holds on the CPU; tensors that are not compressed are mapped from the disk.
+    """Load a file on the CPU; tensors that are not compressed are mapped from the disk.
 
     Args:
-        path: What ``torch.save`` or safetensors wrote; also of a remote file system.
+        path: A file that ``torch.save`` or safetensors wrote, on a local or a remote file system.
         weights_only: Read nothing but tensors and plain values: other objects can run any code.
-        check: Whether to :func:`check` it first.
+        check: True to :func:`check` it first.
 
     Raises:
         OSError: If it cannot be opened.
-        ValueError: If it is damaged, of another kind, or holds other objects and ``weights_only`` is set.
+        ValueError: If it is damaged, of another format, or holds other objects and ``weights_only`` is True.
     """
     path = os.fspath(path)
     with _opened(path) as file:
         if check:
             _check(path, file, weights_only)
         is_local = os.path.exists(path)
-        with _sentence(path, weights_only):
+        with _named_errors(path, weights_only):
             if is_safetensors(path):
                 return _load_safetensors(path if is_local else file)
             records = _records(file)
-        with _sentence(path, weights_only, is_whole=bool(records)):
+        with _named_errors(path, weights_only, is_whole=bool(records)):
             mmap = is_local and bool(records) and _are_stored(records)
             file.seek(0)
             loaded = torch.load(path if is_local else file, map_location="cpu", weights_only=weights_only, mmap=mmap)
@@ -61,11 +61,11 @@ def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = 
 
 
 def check(path: str | os.PathLike[str], weights_only: bool = True) -> None:
-    """Refuse a file that is no checkpoint, damaged, or larger inside than outside, without loading it.
+    """Check a file without loading it.
 
     Raises:
         OSError: If it cannot be opened.
-        ValueError: If it is refused.
+        ValueError: If it is no checkpoint, damaged, or would take far more memory than its size on the disk.
     """
     path = os.fspath(path)
     with _opened(path) as file:
@@ -73,13 +73,16 @@ def check(path: str | os.PathLike[str], weights_only: bool = True) -> None:
 
 
 def check_archive(path: str, file: IO[bytes], weights_only: bool = True) -> None:
-    """Refuse a file object that is a damaged archive, where ``path`` stands in the error; others are passed over."""
+    """Check a file object if it is an archive; ``path`` names it in the ValueError if it is damaged."""
     if file.read(len(_ZIP)) == _ZIP:
         _check_archive(path, file, weights_only)
 
 
 def largest(path: str | os.PathLike[str]) -> int:
-    """Return the most bytes that tensors of a file or a folder may take in memory: real ones take less, a bomb more."""
+    """Return the largest number of bytes that the tensors of a file or folder may take in memory.
+
+    Real ones take less, a decompression bomb more.
+    """
     path = os.fspath(path)
     if os.path.isdir(path):
         size = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
@@ -89,7 +92,7 @@ def largest(path: str | os.PathLike[str]) -> int:
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Return whether the name ends in ``.safetensors``."""
+    """Return True if the name ends in ``.safetensors``."""
     return os.fspath(path).endswith(".safetensors")
 
 
@@ -119,11 +122,11 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _sentence(path: str, weights_only: bool, is_whole: bool = False) -> Iterator[None]:
-    """Name the file in the errors that torch, pickle, zipfile and safetensors raise for bytes they do not expect.
+def _named_errors(path: str, weights_only: bool, is_whole: bool = False) -> Iterator[None]:
+    """Context manager: name the file in errors that torch, pickle, zipfile and safetensors raise for unexpected bytes.
 
-    Pickles have kinds of operands that are not read with ``weights_only``; but in a file without checksums an unknown
-    one is more likely a damage.
+    Some operands of pickles are not read with ``weights_only``. In a file without checksums an unknown operand is more
+    likely a damage.
     """
     try:
         yield
@@ -162,7 +165,7 @@ def _check(path: str, file: IO[bytes], weights_only: bool) -> None:
 
 def _check_archive(path: str, file: IO[bytes], weights_only: bool) -> None:
     """Check the sizes first, so that checking the records reads no more than the file."""
-    with _sentence(path, weights_only):
+    with _named_errors(path, weights_only):
         archive = zipfile.ZipFile(file)
     records = sorted(archive.infolist(), key=lambda record: record.header_offset)
     _check_sizes(path, records, file.seek(0, io.SEEK_END), weights_only)
@@ -208,7 +211,7 @@ def _check_record(path: str, archive: zipfile.ZipFile, record: zipfile.ZipInfo) 
 
 
 def _mentions_bytearray(file: IO[bytes]) -> bool:
-    """Return whether a pickle makes a ``bytearray``: torch allows it, and a number in the file sets its length."""
+    """Return True if a pickle makes a ``bytearray``: torch allows it, and a number in the file sets its length."""
     wanted, before = b"\nbytearray\n", b""
     while piece := file.read(_PIECE):
         if wanted in before + piece:
@@ -225,12 +228,12 @@ def _records(file: IO[bytes]) -> list[zipfile.ZipInfo]:
 
 
 def _are_stored(records: Iterable[zipfile.ZipInfo]) -> bool:
-    """Return whether no record is compressed, so that all can be mapped."""
+    """Return True if no record is compressed, so that all can be mapped."""
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
 def _check_storages(loaded: Any, records: Iterable[zipfile.ZipInfo]) -> None:
-    """Refuse tensors over other bytes than a record's: a pickle may say any size, and a mapped file has more bytes."""
+    """Raise if a tensor has not the size of a record: a pickle may claim any, and a mapped file has more bytes."""
     sizes = Counter(record.file_size for record in records if "/data/" in record.filename)
     storages = {}
     for tensor in _tensors(loaded):
@@ -241,7 +244,7 @@ def _check_storages(loaded: Any, records: Iterable[zipfile.ZipInfo]) -> None:
 
 
 def _tensors(loaded: Any) -> Iterator[Tensor]:
-    """Yield the tensors in dictionaries, lists and tuples, each once."""
+    """Yield each tensor in nested dictionaries, lists and tuples once."""
     waiting, seen = [loaded], {id(loaded)}
     while waiting:
         value = waiting.pop()

@@ -1,4 +1,4 @@
-"""Read the folder of a distributed checkpoint without running its metadata, which is a pickle."""
+"""Read a distributed checkpoint, a folder, without running the code that its metadata may name: it is a pickle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VALUES = {
 
 
 class SafeReader(dcp.FileSystemReader):
-    """The reader of ``torch.distributed.checkpoint``, which calls nothing that the metadata names but descriptions.
+    """Reader of ``torch.distributed.checkpoint`` that calls nothing that the metadata names except descriptions.
 
     Args:
         path: The folder.
@@ -41,7 +41,7 @@ class SafeReader(dcp.FileSystemReader):
         self._folder = os.fspath(path)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read which tensors there are, and where."""
+        """Read the names, sizes and places of the tensors."""
         metadata = _read(os.path.join(self._folder, ".metadata"))
         metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = getattr(self, "load_id", None)
@@ -49,16 +49,16 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def reader_of(path: str | os.PathLike[str], weights_only: bool) -> dcp.FileSystemReader:
-    """Return the reader for a folder: torch's own if the folder is trusted, else :class:`SafeReader`."""
+    """Return the reader for a folder: :class:`SafeReader`, or torch's own if the folder is trusted."""
     return SafeReader(path) if weights_only else dcp.FileSystemReader(path)
 
 
 def load_folder(state: dict[str, Any], path: str, weights_only: bool, **how: Any) -> None:
-    """Read the tensors of these names from a folder into those of ``state``; under FSDP2 each rank its shards.
+    """Read tensors from a folder into those of the same names in ``state``; under FSDP2 each rank reads its shards.
 
     Raises:
-        ValueError: If the folder is damaged, of another model, or names what is not called. Tensors that were read
-            before have their new values.
+        ValueError: If the folder is damaged, of another model, or names code. Tensors that were read before the error
+            keep their new values.
     """
     try:
         dcp.load(state, storage_reader=reader_of(path, weights_only), **how)
@@ -67,10 +67,10 @@ def load_folder(state: dict[str, Any], path: str, weights_only: bool, **how: Any
 
 
 def check_folder(path: str, metadata: Metadata, weights_only: bool) -> None:
-    """Check the sizes and checksums of what lies in the folder, as :func:`~.safe_reading.check` does.
+    """Check the sizes and checksums of the files in the folder, as :func:`~.safe_reading.check` does.
 
     Raises:
-        ValueError: If something is damaged or missing, or lies elsewhere.
+        ValueError: If a file is damaged, missing or outside of the folder.
     """
     _check_descriptions(os.path.join(path, ".metadata"), metadata)
     inside = os.path.realpath(path)
@@ -91,14 +91,14 @@ def check_folder(path: str, metadata: Metadata, weights_only: bool) -> None:
 
 
 def _check_descriptions(path: str, metadata: Metadata) -> None:
-    """Refuse metadata whose parts do not make up each tensor: torch would return what lay in memory for the rest.
+    """Check that the parts in the metadata make up each tensor: for missing parts torch would return random memory.
 
     Args:
         path: The file of the metadata, for the error.
-        metadata: What it holds.
+        metadata: The metadata.
 
     Raises:
-        ValueError: If it does not fit together.
+        ValueError: If they do not.
     """
     try:
         for name, about in metadata.state_dict_metadata.items():
@@ -139,7 +139,7 @@ def _read(path: str) -> Metadata:
 
 
 class _Unpickler(pickle._Unpickler):
-    """The unpickler in Python: that in C takes memory for the largest index that a file names."""
+    """Unpickler in Python: the one in C allocates memory for the largest index that a file names."""
 
     dispatch: ClassVar[dict[int, Any]] = {
         opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode != pickle.BYTEARRAY8[0]

@@ -1,4 +1,4 @@
-"""A run that can be killed: who writes a file and dies, and the run itself, in one process or in two."""
+"""Runs that are killed: a callback that writes a checkpoint and kills its process, and fits in one process or two."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rows(Logger):
 
 
 class WriteAndDie(Checkpoint):
-    """Writes a file at the n-th call of a hook, as a ModelCheckpoint would, and kills the process."""
+    """Writes a checkpoint at the n-th call of a hook, as a ModelCheckpoint would, and kills the process."""
 
     def __init__(self, hook: str, call: int, path: Path) -> None:
         self.calls, self.call, self.path = 0, call, path
@@ -54,14 +54,14 @@ class WriteAndDie(Checkpoint):
 
 
 def outcome(module: Any, of: Trainer) -> dict[str, Any]:
-    """What two runs must have in common, bit for bit."""
+    """Return everything that two runs must have in common, bit for bit."""
     momentum = [value["momentum_buffer"] for value in of.optimizers[0].state.values()]
     tensors = [p.detach() for p in module.parameters()] + [b.clone() for b in module.buffers()] + momentum
     return {"events": module.events, "tensors": [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]}
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """The first thing in which two outcomes differ; empty if they are equal."""
+    """Return the first difference between two outcomes; empty if they are equal."""
     for x, y in zip(a["events"], b["events"], strict=False):
         if repr(x) != repr(y):
             return f"{x} and {y}"
@@ -72,7 +72,7 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 def killed(run: Callable[[], None]) -> None:
-    """Run it in a forked process, which must die by SIGKILL."""
+    """Call ``run`` in a forked process, which must die by SIGKILL."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads
         pid = os.fork()
@@ -94,7 +94,7 @@ def fit(
     net: Callable[[], Net] = Net,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """One whole run, or the rest of one from a file."""
+    """Train a whole run, or the rest of one from a checkpoint."""
     seed_everything(seed, verbose=False)
     module = net()
     files = any(isinstance(callback, Checkpoint) for callback in callbacks)
@@ -121,7 +121,7 @@ def fit_of_two(
     exact: bool,
     loader: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
-    """The same in a process of a living group; ``hook`` is where to write a file and die."""
+    """Do the same in a process of a living group; ``hook`` is where to write a checkpoint and die."""
     rank = torch.distributed.get_rank()
 
     def net() -> Net:
