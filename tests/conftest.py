@@ -11,7 +11,7 @@ import pytest
 # them, and Lightning asks for as many threads as there are cores unless this is set.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.harness import groups
+from tests.harness import process_group
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,17 +25,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @pytest.fixture(scope="session")
-def group() -> Iterator[groups.Group]:
+def group() -> Iterator[process_group.Group]:
     """Two processes of one gloo group, which live as long as the tests."""
-    with groups.Group(2) as pair:
+    with process_group.Group(2) as pair:
         yield pair
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the server of the group import its modules while this process does."""
     if any("group" in getattr(item, "fixturenames", ()) for item in items):
-        groups.start_server()
-    groups.settle()
+        process_group.start_server()
+    process_group.settle()
 
 
 @pytest.fixture(autouse=True)

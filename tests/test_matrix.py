@@ -16,7 +16,7 @@ import lightning_optim
 from tests import registry
 from tests.harness.cells import CELLS, LEVELS, Cell, orthogonal_array
 from tests.harness.formulas import deviation
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.harness.reference_loop import Loop, Outcome
 from tests.registry import ALL_ENTRIES, Entry, chosen_cells
 

@@ -37,7 +37,7 @@ from tests.averaging.models import (
     trainer,
     two_processes,
 )
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 def _models(count: int, make=plain_net) -> list[nn.Module]:

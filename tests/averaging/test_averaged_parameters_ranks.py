@@ -13,8 +13,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from lightning_optim import EMA, SWA, WeightAveraging
 from tests.averaging.models import Model, assert_equal, data, differ, snapshot, two_processes
 from tests.harness.cells import Cell
-from tests.harness.groups import Group, JobFailed
 from tests.harness.models import build, full_weights
+from tests.harness.process_group import Group, JobFailed
 
 
 def _sharded(folder: str, whole_files: bool, plan: str) -> list[Any]:

@@ -28,7 +28,7 @@ from lightning_optim.averaging.ema import EMA
 from lightning_optim.averaging.lawa import LAWA
 from lightning_optim.averaging.swa import SWA
 from lightning_optim.base import foreach, shards
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 def _closed_form(history: list[Tensor], steps: list[int], decay: float, warmup: float | None) -> Tensor:

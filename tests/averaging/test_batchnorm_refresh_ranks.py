@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_optim import SWA, WeightAveraging, refresh_batchnorm_
 from tests.averaging.models import Model, assert_close, assert_equal, data, norm_net, two_processes
-from tests.harness.groups import Group, JobFailed
+from tests.harness.process_group import Group, JobFailed
 
 
 def _whole(module: nn.Module) -> dict[str, Tensor]:

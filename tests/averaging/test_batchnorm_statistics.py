@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_optim import SWA, WeightAveraging, refresh_batchnorm_
 from lightning_optim.averaging.batchnorm.batches import own_copy
 from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, snapshot, two_processes
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 def _rows(count: int, sort: bool = False) -> torch.Tensor:

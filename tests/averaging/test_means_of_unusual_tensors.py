@@ -13,7 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_optim import EMA, WeightAveraging, average_checkpoints, average_weights, averaged_state_dict
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 def _net(seed: int, dtype: torch.dtype) -> nn.Sequential:

@@ -30,8 +30,8 @@ from tests.averaging.models import (
     two_processes,
 )
 from tests.harness.cells import Cell
-from tests.harness.groups import Group
 from tests.harness.models import build, full_weights
+from tests.harness.process_group import Group
 
 DECAY = 0.8
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lightning_optim.base.norms import tensor_norms, total_norm
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 NORMS = [0.5, 1.0, 2.0, 3.0, math.inf]
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lightning_optim.base import foreach, selection, shards
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 class Model(nn.Module):

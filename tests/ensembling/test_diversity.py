@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_optim import Disagreement
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 def brute_force(labels: torch.Tensor) -> float:

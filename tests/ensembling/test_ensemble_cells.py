@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_optim import Ensemble
-from tests.harness import models, problem
+from tests.harness import models, regression
 from tests.harness.cells import Cell, Precision, Strategy
-from tests.harness.groups import Group, JobFailed
+from tests.harness.process_group import Group, JobFailed
 from tests.harness.reference_loop import autocast
 from tests.harness.run import make_trainer
 
@@ -31,10 +31,10 @@ class Member(models.Model):
 
     def __init__(self, cell: Cell, seed: int) -> None:
         super().__init__(cell)
-        self.net = problem.Net(problem.FEATURES, seed)
+        self.net = regression.Net(regression.FEATURES, seed)
         with torch.no_grad():
             self.net.scale.mul_(SHARPNESS)
-        self.recall = MulticlassAccuracy(problem.TARGETS, average="macro")
+        self.recall = MulticlassAccuracy(regression.TARGETS, average="macro")
         self.ended = 0
 
     def validation_step(self, batch: models.Batch, batch_idx: int) -> None:
@@ -79,7 +79,7 @@ def validate(cell: Cell) -> dict[str, Any]:
 @torch.no_grad()
 def by_hand(cell: Cell, seeds: tuple[int, ...]) -> dict[str, float]:
     """The mean of softmax over the members, in float64 after a forward at the cell's precision."""
-    x, y = problem.validation_batch()
+    x, y = regression.validation_batch()
     total: Tensor = torch.zeros(())
     for member in [Member(cell, seed) for seed in seeds]:
         with autocast(cell.precision):
@@ -87,7 +87,7 @@ def by_hand(cell: Cell, seeds: tuple[int, ...]) -> dict[str, float]:
         total = total + logits.double().softmax(1) / len(seeds)
     labels = y.argmax(1)
     right = total.argmax(1) == labels
-    recall = torch.stack([right[labels == c].double().mean() for c in range(problem.TARGETS)]).mean()
+    recall = torch.stack([right[labels == c].double().mean() for c in range(regression.TARGETS)]).mean()
     return {"val_loss": float(-total.log()[torch.arange(len(labels)), labels].mean()), "recall": float(recall)}
 
 
@@ -121,7 +121,7 @@ def test_a_sharded_ensemble_is_saved_whole(group: Group, tmp_path: Path) -> None
     members = [Member(cell.whole, seed) for seed in SEEDS]
     blank = [Member(cell.whole, seed + 10) for seed in SEEDS]
     loaded = Ensemble.load_from_checkpoint(tmp_path / "ensemble.ckpt", members=blank)
-    x = problem.validation_batch()[0]
+    x = regression.validation_batch()[0]
     assert torch.equal(loaded.net(x), Ensemble(members, outputs="logits", on="net").net(x))
 
 

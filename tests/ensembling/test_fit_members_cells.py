@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lightning_optim import fit_members
 from lightning_optim.ensembling.fit_members import member_seed
-from tests.harness import models, problem
+from tests.harness import models, regression
 from tests.harness.cells import Cell, Precision, Strategy
 from tests.harness.formulas import deviation
-from tests.harness.groups import Group, JobFailed
+from tests.harness.process_group import Group, JobFailed
 from tests.harness.reference_loop import Formula, Loop, Weights
 from tests.harness.run import make_trainer
 
@@ -28,7 +28,7 @@ SIZE = 2
 
 def drawn_net() -> torch.nn.Module:
     """The machine's network, of which the global generator decides the weights."""
-    return problem.Net(problem.FEATURES, seed=int(torch.randint(2**31, (1,))))
+    return regression.Net(regression.FEATURES, seed=int(torch.randint(2**31, (1,))))
 
 
 class Member(models.Model):

@@ -18,7 +18,7 @@ from lightning_optim.base.schedules import Linear
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
 from lightning_optim.gradients.clipping.by_value import ClipByValue
 from lightning_optim.gradients.clipping.clipping import Clipping
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 def _grads(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> list[Tensor]:

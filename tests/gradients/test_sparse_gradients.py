@@ -32,8 +32,8 @@ from lightning_optim import (
     ZClip,
     gradients_of,
 )
-from tests.harness.groups import Group
 from tests.harness.models import Batches
+from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment, Recorder
 
 Index = list[list[int]]

@@ -1,10 +1,10 @@
-"""The test machine: one small problem, many ways to train it, and the same training written out by hand.
+"""Train one small model in many ways, and compare each with a reference: the same training in plain torch.
 
-* ``problem``: the network, the data and the losses, in plain torch.
+* ``regression``: the networks, the data and the losses, in plain torch.
 * ``cells``: the crossed cells of the matrix, and what a cell fixes (windows, learning rate, tolerance).
-* ``by_hand``: the reference loop in plain torch; a technique is a :class:`~tests.harness.reference_loop.Formula`.
-* ``formulas`` and ``*_formulas``: the techniques by hand.
-* ``models``: the same problem as Lightning modules, and a loader that saves its position.
-* ``groups``: living groups of two processes that take jobs.
-* ``run``: one fit of one cell, in this process or in a group, and what came out of it.
+* ``reference_loop``: the training loop in plain torch, and :class:`Formula`, the base of a technique in it.
+* ``formulas`` and ``*_formulas``: the techniques as formulas of that loop.
+* ``models``: the regression as Lightning modules, and a loader that saves its position.
+* ``process_group``: groups of two processes that live from job to job.
+* ``run``: one fit of one cell, in this process or in a group, and the weights, losses and logs that it ended with.
 """

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import SGD
 
 from lightning_optim import ManualOptimizationMixin
-from tests.harness import problem
+from tests.harness import regression
 from tests.harness.cells import MOMENTUM, Cell
-from tests.harness.problem import Batch
+from tests.harness.regression import Batch
 
 
 class Batches:
@@ -52,24 +52,24 @@ class Model(LightningModule):
         super().__init__()
         self.cell = cell
         self.scores = tuple(scores)
-        self.net = problem.build_nets(cell.optimizers)
+        self.net = regression.build_nets(cell.optimizers)
         self.seen = 0
         self.validations: list[float] = []
         self.raw: dict[str, Tensor] = {}
 
     @property
     def nets(self) -> list[torch.nn.Module]:
-        return problem.nets_of(self.net)
+        return regression.nets_of(self.net)
 
     def configure_optimizers(self) -> Any:
         return [SGD(net.parameters(), lr=self.cell.lr, momentum=MOMENTUM) for net in self.nets]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         self.seen += 1
-        return problem.loss_of(0, self.nets, batch)
+        return regression.loss_of(0, self.nets, batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log("val_loss", problem.validation_loss(self.nets, batch), sync_dist=self.cell.processes > 1)
+        self.log("val_loss", regression.validation_loss(self.nets, batch), sync_dist=self.cell.processes > 1)
 
     def on_validation_epoch_end(self) -> None:
         if self.scores:
@@ -82,10 +82,10 @@ class Model(LightningModule):
         self.raw = full_weights(self)
 
     def train_dataloader(self) -> Batches:
-        return Batches([self._part(batch) for batch in problem.make_batches(self.cell.batches, seed=10)])
+        return Batches([self._part(batch) for batch in regression.make_batches(self.cell.batches, seed=10)])
 
     def val_dataloader(self) -> Batches:
-        return Batches([self._part(problem.validation_batch())])
+        return Batches([self._part(regression.validation_batch())])
 
     def _part(self, batch: Batch) -> Batch:
         # The ranks' halves have one size, so that the mean of the ranks' means is the mean over the whole batch.
@@ -104,7 +104,7 @@ class ManualModel(ManualOptimizationMixin, Model):
         self.seen += 1
         optimizers = self.optimizers()
         for index, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
-            self.optimize(problem.loss_of(index, self.nets, batch), optimizer)
+            self.optimize(regression.loss_of(index, self.nets, batch), optimizer)
 
 
 class ShardedModel(Model):

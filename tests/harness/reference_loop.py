@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from tests.harness import problem
+from tests.harness import regression
 from tests.harness.cells import EPOCHS, INIT_SCALE, MOMENTUM, Cell, Precision
 
 Weights = dict[str, Tensor]
@@ -142,11 +142,11 @@ class Loop:
         self.formula = formula
         self.scores = scores
         self.epochs = epochs
-        self.net = problem.build_nets(cell.optimizers)
-        self.nets = problem.nets_of(self.net)
+        self.net = regression.build_nets(cell.optimizers)
+        self.nets = regression.nets_of(self.net)
         self.optimizers = [SGD(net.parameters(), lr=cell.lr, momentum=MOMENTUM) for net in self.nets]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=INIT_SCALE, enabled=cell.precision == "16-mixed")
-        self.batches = problem.make_batches(cell.batches, seed=10)
+        self.batches = regression.make_batches(cell.batches, seed=10)
         self.steps = [0] * cell.optimizers
         self.total = sum(-(-cell.batches // formula.window(cell.accumulation, epoch)) for epoch in range(epochs))
         self.outcome = Outcome({}, {}, [], 0, {})
@@ -180,9 +180,9 @@ class Loop:
                 if (position + 1) % self.cell.validate_every == 0 and self._validate():
                     return
 
-    def _backward(self, index: int, batch: problem.Batch, size: int) -> None:
+    def _backward(self, index: int, batch: regression.Batch, size: int) -> None:
         with autocast(self.cell.precision):
-            loss = problem.loss_of(index, self.nets, batch)
+            loss = regression.loss_of(index, self.nets, batch)
         parameters = list(self.nets[index].parameters())
         gradients = torch.autograd.grad(self.scaler.scale(loss / size), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -219,10 +219,10 @@ class Loop:
 
     @torch.no_grad()
     def _loss_of(self, weights: Weights) -> float:
-        net = problem.build_nets(self.cell.optimizers)
+        net = regression.build_nets(self.cell.optimizers)
         net.load_state_dict({name.removeprefix("net."): weight for name, weight in weights.items()})
         with autocast(self.cell.precision):
-            return float(problem.validation_loss(problem.nets_of(net), problem.validation_batch()))
+            return float(regression.validation_loss(regression.nets_of(net), regression.validation_batch()))
 
     def _score(self, weights: Weights) -> float:
         validations = self.outcome.validations

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_optim import OptimCallback
 from lightning_optim.resume.exact_resume import ExactResume
-from tests import registry
-from tests.harness import models, run
+from tests.harness import models, regression, run
 from tests.harness.cells import Cell
 from tests.harness.models import Batch, Model
 from tests.harness.reference_loop import Outcome
@@ -44,7 +43,7 @@ class Evaluating(LightningModule):
     """Tests and predicts on the validation data."""
 
     def test_step(self: Any, batch: Batch, batch_idx: int) -> None:
-        losses = [registry.run.models.problem.loss_of(index, self.nets, batch) for index in range(self.cell.optimizers)]
+        losses = [regression.loss_of(index, self.nets, batch) for index in range(self.cell.optimizers)]
         self.log("test_loss", torch.stack(losses).sum())
 
     def predict_step(self: Any, batch: Batch, batch_idx: int) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from tests.harness import problem
+from tests.harness import regression
 from tests.harness.cells import INIT_SCALE, MOMENTUM, Cell
-from tests.harness.problem import Batch
 from tests.harness.reference_loop import Loop, Outcome, Weights, autocast
+from tests.harness.regression import Batch
 from tests.registry import Entry
 
 
@@ -22,23 +22,23 @@ class Variant(Loop):
     def __init__(self, cell: Cell, entry: Entry, **changes: Any) -> None:
         super().__init__(cell, entry.formula(cell), entry.scores, **({"epochs": entry.epochs} | changes))
         self.net = self.build()
-        self.nets = problem.nets_of(self.net)
+        self.nets = regression.nets_of(self.net)
         self.optimizers = [SGD(net.parameters(), lr=cell.lr, momentum=MOMENTUM) for net in self.nets]
         self.batches = [self.convert(batch) for batch in self.batches]
         self.scale = 1.0
         self.formula.attach(self)
 
     def build(self) -> nn.Module:
-        return problem.build_nets(self.cell.optimizers)
+        return regression.build_nets(self.cell.optimizers)
 
     def convert(self, batch: Batch) -> Batch:
         return batch
 
     def loss(self, index: int, nets: Sequence[nn.Module], batch: Batch) -> Tensor:
-        return problem.loss_of(index, nets, batch)
+        return regression.loss_of(index, nets, batch)
 
     def validation_loss(self, nets: Sequence[nn.Module], batch: Batch) -> Tensor:
-        return problem.validation_loss(nets, batch)
+        return regression.validation_loss(nets, batch)
 
     def _backward(self, index: int, batch: Batch, size: int) -> None:
         with autocast(self.cell.precision):
@@ -54,7 +54,7 @@ class Variant(Loop):
         net = self.build()
         net.load_state_dict({name.removeprefix("net."): weight for name, weight in weights.items()})
         with autocast(self.cell.precision):
-            return float(self.validation_loss(problem.nets_of(net), self.convert(problem.validation_batch())))
+            return float(self.validation_loss(regression.nets_of(net), self.convert(regression.validation_batch())))
 
 
 class Infinite(Variant):

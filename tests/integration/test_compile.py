@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.harness import problem
+from tests.harness import regression
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import CELL, Remembering, differences, each_entry, fit, prepare, turn, whole
 from tests.registry import Entry
@@ -31,7 +31,7 @@ class Lean:
     """A step that does not count itself, or each batch would compile it anew, and a validation that stays as it is."""
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
-        return problem.loss_of(0, self.nets, batch)
+        return regression.loss_of(0, self.nets, batch)
 
     def on_train_batch_start(self: Any, *_: Any) -> None:
         self.seen += 1

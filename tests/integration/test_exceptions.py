@@ -16,7 +16,7 @@ from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness import models
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import CELL, Fitted, Remembering, differences, each_entry, fit, prepare, turn, whole
-from tests.integration.leftovers import left
+from tests.integration.installed import installed
 from tests.registry import BY_NAME, Entry
 
 
@@ -69,12 +69,12 @@ def test_module_holds_raw_weights(entry: Entry, trait: Any) -> None:
     cell = Cell(turn(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
     fitted = failed(entry, cell, trait)
     assert not differences(models.full_weights(fitted.module), fitted.module.kept)
-    assert not differences(left(fitted), left_by_none(cell, trait, entry.epochs))
+    assert not differences(installed(fitted), installed_without_callbacks(cell, trait, entry.epochs))
 
 
 @functools.cache
-def left_by_none(cell: Cell, trait: Any, epochs: int) -> dict[str, Any]:
-    return left(failed(BY_NAME["plain"], cell, trait, callbacks=[], max_epochs=epochs))
+def installed_without_callbacks(cell: Cell, trait: Any, epochs: int) -> dict[str, Any]:
+    return installed(failed(BY_NAME["plain"], cell, trait, callbacks=[], max_epochs=epochs))
 
 
 @each_entry

@@ -19,8 +19,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.functional import gelu, mse_loss
 
-from tests.harness import problem, run
-from tests.harness.groups import Group
+from tests.harness import regression, run
+from tests.harness.process_group import Group
 from tests.integration import reference_variants
 from tests.integration.entry_fits import CELL, each_entry, fit
 from tests.registry import BY_NAME, Entry
@@ -34,13 +34,13 @@ class SplitNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(problem.FEATURES)
-        self.inner = nn.Linear(problem.FEATURES, HIDDEN)
-        self.outer = nn.Linear(HIDDEN, problem.TARGETS)
-        self.scale = nn.Parameter(torch.empty(problem.TARGETS))
+        self.norm = nn.LayerNorm(regression.FEATURES)
+        self.inner = nn.Linear(regression.FEATURES, HIDDEN)
+        self.outer = nn.Linear(HIDDEN, regression.TARGETS)
+        self.scale = nn.Parameter(torch.empty(regression.TARGETS))
         filler = torch.Generator().manual_seed(3)
         for parameter in self.parameters():
-            problem._away_from_zero_(parameter, filler)
+            regression.away_from_zero_(parameter, filler)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(gelu(self.inner(self.norm(x)))) * self.scale

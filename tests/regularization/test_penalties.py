@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_optim.base import shards
 from lightning_optim.base.schedules import Linear, Piecewise
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 TEXTBOOK = torch.tensor([[-2.0, -1.0, 0.0], [1.0, 2.0, 3.0]])
 PENALTIES = [L1(0.1), L2(0.1), ElasticNet(0.1, 0.2)]

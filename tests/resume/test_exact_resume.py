@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
 from lightning_optim.resume.exact_resume import ExactResume
-from tests.harness.groups import Group, JobFailed
+from tests.harness.process_group import Group, JobFailed
 from tests.resume.killed_runs import WriteAndDie, difference, fit, fit_of_two, killed
 from tests.resume.models import (
     LazyLoader,

@@ -27,7 +27,7 @@ from lightning_optim import (
 from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime import callback_state
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment, share_mesh
 from tests.resume.killed_runs import difference, fit
 from tests.resume.models import SAMPLES, NormNet, PositionLoader, ShardedNormNet, data

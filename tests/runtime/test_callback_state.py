@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_optim import EMA, OptimCallback, WeightAveraging, evaluated_state
 from tests.harness import models
 from tests.harness.cells import Cell
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.integration.entry_fits import Fitted, copied, differences, each_entry, fit
 from tests.registry import BY_NAME, Entry
 

@@ -27,7 +27,7 @@ from lightning_optim import (
     WeightAveraging,
 )
 from lightning_optim.runtime.capture import capture, restore_
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment, share_mesh
 
 BATCHES = 16

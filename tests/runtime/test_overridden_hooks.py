@@ -27,7 +27,7 @@ from tests.integration.entry_fits import (
     states,
     whole,
 )
-from tests.integration.leftovers import left
+from tests.integration.installed import installed
 from tests.registry import BY_NAME, Entry
 
 HOOKS = sorted(name for name in dir(Callback) if not name.startswith("_") and callable(getattr(Callback, name)))
@@ -70,7 +70,7 @@ def test_every_hook_overridden(entry: Entry, make: Any) -> None:
     assert_same(fitted, whole(entry))
     assert not differences(fitted.module.states, whole(entry).module.states)
     assert not differences(states(fitted.callbacks), whole(entry).states)
-    assert not differences(left(fitted), left(whole(entry)))
+    assert not differences(installed(fitted), installed(whole(entry)))
     assert all(callback.fit is None for callback in fitted.ours)
 
 

@@ -33,10 +33,10 @@ from lightning_optim import (
 from lightning_optim.runtime.refusals import refuse_setup
 from tests.harness import models, run
 from tests.harness.cells import Cell
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.integration.entry_fits import CELL, Fitted, build, differences, each_entry, prepare
-from tests.integration.forks import results
-from tests.integration.leftovers import settings
+from tests.integration.forked_processes import results
+from tests.integration.installed import settings
 from tests.registry import BY_NAME, Entry
 
 # Once it is imported, Lightning's messages are its own.

@@ -35,9 +35,9 @@ from lightning_optim.runtime.session import Session
 from tests.gradients.test_gradient_clipping import Bad
 from tests.gradients.test_sparse_gradients import Words
 from tests.gradients.test_sparse_gradients import fit as fit_words
-from tests.harness import models, problem, run
+from tests.harness import models, regression, run
 from tests.harness.cells import MOMENTUM, Cell
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 CELL = Cell("automatic", "32-true", "single", "1")
 STRENGTH, MAX_NORM = 0.1, 0.5
@@ -225,13 +225,13 @@ class Meddling(Callback):
 
 def _by_hand(change: Callable[[Optimizer], None], place: int) -> tuple[list[Tensor], list[float], list[float]]:
     """Weights, norms as measured, and norms of the gradients that the optimizer used, with torch alone."""
-    nets = problem.nets_of(problem.build_nets(1))
+    nets = regression.nets_of(regression.build_nets(1))
     weights = list(nets[0].parameters())
     optimizer = SGD(weights, lr=CELL.lr, momentum=MOMENTUM)
     meddling, measured, used = Meddling(change), [], []
-    for batch in problem.make_batches(CELL.batches, seed=10) * 2:
+    for batch in regression.make_batches(CELL.batches, seed=10) * 2:
         optimizer.zero_grad()
-        problem.loss_of(0, nets, batch).backward()
+        regression.loss_of(0, nets, batch).backward()
         for slot in range(3):
             if slot == place:
                 meddling.on_before_optimizer_step(None, None, optimizer)  # type: ignore[arg-type]

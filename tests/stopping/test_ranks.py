@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import run
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.stopping.scripted_fits import Scripted, fit, same
 
 

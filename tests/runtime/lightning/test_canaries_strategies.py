@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 from lightning_optim.runtime.lightning import precision, pruning, strategies
 from lightning_optim.runtime.patching import patched
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.runtime.lightning.canaries import At, Model, canary, fit, numbers
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_optim.runtime.lightning.log_interception import LoggedValue, intercept_log
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment
 from tests.runtime.lightning.canaries import Model, fit, numbers
 

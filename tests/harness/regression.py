@@ -31,14 +31,14 @@ class Net(nn.Module):
         self.scale = nn.Parameter(torch.empty(1))
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
-            _away_from_zero_(parameter, generator)
+            away_from_zero_(parameter, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(gelu(self.inner(x), approximate="tanh")) * self.scale
 
 
 @torch.no_grad()
-def _away_from_zero_(parameter: Tensor, generator: torch.Generator) -> None:
+def away_from_zero_(parameter: Tensor, generator: torch.Generator) -> None:
     # A sign that flips in one process and not in two would be rounding made large, so no weight comes near zero.
     fan_in = parameter.shape[1] if parameter.ndim > 1 else 1
     size = torch.rand(parameter.shape, generator=generator).add_(1.0).div_(2.0 * math.sqrt(fan_in))

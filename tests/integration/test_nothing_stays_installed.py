@@ -23,7 +23,7 @@ from tests.integration.entry_fits import (
     turn,
     whole,
 )
-from tests.integration.leftovers import left, settings
+from tests.integration.installed import installed, settings
 from tests.registry import BY_NAME, Entry
 
 
@@ -34,11 +34,11 @@ def test_after_a_fit(entry: Entry, precision: Any) -> None:
     running: dict[str, Any] = {}
     fitted = prepare(entry, cell)
     before = settings(fitted.trainer)
-    fitted.module.on_train_epoch_start = lambda: running.update(left(fitted))
+    fitted.module.on_train_epoch_start = lambda: running.update(installed(fitted))
     fitted.trainer.fit(fitted.module)
     del fitted.module.on_train_epoch_start
-    plain = left_by_none(cell, entry.epochs)
-    assert not differences(left(fitted), plain)
+    plain = installed_without_callbacks(cell, entry.epochs)
+    assert not differences(installed(fitted), plain)
     assert settings(fitted.trainer) == before
     assert all(callback.fit is None for callback in fitted.ours)
     assert Session.find(fitted.trainer) is None
@@ -47,8 +47,8 @@ def test_after_a_fit(entry: Entry, precision: Any) -> None:
 
 
 @functools.cache
-def left_by_none(cell: Cell, epochs: int) -> dict[str, Any]:
-    return left(fit(BY_NAME["plain"], cell, callbacks=[], max_epochs=epochs))
+def installed_without_callbacks(cell: Cell, epochs: int) -> dict[str, Any]:
+    return installed(fit(BY_NAME["plain"], cell, callbacks=[], max_epochs=epochs))
 
 
 @each_slot
@@ -80,7 +80,7 @@ def assert_untouched(fitted: Any, weights: Any, before: Any) -> None:
     assert not differences(models.full_weights(fitted.module), weights)
     assert settings(fitted.trainer) == before
     assert all(callback.fit is None for callback in fitted.ours)
-    assert not any("replaced" in name and value for name, value in left(fitted).items())
+    assert not any("replaced" in name and value for name, value in installed(fitted).items())
 
 
 def test_a_setting_that_was_made_meanwhile_is_undone() -> None:

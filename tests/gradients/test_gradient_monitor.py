@@ -16,7 +16,7 @@ from lightning_optim.base.norms import total_norm
 from tests.gradients.test_gradient_clipping import CELL, Bad
 from tests.harness import models, run
 from tests.harness.cells import Cell
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 matplotlib.use("Agg")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.harness import models, problem
+from tests.harness import models, regression
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
@@ -33,7 +33,7 @@ def evaluated(fitted: Fitted, verb: str, **options: Any) -> float:
     """The loss on the validation data, by each of the three ways."""
     output = getattr(fitted.trainer, verb)(fitted.module, **options)
     if verb == "predict":
-        return float(torch.nn.functional.mse_loss(output[0], problem.validation_batch()[1]))
+        return float(torch.nn.functional.mse_loss(output[0], regression.validation_batch()[1]))
     return float(output[0]["val_loss" if verb == "validate" else "test_loss"])
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import models
 from tests.harness.cells import EPOCHS, Cell
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.integration.entry_fits import Remembering, differences, each_entry, fit, prepare, turn
 from tests.registry import BY_NAME, Entry
 

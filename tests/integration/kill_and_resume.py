@@ -16,7 +16,7 @@ from lightning_optim import GradientAccumulation
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import Fitted, Remembering, differences, fit
-from tests.integration.forks import die_together
+from tests.integration.forked_processes import die_together
 from tests.registry import BY_NAME
 
 KILLED = 10  # The micro-batch in which the process dies, in the middle of the second epoch.

@@ -21,7 +21,7 @@ from lightning_optim.base.norms import total_norm
 from lightning_optim.base.ring_buffer import Ring
 from lightning_optim.gradients.clipping.clipping import Clipping
 from lightning_optim.gradients.step_skipping import NormCheck
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 SHAPES = [(4, 3), (7,), (), (2, 3, 2), (3, 2, 2, 2)]
 

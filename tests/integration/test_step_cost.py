@@ -23,7 +23,7 @@ from lightning_optim import (
     WeightAveraging,
     WeightRegularization,
 )
-from tests.harness import problem
+from tests.harness import regression
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import Fitted, each_entry, prepare
 from tests.registry import BY_NAME, Entry
@@ -96,7 +96,7 @@ STEPS = SmallSteps("automatic", "32-true", "single", "1")
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """1.2 million weights, two thirds of them in one tensor: what works by pieces has pieces to make."""
-    monkeypatch.setattr(problem, "HIDDEN", 100_000)
+    monkeypatch.setattr(regression, "HIDDEN", 100_000)
 
 
 def deciding(fitted: Fitted) -> list[Any]:

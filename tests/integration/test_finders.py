@@ -24,7 +24,7 @@ from tests.integration.entry_fits import (
     states,
     whole,
 )
-from tests.integration.leftovers import left
+from tests.integration.installed import installed
 from tests.registry import BY_NAME, Entry
 
 STEPS = 5
@@ -58,16 +58,16 @@ def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
     assert finder.results["lr"][-1] > 10 * finder.results["lr"][0], "nothing was tried"
     assert not differences(models.full_weights(fitted.module), weights)
     assert not differences(states(fitted.callbacks), before)
-    assert not differences(left(fitted), left_by_a_search(tmp_path, entry.epochs))
+    assert not differences(installed(fitted), installed_after_a_search(tmp_path, entry.epochs))
     fitted.trainer.fit(fitted.module)
     assert_as(fitted, whole(entry))
     assert not differences(states(fitted.callbacks), whole(entry).states)
 
 
-def left_by_a_search(folder: Any, epochs: int) -> dict[str, Any]:
+def installed_after_a_search(folder: Any, epochs: int) -> dict[str, Any]:
     plain = prepare(BY_NAME["plain"], CELL, Findable, callbacks=[], default_root_dir=folder, max_epochs=epochs)
     Tuner(plain.trainer).lr_find(plain.module, num_training=STEPS, **TRIAL)
-    return left(plain)
+    return installed(plain)
 
 
 @each_slot

@@ -10,8 +10,8 @@ import pytest
 
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import OF_SLOTS, OF_TENSORS, turn
-from tests.integration.forks import in_forks, results
-from tests.integration.killing import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
+from tests.integration.forked_processes import in_forks, results
+from tests.integration.kill_and_resume import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
 from tests.registry import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")

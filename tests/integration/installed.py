@@ -19,7 +19,7 @@ _HOOKS = (
 )
 
 
-def left(fitted: Fitted) -> dict[str, Any]:
+def installed(fitted: Fitted) -> dict[str, Any]:
     """Names of instance attributes, replaced methods, settings, counts of hooks, of all that a callback can reach."""
     trainer, module = fitted.trainer, fitted.module
     found: dict[str, Any] = {}

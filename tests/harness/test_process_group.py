@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 
-from tests.harness.groups import Group, JobFailed
+from tests.harness.process_group import Group, JobFailed
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import GradientAccumulation, ManualOptimizationMixin
 from lightning_optim.gradients.accumulation_window import weight_of
-from tests.harness import models, problem, run
+from tests.harness import models, regression, run
 from tests.harness.cells import Cell
 from tests.harness.formulas import deviation
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
 """How many samples count, in each micro-batch, on each of two ranks."""
@@ -34,8 +34,8 @@ def _data() -> list[list[Batch]]:
     for counts in COUNTS:
         parts = []
         for count in counts:
-            x = torch.randn(10, problem.FEATURES, generator=generator)
-            y = torch.randn(10, problem.TARGETS, generator=generator)
+            x = torch.randn(10, regression.FEATURES, generator=generator)
+            y = torch.randn(10, regression.TARGETS, generator=generator)
             parts.append((x, y, torch.arange(10) < count))
         data.append(parts)
     return data
@@ -98,8 +98,8 @@ def job(cell: Cell, n: int, **changes: Any) -> dict[str, Tensor]:
 
 def _by_hand(cell: Cell, n: int) -> dict[str, Tensor]:
     """One batch for each window: all samples that count, of all its micro-batches and ranks, in one mean."""
-    net = problem.build_nets(cell.optimizers)
-    nets = problem.nets_of(net)
+    net = regression.build_nets(cell.optimizers)
+    nets = regression.nets_of(net)
     optimizers = [torch.optim.SGD(own.parameters(), lr=cell.lr, momentum=0.9) for own in nets]
     data = [_joined(parts) for parts in _data()]
     for _ in range(2):

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_optim import AGC, AutoClip, ClipByNorm, GradientClipping, GradientMonitor, ZClip
 from tests.harness import models, run
 from tests.harness.cells import Cell
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 FAULTS = 250  # in each of four runs
 VALUES = (float("nan"), float("inf"), float("-inf"))

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import GradientAccumulation, TargetBatchSize
-from tests.harness import models, problem, run
+from tests.harness import models, regression, run
 from tests.harness.cells import Cell
 from tests.harness.formulas import deviation
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,9 @@ def test_micro_batches_of_a_target(size: int, batch: int, ranks: int, n: int) ->
 
 class Loading(models.Model):
     def train_dataloader(self) -> Any:
-        x, y = (torch.cat(tensors) for tensors in zip(*problem.make_batches(self.cell.batches, seed=10), strict=True))
-        return DataLoader(TensorDataset(x, y), batch_size=problem.BATCH)
+        batches = regression.make_batches(self.cell.batches, seed=10)
+        x, y = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        return DataLoader(TensorDataset(x, y), batch_size=regression.BATCH)
 
     def configure_optimizers(self) -> Any:
         self.estimated = self.trainer.estimated_stepping_batches
@@ -37,7 +38,7 @@ class Loading(models.Model):
 def test_the_loaders_batch_size_is_found_before_the_optimizers_are_made() -> None:
     cell = Cell("automatic", "32-true", "single", "4short")
     module = Loading(cell)
-    accumulation = GradientAccumulation(TargetBatchSize(4 * problem.BATCH - 5))
+    accumulation = GradientAccumulation(TargetBatchSize(4 * regression.BATCH - 5))
     trainer = run.make_trainer(cell, [accumulation])
     trainer.fit(module)
     plain = models.build(cell)
@@ -55,7 +56,7 @@ def test_a_loader_without_a_batch_size_is_refused() -> None:
 
 def _target(cell: Cell) -> tuple[list[int], dict[str, Tensor]]:
     accumulation = GradientAccumulation(
-        TargetBatchSize(4 * problem.BATCH, micro_batch_size=problem.BATCH // cell.processes)
+        TargetBatchSize(4 * regression.BATCH, micro_batch_size=regression.BATCH // cell.processes)
     )
     module = models.build(cell)
     run.make_trainer(cell, [accumulation]).fit(module)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lightning_optim import ClipByNorm, GradientAccumulation, GradientClipping, SharpnessAwareMixin
-from tests.harness import models, problem, run
+from tests.harness import models, regression, run
 from tests.harness.cells import CELLS, Cell
 from tests.harness.formulas import deviation
-from tests.harness.groups import Group
+from tests.harness.process_group import Group
 from tests.harness.reference_loop import Formula as Plain
 from tests.harness.reference_loop import Loop, Outcome, autocast
 
@@ -50,7 +50,7 @@ class TwoPasses(Loop):
 
     def _gradients(self, index: int, batch: Any) -> Any:
         with autocast(self.cell.precision):
-            loss = problem.loss_of(index, self.nets, batch)
+            loss = regression.loss_of(index, self.nets, batch)
         return torch.autograd.grad(self.scaler.scale(loss), list(self.nets[index].parameters()))
 
 
@@ -123,7 +123,7 @@ class Sharp(SharpnessAwareMixin, LightningModule):
         super().__init__(**arguments)
         torch.manual_seed(0)
         self.net = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, problem.TARGETS)
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, regression.TARGETS)
         )
         self.passes: list[tuple[bool, float]] = []
         self.masks: list[Tensor] = []
@@ -145,7 +145,7 @@ class Sharp(SharpnessAwareMixin, LightningModule):
 
 def _train(module: Any, *callbacks: Any, **changes: Any) -> dict[str, dict[int, float]]:
     recorder = run.Recorder()
-    batches = models.Batches(problem.make_batches(6, seed=3))
+    batches = models.Batches(regression.make_batches(6, seed=3))
     torch.manual_seed(1)
     cell = Cell("automatic", "32-true", "single", "1")
     arguments = {"logger": recorder, "max_epochs": 1, "limit_val_batches": 0} | changes
@@ -163,7 +163,7 @@ def test_equal_to_a_peer_to_the_bit(adaptive: bool, clip: float | None) -> None:
     torch.manual_seed(1)
     optimizer = SAM(peer.net.parameters(), torch.optim.SGD, rho=0.1, adaptive=adaptive, lr=0.1, momentum=0.9)
     statistics = list(peer.net[1].buffers())
-    for x, y in problem.make_batches(6, seed=3):
+    for x, y in regression.make_batches(6, seed=3):
         draws = torch.get_rng_state()
         optimizer.zero_grad()
         mse_loss(peer.net(x), y).backward()

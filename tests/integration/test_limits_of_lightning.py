@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tests.harness import models, run
 from tests.harness.cells import Cell
-from tests.harness.groups import Group, JobFailed
+from tests.harness.process_group import Group, JobFailed
 from tests.integration.entry_fits import fit
 from tests.registry import BY_NAME
 
