@@ -1,4 +1,4 @@
-"""The peak of this process's memory during a call."""
+"""Measure the peak memory of this process during a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def peak_over_start(action: Callable[[], Any]) -> float:
-    """How far resident memory grew during a call, in MB: /proc can set the peak back."""
+    """Return by how many MB resident memory grew during a call; ``/proc`` can reset the peak."""
 
     def read(name: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()

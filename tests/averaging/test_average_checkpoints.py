@@ -1,4 +1,4 @@
-"""Means of models and files, soups, and the callback that averages the best checkpoints."""
+"""Averages of models and checkpoints, soups, and the callback that averages the best checkpoints."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_refused(states, weights, sentence: str) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    """Checkpoints of a run, one for each epoch."""
+    """Return the checkpoints of a run, one for each epoch."""
     saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{epoch}")
     fit(Model(make=norm_net), [saved], enable_checkpointing=True, max_epochs=4)
     return [str(tmp_path / f"epoch={epoch}.ckpt") for epoch in range(4)]
@@ -225,7 +225,7 @@ def test_a_soup_in_half_precision_is_summed_in_32_bits(tmp_path: Path) -> None:
 
 
 def test_models_without_a_common_basin_are_refused(tmp_path: Path) -> None:
-    """Two nets trained from different starts on digits, and two that were fine-tuned from one."""
+    """Two nets from different initial weights are refused; two that were fine-tuned from one net are averaged."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -287,7 +287,7 @@ def test_soups_refuse(tmp_path: Path, arguments, sentence: str) -> None:
 
 
 class Scripted(Model):
-    """A model of one number, which goes 4, 1, 2, … and is scored by its distance from ``target``."""
+    """A model of one number, which becomes 4, 1, 2, … and is scored by its distance from ``target``."""
 
     def __init__(self, values: list[float], target: float, net: nn.Module | None = None) -> None:
         super().__init__(net or nn.Linear(1, 1))

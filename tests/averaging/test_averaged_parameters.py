@@ -1,4 +1,4 @@
-"""Which tensors an average holds while a model changes in mid-run, and over a resume."""
+"""The parameters of an average while a model changes in the middle of a run, and over a resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def averaging(**arguments: Any) -> WeightAveraging:
 
 
 class Saves(Callback):
-    """Saves at the end of an epoch."""
+    """A callback that saves at the end of an epoch."""
 
     def __init__(self, path: Path, epoch: int) -> None:
         self.path, self.epoch = path, epoch
@@ -48,7 +48,7 @@ def deep_net() -> nn.Module:
 
 
 class Turns(Model):
-    """Layers that are trainable in the epochs that ``plan`` names, all in one optimizer."""
+    """A model whose layers are trainable in the epochs of ``plan``, all in one optimizer."""
 
     def __init__(self, plan: dict[int, tuple[int, ...]], adam: bool = False, begun: int = 0) -> None:
         super().__init__(make=deep_net)
@@ -89,7 +89,7 @@ def test_what_never_trains_takes_no_memory() -> None:
 
 
 class NewHead(Model):
-    """Its head is replaced at the start of the second epoch, in the module and in the parameter group."""
+    """A model whose head is replaced at the start of the second epoch, also in the parameter group."""
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
@@ -191,7 +191,7 @@ def test_weights_that_lightnings_average_has_and_that_are_frozen_now_are_average
 
 
 def test_statistics_of_a_layer_that_was_frozen_are_not_estimated_after_a_resume(tmp_path: Path) -> None:
-    """The resumed run is built with the layer in training mode, and has no step left."""
+    """The resumed run has the layer in training mode and no step left."""
 
     class Freezes(Model):
         def __init__(self) -> None:

@@ -18,7 +18,7 @@ from tests.harness.process_group import Group, JobFailed
 
 
 def _sharded(folder: str, whole_files: bool, plan: str) -> list[Any]:
-    """A run in which layers take turns, and one that was interrupted and built as it is at that time, and resumed."""
+    """Train layers in turn in one run, and in a run that is interrupted and resumed with the same layers trainable."""
 
     def run(name: str, epochs: int, ckpt: str | None = None) -> list[Any]:
         module = build(Cell("automatic", "32-true", "fsdp2", "1"))

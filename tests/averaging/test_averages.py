@@ -1,4 +1,4 @@
-"""Averages: closed forms in fp64, other packages as oracles, and shards."""
+"""Policies of averaging against closed forms in fp64 and other packages, and on shards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.harness.process_group import Group
 
 
 def _closed_form(history: list[Tensor], steps: list[int], decay: float, warmup: float | None) -> Tensor:
-    """The weights of all updates in fp64, each times the share it came with and what later updates kept of it."""
+    """Return the average as a weighted sum of the weights of all updates, in fp64."""
     kept = [1.0]  # of what was there before, by each update
     for before, step in itertools.pairwise(steps):
         d = decay if warmup is None else min(decay, 1.0 - (1.0 + step - steps[0]) ** (-warmup))
@@ -107,7 +107,7 @@ def test_a_repeated_step_changes_nothing_and_an_earlier_one_is_refused() -> None
 
 
 def _trained(model: nn.Module, updates: int = 40) -> Iterator[None]:
-    """A model whose weights move at each step."""
+    """Return a model and optimizer whose weights move at each step."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(updates):
         with torch.no_grad():
@@ -273,7 +273,7 @@ def test_half_precision_weights_have_an_fp32_average_that_moves(dtype: torch.dty
 
 
 def _weights(dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
-    """Many small tensors, a scalar, an empty one, views that are not contiguous, and one larger than a piece."""
+    """Return many small tensors, a scalar, an empty one, views that are not contiguous, and one larger than a chunk."""
     shapes = [(3, 4)] * 20 + [(), (0, 2), (600, 500), (7,)]
     weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return [*weights, torch.randn(5, 3, generator=generator).to(dtype).t(), torch.ones(3, dtype=dtype).expand(4, 3)]
@@ -302,7 +302,7 @@ def test_complex_weights() -> None:
 
 
 class _Allocations(TorchDispatchMode):
-    """The largest number of elements that were there at once beside the arguments."""
+    """Measure the largest number of elements that exist at once beside the arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -474,7 +474,7 @@ def test_from_yaml() -> None:
 
 
 def _on_shards(dtype: torch.dtype) -> tuple[list[float], list[bool]]:
-    """How far averages of shards are from those of whole tensors, and whether they lie as the weights do."""
+    """Compare averages of shards with those of full tensors; return their distance and if placements agree."""
     mesh = init_device_mesh("cpu", (2,))
     generator = torch.Generator().manual_seed(0)
     placements = [Shard(0), Shard(0), Shard(1), Replicate()]

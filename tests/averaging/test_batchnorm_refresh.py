@@ -1,4 +1,4 @@
-"""Statistics of averaged weights come from the module's own training step, and the run goes on as if it had not run."""
+"""Statistics of averaged weights come from the module's training step, and leave no trace in the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _named(name: str) -> DataLoader:
 
 
 class Plain(Model):
-    """What is learned is ``net``, whose first layer sees the input as it is; its statistics are known."""
+    """A model whose first BatchNorm layer gets the input, so that its statistics are known."""
 
     def __init__(self) -> None:
         super().__init__(make=norm_net)
@@ -56,7 +56,7 @@ class Plain(Model):
         return mse_loss(self.net(x), y)
 
     def rest(self) -> Any:
-        """What else the step changes, to compare."""
+        """Return whatever else the step changes, to compare it."""
 
 
 # ---- ways to get from a batch to a loss ----
@@ -92,7 +92,7 @@ class BuiltInTheStep(Plain):
 
 
 class WritesToTheBatch(Plain):
-    """The batch is the dataset's own: what is written stays there."""
+    """A model that writes to the batch, which is a tensor of the dataset."""
 
     def train_dataloader(self):
         return _named("x")
@@ -149,7 +149,7 @@ KINDS += [SkipsAtTimes, AsksTheTrainer]
 
 
 class Momentum(Plain):
-    """A momentum encoder and a queue."""
+    """A model with a momentum encoder and a queue."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Attributes(Plain):
 
 
 class Metrics(Plain):
-    """Metrics of the module, and one that is no submodule; what they log at an epoch's end."""
+    """A model with metrics, one of them not a submodule, that it logs at the end of an epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class Metrics(Plain):
 
 
 class Modes(Plain):
-    """Gradients, modes and what is trained are switched within the step; a hyper-network leaves tensors behind."""
+    """A model that changes gradients, modes and trainable parameters in its step, with a hyper-network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Modes(Plain):
 
 
 class Recorder(Logger):
-    """A logger like those that users call directly."""
+    """A logger that users call directly."""
 
     name, version, save_dir = "recorder", "1", "/nowhere"
 
@@ -318,7 +318,7 @@ CHANGES: list[type[Plain]] = [Momentum, Attributes, Metrics, Modes, Loggers]
 
 
 class Trace(Callback):
-    """What each batch left behind: weights, gradients, random state, and what the model says of the rest."""
+    """Record weights, gradients, random state and the model's ``rest`` after each batch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Statistics by training steps that communicate, over two ranks: equally many on both, and training as without."""
+"""Statistics from training steps that communicate, on two ranks: as many on both, and no trace in training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _rows(rank: int) -> list[Any]:
 
 
 class Slope(nn.Module):
-    """A layer that needs gradients: an error cuts the forward pass short where there are none."""
+    """A layer that needs gradients: without them an error ends the forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.requires_grad else x.requires_grad_()
@@ -35,7 +35,7 @@ class Slope(nn.Module):
 
 
 class Talking(Model):
-    """Each rank trains on its own rows, and looks at those of the other in its step."""
+    """A model that trains on rows of its rank and gathers those of the other rank in its step."""
 
     def __init__(self, gradients: str, sharded: bool) -> None:
         super().__init__(make=norm_net)

@@ -1,4 +1,4 @@
-"""An estimate of statistics that cannot work is refused before the first step, and the trial leaves no trace."""
+"""A refresh that cannot work is refused before the first step, and its trial leaves no trace."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.averaging.models import Model, assert_close, assert_equal, data, fit,
 
 
 class Steps(Callback):
-    """Counts optimizer steps."""
+    """A callback that counts optimizer steps."""
 
     taken = 0
 
@@ -38,7 +38,7 @@ class Steps(Callback):
 
 
 class OnlyInTraining(Model):
-    """Its step works in training mode only."""
+    """A model whose step works only in training mode."""
 
     def training_step(self, batch, batch_idx):
         assert self.training, "losses come in training mode only"
@@ -64,7 +64,7 @@ class OwnIterator(Model):
 
 
 class Once(IterableDataset):
-    """A stream behind something that nothing copies."""
+    """A stream that cannot be copied."""
 
     def __init__(self) -> None:
         self.rows = iter([(torch.randn(6), torch.randn(1)) for _ in range(32)])
@@ -206,7 +206,7 @@ def test_a_resumed_run_is_tried_too(tmp_path) -> None:
 
 
 class _Position(Callback):
-    """Weights, buffers and random state after each batch."""
+    """Record weights, buffers and random state after each batch."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, torch.Tensor]] = []
@@ -217,7 +217,7 @@ class _Position(Callback):
 
 
 class Stateful:
-    """A loader that knows its position."""
+    """A loader that saves its position."""
 
     def __init__(self) -> None:
         self.batches, self.position = list(data()), 0

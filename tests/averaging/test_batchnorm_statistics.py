@@ -1,4 +1,4 @@
-"""BatchNorm statistics: pooled exactly, over any batches and over ranks, with the run's data and draws untouched."""
+"""BatchNorm statistics are pooled exactly over batches and ranks, and data and random state of the run stay."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_users_own_evaluation_in_eval_mode_has_refreshed_statistics(frozen: 
 
 
 class _Draws(TensorDataset):
-    """Data that are augmented with every kind of draw there is."""
+    """Data that are augmented with every kind of random generator."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         super().__init__(*tensors)
@@ -191,7 +191,7 @@ def test_the_runs_data_and_draws_are_untouched(shared: bool) -> None:
 
 
 class _Stateful:
-    """A loader that is its own position, as those are that resume in the middle of an epoch."""
+    """A loader that holds its position, as loaders do that resume in the middle of an epoch."""
 
     def __init__(self) -> None:
         self.batches, self.position, self.seen = list(data()), 0, []
@@ -273,7 +273,7 @@ def test_dictionaries_and_batches_of_another_kind() -> None:
 
 
 class Ranked(Model):
-    """Each rank trains on its own half of each batch, of different sizes."""
+    """A model each of whose ranks trains on its part of a batch, of different sizes."""
 
     def train_dataloader(self):
         part = slice(3) if self.global_rank == 0 else slice(3, None)

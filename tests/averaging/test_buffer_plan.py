@@ -1,4 +1,4 @@
-"""Buffers under an average: means, the latest, and estimates; known by their names and kinds, never by a value."""
+"""Modes of buffers: average, copy and refresh, chosen by name and kind, never by value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def averaging(**arguments: Any) -> WeightAveraging:
 
 
 class Saves(Callback):
-    """Saves after each batch, or at the end of an epoch."""
+    """A callback that saves after each batch, or at the end of an epoch."""
 
     def __init__(self, path: Path, epoch: int | None = None) -> None:
         self.path, self.epoch = path, epoch
@@ -51,7 +51,7 @@ def normed_net(form: str, make: Callable[[], nn.Module] = lambda: nn.Linear(6, 6
 
 
 def largest(model: Model) -> float:
-    """The largest singular value that a normalized layer works with."""
+    """Return the largest singular value of a normalized layer's weight."""
     values = []
     for layer in model.net:
         if hasattr(layer, "weight_u") or hasattr(layer, "parametrizations"):
@@ -67,7 +67,7 @@ def vectors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Turning(Model):
-    """Turns its singular vectors in training; remembers the largest singular value of each validation."""
+    """A model that rotates its singular vectors in training, and records the largest singular value in validations."""
 
     def __init__(self, form: str, **arguments: Any) -> None:
         super().__init__(make=lambda: normed_net(form), **arguments)

@@ -1,4 +1,4 @@
-"""The mean of the best checkpoints: whose errors are whose, ties, and buffers that have no mean."""
+"""CheckpointAveraging: errors of the user and of files, tied weights, and buffers without a mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.averaging.models import Model, assert_close, assert_equal, data, fit,
 
 
 class Scripted(Model):
-    """A model of one number, which goes through ``values`` and is scored by its distance from ``target``."""
+    """A model of one number, which takes the ``values`` in turn and is scored by its distance from ``target``."""
 
     def __init__(self, values: list[float], target: float, after: Callable[[Scripted], Any] | None = None) -> None:
         super().__init__(nn.Linear(1, 1))
@@ -120,7 +120,7 @@ def test_a_mean_that_is_only_as_good_as_the_best_does_not_win(tmp_path: Path, ta
 
 
 class Normed(Model):
-    """Sixteen layers whose largest singular value is 1 as long as their vectors are right."""
+    """A model of sixteen layers, whose largest singular value is 1 if their vectors are right."""
 
     def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
         super().__init__(nn.Sequential(*(norm(nn.Linear(6, 6, bias=False)) for _ in range(16)), nn.Linear(6, 1)), 2.0)

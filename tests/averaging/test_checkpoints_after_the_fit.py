@@ -1,4 +1,4 @@
-"""A checkpoint that is written after a fit that ended with the mean of the best checkpoints, or the best of them."""
+"""Checkpoints that are written after a fit which ended with an average of checkpoints, or the best of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def callbacks(folder: Path) -> list[Any]:
 @pytest.mark.parametrize("mean_wins", [True, False])
 def test_a_run_resumes_from_the_raw_weights(mean_wins: bool, tmp_path: Path) -> None:
     class Meaning(Scripted):
-        """The mean's score is the last."""
+        """A model whose validation of the average is the last one."""
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             if not self.trainer.callbacks:  # the validation of the mean

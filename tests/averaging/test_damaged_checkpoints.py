@@ -1,4 +1,4 @@
-"""Files that are damaged, of another kind or hostile: the right values, or an error that names the file."""
+"""Damaged, foreign and hostile files yield the right values, or an error that names the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _saved(content: Any, **how: Any) -> bytes:
 def _zipped(
     content: bytes, method: int = zipfile.ZIP_STORED, put: dict[str, bytes] | None = None, drop: str = ""
 ) -> bytes:
-    """The same archive written anew, with other contents of some records."""
+    """Write an archive again, with other contents of some records."""
     written, put = io.BytesIO(), put or {}
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(written, "w", method) as new:
         for record in old.infolist():
@@ -68,7 +68,7 @@ ARCHIVES = {
 
 
 def _outcome(path: Path, content: bytes) -> str:
-    """``right``, ``refused`` with the name of the file in one line, or the values or the error that came."""
+    """Return ``right``, ``refused`` if one line names the file, or else the values or the error."""
     path.write_bytes(content)
     try:
         mean = average_checkpoints([path])
@@ -101,7 +101,7 @@ def test_a_flipped_bit_never_gives_other_values(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_a_record_that_is_marked_as_a_folder(kind: str, tmp_path: Path) -> None:
-    """One of few bits that no checksum covers: torch gives what lay in memory for a compressed one's values."""
+    """This bit has no checksum; with it torch returns uninitialized memory for compressed values."""
     whole = ARCHIVES[kind]
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         begin, records = archive.start_dir, archive.infolist()
@@ -139,7 +139,7 @@ def test_the_message_names_file_and_record(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_each_file_is_checked(tmp_path: Path) -> None:
-    """Checksums of a file are computed while the one before it is averaged."""
+    """Also the checksums that are computed while the file before is averaged."""
     damaged = bytearray(PLAIN)
     damaged[damaged.index(STATE["weight"].numpy().tobytes()) + 8] ^= 64
     for place in range(4):
@@ -226,7 +226,7 @@ def test_a_header_that_is_broken(what: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_no_advice_to_trust_what_is_only_broken(tmp_path: Path) -> None:
-    """To read random bytes with pickle would be worse than an error."""
+    """Reading random bytes with pickle would be worse than an error."""
     path = tmp_path / "some.ckpt"
     for what in ("text", "random bytes", "with half a pickle", "old, magic number only"):
         path.write_bytes(HEADERS[what])
@@ -239,7 +239,7 @@ def test_no_advice_to_trust_what_is_only_broken(tmp_path: Path) -> None:
 
 
 def _overlapping() -> bytes:
-    """An archive of 1 MB: the records of its 64 tensors are one and the same."""
+    """Write an archive of 1 MB whose 64 tensors share one record."""
     written = io.BytesIO()
     saved = _saved({f"w{index}": torch.zeros(1 << 18) for index in range(64)})
     with zipfile.ZipFile(io.BytesIO(saved)) as old, zipfile.ZipFile(written, "w") as archive:
@@ -261,7 +261,7 @@ def _pickle(body: bytes) -> bytes:
 
 
 def _zeros(method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """An archive that is 300 times as large inside: 128 MB, that `torch.load` reads and whose mean is as large."""
+    """Write an archive that is 300 times as large without compression, 128 MB."""
     return _zipped(_saved({"w": torch.zeros(32 << 20)}), method)
 
 
@@ -296,7 +296,7 @@ def test_a_bomb_takes_no_more_than_twice_its_size(what: str, tmp_path: Path) -> 
 
 
 def test_names_without_end(tmp_path: Path) -> None:
-    """A mapping in itself, and one that holds the next twice, as often as there are atoms."""
+    """A dictionary in itself, and nested ones each of which holds the next twice."""
     itself: dict[str, Any] = {"w": torch.ones(1)}
     itself["again"] = itself
     doubled: dict[str, Any] = {"w": torch.ones(1)}
@@ -309,7 +309,7 @@ def test_names_without_end(tmp_path: Path) -> None:
 
 
 def test_weights_that_compress_well_are_read(tmp_path: Path) -> None:
-    """Few digits and many zeros, in an archive as small as a third of them."""
+    """Values with few digits and many zeros, in an archive of a third of their size."""
     pruned = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     pruned[::2] = 0.0
     path = tmp_path / "some.ckpt"

@@ -145,7 +145,7 @@ DESCRIPTIONS = {
 @pytest.mark.parametrize("weights_only", [True, False], ids=["weights only", "trusted"])
 @pytest.mark.parametrize("what", DESCRIPTIONS)
 def test_descriptions_that_do_not_fit_together(what: str, weights_only: bool, folder: Path) -> None:
-    """torch would return what lay in memory for the numbers that no file holds, or take memory for a length."""
+    """torch would return uninitialized memory for values that no file has, or allocate a wrong length."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     DESCRIPTIONS[what](metadata)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -182,6 +182,6 @@ def test_a_folder_reads_nothing_outside_of_it(folder: Path) -> None:
 
 
 def test_an_average_that_lies_in_a_folder(folder: Path) -> None:
-    """Its tensors are shards beside the optimizers', for a run that resumes."""
+    """Its tensors are shards beside those of the optimizers, for a run that resumes."""
     with pytest.raises(ValueError, match=rf"{folder} is a folder.* `average_checkpoints\(\[path\]\)`"):
         averaged_state_dict(folder)

@@ -17,7 +17,7 @@ DECAY = 0.8
 
 
 class Later(Model):
-    """Uses its lazy layers from an epoch on."""
+    """A model that uses its lazy layers from an epoch on."""
 
     def __init__(self, epoch: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Lightning's names and arguments: what is the same, what was mended, and whose checkpoints resume where."""
+"""Callbacks with Lightning's names: what is the same, what is fixed, and checkpoints in both directions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_swa_after_an_early_stop_and_at_max_steps() -> None:
 
 
 class Stopping(Callback):
-    """Stops in the middle of an epoch, as `Trainer(max_time=…)` and an early stop at `val_check_interval` do."""
+    """A callback that stops in the middle of an epoch, as ``Trainer(max_time=…)`` does."""
 
     def __init__(self, step: int, hook: str) -> None:
         self.step = step
@@ -108,7 +108,7 @@ def test_swa_estimates_statistics_without_a_step_and_an_epoch_more() -> None:
 
 
 class Scheduled(Model):
-    """A rate that falls at each step, or epoch."""
+    """A model with a learning rate that falls at each step or epoch."""
 
     interval = "step"
 
@@ -160,7 +160,7 @@ def test_the_rates_go_on_after_a_resume(tmp_path) -> None:
 
 
 class Joined(Scheduled):
-    """A second parameter group joins in an epoch, with a rate of its own."""
+    """A callback that adds a second parameter group in an epoch, with another learning rate."""
 
     joins = 2
 
@@ -293,7 +293,7 @@ def test_a_run_goes_on_with_the_other(tmp_path, kind: str, direction: str) -> No
 
 @pytest.mark.parametrize("started", [0, 5])
 def test_the_warm_up_goes_on_from_the_first_update_of_lightnings(tmp_path, started: int) -> None:
-    """By hand: Lightning says how many updates there were, the steps say when the first was."""
+    """Lightning saves the number of updates; the steps say when the first one was."""
     path = _saved(tmp_path, TheirEMA(decay=DECAY, update_starting_at_step=started), "theirs")
     saved = torch.load(path, weights_only=True)
     first = 16 - int(saved["averaging_state"]["n_averaged"]) + 1
@@ -331,7 +331,7 @@ def test_another_kind_of_average_starts_anew_from_the_raw_weights(tmp_path, othe
 @pytest.mark.parametrize("theirs", [True, False])
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_an_average_that_was_not_evaluated_goes_on_from_the_raw_weights(tmp_path, theirs, evaluate) -> None:
-    """The file's ``state_dict`` is of an average that the resumed run does not have, or does not evaluate."""
+    """The checkpoint's ``state_dict`` is an average that the resumed run does not have, or does not evaluate."""
     first = TheirEMA(decay=DECAY) if theirs else EMAWeightAveraging(decay=DECAY)
     path = _saved(tmp_path, [first, WeightAveraging(SWA(), evaluate=False, buffers="average")], "mixed")
     alone = _resumed(EMAWeightAveraging(decay=DECAY), path)

@@ -1,4 +1,4 @@
-"""Means of weights that are sharded, infinite or sparse, and of what are no weights."""
+"""Averages of weights that are sharded, infinite or sparse, and of values that are not weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are pruned while they are averaged: zeros and the average, in validation, in files and at the end."""
+"""Weights that are pruned while they are averaged: the average is pruned in validations, checkpoints and at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pruning(**options: Any) -> ModelPruning:
 
 
 def effective(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with which a pruned module computes."""
+    """Return the weights with which a pruned module computes."""
     return {
         name.removesuffix("_orig"): tensor * state[name.replace("_orig", "_mask")] if "_orig" in name else tensor
         for name, tensor in state.items()
@@ -52,7 +52,7 @@ def masked(state: dict[str, Tensor], where: dict[str, Tensor]) -> dict[str, Tens
 
 
 class Watching(Model):
-    """Keeps what each validation computes with, and what training begins with."""
+    """A callback that records the weights in each validation and at the start of training."""
 
     def on_train_start(self) -> None:
         self.began = snapshot(self)
@@ -106,7 +106,7 @@ def test_zeros_and_the_average_in_files(kind: str, first: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_a_resumed_run_begins_with_what_the_file_holds(kind: str, tmp_path: Path) -> None:
-    """Lightning's own pruning saves no masks: a resumed run begins with the zeros of the file, which may move."""
+    """Lightning's pruning saves no masks: a resumed run begins with the zeros of the checkpoint, which may move."""
     make, _ = AVERAGES[kind]
     files = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     fit(Model(), [WeightAveraging(make()), pruning(), files], enable_checkpointing=True, max_epochs=3)
@@ -157,7 +157,7 @@ def test_with_the_lottery_ticket_and_without_permanence(permanent: bool) -> None
 @pytest.mark.parametrize("when", ["on_train_epoch_end", "on_validation_end", "on_train_end"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pruning_by_hand_that_ends_in_mid_run_ends_in_the_average_too(when: str, dtype: Any) -> None:
-    """Weights move again from there on, and the average goes on from zeros, as the weights do."""
+    """Weights move again from there on, and the average goes on from zeros like the weights."""
 
     class ByHand(Watching):
         def on_train_start(self) -> None:

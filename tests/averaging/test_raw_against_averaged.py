@@ -1,4 +1,4 @@
-"""Raw against averaged weights: one history, in the loggers, in the callback and in each checkpoint."""
+"""``compare=True``: the same metrics of raw and averaged weights in loggers, callback and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def comparing() -> WeightAveraging:
 
 
 class Saves(Callback):
-    """Saves in a hook of the second epoch, for the first time that it is called there."""
+    """A callback that saves at the first call of a hook in the second epoch."""
 
     def __init__(self, path: Path, hook: str) -> None:
         self.path = path
@@ -53,7 +53,7 @@ def test_a_resumed_run_has_all_points(tmp_path, hook: str, exact: bool, first: b
 
 
 class Heard(Logger):
-    """Keeps what is logged, call by call."""
+    """A logger that records each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Heard(Logger):
 
 
 def test_the_raw_score_is_logged_beside_the_other(tmp_path) -> None:
-    """Under one step of the loggers, and where callbacks read what they monitor."""
+    """At one step of the loggers, and in ``callback_metrics``, where callbacks monitor it."""
     heard, average = Heard(), comparing()
     files = ModelCheckpoint(tmp_path, monitor="averaging/raw/val_loss")
     trainer = fit(Model(), [average, files], logger=heard, enable_checkpointing=True)

@@ -1,4 +1,4 @@
-"""What files hold is averaged as what `torch.load` reads, wherever the weights lie; no line of theirs is run."""
+"""Files yield the values that ``torch.load`` reads, and none of their code is run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.com
 
 
 def _state(seed: int) -> dict[str, Tensor]:
-    """Of many dtypes in turn, so that neighbours differ; some empty, some scalars, some parts of others."""
+    """Return tensors of alternating dtypes; some are empty, some scalars, some views of others."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     for index, shape in enumerate([(7, 5), (), (0, 3), (3, 0), (33,), (2, 1, 4), (1, 1)]):
@@ -106,7 +106,7 @@ def test_ties_that_differ(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "count"), [("ckpt", 3), ("ckpt", 12), ("safetensors", 12)])
 def test_memory_is_the_mean_and_one_file(kind: str, count: int, tmp_path: Path) -> None:
-    """Also of resident memory, in which the pages of mapped files count."""
+    """Also resident memory, which counts the pages of mapped files."""
     generator, paths = torch.Generator().manual_seed(0), []
     for index in range(count):
         state = {f"layer{layer}": torch.randn(1 << 16, generator=generator) for layer in range(32)}  # 8 MB
@@ -137,7 +137,7 @@ def test_nothing_that_a_file_names_is_called(where: str, tmp_path: Path) -> None
 
 
 def test_a_header_of_odd_length(tmp_path: Path) -> None:
-    """The format allows it: elements then lie where they cannot be mapped."""
+    """The format allows it, and the elements cannot be mapped then."""
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     header += b" " * (5 - len(header) % 4)
     path = tmp_path / "odd.safetensors"
@@ -167,7 +167,7 @@ def test_files_that_are_not_on_the_local_disk(tmp_path: Path) -> None:
 
 
 def test_another_protocol_of_pickle(tmp_path: Path) -> None:
-    """It is whole, and what torch reads with `weights_only=False` only."""
+    """The file is undamaged, and torch reads it only with ``weights_only=False``."""
     path = tmp_path / "a.ckpt"
     torch.save({"w": torch.ones(2), "names": ["a"] * 3}, path, pickle_protocol=4)
     with pytest.raises(ValueError, match=r"a\.ckpt holds more than tensors.* pass `weights_only=False`"):

@@ -1,4 +1,4 @@
-"""A run that had ended is resumed: nothing is left to train, and the module and the averages are as at its end."""
+"""A run that ended is resumed: no step is left, and module and averages are as at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""While the Trainer saves, the module holds the weights that the file holds: the evaluated average."""
+"""While the Trainer saves, the module holds the weights of the checkpoint: the evaluated average."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def averaging(**arguments: Any) -> WeightAveraging:
 
 
 class Exports(Callback):
-    """Keeps the module's weights whenever a checkpoint is saved, and has a state that is made of them."""
+    """A callback that records the weights whenever a checkpoint is saved, with a state made of them."""
 
     def __init__(self, live: bool = False) -> None:
         self.live, self.seen = live, []
@@ -46,7 +46,7 @@ class Exports(Callback):
 
 
 class Keeping(Model):
-    """Keeps its weights whenever a checkpoint is saved."""
+    """A model that records its weights whenever a checkpoint is saved."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -57,7 +57,7 @@ class Keeping(Model):
 
 
 class Saves(Callback):
-    """Saves in a hook of the second epoch, for the first time that it is called there."""
+    """A callback that saves at the first call of a hook in the second epoch."""
 
     def __init__(self, path: Path, hook: str, **options: Any) -> None:
         self.path, self.options = path, options
@@ -118,7 +118,7 @@ def test_weights_only(tmp_path, hook) -> None:
 
 
 def test_model_checkpoints_of_every_kind(tmp_path) -> None:
-    """Each file of a run, among them the best of early stopping."""
+    """Every checkpoint of a run, also the best one of early stopping."""
     model, exports = Keeping(lr=0.2), Exports()
     files = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{step}")
     best = EarlyStopping("val_loss", dirpath=str(tmp_path / "best"))
@@ -315,7 +315,7 @@ def test_a_save_within_a_step_of_manual_optimization(tmp_path) -> None:
 
 
 def test_a_mean_of_checkpoints_is_in_the_module_when_it_is_saved(tmp_path) -> None:
-    """It is saved while an average is evaluated, which must not take its place."""
+    """Although another average is evaluated, which must not take its place."""
     model = Keeping()
     files = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
     means = CheckpointAveraging(top=2)

@@ -1,4 +1,4 @@
-"""When an average is updated is the user's to decide, as in Lightning: at its moments, with its arguments."""
+"""An override of ``should_update`` is called when Lightning calls it and with the same arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DECAY = 0.8
 
 
 def deciding(base: Any, decide: Any) -> Any:
-    """A subclass that decides, and remembers what it was asked."""
+    """Return a subclass that overrides ``should_update`` and records the calls."""
 
     class Deciding(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ def test_the_average_and_the_moments_are_those_of_lightning(decision: str, batch
 
 
 class Both(Model):
-    """Two optimizers that step at different batches."""
+    """A model with two optimizers that step at different batches."""
 
     def __init__(self) -> None:
         super().__init__()

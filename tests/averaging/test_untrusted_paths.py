@@ -1,4 +1,4 @@
-"""Checkpoints whose paths come out of a loaded file: only what this run wrote itself is unpickled."""
+"""Paths that come from a loaded checkpoint: only files that this run wrote are unpickled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Harmful:
 
 
 class Keep(Callback):
-    """Writes the checkpoint from which another run is resumed, at the end of its last epoch but two."""
+    """A callback that saves a checkpoint to resume from, two epochs before the last."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ def _run(folder: Path, *more: Callback, target: float = 2.6, resume: Path | None
 
 @pytest.fixture
 def resumed_from(tmp_path: Path) -> Any:
-    """Make a checkpoint in which the best of the ModelCheckpoint is a file of a stranger."""
+    """Make a checkpoint in which the best path of the ModelCheckpoint is a foreign file."""
 
     def make(content: Any) -> tuple[Path, Path, Path]:
         folder, point, strange = tmp_path / "run", tmp_path / "point.ckpt", tmp_path / "strange.ckpt"
@@ -111,7 +111,7 @@ def test_a_strangers_file_of_tensors_is_read(resumed_from) -> None:
 
 
 class Parameterized(Scripted):
-    """Its hyper-parameters are objects, which only a trusted file may bring."""
+    """A model whose hyperparameters are objects, which only a trusted checkpoint may contain."""
 
     def __init__(self, values: list[float], target: float) -> None:
         super().__init__(values, target)

@@ -1,4 +1,4 @@
-"""One truth for averaged weights: validation, files, restore, test and predict; and nothing lost."""
+"""The same averaged weights in validation, checkpoints, restoring, test and predict, and none lost."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_an_epoch_that_the_user_ends_early_counts() -> None:
 
 
 class Bare(ModelCheckpoint):
-    """A second one, which Lightning refuses of one class."""
+    """A second callback of another class, since Lightning refuses two of one class."""
 
 
 def _states(tmp_path, **arguments):
@@ -149,7 +149,7 @@ def test_a_file_that_no_validation_preceded_holds_refreshed_statistics(tmp_path)
 
 
 class Slowing(Average):
-    """What a user may write: each update moves the average by less than the one before."""
+    """A user's policy: each update moves the average by less than the one before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Saved(Callback):
 
 
 def _resumed(path: Path, *callbacks: WeightAveraging) -> list[dict[str, torch.Tensor]]:
-    """The raw weights with which a run goes on from a file, and those of each average."""
+    """Return the raw weights from which a run resumes, and those of each average."""
     found = []
 
     class Look(Callback):

@@ -1,4 +1,4 @@
-"""Weights are averaged where they lie in a file: under a name, on several levels; else it is an error."""
+"""Weights are found in a checkpoint: under a key, on several levels, or an error says that there are none."""
 
 from __future__ import annotations
 

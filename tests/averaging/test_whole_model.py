@@ -1,4 +1,4 @@
-"""All of a model: tied, frozen, unfrozen, complex and compiled parts, buffers of every kind, every dtype, shards."""
+"""Averages of all parts of a model: tied, frozen, complex and compiled ones, buffers of every kind, shards."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_tied_weights_are_averaged_once_and_saved_under_both_names(tmp_path) -> 
 
 
 class Buffers(nn.Module):
-    """Buffers of every kind, which each training step moves."""
+    """A model with buffers of every kind, which each training step moves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def test_a_buffer_with_infinities_such_as_a_mask_is_left_alone(average) -> None:
 
 
 class Two(Model):
-    """Two optimizers, the second of what ``chosen`` says."""
+    """A model with two optimizers, the second of the parameters that ``chosen`` returns."""
 
     def __init__(self, chosen: Callable[[Model], list[nn.Parameter]]) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_frozen_parameters_are_not_copied() -> None:
 
 
 class Tuned(Model):
-    """A head first, the backbone from the second epoch on."""
+    """A model that trains its head first, and the backbone from the second epoch on."""
 
     @property
     def backbone(self) -> nn.Module:
@@ -329,7 +329,7 @@ def test_double_precision_weights_can_have_a_double_precision_average() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that one operation made."""
+    """Measure the bytes of the largest tensor that one operation makes."""
 
     bytes = 0
 
@@ -365,7 +365,7 @@ def test_a_swap_allocates_a_few_megabytes_and_an_update_nothing() -> None:
 
 
 def _sharded(folder: str, whole_files: bool, average, kind: str) -> list[Any]:
-    """A run, and one that was interrupted after an epoch and resumed."""
+    """Train once in one run, and once in a run that is interrupted after an epoch and resumed."""
 
     def run(name: str, epochs: int, ckpt: str | None = None):
         module = build(Cell("automatic", "32-true", "fsdp2", "1"))
