@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from lightning_optim import EMA, Ensemble, WeightAveraging, fit_members
 from lightning_optim.ensembling.fit_members import member_seed
 from lightning_optim.ensembling.member_files import FinishedMembers
 from tests.ensembling.models import QUIET
+from tests.integration.forks import killed
 
 SIZE, BATCHES, EPOCHS = 3, 4, 3
 
@@ -133,21 +132,6 @@ def same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
         a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         for a, b in zip(one, other, strict=True)
     )
-
-
-def killed(run: Callable[[], Any]) -> None:
-    """Run it in a forked process, which must die by SIGKILL."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            run()
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 
 
 def test_each_member_is_the_fit_of_its_own_seed(tmp_path: Path) -> None:

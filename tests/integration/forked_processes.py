@@ -36,6 +36,12 @@ def in_forks(count: int, job: Callable[..., Any], *args: Any) -> list[End]:
         return [End(max(0, -code), _result(Path(folder), rank)) for rank, code in enumerate(codes)]
 
 
+def killed(run: Callable[[], Any]) -> None:
+    """Call ``run()`` in a forked process, which must die by SIGKILL."""
+    (end,) = in_forks(1, run)
+    assert end.signal == signal.SIGKILL, end
+
+
 def results(count: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     """What each process returned."""
     ends = in_forks(count, job, *args)

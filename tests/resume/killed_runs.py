@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,21 +67,6 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> str:
         return f"{len(a['events'])} and {len(b['events'])} events"
     same = all(torch.equal(x, y) for x, y in zip(a["tensors"], b["tensors"], strict=True))
     return "" if same else "weights or momentum"
-
-
-def killed(run: Callable[[], None]) -> None:
-    """Call ``run`` in a forked process, which must die by SIGKILL."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            run()
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
 
 
 def fit(
