@@ -30,7 +30,7 @@ def set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 def is_persistent(module: nn.Module, name: str) -> bool:
-    """Return whether the module's ``state_dict`` holds its buffer of this name."""
+    """Return True if the module's ``state_dict`` holds its buffer of this name."""
     return name not in module._non_persistent_buffers_set
 
 
@@ -45,7 +45,7 @@ def registered_names(module: nn.Module) -> list[str]:
 
 
 def is_registered(module: nn.Module, name: str) -> bool:
-    """Return whether a submodule, a parameter or a buffer has this name; no attribute is looked up."""
+    """Return True if a submodule, a parameter or a buffer has this name; no attribute is looked up."""
     own = vars(module)
     return any(name in own.get(kind, ()) for kind in REGISTRIES)
 

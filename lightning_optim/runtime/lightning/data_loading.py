@@ -1,4 +1,4 @@
-"""The loaders of a running fit, their positions, and batches as Lightning hands them to a step."""
+"""Read the loaders of a running fit and set their positions; prepare a batch as Lightning does for a step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def training_loaders(trainer: Trainer) -> list[Any]:
 
 
 def saves_position(loader: Any) -> bool:
-    """Return whether a loader saves its position and takes it again."""
+    """Return True if a loader saves its position and takes it again."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 

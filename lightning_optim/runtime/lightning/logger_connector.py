@@ -1,4 +1,4 @@
-"""What ``self.log`` has gathered in a run, where it goes on, and the metrics that callbacks and loggers see."""
+"""Read and set what ``self.log`` has gathered in a run, and the metrics that callbacks and loggers see."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def connector(trainer: Trainer) -> Any:
 
 
 def logs_in_this_step(trainer: Trainer) -> bool:
-    """Return whether this batch is one at which values are logged (``Trainer(log_every_n_steps=…)``)."""
+    """Return True if this batch is one at which values are logged (``Trainer(log_every_n_steps=…)``)."""
     return connector(trainer).should_update_logs
 
 

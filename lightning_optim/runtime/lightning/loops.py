@@ -1,4 +1,4 @@
-"""Where the loops of a running fit are: its batches, windows, steps and closures."""
+"""Read where a running fit is, and change what its loops do next."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_optim.runtime.lightning.private_names import read_private, write_
 
 
 def is_last_batch(trainer: Trainer) -> bool:
-    """Return whether the training batch that was fetched last is the epoch's last."""
+    """Return True if the training batch that was fetched last is the epoch's last."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return progress.is_last_batch or progress.current.ready == trainer.num_training_batches
 
 
 def window_is_open(trainer: Trainer) -> bool:
-    """Return whether the batch that was fetched last is in a window of ``accumulate_grad_batches`` that is not full."""
+    """Return True if the window of ``accumulate_grad_batches`` needs more batches than those fetched so far."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     steps_at_end = is_last_batch(trainer) and not trainer.strategy.handles_gradient_accumulation
     return progress.current.ready % trainer.accumulate_grad_batches != 0 and not steps_at_end
 
 
 def ends_epoch(trainer: Trainer) -> bool:
-    """Return whether Lightning ends the epoch after this batch: it is the last, or the run reached its last step."""
+    """Return True if Lightning ends the epoch after this batch: the last one, or the last of a run that stops."""
     loop = trainer.fit_loop
     if is_last_batch(trainer) or (loop.max_steps != -1 and trainer.global_step >= loop.max_steps):
         return True
@@ -56,9 +56,9 @@ def skip_next_validation(trainer: Trainer, skip: bool) -> None:
 
 @contextlib.contextmanager
 def keep_result(closure: Callable[[], Any]) -> Iterator[None]:
-    """Context manager: after it, the optimizer's closure holds the result that it holds now, which Lightning reports.
+    """Context manager: keep the result of the optimizer's closure, which Lightning reports, while it is called again.
 
-    A function that a user has put around Lightning's closure holds none, and is left alone.
+    A function that a user has put around Lightning's closure has no result, and nothing is kept.
     """
     result = read_private(closure, "_result") if isinstance(closure, AbstractClosure) else None
     yield

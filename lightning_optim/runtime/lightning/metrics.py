@@ -1,4 +1,4 @@
-"""The counters of a torchmetrics metric beside its state, and its plot."""
+"""Restore the counters of a torchmetrics metric, which are not in its state, and plot its values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a LightningModule that Lightning keeps to itself: its Trainer, mesh, running hook and arguments."""
+"""Read and set private state of a LightningModule: its Trainer, device mesh, running hook and hyper-parameters."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def set_running_hook(pl_module: LightningModule, name: str | None) -> None:
 
 
 def is_attached(pl_module: LightningModule) -> bool:
-    """Return whether a Trainer runs the module, or did."""
+    """Return True if a Trainer runs the module, or did."""
     return read_private(pl_module, "_trainer") is not None
 
 
 def detach_trainer(pl_module: LightningModule) -> None:
-    """Let a module that a Trainer ran be in none."""
+    """Remove the module's reference to its Trainer."""
     pl_module.trainer = None
 
 

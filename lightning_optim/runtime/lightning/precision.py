@@ -1,4 +1,4 @@
-"""The GradScaler of a run with fp16."""
+"""Ask the GradScaler of a run with fp16, and let it unscale and skip as all ranks need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parametrization ``torch.nn.utils.parametrizations.spectral_norm``, whose class and buffers torch hides."""
+"""Read ``torch.nn.utils.parametrizations.spectral_norm``, whose class and buffers have private names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a strategy launches processes, shares buffers, and writes checkpoints."""
+"""Ask a strategy how it writes checkpoints, launches processes and shares buffers, and change it for a while."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_optim.runtime.lightning.torch_internals import uncompiled
 
 
 def writes_folders(strategy: Strategy) -> bool:
-    """Return whether checkpoints are folders, into which each rank writes its shards."""
+    """Return True if checkpoints are folders, into which each rank writes its shards."""
     return isinstance(strategy, ModelParallelStrategy) and read_private(strategy, "_save_distributed_checkpoint")
 
 
@@ -41,17 +41,17 @@ def writing_one_file(strategy: Strategy) -> Iterator[None]:
 
 
 def launches_processes(trainer: Trainer) -> bool:
-    """Return whether the fit runs in processes that are made for it, from which only results come back."""
+    """Return True if the fit runs in new processes that only send results back (``ddp_spawn``, ``ddp_fork``)."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def forks(trainer: Trainer) -> bool:
-    """Return whether these processes are forked, in which each object lies where it was."""
+    """Return True if these processes are forked: an object keeps its ``id`` in them."""
     return read_private(trainer.strategy.launcher, "_start_method") == "fork"
 
 
 def without_reduction(strategy: Strategy, block: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which a backward pass does not reduce gradients over ranks, if ``block``."""
+    """Context manager: a backward pass does not reduce gradients over ranks, if ``block``."""
     blocks = block and isinstance(strategy, ParallelStrategy)
     return strategy.block_backward_sync() if blocks else contextlib.nullcontext()
 
@@ -60,7 +60,7 @@ def without_reduction(strategy: Strategy, block: bool) -> contextlib.AbstractCon
 
 
 def broadcasts_buffers(strategy: Strategy) -> bool:
-    """Return whether DDP gives all ranks the buffers of rank 0; known before it wraps the model."""
+    """Return True if DDP gives all ranks the buffers of rank 0. It can be asked before DDP wraps the model."""
     return isinstance(strategy, DDPStrategy) and bool(
         read_private(strategy, "_ddp_kwargs").get("broadcast_buffers", True)
     )
@@ -74,7 +74,7 @@ def share_buffers_(trainer: Trainer) -> None:
 
 
 def broadcast_is_due(trainer: Trainer) -> bool | None:
-    """Return whether DDP's next forward broadcasts buffers: not within a window that accumulates; ``None``: no DDP."""
+    """Return True if DDP's next forward broadcasts buffers: the first after a backward does; ``None`` without DDP."""
     model = _ddp(trainer)
     return None if model is None else model.require_forward_param_sync
 
@@ -95,11 +95,11 @@ def _ddp(trainer: Trainer) -> DistributedDataParallel | None:
 
 
 def forget_forward(module: nn.Module) -> None:
-    """Let FSDP2 forget a forward pass that an error cut short: it would take the next one for a part of it.
+    """Reset FSDP2 after a forward pass that an error ended, or it takes the next forward for a part of that one.
 
-    Versions of torch before 2.11 cannot, and recover by themselves.
+    A no-op in versions of torch in which FSDP2 has no such method.
     """
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule) and hasattr(submodule, "reset_iter_state"):
-            with contextlib.suppress(RuntimeError):  # it is for roots only, and says so
+            with contextlib.suppress(RuntimeError):  # raised by all modules but the root
                 submodule.reset_iter_state()

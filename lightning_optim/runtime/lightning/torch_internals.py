@@ -1,4 +1,4 @@
-"""Parts of torch that are not public: trees of outputs, version counters, compiled modules, versions in state dicts."""
+"""Use what torch does not make public: trees of tensors, version counters, compiled modules, state dict versions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
 
 
 def is_exporting() -> bool:
-    """Return whether ``torch.export`` runs; before torch 2.7, whether torch compiles or exports."""
+    """Return True if ``torch.export`` runs; before torch 2.7, whether torch compiles or exports."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
@@ -56,7 +56,7 @@ def uncompiled(module: Any) -> Any:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a module was compiled, by ``torch.compile(module)`` or by ``module.compile()``."""
+    """Return True if a module was compiled, by ``torch.compile(module)`` or by ``module.compile()``."""
     return uncompiled(module) is not module or read_private(module, "_compiled_call_impl") is not None
 
 

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import inspect
+import pickletools
 import re
 import textwrap
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import lightning_optim
+from lightning_optim.runtime.files import sharded_reading
 from lightning_optim.runtime.lightning import private_names
 from lightning_optim.runtime.lightning.private_names import PRIVATE_NAMES, entry_of
 from tests.runtime.lightning import (
@@ -333,3 +337,30 @@ def test_lightning_calls_what_a_subclass_of_early_stopping_overrides() -> None:
     assert stop._check_on_train_epoch_end is True
     fit(Model(on_epoch=True), stop, max_epochs=2)
     assert set(calls) == _ELSEWHERE["stopping/early_stopping.py"] - {"_check_on_train_epoch_end"}
+
+
+class WithExtraState(nn.Module):
+    def get_extra_state(self) -> int:
+        return 3
+
+
+def test_names_in_state_dicts_are_those_of_torch() -> None:
+    """Names that the exceptions hold as text, which torch gives to what a ``state_dict`` holds, and one class."""
+    pruned = nn.Linear(2, 2)
+    prune.random_unstructured(pruned, "weight", 1)  # type: ignore[no-untyped-call]
+    normed = torch.nn.utils.spectral_norm(nn.Linear(2, 2))
+    orthogonal = parametrizations.orthogonal(nn.Linear(2, 2))
+    said = f"torch {torch.__version__} has renamed it: see `_ELSEWHERE` for the files that know it by its old name"
+    assert {"weight_orig", "weight_mask"} <= pruned.state_dict().keys(), said
+    assert {"weight_orig", "weight_u", "weight_v"} <= normed.state_dict().keys(), said
+    assert WithExtraState().state_dict() == {"_extra_state": 3}, said
+    (part,) = orthogonal.parametrizations.weight
+    assert type(part) is getattr(parametrizations, "_Orthogonal", None) and "base" in dict(part.named_buffers()), said
+
+
+def test_the_metadata_of_torch_names_what_the_reader_knows(tmp_path: Path) -> None:
+    dcp.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    read = sharded_reading.reader_of(tmp_path, weights_only=True).read_metadata()
+    assert list(read.state_dict_metadata) == ["weight"]
+    named = {argument for _, argument, _ in pickletools.genops((tmp_path / ".metadata").read_bytes()) if argument}
+    assert _ELSEWHERE["runtime/files/sharded_reading.py"] <= {str(name) for name in named}
