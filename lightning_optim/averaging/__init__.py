@@ -1,1 +1,1 @@
-"""One model out of many moments."""
+"""Average weights: over the optimizer steps of a fit, or over checkpoints."""

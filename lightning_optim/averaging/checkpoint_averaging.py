@@ -1,4 +1,4 @@
-"""The callback that averages the best checkpoints at the end of a fit."""
+"""Average the best checkpoints of a ``ModelCheckpoint`` at the end of a fit."""
 
 from __future__ import annotations
 

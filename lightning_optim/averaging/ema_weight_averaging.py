@@ -1,4 +1,4 @@
-"""Lightning's ``EMAWeightAveraging``, with its arguments, exact in every precision and strategy."""
+"""Average the weights exponentially, with the arguments of Lightning's ``EMAWeightAveraging``."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class EMAWeightAveraging(WeightAveraging):
         )
         self.update_starting_at_epoch = update_starting_at_epoch
 
-    def _due(self, step: int) -> bool:
+    def _due_after_step(self, step: int) -> bool:
         assert isinstance(self.every, int)
         epoch = None if self.fit is None else self.fit.trainer.current_epoch
         late = epoch is None or self.update_starting_at_epoch is None or epoch >= self.update_starting_at_epoch

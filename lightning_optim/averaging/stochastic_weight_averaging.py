@@ -1,4 +1,4 @@
-"""Lightning's ``StochasticWeightAveraging``, with its arguments, for any number of optimizers, ranks and shards."""
+"""Average the weights of the last epochs, with the arguments of Lightning's ``StochasticWeightAveraging``."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class StochasticWeightAveraging(WeightAveraging):
             return max(int(trainer.max_epochs * self.swa_epoch_start) - 1, 0)
         return self.swa_epoch_start - 1
 
-    def _due_epoch(self, step: int, epoch: int) -> bool:
+    def _due_after_epoch(self, step: int, epoch: int) -> bool:
         return epoch >= self.first_epoch(self.session.trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

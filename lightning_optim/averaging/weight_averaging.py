@@ -1,4 +1,4 @@
-"""The callback that averages the weights of a run: when an average is updated, saved, loaded and applied."""
+"""Average the weights of a run: decide when to update the average; save, load and apply it."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class WeightAveraging(AveragedCheckpoints):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._buffer_plan(pl_module)  # before a sanity check
+        self._buffer_plan(pl_module)  # to refuse wrong patterns before the sanity check
         if self.evaluates:
             self._use_in_evaluation(trainer, pl_module)
 
@@ -208,7 +208,7 @@ class WeightAveraging(AveragedCheckpoints):
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = self.current_step(optimizer).index
-        if not self._user_decides and self._due(self.steps[index]):
+        if not self._user_decides and self._due_after_step(self.steps[index]):
             self._update(index)
 
     def on_train_batch_end(
@@ -226,7 +226,7 @@ class WeightAveraging(AveragedCheckpoints):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if not self._user_decides:
-            # An epoch that `on_train_batch_start` or a later callback's stop cut short had no last batch's end.
+            # Not seen in `on_train_batch_end`: an end by `on_train_batch_start`, or by a callback that came later.
             self._end_epoch()
         elif trainer.current_epoch > self._decided[1] and self.should_update(epoch_idx=trainer.current_epoch):
             self._decided[1] = trainer.current_epoch
@@ -267,7 +267,7 @@ class WeightAveraging(AveragedCheckpoints):
             )
         return plan
 
-    # ---- when --------------------------------------------------------------------------------------------------------
+    # ---- when to update ----------------------------------------------------------------------------------------------
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Decide whether to update the average now; override it to choose the moments yourself.
@@ -293,26 +293,26 @@ class WeightAveraging(AveragedCheckpoints):
             False
         """
         if step_idx is not None:
-            return self._due(step_idx + 1)
-        return epoch_idx is not None and self._due_epoch(max(self.steps, default=self._start_step + 1), epoch_idx)
+            return self._due_after_step(step_idx + 1)
+        return epoch_idx is not None and self._due_after_epoch(max(self.steps, default=self._start_step + 1), epoch_idx)
 
     @property
     def _user_decides(self) -> bool:
         """True if the user's override of :meth:`should_update` decides."""
         return is_overridden(self, "should_update")
 
-    def _due(self, step: int) -> bool:
+    def _due_after_step(self, step: int) -> bool:
         """Return True if an update is due after this step of an optimizer, counted from 1."""
         since = step - self._start_step - 1
         return self.every != "epoch" and since >= 0 and since % self.every == 0
 
-    def _due_epoch(self, step: int, epoch: int) -> bool:
+    def _due_after_epoch(self, step: int, epoch: int) -> bool:
         """Return True if an update is due at the end of this epoch, after so many steps."""
         return self.every == "epoch" and step > self._start_step
 
     def _end_epoch(self) -> None:
         for index, step in enumerate(self.steps):
-            if self._due_epoch(step, self.session.trainer.current_epoch):
+            if self._due_after_epoch(step, self.session.trainer.current_epoch):
                 self._update(index)
 
     def _update(self, index: int, step: int | None = None) -> None:

@@ -26,7 +26,7 @@ from lightning_optim.runtime.lightning.data_loading import to_device, training_s
 
 
 class BatchNormRefresh(OptimCallback):
-    """The base of callbacks that put averaged weights into the module and estimate BatchNorm statistics for them.
+    """Base class of callbacks that estimate BatchNorm statistics for averaged weights.
 
     Attributes:
         refresh_batches: Number of batches of one estimate; ``None``: all.

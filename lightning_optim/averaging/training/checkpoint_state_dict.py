@@ -28,7 +28,7 @@ from lightning_optim.runtime.patching import patched
 
 
 class AveragedCheckpoints(AveragedEvaluation):
-    """The part of :class:`WeightAveraging` that puts the average into checkpoints."""
+    """Put the average into checkpoints: a part of :class:`WeightAveraging`."""
 
     @property
     def _saved_as_state_dict(self) -> bool:

@@ -24,7 +24,7 @@ from lightning_optim.runtime.validation import validate
 
 
 class AveragedEvaluation(BatchNormRefresh):
-    """The part of :class:`WeightAveraging` that puts the average into the module and takes it out again.
+    """Put the average into the module for validations and for the user: a part of :class:`WeightAveraging`.
 
     Attributes:
         buffers: Mode of the floating-point buffers, for all of them or by pattern.
