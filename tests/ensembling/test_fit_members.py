@@ -24,7 +24,7 @@ from lightning_optim import EMA, Ensemble, WeightAveraging, fit_members
 from lightning_optim.ensembling.fit_members import member_seed
 from lightning_optim.ensembling.member_files import FinishedMembers
 from tests.ensembling.models import QUIET
-from tests.integration.forks import killed
+from tests.integration.forked_processes import killed
 
 SIZE, BATCHES, EPOCHS = 3, 4, 3
 

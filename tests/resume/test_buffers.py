@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_optim.resume.exact_resume import ExactResume
-from tests.integration.forks import killed
+from tests.integration.forked_processes import killed
 from tests.resume.killed_runs import WriteAndDie, difference, fit
 from tests.resume.models import Net
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness.process_group import Group, JobFailed
-from tests.integration.forks import killed
+from tests.integration.forked_processes import killed
 from tests.resume.killed_runs import WriteAndDie, difference, fit, fit_of_two
 from tests.resume.models import (
     LazyLoader,

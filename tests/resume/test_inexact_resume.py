@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_optim.resume.exact_resume import ExactResume
-from tests.integration.forks import killed
+from tests.integration.forked_processes import killed
 from tests.resume.killed_runs import WriteAndDie, fit
 from tests.resume.models import PositionLoader, shuffling
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_optim import EMA, SWA, EarlyStopping, GradientClipping, WeightAveraging
 from lightning_optim.resume.exact_resume import ExactResume
-from tests.integration.forks import killed
+from tests.integration.forked_processes import killed
 from tests.resume.killed_runs import WriteAndDie, difference, fit
 from tests.resume.models import NormNet, data
 
