@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.copied_state import copied_state
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import Callback, Trainer, strategies
 from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
@@ -108,7 +106,7 @@ def capture(
         trainer.global_step,
         listed,
         ObjectState(objects, device, with_package=True),
-        [(each, _copied(each.state_dict(), device)) for each in stateful],
+        [(each, copied_state(each.state_dict(), device)) for each in stateful],
         rank_random_state(trainer),
         strategies.broadcast_is_due(trainer),
         epoch_sums(trainer),
@@ -146,7 +144,7 @@ def _restore_(trainer: Trainer, state: RunState) -> list[str]:
     with _running_hooks_kept(trainer):
         changed = state.objects.restore_()
     for each, saved in state.stateful:
-        each.load_state_dict(copy.deepcopy(saved))
+        each.load_state_dict(copied_state(saved))
     set_epoch_sums_(trainer, state.logged)
     strategies.set_broadcast_is_due(trainer, state.broadcasts)
     set_rank_random_state_(trainer, state.random)
@@ -183,21 +181,3 @@ def _check_moment(trainer: Trainer) -> None:
             "The state of a run is captured and restored between two steps of a fit: call it in `on_train_batch_start`,"
             " `on_train_batch_end`, `on_train_epoch_start` or `on_train_epoch_end`."
         )
-
-
-def _copied(tree: Any, device: torch.device | str | None) -> Any:
-    """Copy a ``state_dict``, with its tensors on ``device``; a sharded one stays beside its mesh."""
-
-    def copy_of(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return tensor.clone() if isinstance(tensor, DTensor) else tensor.to(device or tensor.device, copy=True)
-
-    return copy.deepcopy(tree, {id(tensor): copy_of(tensor) for tensor in _tensors(tree)})
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(value)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_optim.runtime.copied_state import copied_state
 from lightning_optim.runtime.lightning import Trainer, logger_connector, metrics
 
 # A checkpoint names a reduction by its index here: nothing that a checkpoint says is looked up among all functions.
@@ -45,11 +46,11 @@ def logged_values(trainer: Trainer, without_metrics: Collection[str] = ()) -> di
     updates = {name: count for name, count in metric_updates(trainer).items() if count and name not in without_metrics}
     modules, results = dict(trainer.lightning_module.named_modules()), logger_connector.results(trainer).values()
     return {
-        "shown": copied(logger_connector.shown_metrics(trainer)),
+        "shown": copied_state(logger_connector.shown_metrics(trainer), "cpu"),
         "hook": logger_connector.log_position(trainer)[0],
         # A process group cannot be saved, so a value that is reduced over a group of the user's starts anew.
         "results": [_result(m) for m in results if not m.has_reset and m.meta.sync.group is None],
-        "metrics": {name: [count, copied(modules[name].metric_state)] for name, count in updates.items()},
+        "metrics": {name: [count, copied_state(modules[name].metric_state, "cpu")] for name, count in updates.items()},
     }
 
 
@@ -61,7 +62,7 @@ def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) ->
         state: The copy.
         batches: Number of batches of the running epoch that are done; 0 between epochs.
     """
-    logger_connector.set_shown_metrics(trainer, copied(state["shown"], trainer.strategy.root_device))
+    logger_connector.set_shown_metrics(trainer, copied_state(state["shown"], trainer.strategy.root_device))
     # Lightning empties what a hook logged before when it logs in an epoch's first batch: this is not the first.
     logger_connector.set_log_position(trainer, state["hook"], batches == 1 if batches else None)
     modules = dict(trainer.lightning_module.named_modules())
@@ -69,7 +70,7 @@ def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) ->
         metric = modules.get(name)
         if isinstance(metric, Metric) and metric.metric_state.keys() == values.keys():
             for key, value in values.items():
-                setattr(metric, key, copied(value, metric.device))
+                setattr(metric, key, copied_state(value, metric.device))
             metrics.restore_(metric, count)
     for result in state["results"]:
         _set_result_(trainer, result, modules)
@@ -77,7 +78,7 @@ def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) ->
 
 def epoch_sums(trainer: Trainer) -> dict[str, Any]:
     """Copy the sums of which the running epoch's means are made at its end, beside the tensors themselves."""
-    sums = {name: copied(result.metric_state, None) for name, result in _summed(trainer) if not result.has_reset}
+    sums = {name: copied_state(result.metric_state) for name, result in _summed(trainer) if not result.has_reset}
     return {"epoch": trainer.current_epoch, "sums": sums}
 
 
@@ -94,7 +95,7 @@ def set_epoch_sums_(trainer: Trainer, state: dict[str, Any]) -> None:
         if name not in state["sums"]:
             result.reset()
             continue
-        for key, value in copied(state["sums"][name], trainer.strategy.root_device).items():
+        for key, value in copied_state(state["sums"][name], trainer.strategy.root_device).items():
             setattr(result, key, value)
         result.has_reset = False
         metrics.forget_value_(result)
@@ -105,15 +106,6 @@ def _summed(trainer: Trainer) -> list[tuple[str, Any]]:
     return [(name, result) for name, result in results if result.is_tensor and result.meta.on_epoch]
 
 
-def copied(tree: Any, device: torch.device | str | None = "cpu") -> Any:
-    """Copy nested dictionaries and lists, with their tensors on ``device``; ``None``: each where it is."""
-    if isinstance(tree, dict):
-        return {name: copied(value, device) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [copied(value, device) for value in tree]
-    return tree.detach().clone().to(device) if isinstance(tree, Tensor) else tree
-
-
 def _result(result: Any) -> dict[str, Any]:
     """Return one logged name: its options, and the value so far."""
     meta, last = result.meta, logger_connector.last_value(result)
@@ -121,8 +113,8 @@ def _result(result: Any) -> dict[str, Any]:
         "meta": {name: getattr(meta, name) for name in _META},
         "reduction": _REDUCTIONS.index(meta.reduce_fx),
         "sync": [meta.sync.should, meta.sync.rank_zero_only],
-        "states": copied(result.metric_state) if result.is_tensor else None,
-        "last": copied(last) if isinstance(last, Tensor) else None,
+        "states": copied_state(result.metric_state, "cpu") if result.is_tensor else None,
+        "last": copied_state(last, "cpu") if isinstance(last, Tensor) else None,
     }
 
 
@@ -144,5 +136,5 @@ def _set_result_(trainer: Trainer, state: dict[str, Any], modules: dict[str, Any
     result = results[f"{meta['fx']}.{meta['name']}"]
     result.meta.sync.should = sync
     for key, tensor in (state["states"] or {}).items():
-        setattr(result, key, copied(tensor, trainer.strategy.root_device))
-    logger_connector.set_last_value(result, copied(state["last"], trainer.strategy.root_device))
+        setattr(result, key, copied_state(tensor, trainer.strategy.root_device))
+    logger_connector.set_last_value(result, copied_state(state["last"], trainer.strategy.root_device))

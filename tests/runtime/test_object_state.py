@@ -189,3 +189,12 @@ def test_what_cannot_be_put_back_is_named() -> None:
     module.sparse.zero_()
     assert sorted(state.restore_()) == ["self.names['all'][0]", "self.sparse"]
     assert module.names["all"][0] is letters
+
+
+def test_copies_of_tensors_are_kept_on_the_device_that_is_asked_for() -> None:
+    module = nn.Linear(2, 2)
+    before = module.weight.detach().clone()
+    state = ObjectState({"self": module}, device="meta")  # where nothing can be copied back from
+    with pytest.raises(NotImplementedError, match="meta"):
+        state.restore_()
+    assert torch.equal(module.weight, before)
