@@ -97,7 +97,7 @@ def act(policy: Policy, step: int) -> Any:
         return policy.micro_batches(4, 1)
     if isinstance(policy, Schedule):
         return policy(step, STEPS)
-    metrics = dict.fromkeys(policy.monitors, 3.0 - abs(step - 6) % 4) | {"acc": float(step % 5)}
+    metrics = dict.fromkeys(policy.monitors, 4.0 - abs(step - 6) % 4) | {"acc": float(step % 5)}
     if isinstance(policy, Best):
         return [policy.better(metrics), policy.best]
     assert isinstance(policy, Criterion)
