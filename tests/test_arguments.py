@@ -40,7 +40,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("Exponential(0.0, 1.0)", "start", "0.0", "> 0"),
     ("Exponential(1.0, -1.0)", "end", "-1.0", "> 0"),
     ("Piecewise({})", "values", "{}", "must be a dictionary of fraction of training to value"),
-    ("Piecewise({0.5: 1.0})", "values", "{0.5: 1.0}", "what holds from the fraction 0 on"),
+    ("Piecewise({0.5: 1.0})", "values", "{0.5: 1.0}", "a value that holds from the fraction 0 on"),
     ("Piecewise({0.0: 1.0, 2.0: 1.0})", "fraction in values", "2.0", "in [0.0, 1.0]"),
     # regularization
     ("WeightRegularization([])", "terms", "[]", "must be a penalty"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.base import foreach, shards
+from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.base.policy import Policy
 
 
@@ -163,7 +164,7 @@ class Average(Policy):
         weight = weight.detach()
         (shard,) = shards.local_shards([weight])
         device = shard.device if self._device is None else self._device
-        dtype = kept_dtype(weight.dtype, self._dtype)
+        dtype = accumulation_dtype(weight.dtype, self._dtype)
         dtype = torch.promote_types(dtype, weight.dtype) if self.keep_wide else dtype
         return shards.placed_as(shard.to(device, dtype, copy=True), weight)
 
@@ -226,13 +227,3 @@ class Average(Policy):
         if isinstance(weights, tuple) and not any(isinstance(weight, DTensor) for weight in weights):
             self._prepared = weights, ours, theirs, alike
         return ours, theirs, alike
-
-
-def kept_dtype(own: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
-    """Return the dtype in which an average of tensors of dtype ``own`` is kept: see :meth:`Average.keep_in`."""
-    if wanted is None:
-        narrow = own.itemsize < (8 if own.is_complex else 4)  # complex: both parts
-        return own if not narrow else torch.complex64 if own.is_complex else torch.float32
-    if own.is_complex:
-        return torch.complex128 if wanted.itemsize == 8 else torch.complex64  # torch computes little in complex half
-    return wanted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,28 +10,23 @@ from torch import Tensor
 _CHUNK = 1 << 20  # elements of the temporary in `swap_`: 4 MB in fp32, large enough to be bound by memory
 
 
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which sums and averages of ``tensor`` are kept: fp32 for half precision, else its own.
-
-    In bf16 an average with a decay of 0.999 never moves, since its increments are below the last bit.
-    """
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-
-
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """Return the floating-point dtype with the most digits that the device has: fp64, or fp32 on MPS."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def has_mean(value: Any) -> bool:
-    """Return True if ``value`` is a tensor of real or complex floating-point numbers, which have a mean."""
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
 def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Cut two lists into pieces of some MB, the size of a temporary: small tensors together, large ones in views.
+    """Yield pieces of two lists, of some MB each, for a formula that needs a temporary of their size.
 
-    On a CPU a piece stays in the cache; on a GPU it is large enough to hide the launch of a kernel.
+    Small tensors stand together in a piece, large ones are cut into views. On a CPU a piece stays in the cache; on a
+    GPU it is large enough to hide the launch of a kernel.
+
+    Args:
+        left: Local tensors, such as :func:`local_shards` returns.
+        right: Tensors of the same shapes, in the same order.
+
+    Example::
+
+        >>> weights, grads = [torch.ones(2), torch.ones(3)], [torch.zeros(2), torch.zeros(3)]
+        >>> for some_weights, some_grads in chunks(weights, grads):
+        ...     added = torch._foreach_add_(some_grads, torch._foreach_sign(some_weights))
+        >>> grads
+        [tensor([1., 1.]), tensor([1., 1., 1.])]
     """
     size = 1 << 18 if left and left[0].device.type == "cpu" else 1 << 22
     some_left: list[Tensor] = []
@@ -55,7 +49,7 @@ def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tenso
 
 
 def _flat(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Both as vectors, element by element, if they lie in one memory format without gaps, such as channels last."""
+    """Return both as vectors, if they lie in one memory format without gaps, such as channels last; else ``None``."""
     order = sorted(range(one.ndim), key=one.stride, reverse=True)
     one, other = one.permute(order), other.permute(order)
     return (one.view(-1), other.view(-1)) if one.is_contiguous() and other.is_contiguous() else None

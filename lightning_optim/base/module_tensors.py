@@ -12,7 +12,7 @@ from lightning_optim.base.module_registry import buffer_names, buffer_of, is_per
 
 
 def dimensions(parameter: Tensor) -> int:
-    """The number of dimensions without the one that stacks ensemble members (``parameter.member_dim``), if any."""
+    """Return the number of dimensions, without one that stacks ensemble members (``parameter.member_dim``)."""
     return parameter.ndim - (getattr(parameter, "member_dim", None) is not None)
 
 
@@ -32,21 +32,21 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def buffer_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the plain name of each buffer, or of the place of one that is ``None``, its owner, and its key there."""
+    """Yield the plain name of each buffer, also of one that is ``None``, its owner, and its key there."""
     for prefix, owner in module.named_modules():
         for key in buffer_names(owner):
             yield plain_name(f"{prefix}.{key}" if prefix else key), owner, key
 
 
 def plain_name(name: str) -> str:
-    """Return the name without what ``torch.compile`` puts into it."""
+    """Return the name without the part that ``torch.compile`` adds."""
     return name.replace("_orig_mod.", "")
 
 
 def writable_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return :func:`named_tensors` that can be written in place, by their plain names.
+    """Return those of :func:`named_tensors` that can be written in place, by their plain names.
 
-    Left out are expanded tensors, whose elements share memory, sparse ones, and lazy parameters without data.
+    The rest are expanded tensors, whose elements share memory, sparse ones, and lazy parameters without data.
     """
     return {plain_name(name): tensor for name, tensor in named_tensors(module).items() if is_writable(tensor)}
 
@@ -59,7 +59,7 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Return the plain names of what no optimizer moves.
+    """Return the plain names of the tensors that no optimizer moves.
 
     These are parameters that require no gradient, and the buffers of submodules in which no parameter requires one.
     """

@@ -1,6 +1,6 @@
 """Norms of tensors and sums of their rows, exact over shards.
 
-Shards are summed over the ranks that hold different parts; what is replicated counts once.
+Shards are summed over the ranks that hold different parts; replicated tensors count once.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_optim.base.foreach import accumulation_dtype
+from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.base.module_tensors import dimensions
 from lightning_optim.base.shards import any_sharded, local_shards
 
 
 def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    r"""The norm :math:`\lVert x \rVert_p` of all elements of all tensors, exact over shards.
+    r"""Return the norm :math:`\lVert x \rVert_p` of all elements of all tensors, exact over shards.
 
-    Shards are summed over the ranks that hold different parts; replicated and plain tensors, which agree on all ranks,
-    count once. So models that mix both are right. Half precision is accumulated in fp32.
+    Shards are summed over the ranks that hold different parts. Replicated and plain tensors, which agree on all ranks,
+    count once, also where a model has tensors of both kinds. Half precision is accumulated in fp32.
 
     Args:
         tensors: Plain tensors and DTensors of any placement, on any device.
-        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
+        norm_type: Exponent p > 0; ``inf`` for the largest absolute value.
 
     Returns:
         A scalar on the device of the first tensor, the same on all ranks.
@@ -43,11 +43,11 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm of each tensor by itself, exact over shards as in :func:`total_norm`, with one reduction for all.
+    """Return the norm of each tensor by itself, exact over shards as in :func:`total_norm`, with one reduction.
 
     Args:
         tensors: Plain tensors and DTensors of any placement, on any device.
-        norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
+        norm_type: Exponent p > 0; ``inf`` for the largest absolute value.
 
     Returns:
         A vector with one entry for each tensor, on the device of the first, the same on all ranks.
@@ -76,18 +76,18 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares: bool = False) -> list[Tensor]:
-    """For each tensor the sum of each of its rows, or of their squares, exact over shards.
+    """Return the sums of the rows of each tensor, or of their squares, exact over shards.
 
-    A row is what one output of a layer is computed from: all dimensions but the first. A vector or a scalar is one row.
-    Of stacked ensemble members each has its own rows.
+    A row holds the weights of one output of a layer: all dimensions but the first. A vector or a scalar is one row.
+    Each of stacked ensemble members has rows of its own.
 
     Args:
         tensors: Plain tensors and DTensors of any placement.
-        like: Their parameters, if ``tensors`` are gradients: these say which dimension stacks ensemble members.
-        squares: Whether to sum the squares.
+        like: Their parameters, if ``tensors`` are gradients: parameters know which dimension stacks ensemble members.
+        squares: Sum the squares.
 
     Returns:
-        For each tensor its sums, in fp32 or better, in a shape that broadcasts against its local part.
+        The sums of each tensor, in fp32 or better, in a shape that broadcasts against its local part.
 
     Example::
 
@@ -99,7 +99,7 @@ def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares:
     cut: dict[dist.ProcessGroup, list[int]] = {}
     for position, (tensor, parameter) in enumerate(zip(tensors, like or tensors, strict=True)):
         dims = row_dims(parameter)
-        shard, dtype = local_shards([tensor])[0], accumulation_dtype(tensor)
+        shard, dtype = local_shards([tensor])[0], accumulation_dtype(tensor.dtype)
         if not dims:
             sums.append(shard.to(dtype).square() if squares else shard.to(dtype, copy=True))
         elif squares:
@@ -120,13 +120,13 @@ def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares:
 
 
 def row_dims(parameter: Tensor) -> list[int]:
-    """The dimensions that make up a row, for :func:`row_sums`; none for a scalar."""
+    """Return the dimensions that make up a row, for :func:`row_sums`; an empty list for a scalar."""
     members = parameter.ndim - dimensions(parameter)
     return list(range(members + (dimensions(parameter) >= 2), parameter.ndim))
 
 
 def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:
-    """The local part, and the process groups over which the parts add up to the whole."""
+    """Return the local part, and the process groups over which the parts add up to the whole."""
     if not isinstance(tensor, DTensor):
         return tensor, ()
     if any(placement.is_partial() for placement in tensor.placements):
@@ -141,7 +141,7 @@ def _foreach_norm(shards: list[Tensor], norm_type: float) -> Tensor:
     if math.isinf(norm_type):
         # An empty shard has no largest element, and torch refuses to name one.
         shards = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
-    return torch.stack(torch._foreach_norm(shards, norm_type, dtype=accumulation_dtype(shards[0])))
+    return torch.stack(torch._foreach_norm(shards, norm_type, dtype=accumulation_dtype(shards[0].dtype)))
 
 
 def _over_ranks(norms: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:

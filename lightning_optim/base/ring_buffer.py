@@ -1,4 +1,4 @@
-"""The last values of something that is measured at each step, kept where they were computed."""
+"""Ring buffer of the last rows of numbers, such as norms, on the device that computed them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from torch.nn.functional import pad
 
 
 class Ring:
-    """A ring of rows on their device. Nothing waits for the device, and nothing grows.
+    """Keep the last rows of numbers on their device, without waiting for it.
 
     Args:
-        size: How many rows are kept, >= 1.
+        size: Number of rows that are kept, >= 1.
+
+    Attributes:
+        count: Number of rows that were added.
 
     Example::
 
-        >>> recent = Ring(2)
+        >>> ring = Ring(2)
         >>> for value in (1.0, 2.0, 3.0):
-        ...     recent.append(torch.tensor([value]))
-        >>> recent.rows
+        ...     ring.append(torch.tensor([value]))
+        >>> ring.rows
         tensor([[2.],
                 [3.]])
-        >>> recent.quantile(0.5)
+        >>> ring.quantile(0.5)
         tensor([2.5000])
     """
 
@@ -33,7 +36,7 @@ class Ring:
         self._ring: Tensor | None = None
 
     def append(self, row: Tensor) -> None:
-        """Add a vector; beyond ``size`` the oldest is forgotten. Of new columns the past is NaN."""
+        """Add a vector in place of the oldest one. If it is longer than those before, they are filled up with NaN."""
         if self._ring is None:
             self._ring = row.new_full((self.size, len(row)), torch.nan)
         elif self._ring.device != row.device:
@@ -45,7 +48,7 @@ class Ring:
 
     @property
     def rows(self) -> Tensor:
-        """What is kept, the oldest first: shape ``[min(count, size), length of a row]``."""
+        """The rows, the oldest first: shape ``[min(count, size), length of a row]``."""
         if self._ring is None:
             return torch.zeros(0, 0)
         if self.count <= self.size:
@@ -53,9 +56,9 @@ class Ring:
         return self._ring.roll(-(self.count % self.size), 0)
 
     def quantile(self, q: float) -> Tensor:
-        """For each column the quantile of its finite values, linear between two; NaN where there is none.
+        """Return the quantile of the finite values of each column, linear between two values; NaN without any.
 
-        ``torch.nanquantile``, which reads from the device in order to check its arguments.
+        It equals ``torch.nanquantile``, which would wait for the device to check its arguments.
         """
         assert self._ring is not None, "nothing was appended"
         values = self._ring[: min(self.count, self.size)]
@@ -67,11 +70,11 @@ class Ring:
         return torch.where(found.isfinite(), found, torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows that are kept."""
+        """Return the rows."""
         return {"rows": self.rows.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, also from a ring of another size."""
+        """Load what :meth:`state_dict` returned, also from a ring of another size."""
         self._ring, self.count = None, 0
         for row in state["rows"][-self.size :]:
             self.append(row)

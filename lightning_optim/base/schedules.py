@@ -1,4 +1,4 @@
-"""Numbers that change during training: pure functions of the optimizer step and of the number of steps in the run."""
+"""Schedules: numbers as pure functions of the optimizer step and of the number of steps in the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_optim.base.policy import Policy
 
 
 class Schedule(Policy, abc.ABC):
-    r"""A number as a function of the optimizer step. It stands wherever a number of a policy stands.
+    r"""Base class of numbers that are functions of the optimizer step. A policy takes one in place of a number.
 
     A schedule is a pure function, so it has no state and resumes by itself. Durations are fractions of training: step
     :math:`s` of :math:`n` is at the position :math:`s / (n - 1)`, so that the first step is at 0 and the last one,
@@ -32,26 +32,26 @@ class Schedule(Policy, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, step: int, total: float) -> float:
-        """The value at an optimizer step.
+        """Return the value at an optimizer step.
 
         Args:
-            step: The number of optimizer steps that were made before this one.
-            total: The number of optimizer steps in the run.
+            step: Number of optimizer steps that were made before this one.
+            total: Number of optimizer steps in the run.
         """
 
     @property
     def constant(self) -> bool:
-        """Whether the value can be computed without a total, in a run that has no known end too."""
+        """True if the value needs no total, so that it is known in a run without an end too."""
         return False
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The smallest and the largest value, by which arguments are checked; ``None`` where they are unknown."""
+        """Smallest and largest value, by which arguments are checked; ``None`` if they are unknown."""
         return None
 
 
 class Constant(Schedule):
-    """The same value at every step.
+    """Give the same value at every step.
 
     Args:
         value: The value.
@@ -82,7 +82,7 @@ class Constant(Schedule):
 
 
 class _Ramp(Schedule):
-    """``start`` before ``begin``, ``end`` after ``until``, and in between what :meth:`_between` says."""
+    """Give ``start`` before ``begin``, ``end`` after ``until``, and the value of :meth:`_between` in between."""
 
     def __init__(self, start: float, end: float, begin: float = 0.0, until: float = 1.0) -> None:
         check_number("start", start)
@@ -97,7 +97,7 @@ class _Ramp(Schedule):
 
     @abc.abstractmethod
     def _between(self, share: float) -> float:
-        """The value when this share of the way is gone: exactly ``start`` at 0 and ``end`` at 1."""
+        """Return the value after this share of the way: exactly ``start`` at 0 and ``end`` at 1."""
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -105,7 +105,7 @@ class _Ramp(Schedule):
 
 
 class Linear(_Ramp):
-    r"""A straight line: :math:`(1 - u) \cdot start + u \cdot end`.
+    r"""Move in a straight line: :math:`(1 - u) \cdot start + u \cdot end`.
 
     :math:`u` runs from 0 to 1 between the positions ``begin`` and ``until``; before and after, the value stands still.
     With the defaults the first step has exactly ``start`` and the last one exactly ``end``.
@@ -113,8 +113,8 @@ class Linear(_Ramp):
     Args:
         start: The value up to ``begin``.
         end: The value from ``until`` on.
-        begin: Where the value begins to move, a fraction of training in [0, 1). Default 0, the first step.
-        until: Where it arrives, a fraction of training in (begin, 1]. Default 1, the last step.
+        begin: Position at which the value begins to move, a fraction of training in [0, 1). Default 0, the first step.
+        until: Position at which it arrives, a fraction of training in (begin, 1]. Default 1, the last step.
 
     Raises:
         ValueError: If an argument is not a number of its range; when called, if ``total`` is not finite.
@@ -132,15 +132,15 @@ class Linear(_Ramp):
 
 
 class Cosine(_Ramp):
-    r"""Half a period of a cosine, flat at both ends: :math:`end + (start - end) \cdot (1 + \cos \pi u) / 2`.
+    r"""Move along half a period of a cosine, flat at both ends: :math:`end + (start - end) \cdot (1 + \cos \pi u) / 2`.
 
     :math:`u` and the arguments are those of :class:`Linear`.
 
     Args:
         start: The value up to ``begin``.
         end: The value from ``until`` on.
-        begin: Where the value begins to move, a fraction of training in [0, 1). Default 0, the first step.
-        until: Where it arrives, a fraction of training in (begin, 1]. Default 1, the last step.
+        begin: Position at which the value begins to move, a fraction of training in [0, 1). Default 0, the first step.
+        until: Position at which it arrives, a fraction of training in (begin, 1]. Default 1, the last step.
 
     Raises:
         ValueError: If an argument is not a number of its range; when called, if ``total`` is not finite.
@@ -157,15 +157,15 @@ class Cosine(_Ramp):
 
 
 class Exponential(_Ramp):
-    r"""The same factor at every step: :math:`start^{1-u} \cdot end^{u}`.
+    r"""Multiply by the same factor at every step: :math:`start^{1-u} \cdot end^{u}`.
 
     :math:`u` and the arguments are those of :class:`Linear`, except that both values are positive.
 
     Args:
         start: The value up to ``begin``, positive.
         end: The value from ``until`` on, positive.
-        begin: Where the value begins to move, a fraction of training in [0, 1). Default 0, the first step.
-        until: Where it arrives, a fraction of training in (begin, 1]. Default 1, the last step.
+        begin: Position at which the value begins to move, a fraction of training in [0, 1). Default 0, the first step.
+        until: Position at which it arrives, a fraction of training in (begin, 1]. Default 1, the last step.
 
     Raises:
         ValueError: If an argument is not a number of its range; when called, if ``total`` is not finite.
@@ -186,7 +186,7 @@ class Exponential(_Ramp):
 
 
 class Piecewise(Schedule):
-    """Steps: each value holds from its fraction of training on, until the next one.
+    """Hold each value from its fraction of training on, until the next one.
 
     Args:
         values: Fraction of training in [0, 1] to value; one fraction is 0. In YAML ``{0: 0.1, 0.5: 0.01}``; text keys,
@@ -209,7 +209,7 @@ class Piecewise(Schedule):
             _fraction(key): value for key, value in sorted(values.items(), key=lambda item: _fraction(item[0]))
         }
         if 0.0 not in self.values:
-            raise ValueError(f"`values` must say what holds from the fraction 0 on, got {values!r}")
+            raise ValueError(f"`values` must have a value that holds from the fraction 0 on, got {values!r}")
         for fraction, value in self.values.items():
             check_number(f"values[{fraction}]", value)
 
@@ -232,11 +232,11 @@ def _fraction(key: Any) -> float:
 
 
 def position(step: int, total: float) -> float:
-    """Where a step stands in training: ``step / (total - 1)``, within [0, 1].
+    """Return the position of a step in training: ``step / (total - 1)``, in [0, 1].
 
     Args:
-        step: The number of optimizer steps made before.
-        total: The number of optimizer steps in the run, finite and at least 1.
+        step: Number of optimizer steps made before.
+        total: Number of optimizer steps in the run, finite and at least 1.
 
     Raises:
         ValueError: If ``total`` is not finite, since a schedule that moves needs an end, or below 1.
@@ -254,7 +254,7 @@ def position(step: int, total: float) -> float:
 
 
 def value_at(number: float | Schedule, step: int, total: float) -> float:
-    """The value of a number or of a schedule at an optimizer step.
+    """Return the value of a number or of a schedule at an optimizer step.
 
     Example::
 

@@ -32,15 +32,15 @@ def select(
         on: A glob over parameter names (``"encoder.*"``; ``"*"`` is all), a module class (its own parameters), a
             predicate ``(name, parameter) -> bool``, or a list of these. ``None`` takes the parameters with two
             dimensions or more: weights of layers, and neither biases nor the scales of normalization layers.
-        exclude: What to leave out, in the same terms.
-        required: Whether each glob and each class must match something.
+        exclude: The parameters to leave out, in the same terms.
+        required: Raise if a glob or a class matches nothing.
 
     Returns:
-        Name to parameter in the model's order; a tied parameter once. Frozen parameters are in it: whoever acts on the
-        result asks ``requires_grad`` when acting, since a model may be unfrozen during training.
+        Name to parameter in the model's order; a tied parameter once. Frozen parameters are in it: check
+        ``requires_grad`` when you act on them, since a model may be unfrozen during training.
 
     Raises:
-        ValueError: If a glob or a class matches nothing; the message names what comes near.
+        ValueError: If a glob or a class matches nothing; the message lists similar names.
 
     Example::
 
@@ -97,9 +97,9 @@ def _becomes(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class Selection:
-    """Parameters that :func:`select` chooses, chosen again when lazy parameters have got their shape.
+    """Parameters that :func:`select` chooses, chosen again when lazy parameters have their shapes.
 
-    :meth:`follow` also chooses again when parameters came that were not there before.
+    :meth:`follow` also chooses again when an optimizer has new parameters.
 
     Args:
         module: The model.
@@ -125,7 +125,7 @@ class Selection:
         exclude: Selectors = None,
     ) -> None:
         self._module, self._on, self._exclude = module, on, exclude
-        self._foreign: dict[int, Tensor] = {}  # what optimizers hold and the module does not
+        self._foreign: dict[int, Tensor] = {}  # held by optimizers, but not by the module
         self._choose(required=True)
 
     def _choose(self, required: bool = False) -> None:
@@ -141,7 +141,7 @@ class Selection:
         """Choose again if some of an optimizer's parameters are new to the module, such as those of a replaced head.
 
         Returns:
-            Whether it did.
+            True if it has chosen again.
         """
         if self._known.issuperset(map(id, parameters)):
             return False

@@ -16,18 +16,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The part of each tensor that this process holds, as live storage: a DTensor's shard, else the tensor itself."""
+    """Return the part of each tensor that this process holds, live: a DTensor's shard, else the tensor itself.
+
+    Example::
+
+        >>> local_shards([torch.ones(2)])
+        [tensor([1., 1.])]
+    """
     listed = list(tensors)
     return [t.to_local() if isinstance(t, DTensor) else t for t in listed] if any_sharded(listed) else listed
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether any is a DTensor. Of hundreds of small tensors, asking each would cost as much as the work on them."""
+    """Return whether any tensor is a DTensor."""
+    # Asking each of hundreds of small tensors would cost as much as the work on them: ask their types.
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def placed_as(shard: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which ``shard`` is this process's part, placed as ``like``; no communication."""
+    """Return the tensor of which ``shard`` is this process's part, placed as ``like``, without communication."""
     if not isinstance(like, DTensor):
         return shard
     # Without shape and stride, torch takes shards to be of equal size, which uneven ones are not.
@@ -39,7 +46,7 @@ def placed_as(shard: Tensor, like: Tensor) -> Tensor:
 def align_grad_(parameter: Tensor) -> Tensor | None:
     """Give ``parameter.grad`` the placement of its parameter, or coalesce it if it is sparse, and return it.
 
-    Under sequence parallelism the gradient of a LayerNorm is ``Partial``: each rank holds a summand, and what is added
+    Under sequence parallelism the gradient of a LayerNorm is ``Partial``: each rank holds a summand, and a number added
     to the local part would count once per rank. A sparse gradient may hold several summands for a row.
     """
     grad = parameter.grad
@@ -69,7 +76,7 @@ def reshard_(module: nn.Module) -> None:
     """Put every FSDP2 module back to its shards.
 
     After a forward without a backward (validation) the root group is still gathered: the next training step would run
-    on what was gathered, whatever is written into the shards. A module without FSDP2 is left alone.
+    on the gathered weights, and ignore what is written into the shards. A no-op for a module without FSDP2.
     """
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
@@ -93,7 +100,13 @@ def copy_(target: Tensor, source: Tensor) -> None:
 
 
 def shard_of(full: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds if it is placed as ``like``; no communication."""
+    """Return the part of a whole tensor that this process holds if it is placed as ``like``, without communication.
+
+    Example::
+
+        >>> shard_of(torch.ones(2), like=torch.zeros(2))
+        tensor([1., 1.])
+    """
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()

@@ -1,4 +1,4 @@
-"""Give formulas for dense tensors the values of sparse gradients."""
+"""Sparse gradients for formulas that are written for dense tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def any_sparse(tensors: Iterable[Tensor]) -> bool:
-    """Return whether any is a sparse gradient, such as ``Embedding(sparse=True)`` makes."""
+    """Return whether any gradient is sparse, such as that of ``Embedding(sparse=True)``."""
     return True in map(operator.attrgetter("is_sparse"), tensors)
 
 
 def dense_rows(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return weights and gradients for formulas that know dense tensors only: of a sparse gradient its values.
+    """Return weights and gradients for formulas on dense tensors: a sparse gradient is replaced by its values.
 
     Args:
         weights: The parameters.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_optim.base.arguments import check_choice
-from lightning_optim.base.foreach import widest_dtype
+from lightning_optim.base.dtypes import widest_dtype
 from lightning_optim.ensembling.mean_prediction import log_mean_exp
 from lightning_optim.runtime.lightning.metrics import plot
 

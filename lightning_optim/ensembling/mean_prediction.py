@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lightning_optim.base.foreach import accumulation_dtype, has_mean
+from lightning_optim.base.dtypes import accumulation_dtype, has_mean
 from lightning_optim.runtime.lightning.torch_internals import (
     assert_in_graph,
     is_exporting,
@@ -154,7 +154,7 @@ def _logaddexp(total: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _upcast(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulation_dtype(tensor))
+    return tensor.to(accumulation_dtype(tensor.dtype))
 
 
 def _add(total: Any, leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Dropout: where a model has it or could have it, and stochastic depth."""
+"""Dropout: the places of a model that have it or could have it, and stochastic depth."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
 
 
 class DropPath(nn.Module):
-    r"""Stochastic depth: drop a sample's residual branch, :math:`y = x \cdot m / (1 - p)`, :math:`m \sim B(1 - p)`.
+    r"""Drop the residual branch of random samples: :math:`y = x \cdot m / (1 - p)`, :math:`m \sim B(1 - p)`.
 
-    One draw for each sample of the batch, in training only. It belongs on the residual branch,
-    ``x + DropPath(p)(f(x))``; the rate usually grows from 0 at the first block to p at the last (arXiv:1603.09382).
+    Stochastic depth (Huang et al., *Deep Networks with Stochastic Depth*, `arXiv:1603.09382
+    <https://arxiv.org/abs/1603.09382>`_): one draw for each sample of the batch, in training only. Put it on the
+    residual branch, ``x + DropPath(p)(f(x))``; the rate usually grows from 0 at the first block to p at the last.
 
     Args:
-        drop_prob: The probability p in [0, 1] that a sample's branch is dropped. Named as in timm, whose modules
+        drop_prob: Probability p in [0, 1] that a sample's branch is dropped. Named as in timm, whose modules
             :class:`ScheduledDropout` sets too.
 
     Shape:
@@ -39,6 +40,7 @@ class DropPath(nn.Module):
         [0.0, 2.0]
         >>> branch.eval()(torch.ones(2, 1)).flatten()
         tensor([1., 1.])
+        >>> callback = ScheduledDropout({"*": Linear(0.0, 0.2)})  # sets `drop_prob`, for Trainer(callbacks=[callback])
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
@@ -57,7 +59,7 @@ class DropPath(nn.Module):
 
 
 def mask(like: Tensor, rate: float) -> Tensor:
-    """A Bernoulli mask of 0 and :math:`1 / (1 - rate)`, in the shape, dtype and device of ``like``: its mean is 1.
+    """Return a Bernoulli mask of 0 and :math:`1 / (1 - rate)`, like ``like`` in shape, dtype and device; its mean is 1.
 
     Example::
 
@@ -85,13 +87,13 @@ class Site:
 
 
 def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) -> dict[str, list[Site]]:
-    """For each pattern, the places that it governs: those that it matches and no pattern before it does.
+    """Find the places that each pattern sets: those that it matches and no pattern before it does.
 
     Args:
         model: The model.
         patterns: Globs over module names, in the order in which they are tried.
-        insert: Whether a layer without dropout counts: every module with weights of its own that a glob matches, and
-            any module that a pattern names in full.
+        insert: Also find layers without dropout: every module with weights of its own that a glob matches, and any
+            module that a pattern names in full.
 
     Raises:
         ValueError: If a pattern matches nothing; the message names what comes near.
@@ -104,18 +106,18 @@ def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) 
         {'1': ['1'], '*': ['0', '2']}
     """
     # Attention calls its projection as a function, so a hook on it would never run.
-    inner = {id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
-    modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in inner)
+    projections = {id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
+    modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in projections)
     named = {name.replace("_orig_mod.", ""): module for name, module in modules}
     found: dict[str, list[Site]] = {}
-    taken: set[int] = set()
+    set_before: set[int] = set()
     for pattern in patterns:
         matched = {name: named[name] for name in fnmatch.filter(named, pattern)}
         sites = [site for name, module in matched.items() if (site := _site(name, module, pattern, insert))]
         if not sites:
             raise _nothing(pattern, list(matched), named, insert)
-        found[pattern] = [site for site in sites if id(site.module) not in taken]
-        taken |= {id(site.module) for site in sites}
+        found[pattern] = [site for site in sites if id(site.module) not in set_before]
+        set_before |= {id(site.module) for site in sites}
     return found
 
 
@@ -129,7 +131,8 @@ def _site(name: str, module: nn.Module, pattern: str, insert: bool) -> Site | No
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module has weights of its own, with two dimensions or more.
 
-    Those of a lazy module have none before its first forward pass: it counts as a layer, unless it normalizes.
+    Weights of a lazy module have no dimensions before its first forward pass: it counts as a layer, unless it
+    normalizes.
     """
     lazy_layer = not isinstance(module, RunningNormBase)
     own = module.parameters(recurse=False)
@@ -137,7 +140,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def rate_attribute(module: nn.Module) -> str | None:
-    """The attribute of ``module`` that holds a dropout rate, if it has one.
+    """Return the name of the attribute of ``module`` that holds a dropout rate, or ``None``.
 
     torch's dropout layers have ``p``, attention and recurrent layers ``dropout``, stochastic depth here and in timm
     ``drop_prob``. Functional dropout with a number in the code of ``forward`` cannot be seen.

@@ -28,6 +28,7 @@ from lightning_optim.averaging.ema import EMA
 from lightning_optim.averaging.lawa import LAWA
 from lightning_optim.averaging.swa import SWA
 from lightning_optim.base import foreach, shards
+from lightning_optim.base.dtypes import accumulation_dtype
 from tests.harness.process_group import Group
 
 
@@ -191,7 +192,7 @@ def test_the_mean_of_the_last_in_double_precision(size: int, dtype: torch.dtype)
             continue  # the mean is computed when it is asked for: now and then
         for average, counted in ((swa, history), (lawa, history[-size:])):
             wanted = sum(weight.double() for weight in counted) / len(counted)
-            assert average.averaged[0].dtype == foreach.accumulation_dtype(history[0])
+            assert average.averaged[0].dtype == accumulation_dtype(history[0].dtype)
             torch.testing.assert_close(average.averaged[0].double(), wanted, rtol=1e-5, atol=1e-6)
     assert swa.counters == lawa.counters == {"updates": 20, "first": 0, "last": 57}
     assert len(lawa.memory) == min(size, 20)
@@ -290,7 +291,7 @@ def test_every_shape_and_layout(dtype: torch.dtype, mixed: bool) -> None:
         ema.update_(weights, step=step)
     for index, average in enumerate(ema.averaged):
         wanted = _closed_form([weights[index] for weights in together], [0, 1, 2], 0.9, 2 / 3)
-        assert average.dtype == foreach.accumulation_dtype(together[0][index])
+        assert average.dtype == accumulation_dtype(together[0][index].dtype)
         torch.testing.assert_close(average, wanted.to(average.dtype), rtol=1e-5, atol=1e-6)
 
 

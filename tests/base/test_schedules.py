@@ -121,7 +121,7 @@ def test_position_stays_within_training() -> None:
         (lambda: Exponential(1.0, 0.0), "`end` must be a number > 0.0, got 0.0"),
         (lambda: Piecewise({}), "`values` must be a dictionary of fraction of training to value, got {}"),
         (lambda: Piecewise([1.0]), r"`values` must be a dictionary of fraction of training to value, got \[1.0\]"),
-        (lambda: Piecewise({0.5: 1.0}), "`values` must say what holds from the fraction 0 on"),
+        (lambda: Piecewise({0.5: 1.0}), "`values` must have a value that holds from the fraction 0 on"),
         (lambda: Piecewise({0: 1.0, 10: 0.1}), r"`fraction in values` must be a number in \[0.0, 1.0\], got 10"),
         (lambda: Piecewise({0: 1.0, "half": 0.1}), r"must be a number in \[0.0, 1.0\], got 'half'"),
         (lambda: Piecewise({0: "x"}), r"`values\[0.0\]` must be a number that is finite, got 'x'"),

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lightning_optim.base import foreach, selection, shards
+from lightning_optim.base.dtypes import accumulation_dtype
 from tests.harness.process_group import Group
 
 
@@ -145,7 +146,7 @@ def test_whole_is_a_copy() -> None:
     ],
 )
 def test_accumulation_dtype(dtype: torch.dtype, kept: torch.dtype) -> None:
-    assert foreach.accumulation_dtype(torch.zeros(1, dtype=dtype)) == kept
+    assert accumulation_dtype(dtype) == kept
 
 
 def test_reshard_leaves_a_plain_module_alone() -> None:

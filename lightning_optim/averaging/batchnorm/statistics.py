@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_optim.base import foreach, shards
+from lightning_optim.base import shards
+from lightning_optim.base.dtypes import accumulation_dtype, widest_dtype
 from lightning_optim.base.layer_classes import BatchNormBase
 
 Write: TypeAlias = Callable[[BatchNormBase, Tensor, Tensor], None]
@@ -46,8 +47,8 @@ class _Moments:
         """Add the values of a batch, of shape (N, C, …); return the number of values of each channel."""
         count = values.numel() // max(1, values.shape[1])
         dims = [dim for dim in range(values.ndim) if dim != 1]
-        variance, mean = torch.var_mean(values.detach().to(foreach.accumulation_dtype(values)), dims, correction=0)
-        wide = foreach.widest_dtype(values.device)
+        variance, mean = torch.var_mean(values.detach().to(accumulation_dtype(values.dtype)), dims, correction=0)
+        wide = widest_dtype(values.device)
         self.add(count, mean.to(wide), variance.to(wide) * count)
         return count
 
@@ -219,7 +220,7 @@ def _over_ranks(layers: Sequence[BatchNormBase], moments: list[_Moments], group:
     if not layers:
         return moments
     sizes = [layer.num_features for layer in layers]
-    wide = foreach.widest_dtype(layers[0].running_mean.device)  # type: ignore[union-attr]
+    wide = widest_dtype(layers[0].running_mean.device)  # type: ignore[union-attr]
     parts = []
     for layer, seen, size in zip(layers, moments, sizes, strict=True):
         nothing = torch.zeros(size, dtype=wide, device=layer.running_mean.device)  # type: ignore[union-attr]

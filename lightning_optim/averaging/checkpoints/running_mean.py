@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim.averaging.average import kept_dtype
 from lightning_optim.averaging.checkpoints.reading import Keys, leaves
 from lightning_optim.base import shards
-from lightning_optim.base.foreach import has_mean
+from lightning_optim.base.dtypes import accumulation_dtype, has_mean
 
 StateDict: TypeAlias = dict[str, Any]
 
@@ -139,7 +138,7 @@ def _flat_parts(mean: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wide(value: Tensor) -> Tensor:
-    return value.detach().to(kept_dtype(value.dtype), copy=True, memory_format=torch.contiguous_format)
+    return value.detach().to(accumulation_dtype(value.dtype), copy=True, memory_format=torch.contiguous_format)
 
 
 def _copied(value: Any) -> Any:

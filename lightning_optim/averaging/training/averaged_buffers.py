@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.training.averaged_tensors import Source, Sources, copies_of, keep
 from lightning_optim.base import foreach, module_tensors, shards
-from lightning_optim.base.foreach import has_mean
+from lightning_optim.base.dtypes import has_mean
 from lightning_optim.base.layer_classes import RunningNormBase
 from lightning_optim.base.module_registry import buffer_of
 from lightning_optim.base.module_tensors import plain_name

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_optim.averaging.training.averaged_tensors import Source
-from lightning_optim.base import foreach
+from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.base.module_registry import buffer_of, forward_pre_hooks, parameter_of
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning.spectral_norm import VECTORS, as_matrix, parametrization
@@ -53,7 +53,7 @@ class Spectral:
         u, v = (buffer_of(self.owner, key) for key in self.keys)
         assert u is not None and v is not None
         matrix = self.matrix()
-        matrix = matrix.to(foreach.accumulation_dtype(matrix))
+        matrix = matrix.to(accumulation_dtype(matrix.dtype))
         right = v.to(matrix)
         for _ in range(_ITERATIONS):
             left = normalize(torch.mv(matrix, right), dim=0, eps=self.eps)

@@ -1,0 +1,42 @@
+"""Dtypes in which sums and averages are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(own: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype in which a sum or an average of tensors is kept: fp32 for a narrower dtype, else its own.
+
+    In bf16 an average with a decay of 0.999 never moves, since its increments are below the last bit.
+
+    Args:
+        own: Dtype of the tensors; one that has no mean is returned as it is.
+        wanted: If given, the floating dtype to use instead; for complex tensors the complex one of its width.
+
+    Example::
+
+        >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    if not (own.is_floating_point or own.is_complex):
+        return own
+    if wanted is None:
+        narrow = own.itemsize < (8 if own.is_complex else 4)  # complex: both parts
+        return own if not narrow else torch.complex64 if own.is_complex else torch.float32
+    if own.is_complex:
+        return torch.complex128 if wanted.itemsize == 8 else torch.complex64  # torch computes little in complex half
+    return wanted
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the floating-point dtype with the most digits that the device has: fp64, or fp32 on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def has_mean(value: Any) -> bool:
+    """Return True if ``value`` is a tensor of real or complex floating-point numbers, which have a mean."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
