@@ -1,3 +1,5 @@
+"""The private names of loaders and fetchers mean what `runtime/lightning/data_loading.py` takes them for."""
+
 from __future__ import annotations
 
 import tempfile

@@ -1,3 +1,5 @@
+"""The private names of logged values mean what `runtime/lightning/logger_connector.py` takes them for."""
+
 from __future__ import annotations
 
 from typing import Any

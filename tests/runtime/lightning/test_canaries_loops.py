@@ -1,3 +1,5 @@
+"""The private names of Lightning's loops mean what `runtime/lightning/loops.py` takes them for."""
+
 from __future__ import annotations
 
 from typing import Any

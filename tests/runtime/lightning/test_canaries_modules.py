@@ -1,3 +1,5 @@
+"""The private names of modules and metrics mean what `runtime/lightning/` takes them for."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The private names of strategies, the GradScaler and pruning mean what `runtime/lightning/` takes them for."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace

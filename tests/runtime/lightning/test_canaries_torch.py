@@ -1,3 +1,5 @@
+"""The private names of torch mean what `torch_internals.py` and `spectral_norm.py` take them for."""
+
 from __future__ import annotations
 
 from collections import OrderedDict
