@@ -1,0 +1,65 @@
+"""The docs: every public name has a row, with the defaults of the code; the picture is that of the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_optim
+
+ROOT = Path(lightning_optim.__file__).parents[1]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
+ROWS = [(page, line) for page in PAGES for line in page.read_text().splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("name", lightning_optim.__all__)
+def test_each_public_name_has_a_row(name: str) -> None:
+    found = [line for _, line in ROWS if re.search(rf"`{name}\b", line.split("|")[1])]
+    assert found, f"no table of the docs has a row for {name}"
+
+
+def calls() -> list[tuple[str, str, str]]:
+    """Return the calls in the first columns of the cards' tables: an id, the name, the arguments."""
+    found = []
+    for page, line in (row for row in ROWS if row[0].parent.name == "techniques"):
+        for name, arguments in re.findall(r"`([A-Za-z_.]+)\(([^`]*)\)`", line.split("|")[1]):
+            if name in lightning_optim.__all__:
+                found.append((f"{page.name}: {name}({arguments})", name, arguments))
+    return found
+
+
+@pytest.mark.parametrize("call", [call for call in calls() if "=" in call[2]], ids=lambda call: call[0])
+def test_defaults_in_a_row_are_those_of_the_code(call: tuple[str, str, str]) -> None:
+    _, name, arguments = call
+    parameters = inspect.signature(getattr(lightning_optim, name)).parameters
+    for keyword, shown in re.findall(r"([a-z_]+)=((?:\"[^\"]*\"|[^,\s]+))", arguments):
+        assert keyword in parameters, f"{name} has no argument {keyword}"
+        try:
+            value = ast.literal_eval(shown)
+        except (ValueError, SyntaxError):
+            continue  # a letter or an ellipsis that stands for a value
+        default = parameters[keyword].default
+        if default not in (None, inspect.Parameter.empty):
+            assert value == default, f"{name} has {keyword}={default!r}, and the row shows {shown}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_picture_is_that_of_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs" / "draw.py")
+    assert spec is not None and spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    page = draw.PAGE.read_text()
+    assert page == draw.written(page), "run `python docs/draw.py --write`"
+    assert len(page.splitlines()) < 120, "the architecture fits on two screens"
