@@ -1,4 +1,4 @@
-"""The command line, as a user calls it."""
+"""Test the command line as a user calls it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.averaging.models import Model, assert_equal, fit, snapshot
 
 
 class Given(Model):
-    """A module with hyper-parameters, which `load_from_checkpoint` needs."""
+    """Model with hyper-parameters, which `load_from_checkpoint` needs."""
 
     def __init__(self, rate: float) -> None:
         super().__init__(lr=rate)
@@ -88,7 +88,7 @@ def test_errors_are_a_sentence(
 @pytest.mark.parametrize("command", [["average", "-o", "out.ckpt"], ["inspect"]], ids=lambda command: command[0])
 @pytest.mark.parametrize("unsafe", [[], ["--unsafe"]], ids=str)
 @pytest.mark.parametrize("what", ["text", "empty", "cut", "list", "tensor"])
-def test_what_is_no_checkpoint_is_named(
+def test_a_file_that_is_no_checkpoint_is_named(
     what: str, unsafe: list[str], command: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -198,14 +198,14 @@ def test_inspect_of_odd_contents(content: Any, lines: int, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("updates", ["many", None, torch.ones(2)], ids=["text", "none", "several"])
-def test_the_file_is_named_whatever_is_wrong_in_it(updates: Any, tmp_path: Path, capsys) -> None:
+def test_the_message_names_the_damaged_file(updates: Any, tmp_path: Path, capsys) -> None:
     torch.save(_lightning(averaging_state={"n_averaged": updates}), tmp_path / "odd.ckpt")
     assert cli.main(["inspect", str(tmp_path / "odd.ckpt")]) == 1
     assert capsys.readouterr().err.startswith(f"lightning-optim: {tmp_path}/odd.ckpt: ")
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "pipe", "unknown-protocol://file.ckpt"])
-def test_what_is_no_file_is_named(path: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_path_that_is_no_file_is_named(path: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     for command in (["inspect", path], ["average", path, "-o", "out.ckpt"]):
@@ -248,7 +248,7 @@ def test_an_expanded_tensor_and_names_that_are_numbers_are_averaged(tmp_path: Pa
     assert torch.load(tmp_path / "out.ckpt")[1].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_an_error_that_nobody_thought_of_names_the_files(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_an_unexpected_error_names_the_files(tmp_path: Path, monkeypatch, capsys) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise TypeError("of\nsome kind")
 

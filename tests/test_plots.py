@@ -1,4 +1,4 @@
-"""Every `plot()` of a class of this package has one signature, and draws on the axes that it gets."""
+"""Test that every `plot()` of this package has the same signature, and draws on the axes that it gets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ matplotlib.use("agg")
 
 
 def wanted(self: Any, metric_or_optimizer: Any = None, *, ax: Any = None) -> tuple[Any, Any]:
-    """The signature."""
+    """Give the signature that every plot must have."""
     raise NotImplementedError
 
 
@@ -33,7 +33,7 @@ def shape(plot: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 
 
 def plotting_classes() -> set[type]:
-    """Every class of the package with a `plot` of its own, but the metrics of torchmetrics."""
+    """Find every class of the package that defines `plot`, except metrics of torchmetrics."""
     names = [each.name for each in pkgutil.walk_packages(lightning_optim.__path__, "lightning_optim.")]
     modules = map(importlib.import_module, names)
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}

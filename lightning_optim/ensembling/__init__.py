@@ -1,1 +1,1 @@
-"""One prediction out of many models."""
+"""Combine several models into one prediction."""

@@ -1,1 +1,1 @@
-"""When to stop, and what to keep."""
+"""Stop training, and keep the best weights."""

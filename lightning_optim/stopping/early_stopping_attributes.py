@@ -74,7 +74,7 @@ class EarlyStoppingAttributes:
 
     @property
     def best_by(self) -> str | dict[str, float] | list[str] | None:
-        """What makes weights the best; ``None``: an improvement of the criterion."""
+        """Metrics that decide which weights are best; ``None``: an improvement of the criterion."""
         return None if self._best_by is None else self._best_by.by
 
     @best_by.setter

@@ -1,4 +1,4 @@
-"""Small classifiers whose steps call a submodule, their own forward, or both; and data for them."""
+"""Define small classifiers whose steps call a submodule, their own forward, or both; and data for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUIET: dict[str, Any] = {
 
 
 class Classifier(LightningModule):
-    """Validates through ``self.net``, tests through ``self``; has BatchNorm, dropout, metrics, hooks and a buffer."""
+    """Validate with ``self.net``, test with ``self``; has BatchNorm, dropout, metrics, hooks and a buffer."""
 
     def __init__(self, width: int = 8, seed: int = 0) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def loader(batch_size: int = 16) -> DataLoader[Any]:
 
 
 def members() -> list[Classifier]:
-    """Three members of two architectures, in the modes in which a fit may leave them."""
+    """Make three members of two architectures, in the modes in which a fit may leave them."""
     built = [Classifier(8, seed=1), Classifier(12, seed=2), Classifier(8, seed=3)]
     built[1].eval()
     return built
@@ -96,7 +96,7 @@ def trainer(**changes: Any) -> Trainer:
 
 @torch.no_grad()
 def mean_probabilities(models: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """By hand: each model alone in eval mode, the probabilities added up in float64."""
+    """Average the probabilities of each model alone in eval mode, in float64."""
     total = torch.zeros(())
     for model in models:
         modes = {module: module.training for module in model.modules()}

@@ -20,7 +20,7 @@ from tests.ensembling.test_ensemble import X, expected_metrics
 
 
 @pytest.mark.parametrize("compiled", ["member", "submodule", "in place"])
-def test_what_torch_has_compiled(compiled: str) -> None:
+def test_compiled_members(compiled: str) -> None:
     models = members()
     expected = expected_metrics(models)
     given = list(models)

@@ -1,4 +1,4 @@
-"""cost_benefit: the metric over the number of members, against the mean of probabilities by hand."""
+"""Compare cost_benefit with the mean of probabilities, computed directly."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         found.plot()
 
 
-def test_what_is_refused() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="`groups` must be an integer >= 1"):
         cost_benefit(members(), trainer(), loader(), monitor="nll", groups=0)
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_what_is_refused() -> None:
     assert len(of.callbacks) == len(trainer().callbacks)
 
 
-def test_the_members_are_left_alone() -> None:
+def test_the_members_are_not_changed() -> None:
     models = members()
     before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
     cost_benefit(models, trainer(), loader(), monitor="nll", outputs="logits", on="net")

@@ -1,4 +1,4 @@
-"""Disagreement: against brute force over pairs, and over processes."""
+"""Compare Disagreement with brute force over pairs, also with several processes."""
 
 from __future__ import annotations
 
@@ -135,6 +135,8 @@ def test_reset_pickle_and_plot() -> None:
         ({"measure": "mutual_information", "outputs": "logits"}, torch.rand(3, 5, 1), "scores of one class"),
     ],
 )
-def test_what_is_refused(arguments: dict[str, str], predictions: torch.Tensor | None, sentence: str) -> None:
+def test_wrong_arguments_are_refused(
+    arguments: dict[str, str], predictions: torch.Tensor | None, sentence: str
+) -> None:
     with pytest.raises(ValueError, match=sentence):
         Disagreement(**arguments).update(predictions)

@@ -109,7 +109,7 @@ def test_members_know_the_trainer_and_nothing_has_gradients() -> None:
     assert not ensemble.net(X.clone().requires_grad_()).requires_grad, "the combined call itself, in a step"
 
 
-def test_all_members_are_in_eval_mode_whatever_is_done() -> None:
+def test_all_members_stay_in_eval_mode() -> None:
     ensemble = Ensemble(members(), outputs="logits", on="net")
     ensemble.train()
     assert not any(module.training for module in ensemble.modules())
@@ -229,7 +229,7 @@ def test_a_step_that_never_reaches_the_combined_call_is_an_error() -> None:
         Ensemble([Spare()], outputs="values", on="spare")(X)
 
 
-def test_reaching_into_what_is_combined_is_an_error() -> None:
+def test_calling_a_part_of_the_combined_submodule_is_an_error() -> None:
     class Head(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -407,6 +407,6 @@ OUTPUTS = "`outputs` must be one of 'values' .*regression.*'logits' .*'binary_lo
         ),
     ],
 )
-def test_what_is_refused(make: Any, sentence: str) -> None:
+def test_wrong_arguments_are_refused(make: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()

@@ -1,4 +1,4 @@
-"""An ensemble in every precision, with one process, DDP and FSDP2, against plain torch at the same precision."""
+"""Compare an ensemble with plain torch in every precision, with one process, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.harness.run import make_trainer
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]
 SEEDS = (1, 5, 6)
-SHARPNESS = 30.0  # The members then differ in what they are sure of, and the mean's loss is far from any of theirs.
+SHARPNESS = 30.0  # Confident members: the loss of the mean is then far from that of each.
 
 
 class Member(models.Model):
-    """The machine's network as a classifier: the loss, and a metric that is no mean of means over ranks."""
+    """Classify with the network of the matrix; log the loss, and a metric that is not a mean of means over ranks."""
 
     def __init__(self, cell: Cell, seed: int) -> None:
         super().__init__(cell)
@@ -49,7 +49,7 @@ class Member(models.Model):
 
 
 class ShardedMember(Member):
-    """The same under FSDP2."""
+    """Shard the network for FSDP2."""
 
     def configure_model(self) -> None:
         models.shard_(self.nets)
@@ -60,7 +60,7 @@ def build(cell: Cell) -> list[LightningModule]:
 
 
 def validate(cell: Cell) -> dict[str, Any]:
-    """A job: what the validation of the ensemble says, twice, and what it left of the members."""
+    """Validate the ensemble twice in this process; return the metrics, and the members afterwards."""
     members = build(cell)
     before = [{name: value.clone() for name, value in member.state_dict().items()} for member in members]
     ensemble = Ensemble(members, outputs="logits", on="net")
@@ -78,7 +78,7 @@ def validate(cell: Cell) -> dict[str, Any]:
 
 @torch.no_grad()
 def by_hand(cell: Cell, seeds: tuple[int, ...]) -> dict[str, float]:
-    """The mean of softmax over the members, in float64 after a forward at the cell's precision."""
+    """Average the softmax over the members in float64, after a forward in the cell's precision."""
     x, y = regression.validation_batch()
     total: Tensor = torch.zeros(())
     for member in [Member(cell, seed) for seed in seeds]:
@@ -106,7 +106,7 @@ def test_cell(cell: Cell, group: Group) -> None:
 
 
 def save(cell: Cell, path: Path) -> None:
-    """A job: a sharded ensemble writes a checkpoint of whole tensors, and tests from it."""
+    """Write a checkpoint of whole tensors from a sharded ensemble in this process, and test from it."""
     strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
     trainer = make_trainer(cell, [], strategy=strategy)
     expected = trainer.validate(Ensemble(build(cell), outputs="logits", on="net"), verbose=False)

@@ -1,4 +1,4 @@
-"""An ensemble's checkpoint: what is in it, and the ensemble that is made of it again."""
+"""Test the checkpoint of an ensemble, and the ensemble that is loaded from it."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_subclass_and_a_class_that_was_made_at_run_time(tmp_path: Path) -> Non
         served.load_from_checkpoint(path)
 
 
-def test_what_cannot_be_loaded_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_loading_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Local(Plain):
         pass
 
@@ -244,7 +244,7 @@ class Evil:
         return pytest.fail, ("the file was unpickled",)
 
 
-def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
+def test_an_untrusted_checkpoint_is_not_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "ensemble": Evil()}, path)
     with pytest.raises(ValueError, match=r"evil.ckpt holds more than tensors .* pass `weights_only=False`"):
@@ -285,7 +285,7 @@ def test_hyper_parameters_of_another_type_are_written_as_lightning_writes_them()
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_that_one_member_saves_a_part_does_not_make_the_others_lenient(order: int, tmp_path: Path) -> None:
+def test_a_member_that_saves_a_part_does_not_make_the_loading_of_others_lenient(order: int, tmp_path: Path) -> None:
     ensemble = Ensemble([Adapter(1), Plain(2)][::order], outputs="logits")
     path = saved(ensemble, tmp_path)
     again = Ensemble([Adapter(1), Plain(3)][::order], outputs="logits")

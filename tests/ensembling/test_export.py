@@ -1,4 +1,4 @@
-"""An ensemble in files that are read without this package: torch.export, and TorchScript by tracing."""
+"""Export an ensemble for processes without this package: torch.export, and TorchScript by tracing."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_tracing_warns_of_nothing_and_refuses_what_a_traced_program_cannot_compa
 
 
 @pytest.mark.filterwarnings("ignore:.*(to_torchscript.* has been deprecated|torch.jit.script)")
-def test_what_cannot_be_scripted_says_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_scripting_says_what_to_do(tmp_path: Path) -> None:
     ensemble = Ensemble(members(), outputs="logits")
     for script in (lambda: ensemble.to_torchscript(tmp_path / "scripted.pt"), lambda: torch.jit.script(ensemble)):
         with pytest.raises(MisconfigurationException, match='use `method="trace"`'):

@@ -30,7 +30,7 @@ SIZE, BATCHES, EPOCHS = 3, 4, 3
 
 
 class Net(LightningModule):
-    """Draws from torch (weights, dropout), Python and NumPy; may be killed at a batch."""
+    """Draw random numbers from torch (weights, dropout), Python and NumPy."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class Net(LightningModule):
 
 
 class Kill(Callback):
-    """Notes each batch, of which a killed run leaves no other trace, in a file; and kills the process at the n-th.
+    """Record each batch in a file, since a killed run leaves no other trace; kill the process at the n-th.
 
     Args:
         notes: The file.
-        after: The n, counted in this process over all members.
+        after: The number n, counted in this process over all members.
     """
 
     def __init__(self, notes: Path, after: float = float("inf")) -> None:
@@ -79,7 +79,7 @@ def shuffling(seed: int | None = None) -> DataLoader[Any]:
 
 
 class Positioned:
-    """Shuffles by its own epoch, and saves its position."""
+    """Shuffle with the epoch as the seed, and save the position."""
 
     def __init__(self) -> None:
         self.epoch, self.position, self.loaded = 0, 0, False
@@ -111,7 +111,7 @@ def make_member(index: int) -> Net:
 
 
 class Makes:
-    """``make_trainer``: quiet Trainers with fresh callbacks, which it remembers."""
+    """Make quiet Trainers with new callbacks, and remember them."""
 
     def __init__(self, *callbacks: Callable[[], Callback], **arguments: Any) -> None:
         self.callbacks, self.arguments = callbacks, {"enable_checkpointing": True, **arguments}
@@ -163,7 +163,7 @@ def test_the_rest_of_the_program_draws_as_before(tmp_path: Path) -> None:
     assert dict(os.environ) == environment
 
 
-def test_the_manifest_and_nothing_to_do(tmp_path: Path) -> None:
+def test_finished_members_are_listed_and_not_trained_again(tmp_path: Path) -> None:
     paths = fit_members(make_member, 2, Makes(), shuffling(), dirpath=tmp_path)
     written = json.loads((tmp_path / "members.json").read_text())
     assert written["seed"] == 0
@@ -199,12 +199,12 @@ FIT = EPOCHS * BATCHES
 @pytest.mark.parametrize(
     ("data", "files", "trained"),
     [
-        # Killed at the 6th batch of the second member, at the next batch, and after 12 more. What was trained in all
-        # says where it went on: from the epoch's end before, where that is all that is exact,
+        # Kill it at the 6th batch of the second member, at the next batch, and after 12 more. The number of trained
+        # batches shows where it continued: from the end of the epoch before, if only that checkpoint is exact,
         pytest.param(shuffling, "each epoch", 18 + 1 + 12 + 12, id="epochs"),
         pytest.param(shuffling, "each batch", 18 + 1 + 12 + 12, id="batches-without-position"),
         pytest.param(partial(shuffling, 3), "one folder", 18 + 1 + 12 + 12, id="one-folder"),
-        # from the batch before, that of the kill not being written yet,
+        # from the batch before (the checkpoint of the last batch is not written yet),
         pytest.param(Positioned, "each batch", 18 + 1 + 12 + 8, id="batches-with-position"),
         # or from the seed.
         pytest.param(partial(shuffling, 3), "last batch", 18 + 1 + 12 + 12 + 12, id="no-exact-file"),
@@ -237,7 +237,9 @@ def saving(files: str, folder: Path) -> list[Callable[[], Callback]]:
 
 
 @pytest.mark.parametrize("moment", ["add", "path"])
-def test_a_kill_between_the_fit_and_the_manifest(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_the_fit_and_the_list_of_members(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = weights(fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "whole"))
 
     def run_and_die() -> None:
@@ -251,7 +253,7 @@ def test_a_kill_between_the_fit_and_the_manifest(moment: str, tmp_path: Path, mo
     assert again.trainers[0].ckpt_path is not None, "the epochs were done"
 
 
-def test_a_file_that_a_kill_left_half_written_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_kill_left_half_written_is_skipped(tmp_path: Path) -> None:
     expected = weights(fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path / "whole"))
     kill = Kill(tmp_path / "notes", BATCHES + 1)
     killed(lambda: fit_members(make_member, 1, Makes(lambda: kill), shuffling(), dirpath=tmp_path / "killed"))
@@ -281,7 +283,7 @@ class Module(LightningDataModule):
         return shuffling(5)
 
 
-def test_what_data_may_be(tmp_path: Path) -> None:
+def test_kinds_of_data(tmp_path: Path) -> None:
     expected = weights(fit_members(make_member, 2, Makes(), shuffling(5), dirpath=tmp_path / "loader"))
     for name, data in (
         ("module", Module()),
@@ -335,7 +337,7 @@ def test_a_fit_that_fails_is_no_member(tmp_path: Path) -> None:
         ({"data": [(x for x in ())]}, "`data` is copied for each member, and that failed"),
     ],
 )
-def test_what_is_refused(arguments: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     call = {"make_member": make_member, "size": 1, "make_trainer": Makes(), "data": shuffling()} | arguments
     with pytest.raises(ValueError, match=sentence):
         fit_members(dirpath=tmp_path, **call)

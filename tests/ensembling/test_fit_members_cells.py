@@ -1,4 +1,4 @@
-"""fit_members in every precision, with one process, DDP and FSDP2: as the loop by hand, and the same after a kill."""
+"""Compare fit_members with a plain loop in every precision, with one process, DDP and FSDP2, also after a kill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = 2
 
 
 def drawn_net() -> torch.nn.Module:
-    """The machine's network, of which the global generator decides the weights."""
+    """Make the network of the matrix with weights from the global generator."""
     return regression.Net(regression.FEATURES, seed=int(torch.randint(2**31, (1,))))
 
 
@@ -55,7 +55,7 @@ class Kill(Callback):
 
 
 def fit(cell: Cell, folder: Path, saves: bool = False, kill_after: int = 0) -> dict[str, Any]:
-    """A job: the members that are in the files, and how often a fit began."""
+    """Call fit_members in this process; return the saved members, and the number of fits that began."""
     began: list[int] = []
     trainers: list[Trainer] = []
     kill = Kill(kill_after)

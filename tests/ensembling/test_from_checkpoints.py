@@ -34,13 +34,13 @@ def test_from_checkpoints(tmp_path: Path) -> None:
 
 
 class Evil:
-    """What a stranger's file may hold."""
+    """Fail if it is unpickled."""
 
     def __reduce__(self) -> Any:
         return pytest.fail, ("the file was unpickled",)
 
 
-def test_a_strangers_file_is_not_unpickled(tmp_path: Path) -> None:
+def test_an_untrusted_checkpoint_is_not_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "evil": Evil()}, path)
     for unsaid in ({}, {"weights_only": None}, {"weights_only": 0}):
@@ -59,7 +59,7 @@ class Before26(Classifier):
         return Classifier.load_from_checkpoint(path, weights_only=False, **kwargs)
 
 
-def test_a_strangers_file_is_not_unpickled_by_an_older_lightning_either(tmp_path: Path) -> None:
+def test_an_untrusted_checkpoint_is_not_unpickled_by_an_older_lightning_either(tmp_path: Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "evil": Evil()}, path)
     with pytest.raises(ValueError, match=r"evil.ckpt holds more than tensors .* pass `weights_only=False`"):

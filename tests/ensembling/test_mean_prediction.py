@@ -1,4 +1,4 @@
-"""The mean of predictions: exact in every dtype, and what holds of any mean."""
+"""Test that the mean of predictions is exact in every dtype, and has the properties of a mean."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_values_in_half_precision_are_summed_in_fp32() -> None:
     assert mean_values(outputs) == pytest.approx((2 * float(outputs[0]) + 1) / 3)
 
 
-def test_the_members_outputs_are_left_alone() -> None:
+def test_the_members_outputs_are_not_changed() -> None:
     z = list(logits())
     before = [output.clone() for output in z]
     for kind in ("values", "logits", "binary_logits", "probabilities"):
@@ -189,7 +189,7 @@ def test_the_members_outputs_are_left_alone() -> None:
         ([], "binary_logits", "no output"),
     ],
 )
-def test_what_has_no_mean_is_refused(outputs: list[object], kind: str, sentence: str) -> None:
+def test_outputs_without_a_mean_are_refused(outputs: list[object], kind: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         mean_prediction(outputs, kind)
 

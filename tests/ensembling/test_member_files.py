@@ -1,4 +1,4 @@
-"""The files of fit_members: damaged ones are trained again or refused, and nothing beside them is written."""
+"""Test the files of fit_members: a damaged one is trained again or refused, and no other file is written."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _after(path: Path, content: bytearray) -> Any:
     return torch.load(path)
 
 
-def test_a_checkpoint_that_is_damaged_is_passed_over_for_an_older_one(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path: Path) -> None:
     expected = weights(fit(tmp_path / "whole", Makes(), 1))
     fit(tmp_path / "other", Makes(), 1)
     (tmp_path / "other" / "members.json").unlink()
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_for_an_older_one(tmp_path: 
     assert makes.trainers[0].ckpt_path is None
 
 
-def test_links_are_not_followed_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_links_are_not_followed_and_no_other_file_is_left(tmp_path: Path) -> None:
     precious, folder = tmp_path / "precious", tmp_path / "members"
     precious.write_text("precious")
     folder.mkdir()
@@ -104,7 +104,7 @@ def test_links_are_not_followed_and_nothing_else_is_left(tmp_path: Path) -> None
 
 
 class Broken(Net):
-    """Cannot be written."""
+    """Put an object into the checkpoint that cannot be pickled."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["local"] = lambda: None
@@ -117,7 +117,7 @@ def test_a_member_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
 
 
 class Looks(Callback):
-    """Looks, when the second member begins, whether the first one's file is whole."""
+    """Load the first member's checkpoint when the second one begins."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         path = Path(trainer.default_root_dir) / "member-0.ckpt"

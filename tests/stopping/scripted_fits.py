@@ -1,4 +1,4 @@
-"""Small fits whose validation logs scripted scores."""
+"""Run small fits whose validations log scripted scores."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def data(seed: int = 0) -> DataLoader[Any]:
 
 
 class Scripted(LightningModule):
-    """A regression with momentum; each validation logs the next score of each metric, and remembers the weights.
+    """Train a regression with momentum; each validation logs the next score of each metric, and stores the weights.
 
     Args:
-        scores: Metric to the scores of the validations; of a list, ``val_loss`` has them.
+        scores: The scores of the validations for each metric; a list is for ``val_loss``.
     """
 
     def __init__(self, scores: dict[str, list[float]] | list[float] = ()) -> None:  # type: ignore[assignment]
@@ -74,17 +74,17 @@ def fit(module: LightningModule, *callbacks: Callback, ckpt_path: Any = None, **
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and persistent buffers."""
+    """Return copies of all parameters and persistent buffers."""
     return {name: tensor.detach().clone() for name, tensor in nn.Module.state_dict(module).items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two sets of weights are equal, bit for bit."""
+    """Return whether two sets of weights are equal, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def after(epoch: int, act: Callable[[Any], None]) -> Callback:
-    """Changes the module when an epoch begins."""
+    """Make a callback that changes the module when an epoch begins."""
 
     class Acting(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""The best weights: of modules that change in the fit, of frozen ones, and of all that cannot be copied back."""
+"""Test the best weights of modules that change during the fit, of frozen ones, and tensors that cannot be copied."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def take_away(module: Any) -> None:
 )
 @each_place
 def test_a_module_that_changed(change: Any, said: str, in_directory: bool, tmp_path: Path) -> None:
-    """What fits of the best is restored, and one warning names the rest, which is as the last epoch left it."""
+    """Restore the weights that fit, leave the rest as in the last epoch, and name it in one warning."""
 
     class Changing(Buffered):
         def on_train_end(self) -> None:
@@ -108,7 +108,7 @@ def test_the_best_that_came_after_the_change_is_whole(in_directory: bool, tmp_pa
 
 @each_place
 def test_pruning_that_was_made_permanent(in_directory: bool, tmp_path: Path) -> None:
-    """The best had weights and masks; the module that ends has their products."""
+    """Restore products of weights and masks if pruning was made permanent after the best validation."""
     checks: list[dict[str, Tensor]] = []
 
     class Looking(Scripted):
@@ -193,7 +193,7 @@ def test_tensors_that_cannot_be_written_are_left_as_they_are(in_directory: bool,
 
 
 def test_the_memory_format_is_kept() -> None:
-    """Of a tensor in another format a swap by elements would take a second one."""
+    """Swap tensors in a memory format such as channels last without a second tensor."""
 
     class Images(Scripted):
         def __init__(self) -> None:
@@ -219,7 +219,7 @@ def test_a_copy_after_the_fit_has_the_best(how: Any, in_directory: bool, tmp_pat
     fit(module, callback, max_epochs=3)
     copied, other = how(callback), Scripted()
     with torch.no_grad():
-        module.net[0].weight.zero_()  # the copy holds a copy
+        module.net[0].weight.zero_()  # the copied callback has its own weights
     copied.restore_best_(other)
     assert same(weights(other), module.seen[0])
 
@@ -243,10 +243,10 @@ def test_the_best_of_a_compiled_module(in_directory: bool, tmp_path: Path) -> No
 
 @each_place
 def test_restoring_again_when_the_module_was_changed_since(in_directory: bool, tmp_path: Path) -> None:
-    """In memory, the module has the only copy; a directory has another."""
+    """Warn if the best is in memory, since the module then held its only copy; a directory holds another."""
     module, callback = Scripted(WORSE), stopping(tmp_path, in_directory)
     fit(module, callback, max_epochs=3)
-    callback.restore_best_(module)  # nothing to do, nothing to say
+    callback.restore_best_(module)  # neither changes the module nor warns
     with torch.no_grad():
         module.net[0].weight.zero_()
     if in_directory:
@@ -277,7 +277,7 @@ def test_a_rename_that_was_killed_leaves_the_new_one(tmp_path: Path) -> None:
 
 
 class _Late(TorchCheckpointIO):
-    """A disk that is slow, and in the end full."""
+    """Simulate a slow disk that is full in the end."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -292,7 +292,7 @@ class _Late(TorchCheckpointIO):
 
 
 def test_under_asynchronous_writing(tmp_path: Path) -> None:
-    """The file is renamed when it is complete; one that is not never replaces an earlier best."""
+    """Rename a checkpoint when it is complete; an incomplete one never replaces an earlier best."""
     module, callback = Scripted([3.0, 2.0, 1.0]), stopping(tmp_path, True)
     fit(module, callback, plugins=[AsyncCheckpointIO(_Late(3))], max_epochs=3)
     assert os.listdir(tmp_path / "best") == ["best.ckpt"]
@@ -360,6 +360,6 @@ def test_a_directory_may_be_a_path_or_the_current_one(kind: Any, tmp_path: Path,
 
 
 @pytest.mark.parametrize("directory", [3, True, b"best", ["best"]], ids=str)
-def test_what_is_no_directory_is_refused(directory: Any) -> None:
+def test_a_dirpath_that_is_no_path_is_refused(directory: Any) -> None:
     with pytest.raises(ValueError, match=r"`dirpath=.*` must be the path of a directory, or None for"):
         EarlyStopping("val_loss", dirpath=directory)

@@ -1,4 +1,4 @@
-"""Criteria together, on scripted scores."""
+"""Test combined criteria on scripted scores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def criteria() -> list[Criterion]:
     return [Plateau("a", patience=2), Plateau("b", patience=2, mode="max"), Threshold("a", 3.5)]
 
 
-# By hand: `a` has stood still for two checks at 3, and from 6 on; `b` from 6 on; the threshold is passed from 4 on.
+# `a` has not improved for two validations at index 3, and from 6 on; `b` from 6 on; the threshold is passed from 4 on.
 @pytest.mark.parametrize(
     ("criterion", "index"),
     [
@@ -115,7 +115,7 @@ def test_several_monitors_need_to_know_what_is_best() -> None:
 
 
 def without_identities(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as the first version wrote it: each criterion's in its order, also of nested ones."""
+    """Return the state as the first version wrote it: a list in the order of the criteria, also of nested ones."""
     return {"criteria": [without_identities(s) if "criteria" in s else s for _, s in state["criteria"]]}
 
 

@@ -1,4 +1,4 @@
-"""The callback: when it checks, stops and says so; Lightning's class is the oracle where it does the same."""
+"""Test when the callback reads the metric, stops and logs; Lightning's class is the oracle where both do the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DIPS = [5.0, 4.0, 4.0, 3.0, 3.5, 3.5, 3.5, 3.5]
 
 
 def outcome(stop: Any, scores: list[float], **options: Any) -> dict[str, Any]:
-    """What can be read of a run afterwards."""
+    """Return what can be read off a run afterwards."""
     running = fit(Scripted(scores), stop, **({"max_epochs": 8} | options))
     return {
         "epochs": running.current_epoch,
@@ -99,7 +99,7 @@ def test_a_second_fit_finds_out_anew_where_to_check() -> None:
 
 
 class WarmUp:
-    """A subclass's: no check in the first epochs."""
+    """Read no metric in the first epochs."""
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
         if trainer.current_epoch >= 4:
@@ -112,7 +112,7 @@ class EveryOther:
 
 
 class AtBatchEnd:
-    """Reads the training loss in a hook of its own."""
+    """Read the metric in another hook."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._run_early_stopping_check(trainer)
@@ -122,7 +122,7 @@ class AtBatchEnd:
 
 
 class Chosen:
-    """Sets Lightning's attribute."""
+    """Set an attribute of Lightning's class."""
 
     def __init__(self, *args: Any, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
@@ -157,7 +157,7 @@ def test_a_subclass_whose_method_would_not_be_called_is_refused(name: str) -> No
 # ---- before it may stop ----------------------------------------------------------------------------------------------
 
 
-def test_a_stop_is_taken_back_when_the_metric_improves_before_min_epochs() -> None:
+def test_a_stop_is_withdrawn_when_the_metric_improves_before_min_epochs() -> None:
     """Lightning's stops at the fourth epoch, although the second asked for it and all since were better."""
     scores = [1.0, 2.0, 0.5, 0.4, 0.3, 0.2]
     stop = EarlyStopping("val_loss", patience=1)
@@ -174,7 +174,7 @@ def test_a_stop_stays_when_it_does_not(scores: list[float]) -> None:
     assert stop.stopped_epoch == 3
 
 
-def test_only_an_improvement_takes_a_stop_back() -> None:
+def test_only_an_improvement_withdraws_a_stop() -> None:
     stop = EarlyStopping(Threshold("val_loss", 0.5))
     assert fit(Scripted([1.0, 0.4, 0.6, 0.6, 0.6, 0.6]), stop, min_epochs=4, max_epochs=6).current_epoch == 4
     assert stop.stopped_epoch == 1
@@ -185,7 +185,7 @@ def test_only_an_improvement_takes_a_stop_back() -> None:
 
 
 class Ending(Callback):
-    """Asks for an end by itself, in some epoch."""
+    """Set `should_stop` in an epoch."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -196,14 +196,14 @@ class Ending(Callback):
 
 
 @pytest.mark.parametrize("scores", [[1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [1.0, 2.0, 0.8, 0.7, 0.6, 0.5]])
-def test_what_others_asked_for_is_not_taken_back(scores: list[float]) -> None:
+def test_a_stop_that_other_code_requested_is_not_withdrawn(scores: list[float]) -> None:
     two = [EarlyStopping("val_loss", patience=1), EarlyStopping("val_loss", patience=1, name="second")]
     assert fit(Scripted(scores), *two, Ending(1), min_epochs=4, max_epochs=6).current_epoch == 4
     assert fit(Scripted(scores), EarlyStopping("val_loss", patience=1), Ending(1), min_epochs=4).current_epoch == 4
 
 
 @pytest.mark.parametrize("other", [EarlyStopping, theirs.EarlyStopping])
-def test_what_another_early_stopping_asked_for_is_not_taken_back(other: Any) -> None:
+def test_a_stop_of_another_early_stopping_is_not_withdrawn(other: Any) -> None:
     scores = {"val_loss": [1.0, 0.9, 2.0, 0.5, 0.4, 0.3], "other": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}
     stops = [EarlyStopping("val_loss", patience=1), other("other", patience=1)]
     for callbacks in (stops, stops[::-1]):
@@ -229,7 +229,7 @@ def test_a_missing_metric() -> None:
 
 
 def test_a_metric_that_appears_later() -> None:
-    """Checks without it are none."""
+    """Ignore validations without it."""
 
     class Late(Scripted):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -326,7 +326,7 @@ def test_the_reason(make: Any, scores: list[float], reason: str, message: str) -
 
 
 class Own(Criterion):
-    """A user's: stops at the second check."""
+    """Stop at the second validation."""
 
     monitors = ("val_loss",)
     checks = 0

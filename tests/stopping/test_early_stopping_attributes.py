@@ -35,14 +35,14 @@ def _write(target: Any, attributes: dict[str, Any]) -> None:
 
 
 def epochs(stop: Any, scores: list[float], epoch: int | None, attributes: dict[str, Any]) -> int:
-    """The epochs of a run in which attributes are written before the fit, or at the start of an epoch."""
+    """Return the number of epochs of a run in which attributes are set before the fit, or at the start of an epoch."""
     if epoch is None:
         _write(stop, attributes)
     setting = [] if epoch is None else [Setting(stop, epoch, attributes)]
     return fit(Scripted(scores), stop, *setting, max_epochs=7).current_epoch
 
 
-# What Lightning does with the same writes, but for the sign of its `min_delta`.
+# Lightning's class does the same with these attributes, except for the sign of its `min_delta`.
 @pytest.mark.parametrize(
     ("right", "scores", "epoch", "attributes"),
     [
@@ -63,7 +63,9 @@ def epochs(stop: Any, scores: list[float], epoch: int | None, attributes: dict[s
         (2, RISING, None, {"patience": 1}),
     ],
 )
-def test_what_is_written_counts(right: int, scores: list[float], epoch: int | None, attributes: dict[str, Any]) -> None:
+def test_a_changed_attribute_counts(
+    right: int, scores: list[float], epoch: int | None, attributes: dict[str, Any]
+) -> None:
     assert epochs(EarlyStopping("val_loss", patience=10), scores, epoch, attributes) == right
     signed = attributes | ({"min_delta": -attributes["min_delta"]} if "min_delta" in attributes else {})
     assert epochs(theirs.EarlyStopping("val_loss", patience=10), scores, epoch, signed) == right
@@ -101,7 +103,7 @@ def test_another_metric() -> None:
     assert stop.monitor is stop.criterion
 
 
-def test_what_is_best_may_be_said_later() -> None:
+def test_best_by_can_be_set_later() -> None:
     module = Scripted({"val_loss": FALLING[:4], "other": [2.0, 1.0, 3.0, 3.0]})
     stop = EarlyStopping("val_loss", restore_best=False)
     stop.best_by, stop.restore_best = "other", True
@@ -113,7 +115,7 @@ def test_what_is_best_may_be_said_later() -> None:
     assert stop.best_check == 3
 
 
-def test_what_is_best_must_be_said_before_it_is_kept() -> None:
+def test_best_by_must_be_set_before_the_best_is_kept() -> None:
     stop = EarlyStopping(AllOf([Plateau("one"), Plateau("other")]), restore_best=False)
     with pytest.raises(ValueError, match="`best_by=None` leaves open"):
         stop.restore_best = True
@@ -133,7 +135,7 @@ def test_where_to_check_may_be_said_later() -> None:
     assert len(stop.history) == 1 + 4 * 2
 
 
-def test_dirpath_may_be_said_later(tmp_path: Any) -> None:
+def test_dirpath_can_be_set_later(tmp_path: Any) -> None:
     stop = EarlyStopping("val_loss")
     assert stop.touches == {"weights"}
     module = Scripted(FALLING[:3])
@@ -145,7 +147,7 @@ def test_dirpath_may_be_said_later(tmp_path: Any) -> None:
 
 
 def test_written_between_two_fits() -> None:
-    """A fit begins anew, but for what was written since the last; the third begins anew altogether."""
+    """Start each fit from the beginning, with the values that were set since the fit before."""
     stop = EarlyStopping("val_loss", patience=3)
     fit(Scripted(FLAT), stop, max_epochs=7)
     assert stop.wait_count == 3
@@ -176,13 +178,13 @@ def test_min_delta_is_a_size() -> None:
 
 
 def test_attributes_of_a_criterion() -> None:
-    """What the criterion has can be read and written through; what it has not cannot be written."""
+    """Read and write the arguments that the criterion has; refuse the others."""
     plateau = Plateau("x", patience=5, min_delta=0.5)
     stop = EarlyStopping(plateau)
     assert (stop.patience, stop.min_delta, stop.check_finite, stop.stopping_threshold) == (5, 0.5, False, None)
     stop.patience, stop.wait_count, stop.best_score, stop.mode = 2, 1, 3.0, "max"
     assert (plateau.patience, plateau.wait, plateau.best, plateau.mode) == (2, 1, 3.0, "max")
-    stop.check_finite = False  # as it is
+    stop.check_finite = False  # it is False already
     with pytest.raises(ValueError, match=r"`stopping_threshold=1.0` belongs to the criterion: pass it to Plateau"):
         stop.stopping_threshold = 1.0
     with pytest.raises(ValueError, match=r"`check_finite=True` belongs to the criterion"):

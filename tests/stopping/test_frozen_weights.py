@@ -1,4 +1,4 @@
-"""A frozen base that the module leaves out of its checkpoints: the best leaves it out too, until it trains."""
+"""Test a frozen base that the module leaves out of its checkpoints, and so does the best, until it is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stopping(tmp_path: Path, in_directory: bool) -> EarlyStopping:
 
 
 class Adapted(Scripted):
-    """Its checkpoints leave the frozen base out."""
+    """Leave the frozen base out of checkpoints, in `on_save_checkpoint`."""
 
     def __init__(self, scores: Any = WORSE) -> None:
         super().__init__(scores)
@@ -39,7 +39,7 @@ class Adapted(Scripted):
 
 
 class Overriding(Adapted):
-    """The same by another way."""
+    """Leave the frozen base out of checkpoints, in `state_dict`."""
 
     def state_dict(self) -> Any:  # type: ignore[override]
         return {name: tensor for name, tensor in super().state_dict().items() if not name.startswith("base")}
@@ -82,7 +82,7 @@ def test_a_frozen_base_is_not_in_a_checkpoint_after_a_fit_that_wrote_none(tmp_pa
 
 
 def test_frozen_weights_that_checkpoints_hold_are_in_the_best(tmp_path: Path) -> None:
-    """A teacher that the user's code moves requires no gradient either."""
+    """Keep them: a teacher that the user's code updates requires no gradient either."""
 
     class Teacher(Scripted):
         def __init__(self) -> None:
@@ -105,7 +105,7 @@ def test_frozen_weights_that_checkpoints_hold_are_in_the_best(tmp_path: Path) ->
 @pytest.mark.parametrize("in_directory", [False, True])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_base_that_is_unfrozen_later(in_directory: bool, resumed: bool, tmp_path: Path) -> None:
-    """As long as it was frozen the best needed no copy of it, and has one from the step on that moves it."""
+    """Copy the base before the first step that trains it, and not while it is frozen."""
 
     def unfreeze(module: Any) -> None:
         module.base.requires_grad_(True)
@@ -136,7 +136,7 @@ def test_a_base_that_is_unfrozen_later(in_directory: bool, resumed: bool, tmp_pa
 
 
 def test_a_base_that_is_unfrozen_before_the_best(tmp_path: Path) -> None:
-    """What earlier checkpoints left out is in the best as soon as it trains."""
+    """Keep weights that earlier checkpoints left out as soon as they are trained."""
     module, saver = Adapted([3.0, 2.0, 2.0, 1.0, 4.0]), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     unfreeze = after(2, lambda module: module.base.requires_grad_(True))
     fit(module, EarlyStopping("val_loss"), saver, unfreeze, max_epochs=5, enable_checkpointing=True)

@@ -1,4 +1,4 @@
-"""Two processes: ranks that disagree, and the best of a sharded model."""
+"""Test two processes: ranks that disagree, and the best weights of a sharded model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def whole(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Ranked(Scripted):
-    """Each rank logs scores of its own."""
+    """Log other scores on each rank."""
 
     def __init__(self, *scores: list[float]) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_rank_0_says_what_is_the_best(best_by: Any, group: Group) -> None:
         assert [end[4] for end in ends] == [min(scores[0]), min(scores[1])]
 
 
-def test_ranks_agree_on_taking_a_stop_back(group: Group) -> None:
+def test_ranks_agree_on_withdrawing_a_stop(group: Group) -> None:
     """Else one would go on after `min_epochs` and wait for the other for ever."""
     first, second = [1.0, 2.0, 0.5, 0.4, 0.3, 0.2], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     options = {"min_epochs": 4, "max_epochs": 6}
@@ -162,12 +162,12 @@ def going_back() -> Any:
 
 
 def test_restore_after_a_validation_of_a_sharded_model(group: Group) -> None:
-    """Its root is still gathered then: what is copied into shards must be what the next forward uses."""
+    """Restore into the shards although the root is still gathered, so that the next forward uses them."""
     assert group.run(going_back) == [(True, True)] * 2
 
 
 class ShardedAdapted(Sharded):
-    """Its checkpoints leave out a frozen base, until it trains."""
+    """Leave a frozen base out of checkpoints until it is trained."""
 
     def __init__(self, *scores: list[float]) -> None:
         super().__init__(*scores)
@@ -206,7 +206,7 @@ def adapted(folder: Path) -> Any:
 
 
 def test_a_frozen_base_of_a_sharded_model(group: Group, tmp_path: Path) -> None:
-    """It is in no checkpoint until it trains, and in the best all the same when it has trained."""
+    """Keep the base only when it has been trained, as checkpoints do."""
     base = ["base.bias", "base.weight"]
     for moved, best, names in group.run(adapted, tmp_path):
         assert moved

@@ -33,7 +33,7 @@ def stopping(dirpath: Path | None, **options: Any) -> EarlyStopping:
 @pytest.mark.parametrize("scores", [EARLIER, LATER], ids=["earlier", "later"])
 @pytest.mark.parametrize("in_directory", [False, True])
 def test_a_file_written_after_a_fit(average: str, scores: list[float], in_directory: bool, tmp_path: Path) -> None:
-    """Its `state_dict` is the best, and the run that resumes from it is the run that went on."""
+    """Write the best weights as `state_dict`; a run that resumes from it equals the run that continued."""
     make = AVERAGES[average]
     dirpath = tmp_path / "best" if in_directory else None
     whole, first, again = Scripted(scores), Scripted(scores), Scripted(scores)
@@ -67,7 +67,7 @@ def test_a_file_written_within_an_average_after_a_fit(in_directory: bool, tmp_pa
 
 
 def test_no_more_memory_than_the_best(tmp_path: Path) -> None:
-    """The raw weights lie where the best lay."""
+    """Keep the raw weights in the storage of the best ones."""
     callback, first = stopping(None), Scripted(EARLIER)
     trainer = fit(first, callback, max_epochs=2)
     kept = {tensor.data_ptr() for tensor in callback.state_dict()["raw"].values()}
@@ -81,14 +81,14 @@ def test_no_more_memory_than_the_best(tmp_path: Path) -> None:
     fit(looking, second, max_epochs=2)
     assert looking.places == {tensor.data_ptr() for tensor in second.state_dict()["raw"].values()}
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    trainer.save_checkpoint(tmp_path / "two.ckpt")  # to save changes nothing
+    trainer.save_checkpoint(tmp_path / "two.ckpt")  # saving does not change anything
     one, two = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("one", "two"))
     assert same(one["state_dict"], two["state_dict"])
     assert kept == {tensor.data_ptr() for tensor in callback.state_dict()["raw"].values()}
 
 
 def test_a_second_fit_goes_on_from_the_best() -> None:
-    """With new optimizers, as with Lightning: nothing of the raw weights' state is left."""
+    """Start with new optimizers, as in Lightning, and without the state of the raw weights."""
     first = Scripted(EARLIER)
     callback = stopping(None)
     trainer = fit(first, callback, max_epochs=3)
@@ -164,7 +164,7 @@ class _Catching(Callback):
 
 
 def test_restore_in_the_middle_of_a_fit_copies() -> None:
-    """A user's callback may go back to the best and train on: the best stays what it was."""
+    """Keep the best weights when a user's callback restores them and continues to train."""
     callback = stopping(None)
 
     class GoingBack(Scripted):
@@ -209,7 +209,7 @@ def test_a_new_best_is_kept_where_it_is_wanted_now(tmp_path: Path) -> None:
     "more", [{"stopping_threshold": -1.0}, {"divergence_threshold": 99.0}, {"check_finite": False}, {"patience": 2}]
 )
 def test_criteria_that_are_new_on_resume(more: dict[str, Any], tmp_path: Path) -> None:
-    """The state of those that were there is found."""
+    """Load the state of the criteria that are in the checkpoint."""
     first = Scripted([1.0, 2.0, 2.0, 2.0, 2.0])
     fit(first, EarlyStopping("val_loss", patience=9), max_epochs=2).save_checkpoint(tmp_path / "after.ckpt")
     callback = EarlyStopping("val_loss", **({"patience": 9} | more))
@@ -256,7 +256,7 @@ def test_a_best_that_cannot_be_read_does_not_lose_the_run(tmp_path: Path) -> Non
 
 
 def test_a_stop_of_an_earlier_run_is_no_stop_of_this_one(tmp_path: Path) -> None:
-    """A run that is resumed with more patience may take back a stop that was asked for before `min_epochs`."""
+    """Withdraw a stop that was requested before `min_epochs` in a run that is resumed with more patience."""
     scores = {"val_loss": [1.0, 1.0, 1.0, 2.0, 0.5, 0.4, 0.3], "other": [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]}
     first = [EarlyStopping("val_loss", patience=9), EarlyStopping("other", patience=1)]
     running = fit(Scripted(scores), *first, max_epochs=7)
@@ -269,7 +269,7 @@ def test_a_stop_of_an_earlier_run_is_no_stop_of_this_one(tmp_path: Path) -> None
 
 
 def test_state_that_is_restored_in_the_middle_of_a_fit(tmp_path: Path) -> None:
-    """As by a learning-rate finder, after its trials."""
+    """Load state during a fit, as a learning-rate finder does after its trials."""
 
     class Restoring(Scripted):
         def on_train_epoch_start(self) -> None:

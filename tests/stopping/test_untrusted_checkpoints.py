@@ -1,4 +1,4 @@
-"""Resuming from a stranger's checkpoint: no path that it names is written to, removed or unpickled."""
+"""Test resuming from an untrusted checkpoint: no path that it names is written, removed or unpickled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _stopping(folder: Path) -> EarlyStopping:
 
 
 def _strange(tmp_path: Path, path: Path) -> Path:
-    """A checkpoint of the first epoch whose best lies at ``path``."""
+    """Write a checkpoint of the first epoch that names ``path`` as its best checkpoint."""
     given = tmp_path / "given.ckpt"
     fit(Scripted(SCORES), _stopping(tmp_path / "first"), max_epochs=1).save_checkpoint(given)
     checkpoint = torch.load(given, weights_only=True)
@@ -31,7 +31,7 @@ def _strange(tmp_path: Path, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "beside"])
-def test_what_a_checkpoint_names_is_not_replaced(what: str, tmp_path: Path) -> None:
+def test_a_path_that_a_checkpoint_names_is_not_replaced(what: str, tmp_path: Path) -> None:
     precious = tmp_path / "elsewhere" / "best.ckpt"
     precious.parent.mkdir()
     kept = {"file": precious, "folder": precious / "thesis", "beside": Path(f"{precious}.new")}[what]
