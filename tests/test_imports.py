@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import lightning_optim
 from lightning_optim import OptimCallback, Policy
@@ -172,13 +171,3 @@ def test_no_public_name_is_a_module() -> None:
     modules = {module.split(".")[1] for module in MODULES if "." in module}
     assert not modules & set(lightning_optim.__all__)
     assert not [name for name in lightning_optim.__all__ if inspect.ismodule(getattr(lightning_optim, name))]
-
-
-def test_gradients_of_an_optimizer() -> None:
-    """Parameters without a gradient are left out; the order is that of the groups."""
-    first, silent, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-    first.grad, second.grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
-    optimizer = torch.optim.SGD([{"params": [second]}, {"params": [silent, first]}], 0.1)
-    weights, grads = lightning_optim.gradients_of(optimizer)
-    assert [id(weight) for weight in weights] == [id(second), id(first)]
-    assert [grad.tolist() for grad in grads] == [[3.0, 4.0], [1.0, 2.0]]

@@ -100,6 +100,8 @@ class CheckpointAveraging(BatchNormRefresh):
     ) -> None:
         super().__init__(name)
         check_number("top", top, low=2, integer=True)
+        if not isinstance(monitor, str | None):
+            raise ValueError(f"`monitor` must be a metric's name or None, got {monitor!r}")
         check_choice("buffers", buffers, Literal["refresh", "average"])
         check_arguments(refresh_batches, refresh_loader)
         self.top, self.greedy, self.monitor, self.buffers = top, greedy, monitor, buffers

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_optim.base.selection import Selectors
+from lightning_optim.base.selection import Selectors, check_selectors
 from lightning_optim.base.state import State, Value, WeightStates
 
 
@@ -149,13 +149,16 @@ class ParameterPolicy(Policy):
             ``(name, parameter) -> bool``, or a list of these; see :func:`~lightning_optim.base.select`. Each base class
             documents what ``None`` means.
         exclude: The parameters that are left out, in the same terms.
+
+    Raises:
+        ValueError: If ``on`` or ``exclude`` is none of these.
     """
 
     on: Selectors = None
     exclude: Selectors = None
 
     def __init__(self, on: Selectors = None, exclude: Selectors = None) -> None:
-        self.on, self.exclude = on, exclude
+        self.on, self.exclude = check_selectors("on", on), check_selectors("exclude", exclude)
 
 
 P = TypeVar("P", bound=Policy)

@@ -18,6 +18,22 @@ Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool
 Selectors: TypeAlias = Selector | Sequence[Selector] | None
 
 
+def check_selectors(name: str, value: Selectors) -> Selectors:
+    """Return the argument ``name``, unless :func:`select` cannot choose parameters by it.
+
+    Raises:
+        ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``.
+    """
+    selectors = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    for selector in selectors:
+        if not (isinstance(selector, str) or callable(selector) or value is None):
+            raise ValueError(
+                f"`{name}` must be a glob over parameter names, a module class, a predicate (name, parameter) -> bool,"
+                f" a list of these or None, got {value!r}"
+            )
+    return value
+
+
 def select(
     module: nn.Module,
     on: Selectors = None,
@@ -40,7 +56,8 @@ def select(
         ``requires_grad`` when you act on them, since a model may be unfrozen during training.
 
     Raises:
-        ValueError: If a glob or a class matches nothing; the message lists similar names.
+        ValueError: If an argument is not one of these, or if a glob or a class matches nothing; the message lists
+            similar names.
 
     Example::
 
@@ -50,6 +67,8 @@ def select(
         >>> list(select(model, on="*", exclude=nn.LayerNorm))
         ['0.weight', '0.bias']
     """
+    check_selectors("on", on)
+    check_selectors("exclude", exclude)
     named = {plain_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     chosen = set(named) if on is None else _matches(module, named, on, "on", required)
     if on is None:

@@ -51,7 +51,7 @@ class ScheduledDropout(OptimCallback):
 
     def __init__(self, rates: dict[str, float | Schedule], insert: bool = False, name: str | None = None) -> None:
         super().__init__(name)
-        if not isinstance(rates, dict) or not rates:
+        if not isinstance(rates, dict) or not rates or not all(isinstance(pattern, str) for pattern in rates):
             raise ValueError(f"`rates={rates!r}` must be a dictionary of glob to rate, such as {{'encoder.*': 0.1}}")
         for pattern, rate in rates.items():
             check_number(f"rates[{pattern!r}]", rate, low=0.0, high=1.0, schedule=True)

@@ -114,6 +114,8 @@ class OptimCallback(OverridableHooks):
     """True if validation uses weights that this callback holds."""
 
     def __init__(self, name: str | None = None) -> None:
+        if not isinstance(name, str | None):
+            raise ValueError(f"`name` must be text that tells two callbacks of one class apart, or None, got {name!r}")
         self.name = name
         self.steps: list[int] = []
         spawned_processes.remember(self)

@@ -196,7 +196,9 @@ class EarlyStoppingAttributes:
     def _put(self, kind: type[C], argument: str, value: Any, make: Callable[[str], C]) -> None:
         """Add a criterion of this kind, remove it, or change its bound."""
         old = self._find(kind)
-        new = make("any") if value is not None and value is not False else None  # checks the value
+        if kind is not NonFinite and value is not None:
+            check_number(argument, value)
+        new = make("any") if value is not None and value is not False else None
         if isinstance(self._monitor, Criterion) and (old is None) != (new is None):
             raise ValueError(f"`{argument}={value!r}` belongs to the criterion: pass it to {self._monitor!r}")
         if old is not None and new is not None:
@@ -222,7 +224,8 @@ def criterion_of(
     """Return the criterion for the arguments of :class:`~lightning_optim.EarlyStopping`.
 
     Raises:
-        ValueError: If ``monitor`` is a criterion, and an argument of the plateau or a bound is passed beside it.
+        ValueError: If ``monitor`` is a criterion, and an argument of the plateau or a bound is passed beside it, or if
+            a bound is not a finite number.
     """
     if isinstance(monitor, Criterion):
         defaults = {"patience": 3, "min_delta": 0.0, "stopping_threshold": None, "divergence_threshold": None}
@@ -231,6 +234,6 @@ def criterion_of(
                 raise ValueError(f"`{argument}={value!r}` belongs to the criterion: pass it to {monitor!r}")
         return monitor
     criteria: list[Criterion] = [NonFinite(monitor)] if check_finite else []
-    for kind, value in zip((Threshold, Divergence), bounds.values(), strict=True):
-        criteria += [] if value is None else [kind(monitor, value, mode)]
+    for kind, (argument, value) in zip((Threshold, Divergence), bounds.items(), strict=True):
+        criteria += [] if value is None else [kind(monitor, check_number(argument, value), mode)]
     return AnyOf([*criteria, Plateau(monitor, mode=mode, **plateau)])

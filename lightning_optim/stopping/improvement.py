@@ -50,6 +50,8 @@ def check_monitor(monitor: str) -> str:
 class Best(Policy):
     r"""Decide which weights are best: by one metric, a weighted sum of several, or several by rank.
 
+    Its messages name the argument as users pass it, ``best_by`` of :class:`~lightning_optim.EarlyStopping`.
+
     Args:
         by: A metric's name; a dictionary of name to weight, for :math:`\sum_i a_i v_i`; or a list of names, of which a
             later one decides only where all before are equal.
@@ -77,16 +79,16 @@ class Best(Policy):
     best: list[float]
 
     def __init__(self, by: str | dict[str, float] | list[str], mode: Mode | list[Mode] = "min") -> None:
-        if not by or not isinstance(by, str | dict | list):
+        if not by or not isinstance(by, str | dict | list) or not all(isinstance(name, str) for name in by):
             raise ValueError(
-                f"`by` must be a metric's name, a dictionary of name to weight or a list of names, got {by!r}"
+                f"`best_by` must be a metric's name, a dictionary of name to weight or a list of names, got {by!r}"
             )
         for name, weight in by.items() if isinstance(by, dict) else ():
-            check_number(f"by[{name!r}]", weight)
+            check_number(f"best_by[{name!r}]", weight)
         ranks = len(by) if isinstance(by, list) else 1
         modes = mode if isinstance(mode, list) else [mode] * ranks
         if len(modes) != ranks:
-            raise ValueError(f"`mode` must be one mode, or one for each name of `by`, got {mode!r} for {by!r}")
+            raise ValueError(f"`mode` must be one mode, or one for each name of `best_by`, got {mode!r} for {by!r}")
         self.by, self.mode = by, mode
         self._modes = [check_choice("mode", one, Mode) for one in modes]
         self.add_state("best", [initial_best(one) for one in self._modes])

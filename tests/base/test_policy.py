@@ -26,7 +26,7 @@ ALL = [
     ClipByNorm(1.0, norm_type=float("inf")),
     ClipByValue(Constant(0.5)),
     EMA(0.999, warmup=None),
-    Plateau("val_loss", patience=5, min_delta=0.1),
+    Plateau("val_loss", patience=5, mode="max", min_delta=0.1),
     Threshold("accuracy", 0.9, mode="max"),
     Divergence("loss", 10.0),
     AnyOf([NonFinite("loss"), Plateau("loss")]),

@@ -29,6 +29,7 @@ from lightning_optim import (
     OptimizerStep,
     WeightRegularization,
     drop_step,
+    gradients_of,
 )
 from lightning_optim.base import norms
 from lightning_optim.runtime.session import Session
@@ -48,6 +49,14 @@ def _parameters(*grads: list[float] | None) -> list[nn.Parameter]:
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = None if grad is None else torch.tensor(grad)
     return parameters
+
+
+def test_gradients_of_an_optimizer() -> None:
+    """Parameters without a gradient are left out; the order is that of the groups."""
+    first, silent, second = _parameters([1.0, 2.0], None, [3.0, 4.0])
+    weights, grads = gradients_of(SGD([{"params": [second]}, {"params": [silent, first]}], 0.1))
+    assert [id(weight) for weight in weights] == [id(second), id(first)]
+    assert [grad.tolist() for grad in grads] == [[3.0, 4.0], [1.0, 2.0]]
 
 
 @pytest.fixture

@@ -205,14 +205,14 @@ def test_attributes_of_a_criterion() -> None:
         ("patience", 1.5, "`patience` must be an integer >= 0, got 1.5"),
         ("min_delta", NAN, "`min_delta` must be a number that is finite, got nan"),
         ("min_delta", "1", "`min_delta` must be a number that is finite, got '1'"),
-        ("stopping_threshold", "0.5", "`value` must be a number that is finite, got '0.5'"),
-        ("divergence_threshold", NAN, "`value` must be a number that is finite, got nan"),
+        ("stopping_threshold", "0.5", "`stopping_threshold` must be a number that is finite, got '0.5'"),
+        ("divergence_threshold", NAN, "`divergence_threshold` must be a number that is finite, got nan"),
         ("wait_count", -1, "`wait_count` must be an integer >= 0, got -1"),
         ("best_score", NAN, "`best_score` must be a number, which may be infinite, got nan"),
         ("best_score", torch.ones(2), "`best_score` must be a number"),
         ("mode", "lower", "`mode` must be one of 'min', 'max', got 'lower'"),
         ("monitor", 3, "`monitor=3` must be a metric's name"),
-        ("best_by", 3, "`by` must be a metric's name"),
+        ("best_by", 3, "`best_by` must be a metric's name"),
     ],
 )
 def test_wrong_values_raise_and_change_nothing(name: str, value: Any, sentence: str) -> None:
