@@ -37,7 +37,8 @@ def unscale_before_hooks(trainer: Trainer, optimizer: Optimizer, replace: Callab
     """
     if scaler_of(trainer) is None:
         return
-    fused = any(group.get("fused") for group in optimizer.param_groups)
+    of_torch = type(optimizer).__module__.startswith("torch.optim.")
+    fused = of_torch and any(group.get("fused") for group in optimizer.param_groups)
     if fused and not hasattr(optimizer, "_step_supports_amp_scaling"):
         raise RuntimeError(f"{type(optimizer).__name__}: {entry_of('_step_supports_amp_scaling').message()}.")
     if getattr(optimizer, "_step_supports_amp_scaling", False):

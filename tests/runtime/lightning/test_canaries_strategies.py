@@ -166,6 +166,21 @@ def test_fused_optimizers_are_unscaled_before_hooks() -> None:
         precision.unscale_before_hooks(trainer, optimizer, setattr)
 
 
+def test_a_strangers_fused_optimizer_unscales_as_it_says() -> None:
+    class Stranger(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([nn.Parameter(torch.ones(1))], {"fused": True})
+
+    patches: list[Any] = []
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=torch.amp.GradScaler("cpu")))
+    precision.unscale_before_hooks(trainer, Stranger(), lambda *patch: patches.append(patch))
+    assert not patches
+    optimizer: Any = Stranger()
+    optimizer._step_supports_amp_scaling = True
+    precision.unscale_before_hooks(trainer, optimizer, lambda *patch: patches.append(patch))
+    assert patches == [(optimizer, "_step_supports_amp_scaling", False)]
+
+
 @canary("_per_optimizer_states")
 def test_ranks_agree_on_an_overflow() -> None:
     for loss, overflow in ((1.0, True), (float("inf"), False)):
