@@ -69,7 +69,10 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     has no count: -1.
     """
     counting = [*tensors, *local_shards(tensors)] if any_sharded(tensors) else tensors
-    return [-1 if tensor.is_inference() else tensor._version for tensor in counting]
+    try:
+        return [tensor._version for tensor in counting]
+    except RuntimeError:  # to ask each tensor first would cost as much as the answer
+        return [-1 if tensor.is_inference() else tensor._version for tensor in counting]
 
 
 def reshard_(module: nn.Module) -> None:

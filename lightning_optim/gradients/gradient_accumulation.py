@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_optim.base import module_tensors, shards, sparse
+from lightning_optim.base import module_tensors, shards
 from lightning_optim.gradients.accumulation_window import WeightBy, Window, micro_batches_for, unit_of, weight_of
 from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
@@ -182,8 +182,7 @@ class GradientAccumulation(OptimCallback):
             # The mean weight, for a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
-            _, grads = sparse.dense_rows(step.weights, step.grads)
-            for grad in shards.local_shards(grads):
+            for grad in shards.local_shards(step.dense[1]):
                 grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
 
     # ---- state -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.base import shards, sparse
+from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import PerOptimizer
 from lightning_optim.base.selection import Selection
@@ -182,18 +182,17 @@ class GradientClipping(OptimCallback):
         for policy, selection in zip(self._copies[step.index], self._selections, strict=True):
             if value is not None and policy.norm_type == norm_type and policy.is_idle(value, **when):
                 continue
-            weights, grads, chosen = step.weights, step.grads, None
+            weights, (rows, values), chosen = step.weights, step.dense, None
             if selection is not None:
                 selection.follow(weights)
                 chosen = selection.ids
-                pairs = [(w, g) for w, g in zip(weights, grads, strict=True) if id(w) in chosen]
-                weights, grads = [w for w, _ in pairs], [g for _, g in pairs]
-            if not grads:
+                kept = [place for place, weight in enumerate(weights) if id(weight) in chosen]
+                weights, rows, values = ([tensors[place] for place in kept] for tensors in (weights, rows, values))
+            if not values:
                 continue
             arguments = when | {"norm": norm if chosen is None and policy.norm_type == norm_type else None}
             if policy.scope != "global":  # a policy without scopes need not take `units`
                 arguments["units"] = _units(policy.scope, step, chosen, weights)
-            rows, values = sparse.dense_rows(weights, grads)
             policy.clip_(values, rows, **arguments)
             applied.append(policy)
             norm = value = None  # the next policy sees other gradients
@@ -294,6 +293,6 @@ def _units(scope: Scope, step: OptimizerStep, chosen: set[int] | None, weights: 
 
 def _not_finite(step: OptimizerStep) -> str:
     """Return a sentence that names the parameters whose gradients on this rank are not finite."""
-    named = zip(step.names, shards.local_shards(sparse.dense_rows(step.weights, step.grads)[1]), strict=True)
+    named = zip(step.names, shards.local_shards(step.dense[1]), strict=True)
     found = [name for name, grad in named if not bool(grad.isfinite().all())]
     return f"On this rank the gradients of {found} are not finite." if found else "On this rank all are finite."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.base import shards, sparse
+from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.norms import tensor_norms, total_norm
 from lightning_optim.base.ring_buffer import Ring
@@ -174,7 +174,7 @@ class GradientMonitor(OptimCallback):
         """Return the gradient norm of each module or parameter, by the name under which it is logged."""
         if self.level == "total":
             return {}
-        each = tensor_norms(sparse.dense_rows(step.weights, step.grads)[1], self._norm_type)
+        each = tensor_norms(step.dense[1], self._norm_type)
         found = _norms_by_label(self._labels(step), each, self._norm_type)
         return {f"{prefix}/{label}": norm for label, norm in found.items()}
 

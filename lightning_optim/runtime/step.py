@@ -82,13 +82,14 @@ class OptimizerStep:
         self._total, self._module, self._weights_source, self._grads_source = total, module, weights, grads
         self._parameters: list[Tensor] | None = None
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self._dense: tuple[list[Tensor], list[Tensor]] | None = None
         self._latest: list[Tensor] = []  # Gradients as read last: held, so that no new tensor has an old one's `id`.
         self._versions: list[int] = []  # … as they were when the norms were computed.
         self._norms: dict[float, Tensor] = {}
 
     def refresh(self) -> None:
         """Read parameters and gradients anew when they are asked for next."""
-        self._parameters = self._pairs = None
+        self._parameters = self._pairs = self._dense = None
 
     @property
     def total(self) -> float:
@@ -126,6 +127,16 @@ class OptimizerStep:
         parameters are never in it. Empty if the step was dropped.
         """
         return self._read()[1]
+
+    @property
+    def dense(self) -> tuple[list[Tensor], list[Tensor]]:
+        """:attr:`weights` and :attr:`grads` for formulas that know dense tensors only, such as those of policies.
+
+        A sparse gradient is replaced by its values, live, and its weight by a copy of the rows that have a gradient.
+        """
+        if self._dense is None:
+            self._dense = sparse.dense_rows(self.weights, self.grads)
+        return self._dense
 
     @property
     def names(self) -> list[str]:
@@ -176,7 +187,7 @@ class OptimizerStep:
         """
         norm = self.known_norm(norm_type)
         if norm is None:
-            norm = self._norms[norm_type] = total_norm(sparse.dense_rows(self.weights, self.grads)[1], norm_type)
+            norm = self._norms[norm_type] = total_norm(self.dense[1], norm_type)
         return norm
 
     def known_norm(self, norm_type: float = 2.0) -> Tensor | None:
