@@ -7,7 +7,6 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,21 +28,15 @@ from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.spawned_processes import check_not_lost, check_weights_are_here
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
-from lightning_optim.stopping.combined_criteria import AnyOf
-from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.criteria import Criterion, Plateau
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
+from lightning_optim.stopping.stopping_reason import reason_to_stop
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_REASONS = {
-    NonFinite: EarlyStoppingReason.NON_FINITE_METRIC,
-    Threshold: EarlyStoppingReason.STOPPING_THRESHOLD,
-    Divergence: EarlyStoppingReason.DIVERGENCE_THRESHOLD,
-    Plateau: EarlyStoppingReason.PATIENCE_EXHAUSTED,
-}
 _NOT_CALLED = ("_evaluate_stopping_criteria", "_validate_condition_metric")  # methods of Lightning's class
 
 
@@ -52,7 +45,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     ``EarlyStopping("val_loss", patience=5)`` stops after five validations in a row without an improvement. A value
     :math:`v` is an improvement if :math:`v + \delta < \mathrm{best}` (``mode="min"``) or :math:`v - \delta >
-    \mathrm{best}` (``mode="max"``), where :math:`\delta` is ``min_delta``. It also stops at a value that is not finite.
+    \mathrm{best}` (``mode="max"``), where "best" is the best value so far and :math:`\delta` is ``min_delta``. A value
+    that is not finite stops training at once.
     Pass a :class:`Criterion` as ``monitor`` for any other rule. Slow rules, with a large ``patience``, find better
     weights and cost more time (Prechelt, *Early stopping, but when?*, 1998).
 
@@ -286,7 +280,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         requested = self._requested_stop and trainer.should_stop
         if stop:
             self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason, self.stopping_reason_message = self._reason()
+            self.stopping_reason, self.stopping_reason_message = reason_to_stop(self.criterion, trainer.world_size)
             external = trainer.should_stop and not requested and not any(map(_requested_stop, others))
             self._stop_is_external = self._stop_is_external or external
             trainer.should_stop = True
@@ -306,20 +300,6 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             return ""
         best = f" New best score: {self.best_score:.3f}." if self._find(Plateau) else ""
         return f"Metric {', '.join(self.criterion.monitors)} improved.{best}"
-
-    def _reason(self) -> tuple[EarlyStoppingReason, str]:
-        """Return the reason to stop: this rank's, or that of the first rank that has one."""
-        candidates = self.criterion.criteria if isinstance(self.criterion, AnyOf) else [self.criterion]
-        kind = next((type(one) for one in candidates if one.reason), Plateau)
-        mine = (_REASONS.get(kind, EarlyStoppingReason.PATIENCE_EXHAUSTED).value, self.criterion.reason)
-        reasons = [mine]
-        if self.session.trainer.world_size > 1 and torch.distributed.is_initialized():
-            reasons = [mine] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(reasons, mine)
-        if mine[1]:
-            return EarlyStoppingReason(mine[0]), mine[1]
-        number, reason = next((one for one in reasons if one[1]), mine)
-        return EarlyStoppingReason(number), f"Another rank decided to stop. {reason}".strip()
 
     @staticmethod
     def _log_info(trainer: Trainer, message: str, log_rank_zero_only: bool) -> None:
