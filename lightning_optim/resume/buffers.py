@@ -16,7 +16,7 @@ from lightning_optim.runtime.lightning import Trainer
 
 
 class Buffers:
-    """Buffers that are not sharded and that training uses, by plain name.
+    """Find the plain buffers that a checkpoint must hold beside the module's ``state_dict``, by plain name.
 
     Lightning's checkpoints hold one rank's persistent buffers. Non-persistent buffers that change in training are state
     too; the rest, such as masks and position codes, the module makes by itself, and they may be large.

@@ -26,7 +26,7 @@ class Place(enum.Enum):
 
 
 class Resume:
-    """One resume, from the moment when all state is restored to the first batch.
+    """Take a resumed run from the moment when all state is restored to its first batch.
 
     Args:
         trainer: The Trainer that is about to run its fit loop.

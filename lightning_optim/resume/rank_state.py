@@ -1,4 +1,4 @@
-"""Save and load what an exact resume needs of each rank beside a checkpoint of Lightning: random state and loaders.
+"""Save and load the state of a rank that Lightning's checkpoints lack: random state, positions and seeds of loaders.
 
 States are tensors and plain values, so that a checkpoint that holds them loads with ``weights_only=True``.
 """
@@ -12,7 +12,7 @@ from lightning_optim.runtime.random_state import rank_random_state, set_rank_ran
 
 
 def moment(trainer: Trainer) -> dict[str, Any]:
-    """Return what a validation changes: random state, its count of batches, and whether DDP broadcasts buffers next."""
+    """Return the state that a validation changes: random state, its count of batches, DDP's broadcast of buffers."""
     validated = dict(data_loading.validated_batches(trainer))
     return {**rank_random_state(trainer), "validated": validated, "broadcasts": strategies.broadcast_is_due(trainer)}
 

@@ -1,4 +1,4 @@
-"""Keep the state of a run in memory, at a moment between two steps, and go back to it."""
+"""Capture the state of a run in memory between two steps, and restore it in place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Stateful(Protocol):
 
 @dataclass
 class RunState(LeftAlone):
-    """State of a run that :func:`capture` took; :func:`restore_` puts it back, as often as it is asked to.
+    """Hold the state of a run that :func:`capture` took, to be put back by :func:`restore_`, once or many times.
 
     It belongs to the fit in which it was taken, and shares no memory with the run.
 
@@ -57,12 +57,13 @@ def capture(
     device: torch.device | str | None = None,
     callbacks: Collection[Callback] | None = None,
 ) -> RunState:
-    """Copy the state of a run: what the steps to come depend on, but for the data.
+    """Copy everything on which the coming steps of a run depend, except the data.
 
-    These are the module (weights, all buffers, attributes, metrics), optimizers, learning-rate schedulers, the
-    GradScaler, callbacks (averages, norm histories, …), random state, the counts of optimizer steps, and the sums of
-    what was logged in the epoch. The position in the data and Lightning's counts of batches and epochs are not: after
-    :func:`restore_` the data go on. Gradients are not copied, so that no accumulation window may be open.
+    This is the state of the module (weights, all buffers, attributes, metrics), of optimizers, learning-rate
+    schedulers, the GradScaler, callbacks (averages, norm histories, …) and random generators, the counts of optimizer
+    steps, and the sums of values that were logged in the epoch. The position in the data and Lightning's counts of
+    batches and epochs are not included: after :func:`restore_` the data go on. Gradients are not copied, so no
+    accumulation window may be open.
 
     Nothing is gathered: under FSDP2 each rank keeps its shards. Call it on all ranks.
 
@@ -70,8 +71,8 @@ def capture(
         trainer: A Trainer that fits, in a hook between two steps: ``on_train_batch_start``, ``on_train_batch_end``,
             ``on_train_epoch_start`` or ``on_train_epoch_end``.
         device: Where copies of tensors are kept; ``"cpu"`` saves memory of the accelerator. Default: beside each.
-        callbacks: The callbacks whose state goes back. Default: all. Leave out those whose memory shall outlive
-            :func:`restore_`, such as checkpoint callbacks, which remember what files they wrote.
+        callbacks: The callbacks whose state is included. Default: all. Leave out callbacks whose memory must not go
+            back, such as a ``ModelCheckpoint``, which remembers the checkpoints that it wrote.
 
     Raises:
         RuntimeError: In a validation, where the module may hold averaged weights, within a step, or outside of a fit.
@@ -114,12 +115,13 @@ def capture(
 
 
 def restore_(trainer: Trainer, state: RunState) -> list[str]:
-    """Go back to a state that :func:`capture` took in this fit, in place: values are copied into the same tensors.
+    """Restore a state that :func:`capture` took in this fit, in place: values are copied into the same tensors.
 
-    Training then goes on as from that moment, bit for bit, with the data that come. ``trainer.global_step`` goes back;
-    the step that loggers see does not. Gradients are dropped. Call it on all ranks, in a hook as :func:`capture`.
+    Training then goes on as from that moment, bit for bit, with the batches that come next. ``trainer.global_step``
+    goes back; the step that loggers see does not. Gradients are dropped. Call it on all ranks, in a hook as
+    :func:`capture`.
 
-    If it fails, the run is put back to where it was before the call.
+    If it fails, the run is put back to where it was before the call. For that, a second copy is on the CPU meanwhile.
 
     Args:
         trainer: The Trainer.

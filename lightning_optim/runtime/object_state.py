@@ -53,7 +53,7 @@ class _Record(Protocol):
 
 
 class ObjectState(LeftAlone):
-    """Copies of everything that some objects hold: tensors, plain attributes, and those of the objects within.
+    """Remember everything that some objects hold: tensors, plain attributes, and those of the objects within.
 
     Of a module these are parameters, buffers and the attributes of all submodules. Plain attributes are numbers, text,
     tensors, arrays, random generators, lists, dictionaries and other containers, and objects that hold nothing else,
@@ -356,7 +356,7 @@ def same_objects(one: Collection[Any], other: Collection[Any]) -> bool:
 
 
 class _ObjectRecord:
-    """Attributes of an object that is not put back, since it holds more than values: seen is whether they changed."""
+    """Attributes of an object that is not put back, since it holds more than values; changes of them are noticed."""
 
     def __init__(self, value: Any) -> None:
         self.value, self.seen = value, self._look(value)
@@ -374,7 +374,7 @@ class _ObjectRecord:
 
 
 class _IteratorRecord:
-    """An iterator that is held as an attribute: that it was advanced can be seen, and not be undone."""
+    """Iterator that is held as an attribute. Taking items from it is noticed, and cannot be undone."""
 
     def __init__(self, holder: Any, key: Any, iterator: Iterator[Any]) -> None:
         self.holder, self.key, self.counting = holder, key, _CountingIterator(iterator)

@@ -15,7 +15,7 @@ from lightning_optim.runtime.interrupts import uninterrupted
 
 
 class RawWeights:
-    """Raw weights on the CPU, while the trained module holds better weights that were put in when its fit ended.
+    """Keep the raw weights on the CPU while the trained module holds the better weights that its fit ended with.
 
     The optimizers' state belongs to the raw weights. A checkpoint that is written then needs both: the weights in the
     module are its ``state_dict``, and the raw weights are in :meth:`extra_state`. A second fit without a checkpoint

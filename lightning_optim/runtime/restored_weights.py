@@ -16,7 +16,7 @@ from lightning_optim.runtime.lightning.strategies import broadcasts_buffers
 
 
 class RestoredWeights:
-    """Weights and buffers of the module from ``setup`` to the first step.
+    """Follow the module's weights and buffers from ``setup`` to the first step, and load again what was rounded.
 
     Lightning restores weights before it converts the module: with ``precision="64-true"`` it loads fp64 values into the
     fp32 weights that the module's constructor made. And its checkpoints hold the buffers of one rank.

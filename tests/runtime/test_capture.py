@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from tests.harness.run import LivingEnvironment, share_mesh
 
 BATCHES = 16
 CAPTURED, RESTORED = 5, 11  # the batches at whose end; each ends a window of two
+BETWEEN = range(CAPTURED + 1, RESTORED + 1)
 
 
 class Net(ManualOptimizationMixin, LightningModule):
@@ -82,16 +83,27 @@ class Net(ManualOptimizationMixin, LightningModule):
         schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20) for optimizer in optimizers]
         return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        rank = self.global_rank
-        batches = [torch.randn(6, 5, generator=torch.Generator().manual_seed(2 * i + rank)) for i in range(BATCHES)]
-        kept = [(batch[:, :4], batch[:, 4]) for index, batch in enumerate(batches) if index not in self.left_out]
-        return DataLoader(kept, batch_size=None)  # type: ignore[arg-type]
+    def train_dataloader(self) -> Batches:
+        return Batches(self)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader([(torch.ones(6, 4), torch.ones(6))], batch_size=None)  # type: ignore[arg-type]
 
-    left_out: range = range(0)
+    left_out: tuple[range, ...] = (range(0),)  # batches of each epoch
+
+
+class Batches:
+    """The batches of this rank that the running epoch does not leave out; a pass draws no random number."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(BATCHES):
+            if index not in self.net.left_out[self.net.current_epoch]:
+                seed = 2 * index + self.net.global_rank
+                batch = torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+                yield batch[:, :4], batch[:, 4]
 
 
 class ShardedNet(Net):
@@ -140,7 +152,7 @@ def run(
     precision: str = "32-true",
     strategy: str = "auto",
     more: tuple[Callback, ...] = (),
-    left_out: range = range(0),
+    left_out: tuple[range, ...] = (range(0),),
 ) -> dict[str, Any]:
     """One fit, and everything that it ended with."""
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
@@ -160,7 +172,7 @@ def run(
         plugins=plugins,
         precision=None if precision == "16-mixed" else precision,  # type: ignore[arg-type]
         callbacks=[GradientAccumulation(2), clipping, average, Steps(), *more],
-        max_epochs=1,
+        max_epochs=len(left_out),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         log_every_n_steps=1,
@@ -219,7 +231,7 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 def compare(kind: str, precision: str, strategy: str) -> tuple[list[str], list[str]]:
     """A job: how a run that went back differs from a run without the batches between, and from one with all batches."""
-    without = run(kind, precision, strategy, left_out=range(CAPTURED + 1, RESTORED + 1))
+    without = run(kind, precision, strategy, left_out=(BETWEEN,))
     back = run(kind, precision, strategy, (GoBack(),))
     return differing(back, without), differing(back, run(kind, precision, strategy))
 
@@ -242,7 +254,7 @@ def test_two_processes(kind: str, strategy: str, group: Group) -> None:
 
 def test_before_the_first_step() -> None:
     """Nothing is in the optimizers then, and no average has started."""
-    left_out = range(0, RESTORED + 1)
+    left_out = (range(RESTORED + 1),)
     assert differing(run(more=(GoBackToTheStart(captured=-1),)), run(left_out=left_out)) == []
 
 
@@ -255,7 +267,31 @@ class GoBackToTheStart(GoBack):
 def test_the_same_state_again_and_again() -> None:
     """Values that were put back are not those of the state: the run writes to them."""
     back = run(more=(GoBack(restored=(7, 9, RESTORED)),))
-    assert differing(back, run(left_out=range(CAPTURED + 1, RESTORED + 1))) == []
+    assert differing(back, run(left_out=(BETWEEN,))) == []
+
+
+class NextEpoch(GoBack):
+    """Goes back from the fourth batch of the second epoch to a batch of the first one."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (0, CAPTURED):
+            self.state = capture(trainer)
+        if (trainer.current_epoch, batch_idx) == (1, 3):
+            restore_(trainer, self.state)
+
+
+def test_from_one_epoch_to_the_one_before() -> None:
+    """Means of the second epoch are then over the batches that come."""
+    back = run(more=(NextEpoch(), NoValidation()), left_out=(range(0), range(0)))
+    left_out = (range(CAPTURED + 1, BATCHES), range(4))
+    assert differing(back, run(more=(NoValidation(),), left_out=left_out)) == []
+
+
+class NoValidation(Callback):
+    """A validation draws random numbers, which go back with the state."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        trainer.limit_val_batches = 0
 
 
 def where(trainer: Trainer) -> list[Any]:
@@ -311,7 +347,7 @@ class Chosen(GoBack):
 
 
 def test_only_the_chosen_callbacks_go_back() -> None:
-    without = run(left_out=range(CAPTURED + 1, RESTORED + 1))
+    without = run(left_out=(BETWEEN,))
     chosen = run(more=(Chosen(),))
     assert differing(chosen, without) == ["counts"] and chosen["counts"][2] == BATCHES
 

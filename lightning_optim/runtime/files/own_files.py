@@ -8,7 +8,7 @@ from typing import Any
 
 
 class OwnFiles:
-    """Paths to which a strategy wrote checkpoints in this process, in one fit.
+    """Remember the paths to which a strategy wrote checkpoints in this process, in one fit.
 
     A checkpoint may hold hyper-parameters of any type, so that reading it takes pickle. The paths that a *loaded*
     checkpoint names, such as the best of a ``ModelCheckpoint``, may lead to a file of unknown origin: after a resume it

@@ -30,7 +30,7 @@ _VALUES = {
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reader of ``torch.distributed.checkpoint`` that calls nothing that the metadata names except descriptions.
+    """Read a folder as torch's ``FileSystemReader`` does, but build nothing except descriptions from the metadata.
 
     Args:
         path: The folder.
