@@ -168,7 +168,7 @@ def test_the_mean_outlives_its_files(files: list[str]) -> None:
     assert_equal(mean, wanted)
 
 
-def test_files_from_strangers_are_refused(tmp_path: Path, files: list[str]) -> None:
+def test_pickles_of_unknown_origin_are_refused(tmp_path: Path, files: list[str]) -> None:
     path = tmp_path / "strange.ckpt"
     torch.save({"state_dict": _state(files[0]), "hyper_parameters": {"path": Path("x")}}, path)
     with pytest.raises(ValueError, match=r"strange\.ckpt holds more than tensors and plain values"):
@@ -224,7 +224,7 @@ def test_a_soup_in_half_precision_is_summed_in_32_bits(tmp_path: Path) -> None:
     assert torch.equal(soup["w"], average_weights(states)["w"])
 
 
-def test_models_without_a_common_basin_are_refused(tmp_path: Path) -> None:
+def test_models_that_are_not_mode_connected_are_refused(tmp_path: Path) -> None:
     """Two nets from different initial weights are refused; two that were fine-tuned from one net are averaged."""
     from sklearn.datasets import load_digits
 
@@ -358,7 +358,7 @@ def test_greedy_leaves_out_what_makes_it_worse(tmp_path: Path) -> None:
     assert model.net.weight.item() == pytest.approx(3.0)
 
 
-def test_greedy_ends_with_the_best_if_there_is_no_common_basin(tmp_path: Path) -> None:
+def test_greedy_ends_with_the_best_if_the_models_are_not_mode_connected(tmp_path: Path) -> None:
     class TwoBasins(Scripted):
         def validation_step(self, batch, batch_idx) -> None:
             self.log("val_loss", 0.5 + ((self.net.weight - 1.1) * (self.net.weight - 9.0)).square().sum())

@@ -125,7 +125,7 @@ def test_a_refresh_loader_of_other_batches_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model", [Model, Manual, OwnIterator, OnlyInTraining])
-def test_a_forward_pass_of_ones_own(model: type[Model]) -> None:
+def test_an_overridden_forward_batch(model: type[Model]) -> None:
     class Forward(WeightAveraging):
         def forward_batch(self, pl_module, batch):
             pl_module.batches.append(1.0)

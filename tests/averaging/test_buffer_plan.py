@@ -233,7 +233,7 @@ class Mixed(nn.Module):
         return self.one(x) + self.other(x)
 
 
-def test_each_buffer_is_treated_as_the_first_pattern_says() -> None:
+def test_each_buffer_has_the_mode_of_the_first_pattern() -> None:
     buffers = {"net.norms.1.*": "average", "net.one.*": "copy", "*.norms.*": "refresh"}
     model, refreshed = Model(make=Mixed), Model(make=Mixed)
     fit(model, [averaging(buffers=buffers)])
@@ -258,7 +258,7 @@ def test_a_pattern_for_the_rest_is_as_without_a_dictionary(average: Any) -> None
 
 
 @pytest.mark.parametrize("buffers", [{"a": "mean"}, {"a": None}, {1: "copy"}, {"a": ["copy"]}, ["copy"], "never"])
-def test_another_treatment_is_refused(buffers: Any) -> None:
+def test_another_mode_of_buffers_is_refused(buffers: Any) -> None:
     with pytest.raises(ValueError, match=r'`buffers` must be "average", "refresh", "copy" or None, got '):
         averaging(buffers=buffers)
 

@@ -164,7 +164,7 @@ def test_scales_and_zero_points_of_quantization_belong_together(tmp_path: Path) 
     assert not torch.equal(mean["net.1.weight"], best["net.1.weight"])
 
 
-def test_a_state_dict_of_ones_own_and_an_expanded_buffer(tmp_path: Path) -> None:
+def test_an_overridden_state_dict_and_an_expanded_buffer(tmp_path: Path) -> None:
     class Partial(Model):
         def __init__(self) -> None:
             super().__init__()

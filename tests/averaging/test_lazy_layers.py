@@ -58,7 +58,7 @@ def test_a_lazy_layer_that_is_used_later_is_averaged_from_its_first_weights(aver
 
 
 @pytest.mark.parametrize("average", [EMA(DECAY), SWA(), LAWA(3)], ids=repr)
-def test_a_lazy_layer_that_is_never_used_is_in_nobodys_way(average: Any) -> None:
+def test_a_lazy_layer_that_is_never_used_changes_nothing(average: Any) -> None:
     model, callback = Later(epoch=9), WeightAveraging(average)
     fit(model, [callback, EarlyStopping("val_loss", patience=9)])
     assert all(map(is_lazy, model.later.parameters()))

@@ -87,6 +87,6 @@ def test_what_is_no_model_is_refused(models: Any) -> None:
 
 
 @pytest.mark.parametrize("paths", ["a.ckpt", Path("a.ckpt"), [3], [None]], ids=str)
-def test_paths_that_are_none_are_refused(paths: Any) -> None:
+def test_arguments_that_are_not_paths_are_refused(paths: Any) -> None:
     with pytest.raises(ValueError, match="`paths` must be a list of paths, got"):
         average_checkpoints(paths)

@@ -233,7 +233,7 @@ def test_a_module_holds_one_average_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float32"])
-def test_a_way_back_that_fails_can_be_gone_again(monkeypatch, dtype) -> None:
+def test_an_exchange_back_that_fails_can_be_repeated(monkeypatch, dtype) -> None:
     class Fails(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             raw, swap, calls = snapshot(pl_module), AveragedWeights._swap_, []

@@ -171,7 +171,7 @@ def test_an_override_may_ask_what_the_arguments_say() -> None:
     ],
     ids=repr,
 )
-def test_it_can_be_asked_outside_of_a_run(callback: Any, steps: list[int], epochs: list[int]) -> None:
+def test_should_update_can_be_called_outside_of_a_run(callback: Any, steps: list[int], epochs: list[int]) -> None:
     assert [step for step in range(9) if callback.should_update(step_idx=step)] == steps
     assert [epoch for epoch in range(2) if callback.should_update(epoch_idx=epoch)] == epochs
     assert callback.should_update() is False

@@ -71,7 +71,7 @@ def resumed_from(tmp_path: Path) -> Any:
     return make
 
 
-def test_a_strangers_pickle_is_not_run(resumed_from, tmp_path: Path) -> None:
+def test_a_foreign_pickle_is_not_run(resumed_from, tmp_path: Path) -> None:
     state = Scripted(VALUES, 0.0).state_dict()
     folder, point, strange = resumed_from({"state_dict": state, "more": Harmful(tmp_path / "made")})
     with pytest.warns(UserWarning, match=r"strange\.ckpt holds more than tensors and plain values") as said:
@@ -101,7 +101,7 @@ def test_a_file_of_another_model_changes_nothing(content, resumed_from) -> None:
     assert model.net.weight.item() == VALUES[-1]
 
 
-def test_a_strangers_file_of_tensors_is_read(resumed_from) -> None:
+def test_a_foreign_file_of_tensors_is_read(resumed_from) -> None:
     model = Scripted(VALUES, 0.0)
     torch.nn.init.constant_(model.net.weight, 2.6)
     folder, point, strange = resumed_from({"state_dict": model.state_dict()})
@@ -146,7 +146,7 @@ def test_own_files_are_those_written_in_this_fit(tmp_path: Path) -> None:
     assert "save_checkpoint" not in vars(run.strategy)
 
 
-def test_a_renamed_file_stays_ones_own() -> None:
+def test_a_renamed_file_is_still_trusted() -> None:
     own = OwnFiles()
     own.add("s3://bucket/a.ckpt")
     own.rename("s3://bucket/b.ckpt", "s3://bucket/c.ckpt")

@@ -82,7 +82,7 @@ def test_of_a_lightning_checkpoint_the_state_dict_counts(tmp_path: Path) -> None
     assert average_checkpoints(paths, key="ema")["w"].tolist() == [7.0, 7.0]
 
 
-def test_of_several_places_none_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_keys_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = _write(tmp_path, lambda v: {"model": {"w": _full(v)}, "ema": {"w": _full(10 * v)}})
     with pytest.raises(ValueError, match=r"0\.pt holds weights under \['model', 'ema'\]: say which with `key=`"):
         average_checkpoints(paths)

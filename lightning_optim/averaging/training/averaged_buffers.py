@@ -21,7 +21,7 @@ from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import rank_zero_info
 
 
-class Buffers(Sources):
+class BufferSources(Sources):
     """Buffers that are averaged, each as long as it keeps the shape and dtype of its first update.
 
     Lazy buffers are added when they have a shape (:meth:`take_ready`).
@@ -94,7 +94,7 @@ class AveragedBuffers:
     """
 
     def __init__(self, sources: Iterable[Source], average: Average) -> None:
-        self.sources = Buffers(sources)
+        self.sources = BufferSources(sources)
         self.average = copy.deepcopy(average)
         self.average.keep_wide = True
         self.changed()
