@@ -169,7 +169,7 @@ class Average(Policy):
         return shards.placed_as(shard.to(device, dtype, copy=True), weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy does not take the weights with it."""
+        """Return the attributes of a copy, which does not hold the weights."""
         return {**self.__dict__, "_prepared": None}
 
     # ---- for subclasses ----------------------------------------------------------------------------------------------

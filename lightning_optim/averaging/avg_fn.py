@@ -15,7 +15,7 @@ class AvgFnAverage(Average):
     """Average weights with the function that a user gave to Lightning's callback.
 
     Args:
-        function: ``(averaged, weight, number of updates before) -> averaged``, tensor by tensor.
+        function: ``(averaged, weight, number of updates so far) -> averaged``, called for each tensor.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:

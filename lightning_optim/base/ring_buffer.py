@@ -47,6 +47,11 @@ class Ring:
         self.count += 1
 
     @property
+    def width(self) -> int:
+        """Length of a row, as far as one was added."""
+        return 0 if self._ring is None else self._ring.shape[1]
+
+    @property
     def rows(self) -> Tensor:
         """The rows, the oldest first: shape ``[min(count, size), length of a row]``."""
         if self._ring is None:

@@ -109,7 +109,7 @@ class RingState(State):
         return held
 
     def units(self, held: Ring) -> int:
-        return held.rows.shape[1] if held.count else 0
+        return held.width
 
 
 class PerWeight(State):

@@ -232,17 +232,6 @@ def test_weights_that_join_later_are_averaged_as_if_they_had_stood_still(average
     torch.testing.assert_close(average.averaged, whole.averaged)
 
 
-@pytest.mark.parametrize("average", [EMA(0.5), SWA(), LAWA(2)], ids=repr)
-def test_they_go_on_bit_for_bit_from_their_state(average: Average) -> None:
-    other, generator = copy.deepcopy(average), torch.Generator().manual_seed(0)
-    _run(average, range(5), generator)
-    other.load_state_dict(pickle.loads(pickle.dumps(average.state_dict())))
-    states = [generator.get_state()]
-    one = _run(average, range(5, 9), generator)
-    two = _run(other, range(5, 9), torch.Generator().set_state(states[0]))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
 def test_a_tuple_is_checked_once_and_a_list_each_time() -> None:
     ema, weights = EMA(0.5, warmup=None), (torch.zeros(2), torch.zeros(3))
     for step in range(3):
@@ -404,13 +393,6 @@ def test_on_resume_the_decay_given_now_wins() -> None:
     other.load_state_dict(ema.state_dict())
     other.update_([torch.ones(1)], step=1)
     assert other.averaged[0].item() == 0.5
-
-
-def test_reset_forgets_everything() -> None:
-    ema = EMA(0.9)
-    _run(ema, range(3), torch.Generator())
-    ema.reset()
-    assert (ema.started, ema.averaged, ema.counters) == (False, [], {})
 
 
 def test_values_may_change_places_with_the_weights_and_back() -> None:

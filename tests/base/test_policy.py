@@ -1,4 +1,4 @@
-"""What every policy shares: how it prints, which numbers are its identity, and one copy per optimizer."""
+"""The base class of policies: repr, identity, schedules, formulas, and one copy per optimizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,32 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.averaging.ema import EMA
-from lightning_optim.base.policy import PerOptimizer, Policy
-from lightning_optim.base.schedules import Constant, Cosine, Exponential, Linear, Piecewise
-from lightning_optim.gradients.clipping.by_norm import ClipByNorm
-from lightning_optim.gradients.clipping.by_value import ClipByValue
-from lightning_optim.regularization.penalties import L1, L2, ElasticNet
-from lightning_optim.stopping.combined_criteria import AnyOf
-from lightning_optim.stopping.criteria import Divergence, NonFinite, Plateau, Threshold
+from lightning_optim import (
+    EMA,
+    L1,
+    L2,
+    AnyOf,
+    Average,
+    ClipByNorm,
+    ClipByValue,
+    Clipping,
+    Constant,
+    Cosine,
+    Criterion,
+    Divergence,
+    ElasticNet,
+    Exponential,
+    Linear,
+    NonFinite,
+    NormClipping,
+    Penalty,
+    Piecewise,
+    Plateau,
+    Policy,
+    Proximal,
+    Threshold,
+)
+from lightning_optim.base import PerOptimizer
 from lightning_optim.stopping.improvement import Best
 
 ALL = [
@@ -110,6 +128,53 @@ def test_scheduled_says_whether_a_total_is_needed() -> None:
     assert ElasticNet(0.1, Piecewise({0: 1.0})).scheduled
     assert not L2(1e-4).scheduled
     assert not L2(Constant(1e-4)).scheduled
+
+
+def test_schedules_in_lists_and_nested_policies_are_seen() -> None:
+    class Holds(Policy):
+        def __init__(self, *held: object) -> None:
+            self.held = held
+
+    moving, still = Linear(1.0, 0.5), Constant(1.0)
+    for held in ([moving], {"a": [still, moving]}, L2(moving), [ClipByNorm(1.0), ClipByNorm(moving)], (Holds(moving),)):
+        assert Holds(held).scheduled
+    for held in ([still], {"a": 1.0}, L2(still), [ClipByNorm(1.0), Plateau("x")], None):
+        assert not Holds(held).scheduled
+
+
+def test_a_formula_reads_schedules_at_the_present_step() -> None:
+    class Shift(Clipping):
+        def __init__(self, amount: object) -> None:
+            self.amount = amount
+
+        def _clip_(self, grads, weights) -> None:
+            grads[0].add_(self.current(self.amount))
+            self.seen = self._step, self._total
+
+    grad, policy = torch.zeros(1), Shift(Linear(1.0, 0.0))
+    assert policy.clip_([grad], norm=torch.tensor(7.0), step=1, total=3) == 7.0
+    assert (grad.item(), policy.seen) == (0.5, (1, 3))
+    Shift(2.0).clip_([grad])
+    assert grad.item() == 2.5
+    assert Shift(2.0).clip_([]) is None
+
+
+@pytest.mark.parametrize("kind", [Clipping, NormClipping, Penalty, Proximal, Average, Criterion])
+def test_a_base_class_says_which_formula_is_missing(kind: type[Policy]) -> None:
+    class Empty(kind):
+        pass
+
+    weight, grad = torch.ones(2), torch.ones(2)
+    calls = {
+        Clipping: lambda one: one.clip_([grad]),
+        NormClipping: lambda one: one.clip_([grad]),
+        Penalty: lambda one: one.add_grad_([weight], [grad]),
+        Proximal: lambda one: one.project_([weight], lr=0.1),
+        Average: lambda one: [one.update_([weight], step=step) for step in (1, 2)],
+        Criterion: lambda one: one.update({"x": 1.0}),
+    }
+    with pytest.raises(NotImplementedError, match=r"Empty has no `_?\w+\(self, "):
+        calls[kind](Empty())
 
 
 def test_one_copy_per_optimizer() -> None:

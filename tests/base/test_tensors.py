@@ -1,4 +1,4 @@
-"""Tensor work: which parameters are chosen, and what is computed on shards equals what is computed on whole tensors."""
+"""Selection of parameters, local shards, swaps and copies: on shards as on whole tensors."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_select_refuses_what_matches_nothing(on: object, exclude: object, senten
         selection.select(Model(), on, exclude)
 
 
-def test_local_is_live_storage() -> None:
+def test_local_shards_are_live_storage() -> None:
     tensor = torch.zeros(2)
     (part,) = shards.local_shards([tensor])
     part.fill_(1.0)
@@ -90,7 +90,7 @@ def test_local_is_live_storage() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (1100, 1000)])
-def test_exchange_swaps_values_and_keeps_storage(shape: tuple[int, ...]) -> None:
+def test_swap_keeps_storage(shape: tuple[int, ...]) -> None:
     left, right = torch.randn(shape), torch.randn(shape)
     wanted, pointers = (right.clone(), left.clone()), (left.data_ptr(), right.data_ptr())
     foreach.swap_(left, right)
@@ -99,7 +99,7 @@ def test_exchange_swaps_values_and_keeps_storage(shape: tuple[int, ...]) -> None
     assert (left.data_ptr(), right.data_ptr()) == pointers
 
 
-def test_exchange_of_a_large_tensor_in_another_memory_format_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swap_of_a_large_tensor_in_another_memory_format_is_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foreach, "_CHUNK", 7)
     left, right = (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2))
     wanted = right.clone(), left.clone()
@@ -112,7 +112,7 @@ def test_exchange_of_a_large_tensor_in_another_memory_format_is_in_pieces(monkey
     assert max(pieces) == 7
 
 
-def test_exchange_of_views_leaves_their_neighbours() -> None:
+def test_swap_of_views_leaves_their_neighbours() -> None:
     left, right = torch.arange(6.0).view(2, 3), torch.arange(6.0, 12.0).view(3, 2)
     foreach.swap_(left[:, 0], right[1:, 1])
     assert left.tolist() == [[9.0, 1.0, 2.0], [11.0, 4.0, 5.0]]
@@ -127,7 +127,7 @@ def test_copy_goes_into_a_parameter_and_converts() -> None:
     assert target.data_ptr() == pointer
 
 
-def test_whole_is_a_copy() -> None:
+def test_gathered_tensor_is_a_copy() -> None:
     tensor = nn.Parameter(torch.ones(2))
     copied = shards.gather_to_cpu(tensor)
     copied.zero_()

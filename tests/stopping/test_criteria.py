@@ -147,25 +147,6 @@ def test_any_of_improves_if_one_does() -> None:
     assert both.improved
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda patience: Plateau("x", patience=patience, mode="max"),
-        lambda patience: Threshold("x", 0.5),
-        lambda patience: AnyOf([NonFinite("x"), Threshold("x", 0.8), Plateau("x", patience=patience)]),
-    ],
-)
-@pytest.mark.parametrize("scores", SCRIPTS, ids=str)
-def test_resumes_where_it_was(build, scores: list[float]) -> None:
-    whole, first = build(3), build(3)
-    wanted = _feed(whole, scores)
-    done = _feed(first, scores[:3])
-    second = build(3)
-    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
-    assert done + _feed(second, scores[3:]) == wanted
-    assert second.state_dict() == whole.state_dict()
-
-
 def test_on_resume_the_arguments_given_now_win() -> None:
     short = Plateau("x", patience=2)
     _feed(short, [1.0, 2.0])
