@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import pickle
-import weakref
 from collections.abc import Iterator
 
 import ema_pytorch
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.ema import EMA
@@ -29,6 +26,7 @@ from lightning_optim.averaging.lawa import LAWA
 from lightning_optim.averaging.swa import SWA
 from lightning_optim.base import foreach, shards
 from lightning_optim.base.dtypes import accumulation_dtype
+from tests.harness.operators import Operators
 from tests.harness.process_group import Group
 
 
@@ -291,27 +289,6 @@ def test_complex_weights() -> None:
     assert ema.averaged[0].tolist() == [2.0 + 1.0j]
 
 
-class _Allocations(TorchDispatchMode):
-    """Measure the largest number of elements that exist at once beside the arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self._count(tensor.numel())
-                weakref.finalize(tensor, self._count, -tensor.numel())
-        return result
-
-    def _count(self, elements: int) -> None:
-        self.live += elements
-        self.peak = max(self.peak, self.live)
-
-
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0), (torch.bfloat16, 2 << 18)])
 @pytest.mark.parametrize(
     "shapes",
@@ -322,9 +299,9 @@ def test_no_temporary_has_the_size_of_the_model(shapes: list[tuple[int, ...]], d
     weights = [torch.ones(shape, dtype=dtype) for shape in shapes]
     weights = [w.to(memory_format=torch.channels_last) if w.ndim == 4 else w for w in weights]
     ema = EMA(0.9)
-    with _Allocations() as copies:
+    with Operators() as copies:
         ema.update_(weights, step=0)
-    with _Allocations() as updates:
+    with Operators() as updates:
         ema.update_(weights, step=1)
     assert copies.peak == 1_000_000
     assert updates.peak <= most

@@ -10,8 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, WeightAveraging, refresh_batchnorm_
 from tests.averaging.models import (
@@ -31,6 +29,7 @@ from tests.averaging.models import (
 )
 from tests.harness.cells import Cell
 from tests.harness.models import build, full_weights
+from tests.harness.operators import Operators
 from tests.harness.process_group import Group
 
 DECAY = 0.8
@@ -328,19 +327,6 @@ def test_double_precision_weights_can_have_a_double_precision_average() -> None:
         assert_equal(snapshot(model), model.trajectory[-1])
 
 
-class _Largest(TorchDispatchMode):
-    """Measure the bytes of the largest tensor that one operation makes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known]
-        self.bytes = max(self.bytes, sum(t.numel() * t.element_size() for t in new))
-        return result
-
-
 def test_a_swap_allocates_a_few_megabytes_and_an_update_nothing() -> None:
     model = Model(make=lambda: nn.Sequential(nn.Linear(6, 3_000_000, bias=False), nn.Linear(1, 1)))
     callback = averaging(apply_at_end=False)
@@ -352,12 +338,12 @@ def test_a_swap_allocates_a_few_megabytes_and_an_update_nothing() -> None:
     callback.on_train_start(run, model)
     for step in range(1, 3):
         callback.steps = [step]
-        with _Largest() as made:
+        with Operators() as made:
             callback.on_after_optimizer_step(run, model, run.optimizers[0])
-        assert made.bytes == (72_000_000 if step == 1 else 0)
-    with _Largest() as made, callback.averaged_weights(model):
+        assert made.largest_bytes == (72_000_000 if step == 1 else 0)
+    with Operators() as made, callback.averaged_weights(model):
         pass
-    assert 0 < made.bytes <= 4 << 20
+    assert 0 < made.largest_bytes <= 4 << 20
     callback.fit.close()
 
 

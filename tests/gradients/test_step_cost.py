@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_optim import (
     AGC,
@@ -22,18 +21,7 @@ from lightning_optim import (
 )
 from tests.gradients.test_gradient_clipping import CELL, _fit
 from tests.harness import models, run
-
-
-class Reads(TorchDispatchMode):
-    """Counts reads of a number from a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
+from tests.harness.operators import Operators
 
 
 class Counting(Callback):
@@ -47,9 +35,9 @@ class Counting(Callback):
         inner = getattr(callback, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            with Reads() as reads:
+            with Operators() as operators:
                 result = inner(*args, **kwargs)
-            self.now += reads.count
+            self.now += operators.host_reads.total()
             return result
 
         setattr(callback, name, counted)
@@ -94,9 +82,9 @@ def test_reads_from_the_device_in_a_step_that_is_not_logged(arguments: Any, expe
 
 
 def test_the_counter_sees_a_read() -> None:
-    with Reads() as reads:
+    with Operators() as operators:
         torch.ones(()).item()
-    assert reads.count == 1
+    assert operators.host_reads.total() == 1
 
 
 class Writes(Callback):

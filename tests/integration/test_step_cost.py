@@ -1,16 +1,12 @@
-"""What a step costs that is not logged: no word from the device to the host, and no temporary of the model's size."""
+"""A step that is not logged: the host reads nothing from the device, and no temporary has the size of the model."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim import (
     EMA,
@@ -25,65 +21,39 @@ from lightning_optim import (
 )
 from tests.harness import regression
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import Fitted, each_entry, prepare
+from tests.harness.operators import Operators
+from tests.integration.entry_fits import OF_TENSORS, Fitted, each_entry, prepare
 from tests.registry import BY_NAME, Entry
 
-ASKING = ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero")
 SILENT: dict[str, Any] = {"limit_val_batches": 0, "log_every_n_steps": 10**6, "logger": False}
 
 
-class Watching(TorchDispatchMode):
-    """Counts what asks the device, and keeps the largest fresh output of an operator, ``inside`` a hook of ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: Counter[str] = Counter()
-        self.largest, self.by, self.inside = 0, "", True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split(".")[0]
-        if self.inside and name in ASKING:
-            self.asked[name] += 1
-        output = func(*args, **(kwargs or {}))
-        if self.inside:
-            self._note(name, tree_leaves((args, kwargs)), tree_leaves(output))
-        return output
-
-    def _note(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:
-        known = {tensor.untyped_storage().data_ptr() for tensor in inputs if isinstance(tensor, Tensor)}
-        fresh = [t for t in outputs if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known]
-        size = sum(tensor.numel() for tensor in fresh)
-        if size > self.largest:
-            self.largest, self.by = size, name
-
-
-def watched(fitted: Fitted, steps_from: int) -> Watching:
-    """Train, and watch what the hooks of our callbacks do around the steps from this one on."""
-    watching = Watching()
-    watching.inside = False
+def watched(fitted: Fitted, steps_from: int) -> Operators:
+    """Train, and watch the operators in the hooks of our callbacks from this step on."""
+    operators = Operators(on=False)
     hooks = ("on_before_optimizer_step", "on_after_optimizer_step", "on_before_backward", "on_train_batch_start")
     # In the classes: a hook on the object itself would be called after that of the class.
-    with pytest.MonkeyPatch.context() as patch, watching:
+    with pytest.MonkeyPatch.context() as patch, operators:
         for kind in {type(callback) for callback in fitted.ours}:
             for hook in hooks:
-                patch.setattr(kind, hook, _within(watching, getattr(kind, hook), steps_from))
+                patch.setattr(kind, hook, _watching(operators, getattr(kind, hook), steps_from))
         fitted.trainer.fit(fitted.module)
-    return watching
+    return operators
 
 
-def _within(watching: Watching, hook: Any, steps_from: int) -> Any:
+def _watching(operators: Operators, hook: Any, steps_from: int) -> Any:
     def call(callback: OptimCallback, *args: Any) -> Any:
-        before, watching.inside = watching.inside, callback.steps[0] >= steps_from
+        before, operators.on = operators.on, callback.steps[0] >= steps_from
         try:
             return hook(callback, *args)
         finally:
-            watching.inside = before
+            operators.on = before
 
     return call
 
 
 class SmallSteps(Cell):
-    """A wide network diverges at the rate of the others."""
+    """A cell with a smaller learning rate: a wide network diverges at the rate of the other cells."""
 
     @property
     def lr(self) -> float:
@@ -95,54 +65,55 @@ STEPS = SmallSteps("automatic", "32-true", "single", "1")
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.2 million weights, two thirds of them in one tensor: what works by pieces has pieces to make."""
+    """Make the network so wide (1.2 million weights, two thirds in one tensor) that kernels work in several chunks."""
     monkeypatch.setattr(regression, "HIDDEN", 100_000)
 
 
-def deciding(fitted: Fitted) -> list[Any]:
-    """Whoever must know on the host whether a step is finite."""
-    return [callback for callback in fitted.ours if getattr(callback, "nonfinite", "ignore") != "ignore"]
+def deciding(callbacks: list[Any]) -> list[Any]:
+    """Return the callbacks that must know on the host whether a step is finite."""
+    return [callback for callback in callbacks if getattr(callback, "nonfinite", "ignore") != "ignore"]
 
 
 @each_entry
 def test_entry(entry: Entry) -> None:
-    """A decision costs one word a step; all else costs none. At most one parameter is copied at a time."""
+    """A decision costs one read by the host in each step, all else none. At most one parameter is copied at a time."""
     fitted = prepare(entry, STEPS, **SILENT)
-    watching = watched(fitted, steps_from=2)
+    operators = watched(fitted, steps_from=2)
     steps = max((callback.steps[0] for callback in fitted.ours), default=0)
-    assert sum(watching.asked.values()) <= len(deciding(fitted)) * (steps - 2), watching.asked
-    assert watching.largest <= max(p.numel() for p in fitted.module.parameters()), watching.by
+    assert operators.host_reads.total() <= len(deciding(fitted.ours)) * (steps - 2), operators.host_reads
+    assert operators.largest <= max(p.numel() for p in fitted.module.parameters()), operators.largest_from
 
 
-@each_entry
+# The other entries decide nothing, so that the test above allows them no read.
+DECIDING = [entry for entry in OF_TENSORS if deciding(entry.all_callbacks(STEPS))]
+
+
+@pytest.mark.parametrize("entry", DECIDING, ids=lambda entry: entry.name)
 def test_entry_without_a_decision(entry: Entry) -> None:
     fitted = prepare(entry, STEPS, **SILENT)
-    for callback in deciding(fitted):
+    for callback in deciding(fitted.ours):
         callback.nonfinite = "ignore"
-    assert not watched(fitted, steps_from=2).asked
+    assert not watched(fitted, steps_from=2).host_reads.total()
 
 
-def ground_floor() -> list[Any]:
-    return [
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_four_callbacks_together(precision: Any) -> None:
+    """The largest new tensor holds at most a quarter of the model's elements, in chunks of some MB."""
+    callbacks = [
         WeightRegularization([L1(1e-4), L2(1e-4)]),
         GradientClipping(ClipByNorm(0.1), nonfinite="ignore"),
         GradientAccumulation(2),
         WeightAveraging(EMA(0.9)),
     ]
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_ground_floor_together(precision: Any) -> None:
-    """Nothing of the model's size is made: a quarter of it at most, which is a piece of some MB."""
-    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=ground_floor(), precision=precision, **SILENT)
-    watching = watched(fitted, steps_from=2)  # the first update makes the average
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=callbacks, precision=precision, **SILENT)
+    operators = watched(fitted, steps_from=2)  # the first update makes the average
     assert [callback.steps for callback in fitted.ours] == [[4]] * 4
-    assert not watching.asked
-    assert watching.largest < 0.25 * sum(p.numel() for p in fitted.module.parameters()), watching.by
+    assert not operators.host_reads.total()
+    assert operators.largest < 0.25 * sum(p.numel() for p in fitted.module.parameters()), operators.largest_from
 
 
 class Wasteful(OptimCallback):
-    """What the tests above must see: a question to the device, and copies of all the weights in one act."""
+    """Read a value on the host, and copy all the weights in one operator, so that the tests above must see it."""
 
     def on_after_optimizer_step(self, trainer: Any, pl_module: LightningModule, optimizer: Any) -> None:
         torch._foreach_mul(list(pl_module.parameters()), 2.0)
@@ -151,6 +122,6 @@ class Wasteful(OptimCallback):
 
 def test_waste_is_seen() -> None:
     fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[Wasteful()], **SILENT)
-    watching = watched(fitted, steps_from=2)
-    assert sum(watching.asked.values()) == 7
-    assert watching.largest == sum(p.numel() for p in fitted.module.parameters())
+    operators = watched(fitted, steps_from=2)
+    assert operators.host_reads.total() == 7
+    assert operators.largest == sum(p.numel() for p in fitted.module.parameters())

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-
 import jsonargparse
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim.base import shards
 from lightning_optim.base.schedules import Linear, Piecewise
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
+from tests.harness.operators import Operators
 from tests.harness.process_group import Group
 
 TEXTBOOK = torch.tensor([[-2.0, -1.0, 0.0], [1.0, 2.0, 3.0]])
@@ -147,35 +144,14 @@ def test_a_schedule_scales_value_and_gradient(penalty: Penalty, factors: list[fl
         torch.testing.assert_close(penalty.value([TEXTBOOK], step=step, total=3), factor * plain.value([TEXTBOOK]))
 
 
-class _Allocations(TorchDispatchMode):
-    """The largest number of elements that were there at once beside the arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self._count(tensor.numel())
-                weakref.finalize(tensor, self._count, -tensor.numel())
-        return result
-
-    def _count(self, elements: int) -> None:
-        self.live += elements
-        self.peak = max(self.peak, self.live)
-
-
 @pytest.mark.parametrize("shapes", [[(1_000_000,)], [(500, 100)] * 20], ids=["one large", "many small"])
 def test_no_temporary_has_the_size_of_the_model(shapes: list[tuple[int, ...]]) -> None:
     weights, grads = [torch.ones(shape) for shape in shapes], [torch.zeros(shape) for shape in shapes]
-    with _Allocations() as naive:
+    with Operators() as naive:
         torch._foreach_add_(grads, torch._foreach_sign(weights))
     assert naive.peak == 1_000_000
     for penalty in PENALTIES:
-        with _Allocations() as ours:
+        with Operators() as ours:
             penalty.add_grad_(weights, grads)
         assert ours.peak <= 2 << 18
 

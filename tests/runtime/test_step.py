@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_optim import (
     AGC,
@@ -38,6 +37,7 @@ from tests.gradients.test_sparse_gradients import Words
 from tests.gradients.test_sparse_gradients import fit as fit_words
 from tests.harness import models, regression, run
 from tests.harness.cells import MOMENTUM, Cell
+from tests.harness.operators import Operators
 from tests.harness.process_group import Group
 
 CELL = Cell("automatic", "32-true", "single", "1")
@@ -450,19 +450,8 @@ def test_norms_on_two_ranks_are_those_of_one(strategy: str, group: Group) -> Non
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 
-class Counting(TorchDispatchMode):
-    """Counts torch operations between the first and the last callback before a step, and after it."""
-
-    count = 0
-    inside = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += self.inside
-        return function(*args, **(kwargs or {}))
-
-
 def _operations(log_every: int, max_norm: float, nonfinite: Any) -> int:
-    counting, counts = Counting(), []
+    operators, counts = Operators(on=False), []
 
     class Around(OptimCallback):
         def __init__(self, inside: bool) -> None:
@@ -470,16 +459,16 @@ def _operations(log_every: int, max_norm: float, nonfinite: Any) -> int:
             self.inside = inside
 
         def on_before_optimizer_step(self, *_: Any) -> None:
-            counting.inside = self.inside
+            operators.on = self.inside
 
         def on_after_optimizer_step(self, *_: Any) -> None:
-            counting.inside = self.inside
+            operators.on = self.inside
             if not self.inside:
-                counts.append(counting.count)
+                counts.append(operators.count)
 
     ours = [WeightRegularization(L2(STRENGTH)), GradientMonitor(), GradientClipping(max_norm, nonfinite)]
     trainer = run.make_trainer(CELL, [Around(True), *ours, Around(False)], log_every_n_steps=log_every)
-    with counting:
+    with operators:
         trainer.fit(models.build(CELL))
     assert counts[-1] - counts[-2] == counts[-2] - counts[-3]
     return counts[-1] - counts[-2]
