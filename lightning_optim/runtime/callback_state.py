@@ -90,7 +90,7 @@ def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, 
     Args:
         ours: Plain tensors that this rank holds, by their paths in the state.
         trainer: The Trainer.
-        checkpoint: What will be written.
+        checkpoint: The checkpoint that is about to be written.
         key: The callback's.
     """
     if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
@@ -118,8 +118,8 @@ def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
         tree = state
         for parent in parents:
             tree = tree.setdefault(parent, {})
-        others = [theirs[path] for theirs in by_rank if path in theirs and theirs[path].shape == tensor.shape]
-        tree[name] = tensor if same else torch.stack([other.double() for other in others]).mean(0).to(tensor.dtype)
+        found = [theirs[path] for theirs in by_rank if path in theirs and theirs[path].shape == tensor.shape]
+        tree[name] = tensor if same else torch.stack([each.double() for each in found]).mean(0).to(tensor.dtype)
 
 
 def digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:

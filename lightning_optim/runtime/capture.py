@@ -35,7 +35,7 @@ class RunState(LeftAlone):
     Attributes:
         global_step: ``trainer.global_step`` at that moment.
         callbacks: The callbacks whose state is in it.
-        objects: What the module, the optimizers and the callbacks of this package hold; of sharded tensors the shards.
+        objects: Contents of the module, the optimizers and callbacks of this package; of sharded tensors the shards.
         stateful: Learning-rate schedulers, the GradScaler, Lightning's counts of steps and other callbacks, each with a
             copy of its ``state_dict()``.
         random: Random state of this rank.

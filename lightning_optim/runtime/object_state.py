@@ -31,7 +31,7 @@ from lightning_optim.runtime.session import Session
 
 
 class LeftAlone:
-    """Base of a class whose objects are left alone where an :class:`ObjectState` finds them within others."""
+    """Mark a class whose objects an :class:`ObjectState` leaves alone where it finds them within another object."""
 
 
 _NUMBERS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None))
@@ -106,7 +106,7 @@ class ObjectState(LeftAlone):
             return [name for name, record in self._records.values() if not record.restore_()]
 
     def set_gradients_aside(self) -> None:
-        """Take the gradients away, so that others can be accumulated."""
+        """Take the gradients away, so that new ones can be accumulated."""
         for record in self._of_kind(_TensorRecord):
             record.set_gradient_aside()
 
@@ -271,7 +271,7 @@ class _TensorRecord:
         self.version = shards.version(tensor)
 
     def restore_(self) -> bool:
-        """Put back all but the values of a writable tensor, which are written together with those of others."""
+        """Put back everything but the values of a writable tensor: all tensors' values are written together."""
         tensor = self.tensor
         (now,) = shards.local_shards([tensor.data])
         if _place(now) != _place(self.shard):

@@ -1,4 +1,4 @@
-"""A step that is tried and undone leaves no trace, whatever callbacks have to remember."""
+"""Test that a step that is tried and undone leaves no trace in any callback's state."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class PositionLoader:
 
 
 class LazyLoader(PositionLoader):
-    """The same, but it takes a loaded position when the first batch is asked for."""
+    """Takes a loaded position only when the first batch is asked for."""
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         yield from super().__iter__()
@@ -133,7 +133,7 @@ class Net(LightningModule):
 
 
 class ShardedNet(Net):
-    """The same under FSDP2: the first layer is a group of its own, the last is the root's."""
+    """Shards the layers with FSDP2: the first is a group of its own, the last belongs to the root."""
 
     def configure_model(self) -> None:
         fully_shard(self.body[0])
@@ -141,7 +141,7 @@ class ShardedNet(Net):
 
 
 class NormNet(Net):
-    """With BatchNorm, whose statistics are of a rank's own batches; nothing is random."""
+    """Has BatchNorm, whose statistics are of a rank's own batches, and draws no random number."""
 
     def __init__(self) -> None:
         super().__init__(random=False)
@@ -149,7 +149,7 @@ class NormNet(Net):
 
 
 class ShardedNormNet(NormNet, ShardedNet):
-    """The same under FSDP2."""
+    """Shards the layers of a net with BatchNorm."""
 
 
 class PlateauNet(Net):

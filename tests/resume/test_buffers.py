@@ -1,4 +1,4 @@
-"""Non-persistent buffers that change in training are in the checkpoint of an exact resume."""
+"""Test that a checkpoint of an exact resume holds the non-persistent buffers that change in training."""
 
 from __future__ import annotations
 

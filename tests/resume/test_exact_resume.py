@@ -1,4 +1,4 @@
-"""A run that is killed and resumed equals the run that was not, bit for bit; Lightning's own resume does not."""
+"""Test that a killed and resumed run equals the run that was not killed, bit for bit; Lightning's resume does not."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_open_window(place: str, path: Path) -> None:
 
 
 class Die(Callback):
-    """Dies a while after the last file was written."""
+    """Dies some batches after the last checkpoint was written."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch

@@ -1,4 +1,4 @@
-"""The answer to "is a resume from here exact?", at each batch of an epoch of six."""
+"""Test the answer to "is a resume from here exact?" at each batch of an epoch of six."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Answers(Callback):
 
 
 class ReadAhead(PositionLoader):
-    """Workers are ahead of the position."""
+    """Has workers, which are ahead of the position."""
 
     num_workers = 2
 

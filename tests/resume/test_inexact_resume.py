@@ -1,4 +1,4 @@
-"""ExactResume warns of what is not exact, and says what to do instead."""
+"""Test that ExactResume warns if a resume is not exact, and says what to do instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resume rounds nothing, and values that are not finite decide nothing."""
+"""Test that a resume rounds no weight, and that averages stay exact after values that are not finite."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class NetWithABrokenBatch(NormNet):
 
 
 class WhenTrainingEnds(EarlyStopping):
-    """Keeps the averages of then."""
+    """Keeps the averages at the end of training."""
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         (average,) = (cb for cb in trainer.callbacks if isinstance(cb, WeightAveraging))

@@ -1,4 +1,4 @@
-"""Tensors that differ between ranks, such as running statistics of their batches, survive a resume and a use."""
+"""Test that tensors that differ between ranks, such as running statistics, survive a resume and a use."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(
     strategy: str = "ddp",
     loader: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
-    """One fit in a process of a living group, each rank with its own data."""
+    """Train in a process of a living group, each rank with its own data."""
     rank = torch.distributed.get_rank()
     return fit(
         callbacks,
@@ -81,7 +81,7 @@ def run(
 
 
 def resumes(folder: Path, callbacks: Callable[[], list[Any]], strategy: str, names: list[str]) -> list[str]:
-    """A job: what differs between a run, the run that also saves, and those resumed from what it saved."""
+    """Job: return the differences of a run, the run that also saves, and those that resume from its checkpoints."""
     whole = run(callbacks(), strategy=strategy)
     found = {"saving": difference(run([*callbacks(), Save(folder)], strategy=strategy), whole)}
     for name in names:
@@ -113,7 +113,7 @@ def test_buffers_within_a_window(group: Group, tmp_path: Path) -> None:
 
 
 def warnings_on_resume(folder: Path, strategy: str, exact: bool) -> list[str]:
-    """A job: what is said about buffers when a run resumes."""
+    """Job: return the warnings about buffers when a run resumes."""
 
     def callbacks() -> list[Any]:
         return [GradientClipping(1.0), WeightAveraging(EMA(0.9)), *([ExactResume()] if exact else [])]
@@ -154,7 +154,7 @@ def averaged_with_memory() -> list[Any]:
 
 
 class FreezesStatistics(Callback):
-    """From the second epoch on BatchNorm is frozen."""
+    """Freezes BatchNorm from the second epoch on."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.current_epoch:
@@ -183,14 +183,14 @@ def test_averaged_statistics_of_ranks(
 
 
 def of_rank() -> DataLoader[Any]:
-    """Each rank has its own data, in one order, at no position that a checkpoint could hold."""
+    """Return a loader of this rank's own data in a fixed order, which saves no position."""
     half = EPOCH * SAMPLES // 2
     start = half * torch.distributed.get_rank()
     return DataLoader([data()[index] for index in range(start, start + half)], batch_size=SAMPLES // 2)
 
 
 def average_without_exact_resume(folder: Path) -> str:
-    """A job: whether weights differ after a resume at an epoch's end, where Lightning resumes them exactly."""
+    """Job: return the difference after a resume at an epoch's end, where Lightning resumes the weights exactly."""
     whole = run([WeightAveraging(EMA(0.9)), Save(folder)], loader=of_rank)
     resumed = run([WeightAveraging(EMA(0.9))], folder / f"epoch-{EPOCH}", loader=of_rank)
     return difference({**resumed, "events": []}, {**whole, "events": []})
@@ -201,14 +201,14 @@ def test_averaged_statistics_need_no_exact_resume(group: Group, tmp_path: Path) 
 
 
 class Buffers(Callback):
-    """The raw statistics when training ends."""
+    """Keeps the raw statistics when training ends."""
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.raw = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
 
 
 def raw_buffers(average: bool) -> dict[str, torch.Tensor]:
-    """A job."""
+    """Job: return the raw statistics of a run."""
     buffers = Buffers()
     run([buffers, *([WeightAveraging(EMA(0.9))] if average else [])])
     return buffers.raw
@@ -224,7 +224,7 @@ def test_an_average_changes_no_raw_statistics(group: Group) -> None:
 
 
 class Seen(OptimCallback):
-    """A user's: the sum of the inputs that this rank has seen, and the number of batches, which is the same on all."""
+    """Sums, as a user's callback, the inputs of this rank, and counts the batches, which are as many on all ranks."""
 
     def reset(self) -> None:
         self.total, self.count = torch.zeros(()), 0
@@ -243,7 +243,7 @@ class Seen(OptimCallback):
 
 
 def seen_by_rank(folder: Path) -> tuple[list[float], list[int]]:
-    """A job: the sums of the whole run and of the resumed one."""
+    """Job: return the sums of the whole run and of the resumed one."""
     whole, resumed = Seen(), Seen()
     run([ExactResume(), whole, Save(folder)])
     run([ExactResume(), resumed], folder / "batch-4")

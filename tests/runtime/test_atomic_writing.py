@@ -1,4 +1,4 @@
-"""Only the output is written: what a full disk, an exception, a kill, a link or a folder leave of it."""
+"""Test that a full disk, an exception, a kill, a link or a folder leave either the whole output or none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BEFORE = {"w": torch.full((5,), 7.0)}
 
 @pytest.fixture(params=["unnamed", "copied", "named"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Through a file without a name, and where a file system cannot give it one, or has no such files."""
+    """Write with an unnamed file, with one that the file system cannot link, and without unnamed files."""
 
     def cannot_link(*_: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -125,7 +125,7 @@ def test_a_name_that_is_too_long_is_said_and_no_other(way: str, tmp_path: Path) 
 
 @contextmanager
 def _small_disk(folder: Path, size: int) -> Iterator[int]:
-    """A file system of this size, where one may be mounted; else a limit to the size of a file. Yields the errno."""
+    """Mount a file system of this size, or else limit the size of a file; yield the errno."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
     if shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0:
         try:
@@ -177,7 +177,7 @@ for round in range(1, 255):
 
 
 def test_a_kill_leaves_the_previous_output_and_nothing_else(tmp_path: Path) -> None:
-    """Six kills while 4 MB are written, in each round over what the round before has written."""
+    """Kill six times while 4 MB are written, each time over the output of the round before."""
     code, out = tmp_path / "writer.py", tmp_path / "folder" / "out"
     code.write_text(_WRITER)
     out.parent.mkdir()

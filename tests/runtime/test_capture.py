@@ -1,4 +1,4 @@
-"""A run that goes back to a captured state goes on from there bit for bit, with the data that come."""
+"""Test that a run that goes back to a captured state goes on from there bit for bit, with the next batches."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Net(ManualOptimizationMixin, LightningModule):
 
 
 class Batches:
-    """The batches of this rank that the running epoch does not leave out; a pass draws no random number."""
+    """Gives this rank's batches that the running epoch does not leave out, and draws no random number of the run."""
 
     def __init__(self, net: Net) -> None:
         self.net = net
@@ -154,7 +154,7 @@ def run(
     more: tuple[Callback, ...] = (),
     left_out: tuple[range, ...] = (range(0),),
 ) -> dict[str, Any]:
-    """One fit, and everything that it ended with."""
+    """Train, and return everything that the fit ended with."""
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     net = (ShardedNet if strategy == "fsdp2" else Net)(kind)
     net.left_out = left_out
@@ -213,7 +213,7 @@ class Ended(Callback):
 
 
 def plain(tree: Any) -> Any:
-    """Nested lists of numbers, which pass between processes and compare bit for bit."""
+    """Return nested lists of numbers, which can be sent to another process and compared bit for bit."""
     if isinstance(tree, dict):
         return {str(name): plain(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -225,12 +225,12 @@ def plain(tree: Any) -> Any:
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The parts in which two outcomes differ; a NaN is equal to a NaN."""
+    """Return the names of the parts in which two outcomes differ; a NaN is equal to a NaN."""
     return [part for part in one if repr(one[part]) != repr(other[part])]
 
 
 def compare(kind: str, precision: str, strategy: str) -> tuple[list[str], list[str]]:
-    """A job: how a run that went back differs from a run without the batches between, and from one with all batches."""
+    """Job: compare a run that went back with one without the batches between, and with one with all batches."""
     without = run(kind, precision, strategy, left_out=(BETWEEN,))
     back = run(kind, precision, strategy, (GoBack(),))
     return differing(back, without), differing(back, run(kind, precision, strategy))
@@ -288,14 +288,14 @@ def test_from_one_epoch_to_the_one_before() -> None:
 
 
 class NoValidation(Callback):
-    """A validation draws random numbers, which go back with the state."""
+    """Leaves out validations: they draw random numbers, which go back with the state."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         trainer.limit_val_batches = 0
 
 
 def where(trainer: Trainer) -> list[Any]:
-    """Which tensors there are, and where they lie."""
+    """Return the identity and the address of each tensor."""
     module = trainer.lightning_module
     tensors = [*module.parameters(), *(buffer for name, buffer in module.named_buffers() if name != "recent")]
     tensors += [value for state in trainer.optimizers[0].state.values() for value in state.values()]

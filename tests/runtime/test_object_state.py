@@ -1,4 +1,4 @@
-"""Everything that a module holds is put back, in the same objects, whatever was done to it."""
+"""Test that everything that a module holds is put back, in the same objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_optim.runtime.object_state import ObjectState
 
 
 class Dictionary(dict):
-    """A dictionary that counts in its methods."""
+    """Counts the writes in its methods."""
 
     writes = 0
 
@@ -30,7 +30,7 @@ class Dictionary(dict):
 
 
 class Averager:
-    """A meter like those in many projects, which knows the module too."""
+    """Averages values, as the meters of many projects do, and holds the module too."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.sums, self.last, self.formatted = module, [0.0, 0], None, str

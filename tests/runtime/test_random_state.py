@@ -1,4 +1,4 @@
-"""The random state of a rank is tensors and plain values, and all that draws depend on."""
+"""Test that the random state is tensors and plain values, and everything on which draws depend."""
 
 from __future__ import annotations
 
