@@ -240,7 +240,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def _should_skip_check(self, trainer: Trainer) -> bool:
         """Return True outside of training. Subclasses of Lightning's class override this method."""
-        return trainer.state.fn is not TrainerFn.FITTING or trainer.sanity_checking
+        return trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
         """Read the metrics, decide whether to stop, and store the best weights.
