@@ -83,8 +83,9 @@ class OptimizerStep:
         self._parameters: list[Tensor] | None = None
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
         self._dense: tuple[list[Tensor], list[Tensor]] | None = None
-        self._latest: list[Tensor] = []  # Gradients as read last: held, so that no new tensor has an old one's `id`.
-        self._versions: list[int] = []  # … as they were when the norms were computed.
+        self._named: list[tuple[Tensor, str]] = []
+        self._latest: list[Tensor] = []  # gradients as they were read last, held so that no new tensor gets their `id`
+        self._versions: list[int] = []  # of the gradients when the norms were computed
         self._norms: dict[float, Tensor] = {}
 
     def refresh(self) -> None:
@@ -151,6 +152,11 @@ class OptimizerStep:
         A parameter that the model does not hold is named by its place, such as
         ``"optimizers.0.param_groups.1.params.0"``.
         """
+        if [id(parameter) for parameter, _ in self._named] != [id(parameter) for parameter in self.parameters]:
+            self._named = list(zip(self.parameters, self._find_names(), strict=True))
+        return [name for _, name in self._named]
+
+    def _find_names(self) -> list[str]:
         known: dict[int, str] = {}
         if self._module is not None:
             shards.reshard_(self._module)
@@ -165,7 +171,7 @@ class OptimizerStep:
 
     @property
     def dropped(self) -> bool:
-        """True if no parameter has a gradient: somebody cancelled or dropped the step, and it moves nothing."""
+        """True if no parameter has a gradient, so that the step changes no weight: it was cancelled or dropped."""
         return not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
 
     def value_of(self, number: float | Schedule) -> float:
@@ -175,9 +181,8 @@ class OptimizerStep:
     def norm(self, norm_type: float = 2.0) -> Tensor:
         """Return the norm of all :attr:`grads` together, and compute it only if they changed since it was asked for.
 
-        A gradient that was replaced, or written to in place, is seen by its identity and by the version that torch
-        counts; a write through ``.data``, which torch does not count, is not. With sharded gradients the norm is a
-        collective: ask for it on all ranks alike.
+        A change is noticed if a gradient was replaced, or written to in place; a write through ``.data``, which torch
+        does not count, is not noticed. With sharded gradients the norm is a collective: call it on all ranks alike.
 
         Args:
             norm_type: The exponent p > 0; ``inf`` for the largest absolute value.
