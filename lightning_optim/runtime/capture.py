@@ -13,11 +13,13 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.copied_state import copied_state
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import Callback, Trainer, strategies
+from lightning_optim.runtime.lightning.loops import is_last_batch
 from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
 from lightning_optim.runtime.lightning.precision import scaler_of
 from lightning_optim.runtime.logged_values import epoch_sums, set_epoch_sums_
 from lightning_optim.runtime.object_state import LeftAlone, ObjectState
 from lightning_optim.runtime.random_state import rank_random_state, set_rank_random_state_
+from lightning_optim.runtime.session import Session
 
 
 class _Stateful(Protocol):
@@ -75,7 +77,8 @@ def capture(
             back, such as a ``ModelCheckpoint``, which remembers the checkpoints that it wrote.
 
     Raises:
-        RuntimeError: In a validation, where the module may hold averaged weights, within a step, or outside of a fit.
+        RuntimeError: In a validation, where the module may hold averaged weights, within a step, while an accumulation
+            window is open, or outside of a fit.
 
     Example::
 
@@ -183,3 +186,17 @@ def _check_moment(trainer: Trainer) -> None:
             "The state of a run is captured and restored between two steps of a fit: call it in `on_train_batch_start`,"
             " `on_train_batch_end`, `on_train_epoch_start` or `on_train_epoch_end`."
         )
+    if _window_is_open(trainer):
+        raise RuntimeError(
+            "The state of a run is captured and restored while no accumulation window is open, since gradients are not"
+            " part of it: wait for the batch whose end has stepped."
+        )
+
+
+def _window_is_open(trainer: Trainer) -> bool:
+    session = Session.find(trainer)
+    if session is not None and session.windows is not None:
+        return session.windows.is_open
+    count = trainer.fit_loop.epoch_loop.batch_progress.current
+    epoch_is_done = count.processed == count.ready and is_last_batch(trainer)
+    return count.processed % trainer.accumulate_grad_batches != 0 and not epoch_is_done

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -364,6 +365,41 @@ class Asks(Callback):
 def test_refuses_other_moments(hook: str) -> None:
     with pytest.raises(RuntimeError, match="between two steps of a fit: call it in `on_train_batch_start`"):
         run(more=(Asks(hook),))
+
+
+class WhereWindowsAreOpen(Callback):
+    def __init__(self) -> None:
+        self.at_starts: list[int] = []
+        self.at_ends: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._try(trainer, batch_idx, self.at_starts)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._try(trainer, batch_idx, self.at_ends)
+
+    def _try(self, trainer: Trainer, batch_idx: int, refused: list[int]) -> None:
+        try:
+            capture(trainer)
+        except RuntimeError as error:
+            assert "while no accumulation window is open" in str(error)
+            refused.append(batch_idx)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_refuses_open_windows(ours: bool) -> None:
+    """The last window of the epoch has one batch."""
+    asks = WhereWindowsAreOpen()
+    trainer = Trainer(
+        callbacks=[*([GradientAccumulation(3)] if ours else []), asks],
+        accumulate_grad_batches=1 if ours else 3,
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=7,
+        barebones=True,
+    )
+    trainer.fit(BoringModel())
+    assert asks.at_starts == [1, 2, 4, 5] and asks.at_ends == [0, 1, 3, 4]
 
 
 def test_refuses_a_trainer_that_does_not_fit() -> None:
