@@ -1,1 +1,1 @@
-"""What happens between backward and step."""
+"""Gradients: accumulation, clipping, monitoring, and sharpness-aware steps."""

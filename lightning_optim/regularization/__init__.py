@@ -1,1 +1,1 @@
-"""What is added to the loss."""
+"""Regularization: penalties on weights, proximal steps, and dropout."""

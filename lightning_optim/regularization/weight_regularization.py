@@ -130,7 +130,7 @@ class WeightRegularization(OptimCallback):
 
 
 def _looked_up(module: nn.Module) -> set[int]:
-    """Return the ``id`` of each weight whose gradient is sparse, and ``None`` if no row was looked up."""
+    """Return the ``id`` of each weight with a sparse gradient: without a gradient, none of its rows was looked up."""
     return {id(m.weight) for m in module.modules() if isinstance(m, _LOOKED_UP) and m.sparse}
 
 

@@ -117,7 +117,7 @@ class OptimizerStep:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The parameters that have a gradient."""
+        """Parameters that have a gradient, in the order of :attr:`parameters`."""
         return self._read()[0]
 
     @property
