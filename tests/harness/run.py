@@ -1,4 +1,4 @@
-"""One fit of one cell, in this process or in a process of a living group, and what came out of it."""
+"""Fit one cell, in this process or in a process of a living group, and collect the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.harness.reference_loop import Outcome
 
 
 class LivingEnvironment(LightningEnvironment):
-    """Tells Lightning that the processes are there already, and who this one is."""
+    """Tell Lightning that the processes exist already, and the rank of this one."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -38,7 +38,7 @@ class LivingEnvironment(LightningEnvironment):
 
 
 class Recorder(Logger):
-    """A logger that keeps, for each name, the values by step."""
+    """Keep the logged values of each name by step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,21 +66,28 @@ def strategy_of(cell: Cell) -> str | Strategy:
         return DDPStrategy(find_unused_parameters=cell.kind == "two")
     if cell.strategy == "fsdp2":
         share_mesh()
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return fsdp2()
     return "auto"
+
+
+def fsdp2(save_distributed_checkpoint: bool = True) -> ModelParallelStrategy:
+    """Return a strategy that shards over two processes; its checkpoints are folders of shards, or single files."""
+    return ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint
+    )
 
 
 def share_mesh() -> None:
     """Let the fits of a living group share one device mesh.
 
-    A mesh makes process groups, each with threads and open files that live as long as the process.
+    Each mesh makes process groups, whose threads and open files live as long as the process.
     """
     if not hasattr(model_parallel._setup_device_mesh, "cache_info"):
         model_parallel._setup_device_mesh = functools.cache(model_parallel._setup_device_mesh)
 
 
 def make_trainer(cell: Cell, callbacks: Sequence[Callback], **changes: Any) -> Trainer:
-    """A quiet Trainer for a cell; ``changes`` replace its arguments."""
+    """Make a Trainer for a cell that prints nothing; ``changes`` replace its arguments."""
     plugins: list[Any] = [LivingEnvironment()] if cell.processes > 1 else []
     if cell.precision == "16-mixed":
         scaler = torch.amp.GradScaler("cpu", init_scale=INIT_SCALE)
@@ -106,7 +113,7 @@ def make_trainer(cell: Cell, callbacks: Sequence[Callback], **changes: Any) -> T
 
 
 def fit(cell: Cell, callbacks: Sequence[Callback], scores: Sequence[float] = (), **changes: Any) -> Outcome:
-    """Train the cell's module with these callbacks."""
+    """Train the cell's module with these callbacks and collect the results."""
     recorder = Recorder()
     trainer = make_trainer(cell, callbacks, **({"logger": recorder} | changes))
     module = models.build(cell, scores)

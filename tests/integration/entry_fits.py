@@ -1,4 +1,4 @@
-"""What the tests of a callback's life share: a fit of an entry that can be looked into, modules with one more trait."""
+"""Fit an entry of the registry and look into it: the fit, modules with one more trait, and comparisons bit for bit."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from torch.utils.data import DataLoader
 from lightning_optim import OptimCallback
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness import models, regression, run
-from tests.harness.cells import Cell
+from tests.harness.cells import MOMENTUM, Cell
 from tests.harness.models import Batch, Model
 from tests.harness.reference_loop import Outcome
 from tests.registry import ENTRIES, Entry
 
 CELL = Cell("automatic", "32-true", "single", "4short")
-"""One process, windows of four and a last one of two, a validation in the first window and one at the epoch's end."""
+"""One process, windows of four micro-batches and a last one of two. An epoch has two validations: one within the first
+window and one at the end."""
 
-# Criteria see no tensor of the model: what one remembers, and how it resumes, is tested beside the criteria.
-OF_TENSORS = tuple(entry for entry in ENTRIES if entry.cells != "strategies")
-OF_SLOTS = tuple(entry for entry in ENTRIES if entry.cells == "all" or entry.name == "several")
+# Without the criteria, which see no tensor of the model: tests/stopping tests their state and how they resume.
+TENSOR_ENTRIES = tuple(entry for entry in ENTRIES if entry.cells != "strategies")
+SLOT_ENTRIES = tuple(entry for entry in ENTRIES if entry.cells == "all" or entry.name == "several")
 
 
 def _each(entries: Sequence[Entry]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("entry", entries, ids=lambda entry: entry.name)
 
 
-each_entry = _each(OF_TENSORS)
-each_slot = _each(OF_SLOTS)  # for what depends on the base class alone
+each_entry = _each(TENSOR_ENTRIES)
+each_slot = _each(SLOT_ENTRIES)  # for behaviour that depends on the base class alone
 each_kind = pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 
 
-class Evaluating(LightningModule):
-    """Tests and predicts on the validation data."""
+class TestsAndPredicts(LightningModule):
+    """Trait: test and predict on the validation data."""
 
     def test_step(self: Any, batch: Batch, batch_idx: int) -> None:
         losses = [regression.loss_of(index, self.nets, batch) for index in range(self.cell.optimizers)]
@@ -56,15 +57,15 @@ class Evaluating(LightningModule):
         return self.val_dataloader()
 
 
-class BeginningAnew(LightningModule):
-    """Data that begin anew when they are asked for again, wherever they were left."""
+class RestartedLoader(LightningModule):
+    """Trait: a training loader without a saved position, so that each new iterator begins with the first batch."""
 
     def train_dataloader(self: Any) -> Any:
         return DataLoader(super().train_dataloader().batches, batch_size=None)
 
 
-class Remembering(LightningModule):
-    """Holds its history in checkpoints, and keeps what the optimizers and callbacks held when training ended."""
+class KeepsHistory(LightningModule):
+    """Trait: save the history in checkpoints, and keep the state of optimizers and callbacks when training ends."""
 
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = {"seen": self.seen, "validations": list(self.validations)}
@@ -81,15 +82,47 @@ class Remembering(LightningModule):
         self.states = states(self.trainer.callbacks)
 
 
+class StatelessOptimizer(LightningModule):
+    """Trait: an optimizer without momentum, and so without state."""
+
+    def configure_optimizers(self: Any) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class FusedWithInfinity(LightningModule):
+    """Trait: a fused optimizer, and an infinite loss of the first optimizer in the micro-batch ``infinite``."""
+
+    infinite = 6  # In the second epoch, within a step that is not its last, with windows of one and of four.
+
+    def configure_optimizers(self: Any) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=self.cell.lr, momentum=MOMENTUM, fused=True) for net in self.nets]
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss is None else self.perhaps_infinite(loss)
+
+    def optimize(self: Any, loss: Tensor, optimizer: Any) -> None:
+        first = optimizer.optimizer is self.trainer.optimizers[0]
+        super().optimize(self.perhaps_infinite(loss) if first else loss, optimizer)
+
+    def perhaps_infinite(self: Any, loss: Tensor) -> Tensor:
+        return loss * float("inf") if self.seen - 1 == self.infinite else loss
+
+
 def build(cell: Cell, scores: tuple[float, ...] = (), *traits: type) -> Model:
-    """The module of a cell, with traits."""
+    """Make the module of a cell with traits, which come first in the order of methods."""
     kind = type(models.build(cell, scores))
     return type(kind.__name__, (*traits, kind), {})(cell, scores)
 
 
 @dataclass
 class Fitted:
-    """A fit that is over, or failed; ``weights`` and ``states`` are there where they must outlive what comes after."""
+    """A fit that is over or that failed.
+
+    Attributes:
+        weights: Final weights, if they are kept although the module may change later.
+        states: States of the callbacks, if they are kept although the callbacks may be used again.
+    """
 
     trainer: Trainer
     module: Any
@@ -116,7 +149,13 @@ def prepare(
     callbacks: Any = None,
     **changes: Any,
 ) -> Fitted:
-    """A Trainer, a module and the callbacks of an entry, ready for ``fit``; ``extra`` come last, if not there yet."""
+    """Make a Trainer, a module and the callbacks of an entry, ready for ``fit``.
+
+    Args:
+        extra: More callbacks, which come last. One is left out if the entry has a callback of its key.
+        callbacks: Callbacks in place of those of the entry.
+        changes: Arguments of the Trainer in place of those of the cell.
+    """
     chosen = [*(entry.all_callbacks(cell) if callbacks is None else callbacks)]
     keys = {callback.state_key for callback in chosen}
     chosen += [callback for callback in extra if callback.state_key not in keys]
@@ -140,21 +179,21 @@ def fit(
 
 
 @functools.cache
-def whole(entry: Entry, cell: Cell = CELL) -> Fitted:
-    """A fit that goes well, once for all tests that compare with it."""
-    fitted = fit(entry, cell, Remembering)
+def reference_fit(entry: Entry, cell: Cell = CELL) -> Fitted:
+    """Fit without any disturbance, once for all tests that compare with it."""
+    fitted = fit(entry, cell, KeepsHistory)
     return dataclasses.replace(fitted, weights=models.full_weights(fitted.module), states=states(fitted.callbacks))
 
 
-def turn(entry: Entry, *choices: Any) -> Any:
-    """One of some choices for each entry, all of them over the entries."""
+def choice_for(entry: Entry, *choices: Any) -> Any:
+    """Return one of several choices for an entry; over all entries, each choice occurs."""
     return choices[ENTRIES.index(entry) % len(choices)]
 
 
 def states(callbacks: Any) -> dict[str, Any]:
-    """The state of each callback of ours, as a checkpoint would hold it; every rank calls this.
+    """Copy the state of each of our callbacks, as a checkpoint would hold it; every rank calls this.
 
-    Without that of ``ExactResume``, which is what the process draws from at the moment, and not what it has come to.
+    The state of ``ExactResume`` is left out: it describes the random generators of the process at this moment.
     """
     ours = [cb for cb in callbacks if isinstance(cb, OptimCallback) and not isinstance(cb, ExactResume)]
     return {callback.state_key: copied(callback.state_dict()) for callback in ours}
@@ -173,7 +212,7 @@ def copied(tree: Any) -> Any:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two trees are not the same, bit for bit."""
+    """Return the paths at which two nested structures differ in a bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         missing = [f"{path}/{key}" for key in one.keys() ^ other.keys()]
         return missing + _joined(
@@ -196,6 +235,6 @@ def _joined(lists: Any) -> list[str]:
 
 
 def assert_same(one: Fitted, other: Fitted) -> None:
-    """Two runs are the same, bit for bit."""
+    """Assert that two runs have the same weights, validations, batches and logs, bit for bit."""
     a, b = one.outcome, other.outcome
     assert not differences(vars(a), vars(b))

@@ -1,4 +1,4 @@
-"""Processes that are forked for one job and may be killed in it: alone, or as the ranks of a fresh gloo group."""
+"""Fork processes for one job in which they may be killed: a single one, or the ranks of a fresh gloo group."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import Any
 import torch
 import torch.distributed
 
-PATIENCE = 120.0  # Seconds after which a job hangs.
+TIMEOUT = 120.0  # Seconds after which a job is considered to hang.
 
 
 @dataclass
 class End:
-    """How a process ended: by which signal, if by one, or with which result."""
+    """End of a process: the number of the signal that killed it, or 0, and its result, or ``None``."""
 
     signal: int
     result: Any
 
 
 def in_forks(count: int, job: Callable[..., Any], *args: Any) -> list[End]:
-    """Call ``job(*args)`` in each of ``count`` forked processes, which form a group if they are several."""
+    """Call ``job(*args)`` in each of ``count`` forked processes, which form a process group if there are several."""
     with tempfile.TemporaryDirectory(prefix="forks-") as folder:
         pids = [_fork(rank, count, Path(folder), job, args) for rank in range(count)]
         codes = _wait(pids)
@@ -43,9 +43,9 @@ def killed(run: Callable[[], Any]) -> None:
 
 
 def results(count: int, job: Callable[..., Any], *args: Any) -> list[Any]:
-    """What each process returned."""
+    """Call ``job(*args)`` in each of ``count`` forked processes and return the results, in the order of ranks."""
     ends = in_forks(count, job, *args)
-    assert all(end.result is not None for end in ends), f"no result: {ends}; what it said is on stderr"
+    assert all(end.result is not None for end in ends), f"no result: {ends}; the traceback is on stderr"
     return [end.result for end in ends]
 
 
@@ -69,9 +69,9 @@ def _fork(rank: int, count: int, folder: Path, job: Callable[..., Any], args: tu
 
 
 def _wait(pids: list[int]) -> list[int]:
-    """The exit codes; the negative number of the signal, as with ``subprocess``."""
+    """Wait for processes and return their exit codes: minus the number of a signal, as with ``subprocess``."""
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while len(codes) < len(pids):
         for pid in (pid for pid in pids if pid not in codes):
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -89,7 +89,10 @@ def _result(folder: Path, rank: int) -> Any:
 
 
 def die_together(folder: Path, rank: int, count: int) -> None:
-    """SIGKILL, as by a scheduler: no hook, no exception. No rank is gone while another still waits for it."""
+    """Kill all ranks with SIGKILL, so that no hook and no exception follows.
+
+    No rank is killed before all have come here, since a rank that waits for a dead one would raise.
+    """
     (folder / f"dying-{rank}").touch()
     while any(not (folder / f"dying-{other}").exists() for other in range(count)):
         time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""What a fit may leave installed, listed so that two fits can be compared."""
+"""List hooks, replaced methods, attributes and settings, so that a test sees what a fit leaves installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOOKS = (
 
 
 def installed(fitted: Fitted) -> dict[str, Any]:
-    """Names of instance attributes, replaced methods, settings, counts of hooks, of all that a callback can reach."""
+    """List attributes, replaced methods, hooks and settings of the Trainer, the module and the optimizers."""
     trainer, module = fitted.trainer, fitted.module
     found: dict[str, Any] = {}
     for name, owner in _owners(trainer):
@@ -41,7 +41,7 @@ def installed(fitted: Fitted) -> dict[str, Any]:
 
 
 def settings(trainer: Trainer) -> dict[str, Any]:
-    """What a user has set, and may read again."""
+    """Return the settings of a Trainer that users set and read."""
     return {
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
@@ -66,5 +66,5 @@ def _owners(trainer: Trainer) -> Iterator[tuple[str, Any]]:
 
 
 def _replaced(owner: Any, name: str, value: Any) -> bool:
-    """Whether an attribute of the instance hides a method of its class."""
+    """Return True if an attribute of the instance hides a method of its class."""
     return callable(value) and callable(getattr(type(owner), name, None))

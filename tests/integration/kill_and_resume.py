@@ -1,4 +1,4 @@
-"""A run that is killed, a run that is resumed, and one that was let be: jobs for this process, or for forks of it."""
+"""Jobs for this process or for forked ones: an uninterrupted run, one that is killed, and one that is resumed."""
 
 from __future__ import annotations
 
@@ -15,34 +15,32 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_optim import GradientAccumulation
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import Fitted, Remembering, differences, fit
+from tests.harness.run import fsdp2
+from tests.integration.entry_fits import Fitted, KeepsHistory, differences, fit
 from tests.integration.forked_processes import die_together
 from tests.registry import BY_NAME
 
-KILLED = 10  # The micro-batch in which the process dies, in the middle of the second epoch.
+KILLED = 10  # The micro-batch in which the process is killed, in the middle of the second epoch.
 INSIDE = 6  # The first micro-batch of a window, whatever the window's size.
-VALIDATING = 8  # Within a window; a validation is due when the file has been written.
+VALIDATING = 8  # A micro-batch within a window; a validation follows the checkpoint that is written after it.
 
 
 @dataclass(frozen=True)
 class Case:
-    """Which entry, in which cell; ``distributed`` is for the kind of the files after steps, under FSDP2."""
+    """An entry in a cell; ``distributed`` is True if checkpoints after steps are folders of shards, under FSDP2."""
 
     name: str
     cell: Cell
     distributed: bool = False
 
     def options(self) -> dict[str, Any]:
-        if self.cell.strategy != "fsdp2":
-            return {}
-        size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-        return {"strategy": ModelParallelStrategy(**size, save_distributed_checkpoint=self.distributed)}
+        return {"strategy": fsdp2(self.distributed)} if self.cell.strategy == "fsdp2" else {}
 
 
-class Within(Checkpoint):
-    """Writes files within windows, and is killed when a later batch begins.
+class SaveInWindowsAndDie(Checkpoint):
+    """Write checkpoints within windows, and kill the process when a later batch begins.
 
-    Under FSDP2 they are of the other kind than those after steps, so that one kill leaves both.
+    Under FSDP2 they are folders if the checkpoints after steps are single files, and the other way round.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,7 +61,7 @@ class Within(Checkpoint):
 
 @contextmanager
 def other_kind(strategy: Any) -> Iterator[None]:
-    """Within this, FSDP2 writes a file in place of a folder, and the other way round."""
+    """Context manager: FSDP2 writes single files in place of folders, and the other way round."""
     if isinstance(strategy, ModelParallelStrategy):
         strategy._save_distributed_checkpoint = not strategy._save_distributed_checkpoint
     yield
@@ -72,14 +70,18 @@ def other_kind(strategy: Any) -> Iterator[None]:
 
 
 def savers(folder: Path) -> tuple[Callback, ...]:
-    """After each step, and within windows. The last file before the kill is ``validating.ckpt``."""
+    """Return callbacks that write checkpoints after each step and within windows; the last is ``validating.ckpt``."""
     steps = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
-    return steps, Within(folder)
+    return steps, SaveInWindowsAndDie(folder)
 
 
 @dataclass
 class Run:
-    """What two runs must have in common, bit for bit."""
+    """Results of a run, to be compared bit for bit.
+
+    Attributes:
+        began: Number of the step, as loggers count them, at which the run began or resumed.
+    """
 
     outcome: dict[str, Any]
     momentum: list[Any]
@@ -94,30 +96,30 @@ class Run:
         return Run(outcome, module.momentum, module.states, fitted.logged, module.began)
 
 
-class Beginning(Remembering):
-    """Also tells at which step for loggers it began."""
+class KeepsFirstStep(KeepsHistory):
+    """Trait: also keep the step, as loggers count them, at which training began."""
 
     def on_train_start(self: Any) -> None:
         self.began = self.trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def uninterrupted(case: Case) -> Run:
-    return Run.of(fit(BY_NAME[case.name], case.cell, Beginning, extra=(ExactResume(),), **case.options()))
+    return Run.of(fit(BY_NAME[case.name], case.cell, KeepsFirstStep, extra=(ExactResume(),), **case.options()))
 
 
 def killed(case: Case, folder: Path) -> None:
     extra = (ExactResume(), *savers(folder))
-    fit(BY_NAME[case.name], case.cell, Beginning, extra=extra, enable_checkpointing=True, **case.options())
+    fit(BY_NAME[case.name], case.cell, KeepsFirstStep, extra=extra, enable_checkpointing=True, **case.options())
 
 
 def resumed(case: Case, path: Path, exact: bool = True, **options: Any) -> Run:
     extra = (ExactResume(),) if exact else ()
     options |= {"ckpt_path": path, "weights_only": True, **case.options()}
-    return Run.of(fit(BY_NAME[case.name], case.cell, Beginning, extra=extra, **options))
+    return Run.of(fit(BY_NAME[case.name], case.cell, KeepsFirstStep, extra=extra, **options))
 
 
 def resumed_from(case: Case, paths: list[Path]) -> list[Run]:
-    """First the run that was let be, then one from each file, in processes that did not write the files."""
+    """Run once without interruption, then once from each checkpoint, in processes that did not write them."""
     return [uninterrupted(case), *(resumed(case, path) for path in paths)]
 
 
@@ -127,5 +129,5 @@ def assert_same_run(run: Run, whole: Run, exact: bool = True) -> None:
     for name, values in whole.logged.items():
         ours = run.logged.get(name, {})
         assert {position: values[position] for position in ours} == ours, name
-        # What the batch logged at whose end the file was written, Lightning by itself forgets.
+        # Lightning by itself forgets the values of the batch after which the checkpoint was written.
         assert not exact or ours.keys() >= {position for position in values if position > run.began}, name

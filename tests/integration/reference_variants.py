@@ -1,4 +1,4 @@
-"""Variants of the loop by hand: another network, another precision, an infinity."""
+"""Variants of the reference loop: another network, another precision, a step with an infinite loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.registry import Entry
 
 
 class Variant(Loop):
-    """The loop with another network and another loss."""
+    """The reference loop with another network and another loss."""
 
     def __init__(self, cell: Cell, entry: Entry, **changes: Any) -> None:
         super().__init__(cell, entry.formula(cell), entry.scores, **({"epochs": entry.epochs} | changes))
@@ -58,7 +58,7 @@ class Variant(Loop):
 
 
 class Infinite(Variant):
-    """The first loss is infinite in one batch; a scaler by hand, which skips that step and halves its scale."""
+    """The reference loop with a loss infinite in one batch: that step is skipped and the loss scale halved."""
 
     def __init__(self, cell: Cell, entry: Entry, batch: int) -> None:
         super().__init__(cell, entry)
@@ -84,7 +84,7 @@ class Infinite(Variant):
 
 
 class Half(Variant):
-    """Everything in bfloat16; the formulas see copies in 32 bit, and what each writes is rounded."""
+    """The reference loop in bfloat16. Formulas see copies in 32 bit, and the tensors that they write are rounded."""
 
     def build(self) -> nn.Module:
         return super().build().to(torch.bfloat16)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import models
 from tests.harness.cells import EPOCHS, Cell
 from tests.harness.process_group import Group
-from tests.integration.entry_fits import Remembering, differences, each_entry, fit, prepare, turn
+from tests.harness.run import fsdp2
+from tests.integration.entry_fits import KeepsHistory, choice_for, differences, each_entry, fit, prepare
 from tests.registry import BY_NAME, Entry
 
 STEPS = Cell("automatic", "32-true", "single", "1")
@@ -79,22 +79,18 @@ def sharded(name: str, folder: Path, distributed: bool) -> Any:
     cell = Cell("automatic", "32-true", "fsdp2", "1")
     entry = BY_NAME[name]
 
-    def strategy() -> ModelParallelStrategy:
-        size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-        return ModelParallelStrategy(**size, save_distributed_checkpoint=distributed)
-
     best = ModelCheckpoint(folder, monitor="val_loss", save_on_train_epoch_end=False)
-    fitted = fit(entry, cell, extra=(best,), enable_checkpointing=True, strategy=strategy())
+    fitted = fit(entry, cell, extra=(best,), enable_checkpointing=True, strategy=fsdp2(distributed))
     values = [fitted.trainer.validate(fitted.module, ckpt_path=best.best_model_path, verbose=False)[0]["val_loss"]]
     for callbacks in (entry.all_callbacks(cell), []):
-        other = prepare(entry, cell, callbacks=callbacks, strategy=strategy())
+        other = prepare(entry, cell, callbacks=callbacks, strategy=fsdp2(distributed))
         values += [other.trainer.validate(other.module, ckpt_path=best.best_model_path, verbose=False)[0]["val_loss"]]
     return float(best.best_model_score), values, Path(best.best_model_path).is_dir()
 
 
 @each_entry
 def test_sharded_files(entry: Entry, group: Group, tmp_path: Path) -> None:
-    distributed = turn(entry, True, False)
+    distributed = choice_for(entry, True, False)
     for score, values, folder in group.run(sharded, entry.name, tmp_path, distributed):
         assert folder == distributed
         assert values == pytest.approx([score] * 3, rel=1e-6)
@@ -123,9 +119,7 @@ def exported(path: Path, distributed: bool) -> Any:
     """A job: what a sharded module holds while it is saved, and whether training goes on as without."""
     cell, ends = Cell("automatic", "32-true", "fsdp2", "1"), []
     for target in (None, path):
-        size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-        strategy = ModelParallelStrategy(**size, save_distributed_checkpoint=distributed)
-        fitted = prepare(BY_NAME["ema"], cell, Exporting, Remembering, strategy=strategy)
+        fitted = prepare(BY_NAME["ema"], cell, Exporting, KeepsHistory, strategy=fsdp2(distributed))
         fitted.module.path = target
         fitted.trainer.fit(fitted.module)
         ends.append((fitted.outcome.raw, fitted.outcome.final, fitted.outcome.validations))
@@ -145,7 +139,7 @@ def test_a_sharded_module_holds_the_average_while_it_is_saved(distributed: bool,
 def resumed_from(path: Path) -> Any:
     """A job: the end of a run that goes on from a file."""
     cell = Cell("automatic", "32-true", "fsdp2", "1")
-    outcome = fit(BY_NAME["ema"], cell, Remembering, ckpt_path=path).outcome
+    outcome = fit(BY_NAME["ema"], cell, KeepsHistory, ckpt_path=path).outcome
     return outcome.raw, outcome.final, outcome.validations
 
 
@@ -158,11 +152,11 @@ def resumed_from(path: Path) -> Any:
 def test_early_stopping_is_lightnings(first: Any, then: Any, tmp_path: Path) -> None:
     """A checkpoint of the one resumes in the other: the same checks were waited for, and the stop is where it was."""
     stop = BY_NAME["stop"]
-    whole = fit(stop, STEPS, Remembering, callbacks=[first("val_score", patience=2)])
+    whole = fit(stop, STEPS, KeepsHistory, callbacks=[first("val_score", patience=2)])
     extra = (saver(tmp_path),)
-    fit(stop, STEPS, Remembering, callbacks=[first("val_score", patience=2)], extra=extra, enable_checkpointing=True)
+    fit(stop, STEPS, KeepsHistory, callbacks=[first("val_score", patience=2)], extra=extra, enable_checkpointing=True)
     path = sorted(tmp_path.glob("*.ckpt"))[3]  # after a check without improvement; one more is one too many
-    resumed = fit(stop, STEPS, Remembering, callbacks=[then("val_score", patience=2)], ckpt_path=path)
+    resumed = fit(stop, STEPS, KeepsHistory, callbacks=[then("val_score", patience=2)], ckpt_path=path)
     assert whole.module.seen == resumed.module.seen == 10
     (one,), (other,) = whole.callbacks[:1], resumed.callbacks[:1]
     assert float(one.best_score) == float(other.best_score) == 2.0
@@ -175,13 +169,13 @@ def test_arguments_of_now_win_over_the_file(tmp_path: Path) -> None:
     fit(
         stop,
         STEPS,
-        Remembering,
+        KeepsHistory,
         callbacks=[EarlyStopping("val_score", patience=2), WeightAveraging(EMA(0.9))],
         **options,
     )
     path = sorted(tmp_path.glob("*.ckpt"))[2]
     patient, slower = EarlyStopping("val_score", patience=3), WeightAveraging(EMA(0.5))
-    resumed = fit(stop, STEPS, Remembering, callbacks=[patient, slower], ckpt_path=path)
+    resumed = fit(stop, STEPS, KeepsHistory, callbacks=[patient, slower], ckpt_path=path)
     assert resumed.module.seen == 12, "one check more than with the patience of the file"
     assert patient.best_score == 2.0, "the state of the file was not found"
     assert slower.steps == [12]

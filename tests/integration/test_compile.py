@@ -12,7 +12,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.harness import regression
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import CELL, Remembering, differences, each_entry, fit, prepare, turn, whole
+from tests.integration.entry_fits import (
+    CELL,
+    KeepsHistory,
+    choice_for,
+    differences,
+    each_entry,
+    fit,
+    prepare,
+    reference_fit,
+)
 from tests.registry import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
@@ -57,24 +66,24 @@ def test_whole_module(entry: Entry, tmp_path: Path) -> None:
     fitted.trainer.fit(torch.compile(fitted.module, backend=BACKEND))
     assert fitted.trainer.lightning_module is fitted.module
     assert torch._dynamo.utils.counters["frames"]["ok"]
-    assert_as_uncompiled(fitted.outcome, whole(entry).outcome)
+    assert_as_uncompiled(fitted.outcome, reference_fit(entry).outcome)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert list(saved) == list(whole(entry).module.state_dict())
+    assert list(saved) == list(reference_fit(entry).module.state_dict())
 
 
 @each_entry
 def test_part(entry: Entry, tmp_path: Path) -> None:
-    cell = Cell(turn(entry, "automatic", "manual"), "32-true", "single", "4short")
+    cell = Cell(choice_for(entry, "automatic", "manual"), "32-true", "single", "4short")
     extra = (saver(tmp_path), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
-    fitted = fit(entry, cell, Remembering, PartCompiled, extra=extra, enable_checkpointing=True)
+    fitted = fit(entry, cell, KeepsHistory, PartCompiled, extra=extra, enable_checkpointing=True)
     assert torch._dynamo.utils.counters["frames"]["ok"]
-    assert_as_uncompiled(fitted.outcome, whole(entry, cell).outcome)
+    assert_as_uncompiled(fitted.outcome, reference_fit(entry, cell).outcome)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert list(saved) == list(fitted.module.state_dict())
     assert all(name.startswith("net._orig_mod.") for name in saved)
     # Written at the first window's end, within the epoch and with no validation due.
-    resumed = fit(entry, cell, Remembering, PartCompiled, ckpt_path=tmp_path / "step=1.ckpt")
-    assert_as_uncompiled(resumed.outcome, whole(entry, cell).outcome, logs=False)
+    resumed = fit(entry, cell, KeepsHistory, PartCompiled, ckpt_path=tmp_path / "step=1.ckpt")
+    assert_as_uncompiled(resumed.outcome, reference_fit(entry, cell).outcome, logs=False)
 
 
 def assert_as_uncompiled(outcome: Any, other: Any, logs: bool = True) -> None:

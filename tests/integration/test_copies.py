@@ -20,8 +20,8 @@ from tests.integration.entry_fits import (
     each_slot,
     fit,
     prepare,
+    reference_fit,
     states,
-    whole,
 )
 from tests.registry import Entry
 
@@ -43,19 +43,19 @@ class Copying:
 def test_a_copy_does_the_same(entry: Entry, how: str) -> None:
     callbacks = entry.all_callbacks(CELL)
     copies = COPIES[how](callbacks)
-    assert_same(fit(entry, callbacks=copies), whole(entry))
-    assert_same(fit(entry, callbacks=callbacks), whole(entry))
+    assert_same(fit(entry, callbacks=copies), reference_fit(entry))
+    assert_same(fit(entry, callbacks=callbacks), reference_fit(entry))
 
 
 @each_entry
 def test_a_copy_in_the_fit(entry: Entry) -> None:
     """It has the state of that moment, does not change with the fit, and does not disturb it."""
     fitted = fit(entry, CELL, Copying)
-    assert_same(fitted, whole(entry))
+    assert_same(fitted, reference_fit(entry))
     for copies in fitted.module.copies.values():
         assert not differences(states(copies), fitted.module.then)
         assert all(one.fit is None for one in copies)
-        assert_same(fit(entry, callbacks=copies), whole(entry))
+        assert_same(fit(entry, callbacks=copies), reference_fit(entry))
 
 
 @each_entry
@@ -85,8 +85,8 @@ class Unpicklable:
 def test_repr(entry: Entry) -> None:
     """One line that tells which callback it is, the same in each process and before and after a fit."""
     before = [repr(callback) for callback in prepare(entry).ours]
-    assert before == [repr(callback) for callback in whole(entry).ours]
-    for callback, text in zip(whole(entry).ours, before, strict=True):
+    assert before == [repr(callback) for callback in reference_fit(entry).ours]
+    for callback, text in zip(reference_fit(entry).ours, before, strict=True):
         assert text.startswith(type(callback).__name__)
         assert "\n" not in text
         assert not re.search(r" at 0x|object at", text)
@@ -121,6 +121,6 @@ def shared(some: list[Tensor], others: list[Tensor]) -> set[int]:
 @each_entry
 def test_state_is_plain(entry: Entry, tmp_path: Any) -> None:
     """What a stranger's file must be: tensors and plain values, and nothing that runs when it is read."""
-    torch.save(whole(entry).states, tmp_path / "states.pt")
+    torch.save(reference_fit(entry).states, tmp_path / "states.pt")
     loaded = torch.load(tmp_path / "states.pt", weights_only=True)
-    assert not differences(loaded, whole(entry).states)
+    assert not differences(loaded, reference_fit(entry).states)

@@ -15,7 +15,17 @@ from lightning_optim import EarlyStopping
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness import models
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import CELL, Fitted, Remembering, differences, each_entry, fit, prepare, turn, whole
+from tests.integration.entry_fits import (
+    CELL,
+    Fitted,
+    KeepsHistory,
+    choice_for,
+    differences,
+    each_entry,
+    fit,
+    prepare,
+    reference_fit,
+)
 from tests.integration.installed import installed
 from tests.registry import BY_NAME, Entry
 
@@ -56,7 +66,7 @@ class Interrupted(Failing):
 
 
 def failed(entry: Entry, cell: Cell, trait: Any, **options: Any) -> Fitted:
-    fitted = prepare(entry, cell, trait, Remembering, **options)
+    fitted = prepare(entry, cell, trait, KeepsHistory, **options)
     # Lightning answers an interrupt by ending the process.
     with pytest.raises(SystemExit if trait is Interrupted else ZeroDivisionError):
         fitted.trainer.fit(fitted.module)
@@ -66,7 +76,7 @@ def failed(entry: Entry, cell: Cell, trait: Any, **options: Any) -> Fitted:
 @each_entry
 @pytest.mark.parametrize("trait", [Failing, FailingToTrain, FailingToEnd, Interrupted])
 def test_module_holds_raw_weights(entry: Entry, trait: Any) -> None:
-    cell = Cell(turn(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
+    cell = Cell(choice_for(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
     fitted = failed(entry, cell, trait)
     assert not differences(models.full_weights(fitted.module), fitted.module.kept)
     assert not differences(installed(fitted), installed_without_callbacks(cell, trait, entry.epochs))
@@ -87,7 +97,7 @@ def test_files_of_an_exception_resume(entry: Entry, trait: Any, tmp_path: Path) 
     paths = sorted(tmp_path.glob("*.ckpt"))
     assert len(paths) == 2, paths
     for path in paths:
-        assert_resumed(fit(entry, CELL, Remembering, extra=(ExactResume(),), ckpt_path=path), whole(entry))
+        assert_resumed(fit(entry, CELL, KeepsHistory, extra=(ExactResume(),), ckpt_path=path), reference_fit(entry))
 
 
 def assert_resumed(resumed: Fitted, other: Fitted) -> None:
@@ -117,7 +127,7 @@ def evaluated_by_hand(entry: Entry) -> dict[str, Any]:
         def on_validation_start(self: Any) -> None:
             seen.append(models.full_weights(self))
 
-    fit(entry, CELL, Watching, Remembering)
+    fit(entry, CELL, Watching, KeepsHistory)
     return seen[2]
 
 

@@ -14,15 +14,15 @@ from lightning_optim import OptimCallback
 from tests.harness import models
 from tests.integration.entry_fits import (
     CELL,
-    BeginningAnew,
     Fitted,
+    RestartedLoader,
     differences,
     each_entry,
     each_slot,
     fit,
     prepare,
+    reference_fit,
     states,
-    whole,
 )
 from tests.integration.installed import installed
 from tests.registry import BY_NAME, Entry
@@ -31,7 +31,7 @@ STEPS = 5
 TRIAL: dict[str, Any] = {"min_lr": 1e-3, "max_lr": 1.0, "early_stop_threshold": None, "update_attr": False}
 
 
-class Findable(BeginningAnew):
+class Findable(RestartedLoader):
     """Has a learning rate to find, and no memory of trials."""
 
     def __init__(self: Any, *args: Any) -> None:
@@ -60,8 +60,8 @@ def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
     assert not differences(states(fitted.callbacks), before)
     assert not differences(installed(fitted), installed_after_a_search(tmp_path, entry.epochs))
     fitted.trainer.fit(fitted.module)
-    assert_as(fitted, whole(entry))
-    assert not differences(states(fitted.callbacks), whole(entry).states)
+    assert_as(fitted, reference_fit(entry))
+    assert not differences(states(fitted.callbacks), reference_fit(entry).states)
 
 
 def installed_after_a_search(folder: Any, epochs: int) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def test_finder_among_the_callbacks(entry: Entry, first: bool, tmp_path: Any) ->
     chosen = [finder, *callbacks] if first else [*callbacks, finder]
     fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path)
     assert finder.optimal_lr is not None
-    assert_as(fitted, whole(entry))
-    assert not differences(states(callbacks), whole(entry).states)
+    assert_as(fitted, reference_fit(entry))
+    assert not differences(states(callbacks), reference_fit(entry).states)
 
 
 class Later(LearningRateFinder):

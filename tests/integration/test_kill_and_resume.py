@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import OF_SLOTS, OF_TENSORS, turn
+from tests.integration.entry_fits import SLOT_ENTRIES, TENSOR_ENTRIES, choice_for
 from tests.integration.forked_processes import in_forks, results
 from tests.integration.kill_and_resume import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
 from tests.registry import Entry
@@ -17,11 +17,13 @@ from tests.registry import Entry
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
 
 
-ALSO_MANUAL = [(entry, manual) for entry in OF_TENSORS for manual in (False, True) if not manual or entry in OF_SLOTS]
+ALSO_MANUAL = [
+    (entry, manual) for entry in TENSOR_ENTRIES for manual in (False, True) if not manual or entry in SLOT_ENTRIES
+]
 STRATEGIES = [
     (entry, strategy)
-    for entry in OF_TENSORS
-    for strategy in (("ddp", "fsdp2") if entry in OF_SLOTS else (turn(entry, "fsdp2", "ddp", "fsdp2"),))
+    for entry in TENSOR_ENTRIES
+    for strategy in (("ddp", "fsdp2") if entry in SLOT_ENTRIES else (choice_for(entry, "fsdp2", "ddp", "fsdp2"),))
 ]
 
 
@@ -32,7 +34,7 @@ def _named(value: Any) -> str:
 @pytest.mark.parametrize(("entry", "manual"), ALSO_MANUAL, ids=_named)
 def test_one_process(entry: Entry, manual: bool, tmp_path: Path) -> None:
     """From each file with `ExactResume`; without it if a file swallows no validation; without callbacks, never."""
-    kind = turn(entry, "manual", "two") if manual else "automatic"
+    kind = choice_for(entry, "manual", "two") if manual else "automatic"
     case = Case(entry.name, Cell(kind, "32-true", "single", "4short"))
     whole = uninterrupted(case)
     assert [end.signal for end in in_forks(1, killed, case, tmp_path)] == [signal.SIGKILL]
@@ -53,7 +55,7 @@ def test_two_processes(entry: Entry, strategy: Any, tmp_path: Path) -> None:
 
     Under FSDP2 the one is a folder and the other a file of one piece; over the entries both are both.
     """
-    kind, distributed = turn(entry, ("automatic", False), ("two", False), ("automatic", True), ("two", True))
+    kind, distributed = choice_for(entry, ("automatic", False), ("two", False), ("automatic", True), ("two", True))
     case = Case(entry.name, Cell(kind, "32-true", strategy, "4short"), distributed)
     assert [end.signal for end in in_forks(2, killed, case, tmp_path)] == [signal.SIGKILL] * 2
     paths = [tmp_path / f"{name}.ckpt" for name in ("validating", _last_step(tmp_path))]

@@ -15,13 +15,13 @@ from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
     assert_same,
+    choice_for,
     differences,
     each_entry,
     each_slot,
     fit,
     prepare,
-    turn,
-    whole,
+    reference_fit,
 )
 from tests.integration.installed import installed, settings
 from tests.registry import BY_NAME, Entry
@@ -30,7 +30,7 @@ from tests.registry import BY_NAME, Entry
 @each_entry
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_after_a_fit(entry: Entry, precision: Any) -> None:
-    cell = Cell(turn(entry, "automatic", "manual", "two"), precision, "single", "4short")
+    cell = Cell(choice_for(entry, "automatic", "manual", "two"), precision, "single", "4short")
     running: dict[str, Any] = {}
     fitted = prepare(entry, cell)
     before = settings(fitted.trainer)
@@ -61,7 +61,7 @@ def test_after_a_refusal_in_setup(entry: Entry) -> None:
         fitted.trainer.fit(fitted.module)
     assert_untouched(fitted, weights, before)
     again = fit(entry, CELL, callbacks=[callback for callback in fitted.callbacks if callback is not endless])
-    assert_same(again, whole(entry))
+    assert_same(again, reference_fit(entry))
 
 
 @each_slot

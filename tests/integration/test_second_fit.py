@@ -11,14 +11,14 @@ from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
     assert_same,
+    choice_for,
     differences,
     each_entry,
     each_slot,
     fit,
     prepare,
+    reference_fit,
     states,
-    turn,
-    whole,
 )
 from tests.registry import BY_NAME, Entry
 
@@ -26,13 +26,13 @@ from tests.registry import BY_NAME, Entry
 @each_entry
 def test_second_fit_is_as_the_first(entry: Entry) -> None:
     """The first fit is another one, with one optimizer and other windows: nothing of it could pass for the second's."""
-    cell = Cell(turn(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
+    cell = Cell(choice_for(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
     other = Cell("automatic", "32-true", "single", "1")
     callbacks = entry.all_callbacks(cell)
     fit(entry, other, callbacks=callbacks, max_epochs=1)
     again = fit(entry, cell, callbacks=callbacks)
-    assert_same(again, whole(entry, cell))
-    assert not differences(states(again.callbacks), whole(entry, cell).states)
+    assert_same(again, reference_fit(entry, cell))
+    assert not differences(states(again.callbacks), reference_fit(entry, cell).states)
 
 
 @each_entry
@@ -42,7 +42,7 @@ def test_fit_after_a_failed_fit(entry: Entry) -> None:
     failing.module.on_validation_start = _fail
     with pytest.raises(ZeroDivisionError):
         failing.trainer.fit(failing.module)
-    assert_same(fit(entry, callbacks=callbacks), whole(entry))
+    assert_same(fit(entry, callbacks=callbacks), reference_fit(entry))
 
 
 def _fail() -> None:
@@ -69,8 +69,8 @@ def test_two_trainers_at_once_do_not_meet(entry: Entry) -> None:
                 inner.append(fit(entry))
 
     outer = fit(entry, CELL, Nesting)
-    assert_same(inner[0], whole(entry))
-    assert_same(outer, whole(entry))
+    assert_same(inner[0], reference_fit(entry))
+    assert_same(outer, reference_fit(entry))
 
 
 def test_the_second_fit_would_show_what_is_left_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

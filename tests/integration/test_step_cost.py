@@ -22,7 +22,7 @@ from lightning_optim import (
 from tests.harness import regression
 from tests.harness.cells import Cell
 from tests.harness.operators import Operators
-from tests.integration.entry_fits import OF_TENSORS, Fitted, each_entry, prepare
+from tests.integration.entry_fits import TENSOR_ENTRIES, Fitted, each_entry, prepare
 from tests.registry import BY_NAME, Entry
 
 SILENT: dict[str, Any] = {"limit_val_batches": 0, "log_every_n_steps": 10**6, "logger": False}
@@ -85,7 +85,7 @@ def test_entry(entry: Entry) -> None:
 
 
 # The other entries decide nothing, so that the test above allows them no read.
-DECIDING = [entry for entry in OF_TENSORS if deciding(entry.all_callbacks(STEPS))]
+DECIDING = [entry for entry in TENSOR_ENTRIES if deciding(entry.all_callbacks(STEPS))]
 
 
 @pytest.mark.parametrize("entry", DECIDING, ids=lambda entry: entry.name)

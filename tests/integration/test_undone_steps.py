@@ -11,7 +11,7 @@ from lightning_optim.runtime.capture import RunState, capture, restore_
 from tests.harness import models
 from tests.harness.cells import Cell
 from tests.harness.models import Batches
-from tests.integration.entry_fits import OF_TENSORS, Remembering, differences, fit
+from tests.integration.entry_fits import TENSOR_ENTRIES, KeepsHistory, differences, fit
 from tests.registry import Entry
 
 CELL = Cell("automatic", "32-true", "single", "1")
@@ -42,11 +42,11 @@ class UndoTrials(Callback):
 
 
 # A window of micro-batches is undone as a whole: tests/runtime/test_capture.py.
-@pytest.mark.parametrize("entry", [e for e in OF_TENSORS if not e.accumulates], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [e for e in TENSOR_ENTRIES if not e.accumulates], ids=lambda entry: entry.name)
 def test_trial_steps_leave_no_trace(entry: Entry) -> None:
     length = {"max_steps": CELL.batches * entry.epochs, "val_check_interval": 1.0}  # a schedule sees the same length
-    expected = fit(entry, CELL, Remembering, **length)
-    tried = fit(entry, CELL, BatchesTwice, Remembering, extra=(UndoTrials(),), **length)
+    expected = fit(entry, CELL, KeepsHistory, **length)
+    tried = fit(entry, CELL, BatchesTwice, KeepsHistory, extra=(UndoTrials(),), **length)
     assert differences(tried.module.states, expected.module.states) == []
     assert differences(tried.outcome.raw, expected.outcome.raw) == []
     assert differences(models.full_weights(tried.module), models.full_weights(expected.module)) == []

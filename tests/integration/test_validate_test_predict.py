@@ -13,16 +13,16 @@ from tests.harness import models, regression
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
-    Evaluating,
     Fitted,
+    TestsAndPredicts,
     assert_same,
     differences,
     each_entry,
     each_slot,
     fit,
     prepare,
+    reference_fit,
     states,
-    whole,
 )
 from tests.registry import BY_NAME, Entry
 
@@ -39,9 +39,9 @@ def evaluated(fitted: Fitted, verb: str, **options: Any) -> float:
 
 @each_slot
 def test_before_any_fit(entry: Entry) -> None:
-    fitted = prepare(entry, CELL, Evaluating)
+    fitted = prepare(entry, CELL, TestsAndPredicts)
     weights, before = models.full_weights(fitted.module), states(fitted.callbacks)
-    plain = prepare(BY_NAME["plain"], CELL, Evaluating)
+    plain = prepare(BY_NAME["plain"], CELL, TestsAndPredicts)
     for verb in VERBS:
         assert evaluated(fitted, verb) == evaluated(plain, verb)
     assert not differences(models.full_weights(fitted.module), weights)
@@ -52,7 +52,7 @@ def test_before_any_fit(entry: Entry) -> None:
 def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
     """The file that was best in the fit gives what was best there, in the Trainer that wrote it and in a new one."""
     best = ModelCheckpoint(tmp_path, monitor="val_loss", save_on_train_epoch_end=False)
-    fitted = fit(entry, CELL, Evaluating, extra=(best,), enable_checkpointing=True)
+    fitted = fit(entry, CELL, TestsAndPredicts, extra=(best,), enable_checkpointing=True)
     assert best.best_model_score is not None
     assert float(best.best_model_score) in fitted.module.validations
     final, before = models.full_weights(fitted.module), states(fitted.callbacks)
@@ -62,7 +62,7 @@ def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
         final
     )  # which is a part of an average's state while it is not the average that is in it
     assert not differences(states(fitted.callbacks), before), "evaluating changed what the callbacks remember"
-    fresh = prepare(entry, CELL, Evaluating)
+    fresh = prepare(entry, CELL, TestsAndPredicts)
     for verb in VERBS:
         value = evaluated(fresh, verb, ckpt_path=best.best_model_path, weights_only=False)
         assert value == pytest.approx(float(best.best_model_score), rel=1e-6)
@@ -72,9 +72,9 @@ def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
 @each_entry
 def test_without_a_path_after_a_fit(entry: Entry) -> None:
     """The module ends with the best that was validated, and that is what is tested; nothing is exchanged any more."""
-    fitted = fit(entry, CELL, Evaluating)
+    fitted = fit(entry, CELL, TestsAndPredicts)
     final = models.full_weights(fitted.module)
-    plain = prepare(BY_NAME["plain"], CELL, Evaluating)
+    plain = prepare(BY_NAME["plain"], CELL, TestsAndPredicts)
     plain.module.load_state_dict(fitted.module.state_dict())
     for verb in VERBS:
         assert evaluated(fitted, verb) == evaluated(plain, verb)
@@ -86,13 +86,13 @@ def test_evaluating_between_two_fits(entry: Entry) -> None:
     callbacks = entry.all_callbacks(CELL)
     fit(entry, callbacks=callbacks, max_epochs=1)
     for verb in VERBS:
-        evaluated(prepare(entry, CELL, Evaluating, callbacks=callbacks), verb)
-    assert_same(fit(entry, callbacks=callbacks), whole(entry))
+        evaluated(prepare(entry, CELL, TestsAndPredicts, callbacks=callbacks), verb)
+    assert_same(fit(entry, callbacks=callbacks), reference_fit(entry))
 
 
 def test_the_best_file_holds_other_weights_than_the_last() -> None:
     """Else the tests above could not tell the average from the raw weights."""
-    fitted = fit(BY_NAME["ema"], Cell("automatic", "32-true", "single", "1"), Evaluating)
-    raw = prepare(BY_NAME["plain"], CELL, Evaluating)
+    fitted = fit(BY_NAME["ema"], Cell("automatic", "32-true", "single", "1"), TestsAndPredicts)
+    raw = prepare(BY_NAME["plain"], CELL, TestsAndPredicts)
     raw.module.load_state_dict(fitted.module.raw)
     assert abs(evaluated(raw, "test") - evaluated(fitted, "test")) > 1e-3

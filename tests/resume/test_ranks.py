@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.utils.data import DataLoader
 
 from lightning_optim import (
@@ -28,7 +28,7 @@ from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime import callback_state
 from tests.harness.process_group import Group
-from tests.harness.run import LivingEnvironment, share_mesh
+from tests.harness.run import LivingEnvironment, fsdp2, share_mesh
 from tests.resume.killed_runs import difference, fit
 from tests.resume.models import SAMPLES, NormNet, PositionLoader, ShardedNormNet, data
 
@@ -56,8 +56,7 @@ def strategy_of(name: str) -> Strategy:
     if name.startswith("ddp"):
         return DDPStrategy(broadcast_buffers=name == "ddp")
     share_mesh()
-    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-    return ModelParallelStrategy(**sizes, save_distributed_checkpoint=name == "fsdp2, a folder")
+    return fsdp2(save_distributed_checkpoint=name == "fsdp2, a folder")
 
 
 def run(

@@ -14,8 +14,17 @@ from torch.optim import Optimizer
 from lightning_optim import L2, GradientAccumulation, OptimCallback, WeightRegularization, drop_step
 from tests.harness import models
 from tests.harness.cells import MOMENTUM, Cell
-from tests.integration.entry_fits import CELL, BeginningAnew, Remembering, assert_same, differences, fit, prepare, whole
-from tests.integration.test_precision import Fused
+from tests.integration.entry_fits import (
+    CELL,
+    FusedWithInfinity,
+    KeepsHistory,
+    RestartedLoader,
+    assert_same,
+    differences,
+    fit,
+    prepare,
+    reference_fit,
+)
 from tests.registry import BY_NAME
 
 
@@ -54,7 +63,7 @@ class Changing:
 @pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 @pytest.mark.parametrize("windows", ["1", "4", "4short"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("traits", [(), (Fused,)], ids=["plain", "fused, with an infinity"])
+@pytest.mark.parametrize("traits", [(), (FusedWithInfinity,)], ids=["plain", "fused, with an infinity"])
 def test_once_for_each_step_that_was_taken(kind: Any, windows: Any, precision: Any, traits: Any) -> None:
     if precision != "16-mixed":
         traits = ()  # without a scaler an infinity is a step
@@ -102,12 +111,12 @@ class Dropping(Callback):
 
 @pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-@pytest.mark.parametrize("traits", [(), (Fused,)], ids=["plain", "fused"])
+@pytest.mark.parametrize("traits", [(), (FusedWithInfinity,)], ids=["plain", "fused"])
 def test_a_dropped_step_is_not_counted(kind: Any, precision: Any, traits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.integration.test_precision.INFINITE", -1)
+    monkeypatch.setattr(FusedWithInfinity, "infinite", -1)
     cell, recorded, dropping = Cell(kind, precision, "single", "4short"), Recording(), Dropping()
     callbacks = [dropping, recorded, GradientAccumulation(4), WeightRegularization(L2(0.1))]
-    fitted = fit(BY_NAME["plain"], cell, Changing, Remembering, *traits, callbacks=callbacks)
+    fitted = fit(BY_NAME["plain"], cell, Changing, KeepsHistory, *traits, callbacks=callbacks)
     calls = dropping.calls[: cell.optimizers]
     assert recorded.steps == fitted.module.changes == [count - 1 for count in calls]
     assert fitted.trainer.global_step == sum(calls), "Lightning counts calls"
@@ -157,7 +166,7 @@ def test_a_window_that_never_closed_is_forgotten() -> None:
     """Lightning zeroes its gradients when the next window begins, whose mean is over its own micro-batches alone."""
 
     def weights(at: int) -> dict[str, Tensor]:
-        leaving = type("Leaving", (Leaving, BeginningAnew), {"at": at})
+        leaving = type("Leaving", (Leaving, RestartedLoader), {"at": at})
         cell = Cell("automatic", "32-true", "single", "4short")
         fitted = fit(BY_NAME["plain"], cell, leaving, callbacks=[GradientAccumulation(4)], limit_val_batches=0)
         assert fitted.ours[0].steps == [2]
@@ -193,4 +202,4 @@ def test_a_callback_that_is_new_on_resume_gets_the_step_count_of_the_run(kind: A
 
 def test_recording_changes_nothing() -> None:
     callbacks = [Recording(), *BY_NAME["several"].all_callbacks(CELL)]
-    assert_same(fit(BY_NAME["several"], CELL, Remembering, callbacks=callbacks), whole(BY_NAME["several"]))
+    assert_same(fit(BY_NAME["several"], CELL, KeepsHistory, callbacks=callbacks), reference_fit(BY_NAME["several"]))

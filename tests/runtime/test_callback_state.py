@@ -9,15 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import EMA, OptimCallback, WeightAveraging, evaluated_state
-from tests.harness import models
+from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
-from tests.integration.entry_fits import Fitted, copied, differences, each_entry, fit
+from tests.integration.entry_fits import Fitted, StatelessOptimizer, copied, differences, each_entry, fit
 from tests.registry import BY_NAME, Entry
 
 STEPS = Cell("automatic", "32-true", "single", "1")
@@ -71,10 +70,7 @@ def resumed_subclass(cell: Cell, folder: Path, distributed: bool) -> tuple[Any, 
     """Return the state after a whole run, and after one that was resumed in the middle."""
 
     def options() -> dict[str, Any]:
-        if cell.strategy != "fsdp2":
-            return {}
-        sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
-        return {"strategy": ModelParallelStrategy(**sizes, save_distributed_checkpoint=distributed)}
+        return {"strategy": run.fsdp2(distributed)} if cell.strategy == "fsdp2" else {}
 
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     whole, then = PathLength(), PathLength()
@@ -107,19 +103,13 @@ def test_subclass_resumes_in_two_processes(strategy: Any, distributed: bool, gro
 # ---- saving takes no step --------------------------------------------------------------------------------------------
 
 
-class Stateless(LightningModule):
-    def configure_optimizers(self: Any) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
-
 def with_and_without_saving(folder: Path) -> list[Any]:
     """Return the outcome of a run with a checkpoint, for which torch takes a step with lr 0, and of one without."""
     cell, outcomes = Cell("automatic", "32-true", "fsdp2", "1"), []
     for saver in ((), (ModelCheckpoint(folder, save_top_k=-1, save_on_train_epoch_end=False),)):
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=True)
         average = WeightAveraging(EMA(0.9))
-        options: dict[str, Any] = {"extra": saver, "enable_checkpointing": bool(saver), "strategy": strategy}
-        fitted = fit(BY_NAME["plain"], cell, Stateless, callbacks=[average], **options)
+        options: dict[str, Any] = {"extra": saver, "enable_checkpointing": bool(saver), "strategy": run.fsdp2()}
+        fitted = fit(BY_NAME["plain"], cell, StatelessOptimizer, callbacks=[average], **options)
         outcomes.append((average.steps, fitted.module.validations, models.full_weights(fitted.module)))
     return outcomes
 

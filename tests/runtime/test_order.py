@@ -11,7 +11,16 @@ from lightning.pytorch import Callback
 from lightning_optim import OptimCallback
 from lightning_optim.runtime.order import Slot
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import CELL, OF_TENSORS, assert_same, differences, fit, prepare, states, whole
+from tests.integration.entry_fits import (
+    CELL,
+    TENSOR_ENTRIES,
+    assert_same,
+    differences,
+    fit,
+    prepare,
+    reference_fit,
+    states,
+)
 from tests.registry import BY_NAME, Entry
 
 SEVERAL = BY_NAME["several"]
@@ -39,8 +48,8 @@ class OwnWithoutSlot(OptimCallback):
 def test_order_of_the_list(order: tuple[int, ...]) -> None:
     callbacks = SEVERAL.all_callbacks(CELL)
     fitted = fit(SEVERAL, CELL, callbacks=[callbacks[i] for i in order])
-    assert_same(fitted, whole(SEVERAL))
-    assert not differences(states(callbacks), whole(SEVERAL).states)
+    assert_same(fitted, reference_fit(SEVERAL))
+    assert not differences(states(callbacks), reference_fit(SEVERAL).states)
 
 
 @pytest.mark.parametrize("order", ORDERS[::3], ids=lambda order: "".join(map(str, order)))
@@ -63,7 +72,7 @@ def test_users_callbacks_keep_their_places(order: tuple[int, ...]) -> None:
     assert slots == sorted(slots) == [Slot.ACCUMULATE, Slot.PENALIZE, Slot.CLIP, Slot.AVERAGE, Slot.STOP]
     assert first.setups == third.setups == 1
     assert sorted(map(id, setups)) == sorted(map(id, callbacks)), "each setup once"
-    assert_same(fitted, whole(SEVERAL))
+    assert_same(fitted, reference_fit(SEVERAL))
 
 
 def _note_setup(callback: Any, setups: list[Callback]) -> None:
@@ -86,7 +95,7 @@ def _commute(pair: tuple[Entry, Entry]) -> bool:
 
 
 WITH = [BY_NAME[name] for name in ("l1_l2", "clip_norm", "ema", "stop")]
-PAIRS = [pair for pair in itertools.product(WITH, OF_TENSORS) if _commute(pair)]
+PAIRS = [pair for pair in itertools.product(WITH, TENSOR_ENTRIES) if _commute(pair)]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}, {pair[1].name}")
@@ -99,6 +108,6 @@ def test_two_entries_in_either_order(pair: tuple[Entry, Entry]) -> None:
 
 def test_pairs_cover_all() -> None:
     covered = {entry.name for pair in PAIRS for entry in pair}
-    left = {entry.name for entry in OF_TENSORS if entry.name not in covered}
+    left = {entry.name for entry in TENSOR_ENTRIES if entry.name not in covered}
     slots = {name: [callback.slot for callback in BY_NAME[name].callbacks(STEPS)] for name in left}  # type: ignore[attr-defined]
     assert all(None in some or name == "several" for name, some in slots.items()), f"in no pair: {slots}"

@@ -19,13 +19,13 @@ from lightning_optim.runtime.overridden_hooks import TwoPartHook
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
-    Remembering,
+    KeepsHistory,
     assert_same,
     differences,
     each_slot,
     fit,
+    reference_fit,
     states,
-    whole,
 )
 from tests.integration.installed import installed
 from tests.registry import BY_NAME, Entry
@@ -66,11 +66,11 @@ def overridden(callbacks: list[Any], make: Any) -> list[Any]:
 def test_every_hook_overridden(entry: Entry, make: Any) -> None:
     """With `super()` and without, the run, the state and what stays installed are those of the class itself."""
     callbacks = overridden(entry.all_callbacks(CELL), make)
-    fitted = fit(entry, CELL, Remembering, callbacks=callbacks)
-    assert_same(fitted, whole(entry))
-    assert not differences(fitted.module.states, whole(entry).module.states)
-    assert not differences(states(fitted.callbacks), whole(entry).states)
-    assert not differences(installed(fitted), installed(whole(entry)))
+    fitted = fit(entry, CELL, KeepsHistory, callbacks=callbacks)
+    assert_same(fitted, reference_fit(entry))
+    assert not differences(fitted.module.states, reference_fit(entry).module.states)
+    assert not differences(states(fitted.callbacks), reference_fit(entry).states)
+    assert not differences(installed(fitted), installed(reference_fit(entry)))
     assert all(callback.fit is None for callback in fitted.ours)
 
 
@@ -184,10 +184,10 @@ def test_a_copy_is_overridden_too() -> None:
     globals()["Copying"] = Copying
     Copying.__qualname__ = "Copying"
     original = Copying(0.1)
-    first = fit(BY_NAME["plain"], STEPS, Remembering, callbacks=[original])
+    first = fit(BY_NAME["plain"], STEPS, KeepsHistory, callbacks=[original])
     assert not any(isinstance(value, TwoPartHook) for one in original.copies for value in vars(one).values())
     for one in original.copies:
-        again = fit(BY_NAME["plain"], STEPS, Remembering, callbacks=[one])
+        again = fit(BY_NAME["plain"], STEPS, KeepsHistory, callbacks=[one])
         assert_same(again, first)
         assert again.ours[0].copies
 
@@ -256,14 +256,14 @@ def test_state_of_both_is_saved(kind: Any, tmp_path: Path) -> None:
     first = fit(
         BY_NAME["plain"],
         STEPS,
-        Remembering,
+        KeepsHistory,
         callbacks=[kind(AutoClip(20.0)), ExactResume(), saver],
         enable_checkpointing=True,
     )
     resumed = fit(
         BY_NAME["plain"],
         STEPS,
-        Remembering,
+        KeepsHistory,
         callbacks=[kind(AutoClip(20.0)), ExactResume()],
         ckpt_path=tmp_path / "step=3.ckpt",
     )

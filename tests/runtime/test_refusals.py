@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.callbacks import StochasticWeightAveraging as LightningSWA
 from lightning.pytorch.callbacks import WeightAveraging as LightningWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.distributed.fsdp import fully_shard
@@ -259,8 +259,7 @@ def partly_sharded() -> list[str]:
             fully_shard(self.net.inner)
 
     cell = Cell("automatic", "32-true", "fsdp2", "1")
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    trainer = run.make_trainer(cell, [GradientClipping(1.0)], strategy=strategy, max_epochs=1)
+    trainer = run.make_trainer(cell, [GradientClipping(1.0)], max_epochs=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(Partly(cell))

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_optim import GradientAccumulation, OptimCallback, total_steps
 from tests.harness import models
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import BeginningAnew, fit
+from tests.integration.entry_fits import RestartedLoader, fit
 from tests.registry import BY_NAME
 
 RUNS: dict[str, tuple[Any, list[Any], dict[str, Any], float]] = {
@@ -50,7 +50,7 @@ class Counting(OptimCallback):
 def test_total_is_what_happens(run: str) -> None:
     kind, callbacks, options, expected = RUNS[run]
     cell, asking, counting = Cell(kind, "32-true", "single", "4short"), Asking(), Counting()
-    fit(BY_NAME["plain"], cell, BeginningAnew, callbacks=[counting, asking, *callbacks], **options)
+    fit(BY_NAME["plain"], cell, RestartedLoader, callbacks=[counting, asking, *callbacks], **options)
     assert counting.steps == [expected] * cell.optimizers
     assert set(asking.answers) == {expected}  # type: ignore[attr-defined]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -52,10 +52,6 @@ def two(strategy: Strategy, *callbacks: Any, **options: Any) -> dict[str, Any]:
     run.share_mesh()
     parallel = {"strategy": strategy, "plugins": [run.LivingEnvironment()], "devices": 2}
     return {**parallel, "use_distributed_sampler": False, **options}
-
-
-def sharding(distributed: bool) -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed)
 
 
 # ---- ranks that disagree ---------------------------------------------------------------------------------------------
@@ -120,7 +116,7 @@ def after_a_fit(folder: Path, distributed: bool, in_directory: bool, average: bo
 
     def train(module: Any, **options: Any) -> tuple[Trainer, Any]:
         used = callbacks()
-        return fit(module, *used, **two(sharding(distributed), **options)), used[0]
+        return fit(module, *used, **two(run.fsdp2(distributed), **options)), used[0]
 
     straight, first, again = Sharded(SCORES), Sharded(SCORES), Sharded(SCORES)
     train(straight, max_epochs=4)
@@ -155,8 +151,8 @@ def going_back() -> Any:
                 self.predicted = self.net(torch.ones(1, 3))
 
     module, straight = GoingBack(SCORES), Sharded(SCORES)
-    fit(module, stop, **two(sharding(False), max_epochs=3))
-    fit(straight, EarlyStopping("val_loss"), **two(sharding(False), max_epochs=2))
+    fit(module, stop, **two(run.fsdp2(False), max_epochs=3))
+    fit(straight, EarlyStopping("val_loss"), **two(run.fsdp2(False), max_epochs=2))
     predicted = straight.net(torch.ones(1, 3))
     return same(module.went_back, module.validated[1]), torch.equal(module.predicted, predicted)
 
@@ -196,7 +192,7 @@ def adapted(folder: Path) -> Any:
     module = ShardedAdapted(SCORES)
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     stop = EarlyStopping("val_loss", patience=9)
-    fit(module, stop, saver, **two(sharding(False), max_epochs=4, enable_checkpointing=True))
+    fit(module, stop, saver, **two(run.fsdp2(False), max_epochs=4, enable_checkpointing=True))
     moved = not torch.equal(module.validated[3]["base.weight"], module.validated[1]["base.weight"])
     names = {}
     for path in sorted(folder.glob("*.ckpt")):
