@@ -29,6 +29,7 @@ class RestoredWeights:
         self._trainer = trainer
         self._rounded: dict[str, Any] = {}
         self._changed: list[str] = []
+        self._loaded = False
         late = trainer.strategy.restore_checkpoint_after_setup
         self._made: dict[str, Any] = {} if late else _buffers_of_ranks(trainer)
 
@@ -39,7 +40,13 @@ class RestoredWeights:
             self._made = _buffers_of_ranks(self._trainer)
 
     def loaded(self, checkpoint: dict[str, Any]) -> None:
-        """Keep weights that the module rounds, and note which buffers change, at ``on_load_checkpoint``."""
+        """Keep weights that the module rounds, and note which buffers change, at ``on_load_checkpoint``.
+
+        Each callback calls it; the first call counts, since a callback may write weights of its own after it.
+        """
+        if self._loaded:
+            return
+        self._loaded = True
         if saved := checkpoint.get("state_dict"):
             live = module_tensors.named_tensors(self._trainer.lightning_module)
             self._rounded = saved if _rounds(saved, live) else {}
