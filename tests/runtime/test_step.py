@@ -1,4 +1,4 @@
-"""OptimizerStep: a step as callbacks read it, whatever a user's callback does before, between and after ours."""
+"""Tests of OptimizerStep: what callbacks read of a step while a user's callback changes gradients before or after."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_gradients_of_an_optimizer() -> None:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that norms are computed."""
+    """Return a list that gets one entry each time that norms are computed."""
     calls: list[int] = []
     tensor_norms = norms.tensor_norms
     monkeypatch.setattr(norms, "tensor_norms", lambda *args: calls.append(1) or tensor_norms(*args))
@@ -171,7 +171,7 @@ def test_writes_to_the_rows_of_a_sparse_gradient_are_seen() -> None:
 
 @pytest.mark.parametrize("make", [lambda: ClipByNorm(1.0), lambda: AGC(0.01), lambda: AutoClip(), lambda: Centralize()])
 def test_made_of_views(make: Callable[[], Any]) -> None:
-    """The rows of stacked members: each is clipped as if it were alone, in the stacked gradient itself."""
+    """Clip the rows of one stacked member as if it were alone, in the stacked gradient itself."""
     members, shapes = 3, [(8, 4), (8,), (2, 8)]
     stacked = [nn.Parameter(torch.randn(members, *shape)) for shape in shapes]
     for parameter in stacked:
@@ -221,7 +221,7 @@ def _add_group(optimizer: Optimizer) -> None:
 
 
 class Meddling(Callback):
-    """A user's callback that changes the second step and those after it, or a group once."""
+    """Change the gradients of the second step and of those after it; add a parameter group once."""
 
     def __init__(self, change: Callable[[Optimizer], None]) -> None:
         self.change, self.calls = change, 0
@@ -233,7 +233,7 @@ class Meddling(Callback):
 
 
 def _by_hand(change: Callable[[Optimizer], None], place: int) -> tuple[list[Tensor], list[float], list[float]]:
-    """Weights, norms as measured, and norms of the gradients that the optimizer used, with torch alone."""
+    """Train with torch alone; return weights, measured norms, and norms of the gradients that the optimizer used."""
     nets = regression.nets_of(regression.build_nets(1))
     weights = list(nets[0].parameters())
     optimizer = SGD(weights, lr=CELL.lr, momentum=MOMENTUM)
@@ -287,7 +287,7 @@ def test_a_users_callback_among_ours(change: Callable[[Optimizer], None], place:
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["before", "between", "after"])
 def test_a_step_that_a_user_drops(place: int) -> None:
-    """Nothing is left to act on for those behind, and the step's object is gone with it."""
+    """Check that later callbacks have nothing to act on, and that the step is not counted."""
 
     class Dropping(OptimCallback):
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -309,7 +309,7 @@ def test_a_step_that_a_user_drops(place: int) -> None:
 
 
 class Seeing(OptimCallback):
-    """Keeps the steps that it was given, and what they said."""
+    """Keep the steps that it was given, and their values."""
 
     def reset(self) -> None:
         self.before: list[OptimizerStep] = []
@@ -331,7 +331,7 @@ class Seeing(OptimCallback):
 
 
 class Left(Callback):
-    """Looks whether a step outlived its batch."""
+    """Count the steps that the session still holds at the end of a batch."""
 
     def __init__(self) -> None:
         self.left: list[int] = []
@@ -343,7 +343,7 @@ class Left(Callback):
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 @pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 def test_all_callbacks_see_one_step(kind: Any, precision: Any) -> None:
-    """In its number, its parameters' names and its rates, under two optimizers and manual optimization too."""
+    """Compare number, total, names and learning rates, with two optimizers and manual optimization too."""
     cell, first, second, left = Cell(kind, precision, "single", "1"), Seeing(name="a"), Seeing(name="b"), Left()
     trainer = run.make_trainer(cell, [first, second, left], max_epochs=2, log_every_n_steps=3)
     module = models.build(cell)
@@ -418,7 +418,7 @@ def test_of_sparse_gradients() -> None:
 
 
 class Norms(OptimCallback):
-    """Norms of a step before and after a write in place, of the whole gradient."""
+    """Keep the norms of a step before and after writes in place to the whole gradient."""
 
     def reset(self) -> None:
         self.norms: list[list[float]] = []
@@ -481,5 +481,5 @@ def _operations(log_every: int, max_norm: float, nonfinite: Any) -> int:
 def test_number_of_operations_of_penalty_monitor_and_clipping(
     log_every: int, nonfinite: Any, max_norm: float, operations: int
 ) -> None:
-    """No more than in the first version, where each callback read the gradients by itself."""
+    """Compare with the first version, where each callback read the gradients by itself."""
     assert 0 < _operations(log_every, max_norm, nonfinite) <= operations
