@@ -14,6 +14,7 @@ from lightning_optim.averaging.batchnorm.batches import check_arguments
 from lightning_optim.averaging.batchnorm.refresh import in_training
 from lightning_optim.averaging.training import lightning_checkpoints, pruning
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
+from lightning_optim.averaging.training.averaged_weights_state import load_state_, state_of
 from lightning_optim.averaging.training.buffer_plan import (
     BufferMode,
     BufferModes,
@@ -333,7 +334,7 @@ class WeightAveraging(AveragedCheckpoints):
             return self._loaded or {}
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
         asked = {"asked": list(self._decided)} if self._user_decides else {}
-        averages = pruning.permanent(self._averaged.state(self._saved_as_state_dict), self._permanent_masks())
+        averages = pruning.permanent(state_of(self._averaged, self._saved_as_state_dict), self._permanent_masks())
         return {**averages, **comparison, **asked, **self._unfrozen_by_name()}
 
     def _unfrozen_by_name(self) -> dict[str, list[str]]:
@@ -360,7 +361,7 @@ class WeightAveraging(AveragedCheckpoints):
                 self._unfrozen = [
                     layer for layer in self._layers if any(layer is named.get(n) for n in loaded["unfrozen"])
                 ]
-            average.load(lightning_checkpoints.with_counters(loaded, self.steps))
+            load_state_(average, lightning_checkpoints.with_counters(loaded, self.steps))
             self.comparison.load(loaded.get("comparison", []))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

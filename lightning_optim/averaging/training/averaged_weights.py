@@ -1,4 +1,4 @@
-"""Hold the averages of one model's weights: update them, exchange them with the model's, save and load them."""
+"""Hold the averages of one model's weights: update them, and exchange them with the model's weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +20,6 @@ from lightning_optim.averaging.training.averaged_buffers import AveragedBuffers
 from lightning_optim.averaging.training.averaged_tensors import (
     Source,
     Sources,
-    all_of,
-    by_plain_name,
-    copies_of,
     keep,
     names_in,
     trainable,
@@ -31,10 +27,9 @@ from lightning_optim.averaging.training.averaged_tensors import (
 from lightning_optim.averaging.training.buffer_plan import BufferPlan
 from lightning_optim.averaging.training.pruning import Pruning
 from lightning_optim.averaging.training.spectral_norm import SpectralEstimates
-from lightning_optim.base import foreach, module_tensors, shards
+from lightning_optim.base import foreach, shards
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_of
-from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning.torch_internals import keep_versions
 from lightning_optim.runtime.object_state import same_objects
@@ -62,17 +57,20 @@ class AveragedWeights:
         inside: True if the model holds the average now.
         left: True if the average was left in the model at the end of the fit.
         fresh: True if the BatchNorm statistics in the average belong to its present weights.
+        averages: The policy of each optimizer.
+        optimizers: Weak references to the optimizers.
+        estimates: The vectors of spectral normalization for the averaged weights.
     """
 
     def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: Average, plan: BufferPlan) -> None:
         self._module = weakref.ref(module)  # so that a callback that outlives the fit does not keep the module alive
-        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        self.optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self.averages = [copy.deepcopy(average) for _ in optimizers]
         self.sources = [Sources() for _ in optimizers]
         self._trainable: list[list[nn.Parameter]] = [[] for _ in optimizers]
         self._lazy: list[nn.Parameter] = []
         self.buffers = AveragedBuffers(plan.averaged if optimizers else (), average)
-        self._estimates = SpectralEstimates(plan.vectors)
+        self.estimates = SpectralEstimates(plan.vectors)
         self.inside = self.left = self.fresh = False
         self._pruning = Pruning()
         self._raw: dict[tuple[int, str], Tensor] = {}
@@ -92,7 +90,8 @@ class AveragedWeights:
         """True if there was an update."""
         return any(average.started for average in self.averages)
 
-    def _alive(self) -> nn.Module:
+    def alive(self) -> nn.Module:
+        """Return the model, which must still be alive."""
         module = self.module
         assert module is not None, "the caller holds the module whose weights it moves"
         return module
@@ -106,21 +105,21 @@ class AveragedWeights:
 
     def follow(self, index: int) -> None:
         """Add parameters that became trainable, and drop those that left the model. Call it before each step."""
-        optimizer = self._optimizers[index]()
+        optimizer = self.optimizers[index]()
         now = [] if optimizer is None else trainable(optimizer)
         if same_objects(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
             return
         self._trainable[index] = now
-        self._lazy = [parameter for parameter in self._alive().parameters() if is_lazy(parameter)]
-        names = names_in(self._alive())
+        self._lazy = [parameter for parameter in self.alive().parameters() if is_lazy(parameter)]
+        names = names_in(self.alive())
         for sources, average in zip(self.sources, self.averages, strict=True):
             kept = [place for place, source in enumerate(sources) if id(source.parameter) in names]
             if len(kept) < len(sources):
                 keep(sources, average, kept)
-        for place, reference in enumerate(self._optimizers):
-            self._add(place, trainable(reference()) if reference() is not None else [], names)  # type: ignore[arg-type]
+        for place, reference in enumerate(self.optimizers):
+            self.add(place, trainable(reference()) if reference() is not None else [], names)  # type: ignore[arg-type]
 
-    def _add(self, index: int, parameters: Sequence[nn.Parameter], names: dict[int, tuple[str, ...]]) -> None:
+    def add(self, index: int, parameters: Sequence[nn.Parameter], names: dict[int, tuple[str, ...]]) -> None:
         """Average these parameters of the model with an optimizer from now on, unless they are averaged already."""
         known = {id(source.parameter) for sources in self.sources for source in sources}
         new = {id(p): p for p in parameters if id(p) in names and id(p) not in known and not is_lazy(p)}.values()
@@ -146,7 +145,7 @@ class AveragedWeights:
         if index == 0:
             self.buffers.update_(step)
         self.buffers.changed()
-        self._estimates.restart_()
+        self.estimates.restart_()
         self.fresh = False
 
     @torch.no_grad()
@@ -169,25 +168,25 @@ class AveragedWeights:
                     for tensor in held:
                         tensor.mul_(mask.to(tensor))
 
-    def _look_up(self) -> None:
+    def look_up(self) -> None:
         """Look up the names of all tensors, which pruning and parametrizations change in the middle of a run."""
         if (module := self.module) is None:
             return
         self.follow_pruning()
         names = names_in(module)
-        for source in itertools.chain(*self.sources, self.buffers.sources, self._estimates.sources()):
+        for source in itertools.chain(*self.sources, self.buffers.sources, self.estimates.sources()):
             source.look_up(names)
 
     def pairs(self) -> Iterator[tuple[Source, Tensor]]:
         """Yield each tensor that is still in the model, and its average; nothing before the first update."""
-        self._look_up()
+        self.look_up()
         for sources, average in zip(self.sources, self.averages, strict=True):
             if average.started:
                 yield from ((s, mean) for s, mean in zip(sources, average.averaged, strict=True) if s.names)
         yield from self.buffers.pairs()
         if self.started:
             # A weight that was never averaged keeps its own vectors.
-            yield from self._estimates.pairs({id(source.parameter) for source in itertools.chain(*self.sources)})
+            yield from self.estimates.pairs({id(source.parameter) for source in itertools.chain(*self.sources)})
 
     def named(self) -> dict[str, Tensor]:
         """Return the averaged tensors under all their names, in or out of the model; empty before the first update."""
@@ -217,6 +216,10 @@ class AveragedWeights:
             displaced[source.place] = average if copied is None else shards.placed_as(copied, average)
         return displaced
 
+    def raw(self) -> dict[str, Tensor]:
+        """Return the raw values of the averaged tensors, under all their names."""
+        return {name: raw for source, raw, _ in self.located() for name in source.names}
+
     def reduce_buffers(self, group: dist.ProcessGroup) -> None:
         """Compute the mean over ranks of the averaged buffers, for uses of the present average."""
         if not self.inside:
@@ -224,7 +227,7 @@ class AveragedWeights:
 
     def of_rank(self) -> dict[str, Tensor]:
         """Return this rank's averaged buffers that differ from those in use, by their paths in the state."""
-        self._look_up()
+        self.look_up()
         return self.buffers.of_rank()
 
     # ---- in and out of the model -------------------------------------------------------------------------------------
@@ -233,7 +236,7 @@ class AveragedWeights:
     def exchange_(self) -> None:
         """Exchange the average and the model's tensors: all of them, or none of them if an error is raised."""
         with uninterrupted():
-            module = self._alive()
+            module = self.alive()
             shards.reshard_(module)
             self.follow_pruning()
             moving, done = self._exchanged if self.inside else list(self.pairs()), []
@@ -241,8 +244,8 @@ class AveragedWeights:
                 for source, average in moving:
                     self._swap_(source, average, self.inside)
                     done.append((source, average))
-                if not self.inside and not self._estimates.done:
-                    self._estimates.estimate_({source.place for source, _ in moving})
+                if not self.inside and not self.estimates.done:
+                    self.estimates.estimate_({source.place for source, _ in moving})
             except BaseException:
                 for source, average in done:
                     self._swap_(source, average, not self.inside)
@@ -274,12 +277,12 @@ class AveragedWeights:
     @property
     def estimated(self) -> bool:
         """True if the vectors of spectral normalization belong to the present average, or there are no vectors."""
-        return self._estimates.done or not self.started
+        return self.estimates.done or not self.started
 
     def estimate_(self) -> None:
         """Estimate the vectors of spectral normalization for the averaged weights, once after each update."""
         if not self.estimated and not self.inside:
-            with raw_weights_in(self._alive()), self.exchanged():
+            with raw_weights_in(self.alive()), self.exchanged():
                 pass
 
     @contextlib.contextmanager
@@ -324,122 +327,6 @@ class AveragedWeights:
             assert live is not None
             if (average := places.get((id(layer), key))) is not None:
                 shards.copy_(live, self.buffers.set_estimate((id(layer), key), average, value))
-
-    # ---- in a checkpoint ---------------------------------------------------------------------------------------------
-
-    def state(self, evaluated: bool) -> dict[str, Any]:
-        """Return what a checkpoint holds in addition to the model's ``state_dict``.
-
-        Args:
-            evaluated: True if ``state_dict`` holds the average. The state then has the raw weights, and of the average
-                only tensors that the model's dtype rounds; otherwise it has the average.
-        """
-        if self.module is not None:
-            self.estimate_()
-        raw, averaged = {}, {}
-        for source, own, average in self.located():
-            if evaluated:
-                raw[source.name] = own
-            if not evaluated or average.dtype != own.dtype:
-                averaged[source.name] = average
-        declared = [average.declared_state() for average in self.averages]
-        return {
-            "counters": [average.counters for average in self.averages],
-            **({"declared": declared} if any(declared) else {}),
-            "raw": raw,
-            "averaged": averaged,
-            "own": self.buffers.own(),
-            "memory": self._memory(),
-            "fresh": self.fresh,
-            "estimated": self._estimates.done,
-            "names": [[source.name for source in sources if source.names] for sources in self.sources],
-            "buffers": [source.name for source in self.buffers.sources if source.names],
-        }
-
-    def _parts(self, index: int) -> list[tuple[Sources, Average]]:
-        """Return the tensors that are averaged with an optimizer, and their average; with the first one buffers too."""
-        of_buffers = [(self.buffers.sources, self.buffers.average)] if index == 0 else []
-        return [(self.sources[index], self.averages[index]), *of_buffers]
-
-    def _memory(self) -> dict[str, dict[str, dict[str, Tensor]]]:
-        """Return the past weights that policies keep (LAWA), by optimizer, age and name."""
-        memory = {}
-        for index, average in enumerate(self.averages):
-            remembered: dict[str, dict[str, Tensor]] = {str(place): {} for place in range(len(average.memory))}
-            for sources, of_these in self._parts(index):
-                for place, weights in enumerate(of_these.memory):
-                    named = {s.name: weight for s, weight in zip(sources, weights, strict=True) if s.names}
-                    remembered[str(place)].update(named)
-            if remembered:
-                memory[str(index)] = remembered
-        return memory
-
-    def raw(self) -> dict[str, Tensor]:
-        """Return the raw values of the averaged tensors, under all their names."""
-        return {name: raw for source, raw, _ in self.located() for name in source.names}
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
-        """Load a :meth:`state`, after the model has loaded its ``state_dict``; write the raw weights into the model.
-
-        An average that is not in the state is that of ``state_dict``, which the model holds.
-        """
-        module = self._alive()
-        named = {plain_name(name): tensor for name, tensor in module_tensors.named_tensors(module).items()}
-        raw, averaged = by_plain_name(state["raw"]), by_plain_name(state["averaged"])
-        own = by_plain_name(state.get("own", {}))
-        recorded = self._add_recorded(state, raw, averaged, named)
-        self._look_up()
-        if "buffers" in state or any(state["counters"]):
-            self.buffers.leave_out(recorded)
-        for index, counters in enumerate(state["counters"][: len(self.averages)]):
-            if not counters:
-                continue
-            # A weight without an average in the checkpoint begins with its raw value.
-            saved = {name: value for name, value in raw.items() if name not in recorded} | averaged | own
-            remembered = state.get("memory", {}).get(str(index), {})
-            declared = state["declared"][index] if "declared" in state else {}
-            for sources, average in self._parts(index):
-                memory = [copies_of(sources, average, remembered[str(place)]) for place in range(len(remembered))]
-                average.load_declared_state(declared)
-                average.load(counters, copies_of(sources, average, saved), memory)
-        self.fresh = state.get("fresh", False)
-        self.buffers.load_estimates(own.keys(), averaged)
-        self._estimates.load(averaged, state.get("estimated", False))
-        for name, tensor in named.items():
-            if (value := raw.pop(name, None)) is not None and value.shape == tensor.shape:
-                shards.copy_(tensor, value)
-        if raw:  # neither parameters nor buffers, such as metrics, which an override of `state_dict` may hide
-            for name, tensor in nn.Module.state_dict(module).items():
-                if plain_name(name) in raw and isinstance(tensor, Tensor):
-                    shards.copy_(tensor, raw[plain_name(name)])
-
-    def _add_recorded(
-        self, state: dict[str, Any], raw: dict[str, Tensor], averaged: dict[str, Tensor], named: dict[str, Tensor]
-    ) -> set[str]:
-        """Average all parameters that a state has averages of, also frozen ones; return the names of its tensors."""
-        names = names_in(self._alive())
-        held = {id(p): i for i, o in reversed(list(enumerate(self._optimizers))) for p in all_of(o())}
-        if "names" in state:
-            for index, of_one in enumerate(state["names"][: len(self.averages)]):
-                found = [named.get(plain_name(name)) for name in of_one]
-                self._add(index, [p for p in found if isinstance(p, nn.Parameter)], names)
-        else:
-            for name in raw.keys() | averaged.keys():
-                parameter = named.get(name)
-                if isinstance(parameter, nn.Parameter) and self.averages:
-                    # Lightning averages all weights. One that equals its average was not trained.
-                    if "updates_of_lightning" in state and _equal(
-                        averaged.get(name, parameter), raw.get(name, parameter)
-                    ):
-                        continue
-                    self._add(held.get(id(parameter), 0), [parameter], names)
-            return raw.keys() | averaged.keys()
-        return {plain_name(name) for name in itertools.chain(*state["names"], state["buffers"])}
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.cpu(), other.detach().cpu())
 
 
 @contextlib.contextmanager
