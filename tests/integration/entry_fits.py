@@ -37,6 +37,20 @@ def _each(entries: Sequence[Entry]) -> pytest.MarkDecorator:
 
 each_entry = _each(TENSOR_ENTRIES)
 each_slot = _each(SLOT_ENTRIES)  # for behaviour that depends on the base class alone
+
+
+def each_entry_by(argument: str, first: Any, *others: Any) -> pytest.MarkDecorator:
+    """Run a test for every entry with the first value of an argument, and for one entry of each slot with the others.
+
+    The others are for behaviour that depends on the base class alone.
+    """
+    pairs = [(entry, first) for entry in TENSOR_ENTRIES] + [
+        (entry, value) for entry in SLOT_ENTRIES for value in others
+    ]
+    names = [f"{entry.name}-{getattr(value, '__name__', value)}" for entry, value in pairs]
+    return pytest.mark.parametrize(("entry", argument), pairs, ids=names)
+
+
 each_kind = pytest.mark.parametrize("kind", ["automatic", "manual", "two"])
 
 

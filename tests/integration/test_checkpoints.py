@@ -1,4 +1,4 @@
-"""What is in a checkpoint: the weights that were validated, for whoever reads it."""
+"""Checkpoints hold the weights that were validated: for this package, for Lightning alone, and for other callbacks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tests.harness import models
 from tests.harness.cells import EPOCHS, Cell
 from tests.harness.process_group import Group
 from tests.harness.run import fsdp2
-from tests.integration.entry_fits import KeepsHistory, choice_for, differences, each_entry, fit, prepare
+from tests.integration.entry_fits import KeepsHistory, choice_for, differences, each_entry, each_entry_by, fit, prepare
 from tests.registry import BY_NAME, Entry
 
 STEPS = Cell("automatic", "32-true", "single", "1")
-"""Steps between all validations, so that Lightning writes a file after each."""
+"""Steps between all validations, so that Lightning writes a checkpoint after each."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
 
 
 class Watching:
-    """Keeps the weights that each validation sees, and those with which training begins."""
+    """Trait: keep the weights of each validation, and those at the start of training."""
 
     def on_validation_start(self: Any) -> None:
         vars(self).setdefault("watched", []).append(models.full_weights(self))
@@ -35,13 +35,12 @@ class Watching:
 
 
 def saver(folder: Path, **options: Any) -> ModelCheckpoint:
-    # One after each validation, in the order of their names.
+    # One checkpoint after each validation; their names sort in this order.
     return ModelCheckpoint(folder, "{step:03d}", save_top_k=-1, save_on_train_epoch_end=False, **options)
 
 
-@each_entry
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_each_file_holds_what_was_validated(entry: Entry, weights_only: bool, tmp_path: Path) -> None:
+@each_entry_by("weights_only", False, True)
+def test_each_checkpoint_holds_the_validated_weights(entry: Entry, weights_only: bool, tmp_path: Path) -> None:
     extra = (saver(tmp_path, save_weights_only=weights_only),)
     fitted = fit(entry, STEPS, Watching, extra=extra, enable_checkpointing=True)
     files = sorted(tmp_path.glob("*.ckpt"))
@@ -65,8 +64,8 @@ def test_a_trainer_without_our_callbacks_resumes(entry: Entry, tmp_path: Path) -
 
 @each_entry
 @pytest.mark.filterwarnings("ignore:This resume is not exact. the checkpoint was written without")
-def test_a_trainer_with_our_callbacks_resumes_a_plain_file(entry: Entry, tmp_path: Path) -> None:
-    """A technique that is new in the middle of a run begins there, with the weights of the file."""
+def test_a_trainer_with_our_callbacks_resumes_a_plain_checkpoint(entry: Entry, tmp_path: Path) -> None:
+    """A technique that is added in the middle of a run begins there, with the weights of the checkpoint."""
     fit(BY_NAME["plain"], STEPS, callbacks=[], extra=(saver(tmp_path),), enable_checkpointing=True)
     path = min(tmp_path.glob("*.ckpt"))
     resumed = fit(entry, STEPS, Watching, ckpt_path=path)
@@ -75,7 +74,7 @@ def test_a_trainer_with_our_callbacks_resumes_a_plain_file(entry: Entry, tmp_pat
 
 
 def sharded(name: str, folder: Path, distributed: bool) -> Any:
-    """A job: the best file of a fit under FSDP2, validated in a new Trainer with and without the callbacks."""
+    """Fit under FSDP2, and validate the best checkpoint in a new Trainer, with and without the callbacks; a job."""
     cell = Cell("automatic", "32-true", "fsdp2", "1")
     entry = BY_NAME[name]
 
@@ -89,7 +88,7 @@ def sharded(name: str, folder: Path, distributed: bool) -> Any:
 
 
 @each_entry
-def test_sharded_files(entry: Entry, group: Group, tmp_path: Path) -> None:
+def test_sharded_checkpoints(entry: Entry, group: Group, tmp_path: Path) -> None:
     distributed = choice_for(entry, True, False)
     for score, values, folder in group.run(sharded, entry.name, tmp_path, distributed):
         assert folder == distributed
@@ -97,7 +96,7 @@ def test_sharded_files(entry: Entry, group: Group, tmp_path: Path) -> None:
 
 
 class Exporting:
-    """Saves at the end of a batch, and keeps its weights in `on_save_checkpoint` and the average of that moment."""
+    """Trait: save at the end of a batch; keep the average of that moment and the weights in `on_save_checkpoint`."""
 
     path: Any = None
     exported: Any = None
@@ -116,7 +115,7 @@ class Exporting:
 
 
 def exported(path: Path, distributed: bool) -> Any:
-    """A job: what a sharded module holds while it is saved, and whether training goes on as without."""
+    """Return the weights of a sharded module while it is saved, and the results without and with saving; a job."""
     cell, ends = Cell("automatic", "32-true", "fsdp2", "1"), []
     for target in (None, path):
         fitted = prepare(BY_NAME["ema"], cell, Exporting, KeepsHistory, strategy=fsdp2(distributed))
@@ -137,7 +136,7 @@ def test_a_sharded_module_holds_the_average_while_it_is_saved(distributed: bool,
 
 
 def resumed_from(path: Path) -> Any:
-    """A job: the end of a run that goes on from a file."""
+    """Return the results of a run that resumes from a checkpoint; a job."""
     cell = Cell("automatic", "32-true", "fsdp2", "1")
     outcome = fit(BY_NAME["ema"], cell, KeepsHistory, ckpt_path=path).outcome
     return outcome.raw, outcome.final, outcome.validations
@@ -149,13 +148,13 @@ def resumed_from(path: Path) -> Any:
 @pytest.mark.parametrize(
     ("first", "then"), [(LightningEarlyStopping, EarlyStopping), (EarlyStopping, LightningEarlyStopping)]
 )
-def test_early_stopping_is_lightnings(first: Any, then: Any, tmp_path: Path) -> None:
-    """A checkpoint of the one resumes in the other: the same checks were waited for, and the stop is where it was."""
+def test_early_stopping_and_lightnings_resume_each_other(first: Any, then: Any, tmp_path: Path) -> None:
+    """A checkpoint of one class resumes in the other: the wait goes on, and training stops where it would have."""
     stop = BY_NAME["stop"]
     whole = fit(stop, STEPS, KeepsHistory, callbacks=[first("val_score", patience=2)])
     extra = (saver(tmp_path),)
     fit(stop, STEPS, KeepsHistory, callbacks=[first("val_score", patience=2)], extra=extra, enable_checkpointing=True)
-    path = sorted(tmp_path.glob("*.ckpt"))[3]  # after a check without improvement; one more is one too many
+    path = sorted(tmp_path.glob("*.ckpt"))[3]  # after a validation without improvement; after one more, training stops
     resumed = fit(stop, STEPS, KeepsHistory, callbacks=[then("val_score", patience=2)], ckpt_path=path)
     assert whole.module.seen == resumed.module.seen == 10
     (one,), (other,) = whole.callbacks[:1], resumed.callbacks[:1]
@@ -163,7 +162,7 @@ def test_early_stopping_is_lightnings(first: Any, then: Any, tmp_path: Path) -> 
     assert (one.wait_count, one.stopped_epoch) == (other.wait_count, other.stopped_epoch)
 
 
-def test_arguments_of_now_win_over_the_file(tmp_path: Path) -> None:
+def test_arguments_win_over_those_in_the_checkpoint(tmp_path: Path) -> None:
     stop = BY_NAME["stop"]
     options: dict[str, Any] = {"extra": (saver(tmp_path),), "enable_checkpointing": True}
     fit(
@@ -176,7 +175,7 @@ def test_arguments_of_now_win_over_the_file(tmp_path: Path) -> None:
     path = sorted(tmp_path.glob("*.ckpt"))[2]
     patient, slower = EarlyStopping("val_score", patience=3), WeightAveraging(EMA(0.5))
     resumed = fit(stop, STEPS, KeepsHistory, callbacks=[patient, slower], ckpt_path=path)
-    assert resumed.module.seen == 12, "one check more than with the patience of the file"
-    assert patient.best_score == 2.0, "the state of the file was not found"
+    assert resumed.module.seen == 12, "one validation more than with the patience in the checkpoint"
+    assert patient.best_score == 2.0, "the state in the checkpoint was not found"
     assert slower.steps == [12]
     assert slower.average.decay == 0.5

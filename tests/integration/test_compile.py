@@ -1,4 +1,4 @@
-"""Compiled models: the whole module, and a part of it. Same weights, and the keys that Lightning writes."""
+"""A compiled module, and one with a compiled submodule: the same weights, and the keys that Lightning saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.registry import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
 
-BACKEND = "eager"  # traces and guards as any other, and writes no kernels
+BACKEND = "eager"  # traces and guards as every backend does, and compiles no kernels
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,8 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-class Lean:
-    """A step that does not count itself, or each batch would compile it anew, and a validation that stays as it is."""
+class CountsOutside:
+    """Trait: count batches outside of the training step, which would else be compiled anew for each batch."""
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         return regression.loss_of(0, self.nets, batch)
@@ -50,7 +50,9 @@ class Lean:
         super().validation_step(batch, batch_idx)  # type: ignore[misc]
 
 
-class PartCompiled:
+class CompiledSubmodule:
+    """Trait: compile the network, and not the module around it."""
+
     def __init__(self: Any, *args: Any) -> None:
         super().__init__(*args)  # type: ignore[call-arg]
         self.net = torch.compile(self.net, backend=BACKEND)
@@ -62,7 +64,7 @@ def saver(folder: Path) -> ModelCheckpoint:
 
 @each_entry
 def test_whole_module(entry: Entry, tmp_path: Path) -> None:
-    fitted = prepare(entry, CELL, Lean, extra=(saver(tmp_path),), enable_checkpointing=True)
+    fitted = prepare(entry, CELL, CountsOutside, extra=(saver(tmp_path),), enable_checkpointing=True)
     fitted.trainer.fit(torch.compile(fitted.module, backend=BACKEND))
     assert fitted.trainer.lightning_module is fitted.module
     assert torch._dynamo.utils.counters["frames"]["ok"]
@@ -72,17 +74,17 @@ def test_whole_module(entry: Entry, tmp_path: Path) -> None:
 
 
 @each_entry
-def test_part(entry: Entry, tmp_path: Path) -> None:
+def test_submodule(entry: Entry, tmp_path: Path) -> None:
     cell = Cell(choice_for(entry, "automatic", "manual"), "32-true", "single", "4short")
     extra = (saver(tmp_path), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
-    fitted = fit(entry, cell, KeepsHistory, PartCompiled, extra=extra, enable_checkpointing=True)
+    fitted = fit(entry, cell, KeepsHistory, CompiledSubmodule, extra=extra, enable_checkpointing=True)
     assert torch._dynamo.utils.counters["frames"]["ok"]
     assert_as_uncompiled(fitted.outcome, reference_fit(entry, cell).outcome)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert list(saved) == list(fitted.module.state_dict())
     assert all(name.startswith("net._orig_mod.") for name in saved)
-    # Written at the first window's end, within the epoch and with no validation due.
-    resumed = fit(entry, cell, KeepsHistory, PartCompiled, ckpt_path=tmp_path / "step=1.ckpt")
+    # Written after the first window, within the epoch and not before a validation.
+    resumed = fit(entry, cell, KeepsHistory, CompiledSubmodule, ckpt_path=tmp_path / "step=1.ckpt")
     assert_as_uncompiled(resumed.outcome, reference_fit(entry, cell).outcome, logs=False)
 
 

@@ -1,4 +1,4 @@
-"""Callbacks as objects: pickled, copied, printed; before, in and after a fit."""
+"""Callbacks that are pickled, copied and printed: before, within and after a fit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.integration.entry_fits import (
     assert_same,
     differences,
     each_entry,
+    each_entry_by,
     each_slot,
     fit,
     prepare,
@@ -29,7 +30,7 @@ COPIES = {"pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "deepcopy":
 
 
 class Copying:
-    """Copies the callbacks when the first epoch ends, in the middle of the fit."""
+    """Trait: copy the callbacks when the first epoch ends, in the middle of the fit."""
 
     def on_train_epoch_end(self: Any) -> None:
         if self.trainer.current_epoch == 0:
@@ -38,8 +39,7 @@ class Copying:
             self.then = states(ours)
 
 
-@each_entry
-@pytest.mark.parametrize("how", COPIES)
+@each_entry_by("how", *COPIES)
 def test_a_copy_does_the_same(entry: Entry, how: str) -> None:
     callbacks = entry.all_callbacks(CELL)
     copies = COPIES[how](callbacks)
@@ -48,8 +48,8 @@ def test_a_copy_does_the_same(entry: Entry, how: str) -> None:
 
 
 @each_entry
-def test_a_copy_in_the_fit(entry: Entry) -> None:
-    """It has the state of that moment, does not change with the fit, and does not disturb it."""
+def test_a_copy_within_the_fit(entry: Entry) -> None:
+    """The copy has the state of that moment, does not change with the fit, and does not disturb it."""
     fitted = fit(entry, CELL, Copying)
     assert_same(fitted, reference_fit(entry))
     for copies in fitted.module.copies.values():
@@ -58,8 +58,7 @@ def test_a_copy_in_the_fit(entry: Entry) -> None:
         assert_same(fit(entry, callbacks=copies), reference_fit(entry))
 
 
-@each_entry
-@pytest.mark.parametrize("how", COPIES)
+@each_entry_by("how", *COPIES)
 def test_a_copy_after_the_fit(entry: Entry, how: str) -> None:
     fitted = fit(entry)
     copies = COPIES[how](fitted.ours)
@@ -69,7 +68,7 @@ def test_a_copy_after_the_fit(entry: Entry, how: str) -> None:
 
 @each_slot
 def test_a_copy_takes_no_model_with_it(entry: Entry) -> None:
-    """Lightning gives each callback the module's `log`, and so the module, which a pickle would hold as a whole."""
+    """Lightning sets the module's `log` in each callback, so that a pickle would contain the whole module."""
     fitted = fit(entry, CELL, Unpicklable)
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(fitted.module)
@@ -83,7 +82,7 @@ class Unpicklable:
 
 @each_entry
 def test_repr(entry: Entry) -> None:
-    """One line that tells which callback it is, the same in each process and before and after a fit."""
+    """`repr` is one line that begins with the class, the same in each process, before and after a fit."""
     before = [repr(callback) for callback in prepare(entry).ours]
     assert before == [repr(callback) for callback in reference_fit(entry).ours]
     for callback, text in zip(reference_fit(entry).ours, before, strict=True):
@@ -93,8 +92,8 @@ def test_repr(entry: Entry) -> None:
 
 
 @each_slot
-def test_the_run_around_is_not_identity(entry: Entry) -> None:
-    """The state of a file is found whatever the optimization, the precision and the windows are now."""
+def test_the_key_does_not_depend_on_the_run(entry: Entry) -> None:
+    """The state in a checkpoint is found although optimization, precision or accumulation have changed."""
     keys = [{callback.state_key for callback in prepare(entry, cell).ours} for cell in (CELL, TWO)]
     assert keys[0] == keys[1]
     assert len(keys[0]) == len(prepare(entry).ours), "two callbacks of one key"
@@ -120,7 +119,7 @@ def shared(some: list[Tensor], others: list[Tensor]) -> set[int]:
 
 @each_entry
 def test_state_is_plain(entry: Entry, tmp_path: Any) -> None:
-    """What a stranger's file must be: tensors and plain values, and nothing that runs when it is read."""
+    """The state holds tensors and plain values alone, so that `weights_only=True` can read it."""
     torch.save(reference_fit(entry).states, tmp_path / "states.pt")
     loaded = torch.load(tmp_path / "states.pt", weights_only=True)
     assert not differences(loaded, reference_fit(entry).states)

@@ -1,4 +1,4 @@
-"""A fit that fails: the module holds raw weights, the exception's files resume, the best is at hand."""
+"""A fit that raises: the module holds raw weights, checkpoints of the exception resume, the best can be restored."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.integration.entry_fits import (
     choice_for,
     differences,
     each_entry,
+    each_entry_by,
     fit,
     prepare,
     reference_fit,
@@ -31,8 +32,7 @@ from tests.registry import BY_NAME, Entry
 
 
 class Failing:
-    """Raises in a hook, at the third validation or in the batch before it; keeps the weights that trained until
-    then."""
+    """Trait: raise in a hook, at the third validation or in the batch before it; keep the raw weights until then."""
 
     hook, error, call = "validation_step", ZeroDivisionError, 3
 
@@ -67,14 +67,13 @@ class Interrupted(Failing):
 
 def failed(entry: Entry, cell: Cell, trait: Any, **options: Any) -> Fitted:
     fitted = prepare(entry, cell, trait, KeepsHistory, **options)
-    # Lightning answers an interrupt by ending the process.
+    # Lightning ends the process after an interrupt.
     with pytest.raises(SystemExit if trait is Interrupted else ZeroDivisionError):
         fitted.trainer.fit(fitted.module)
     return fitted
 
 
-@each_entry
-@pytest.mark.parametrize("trait", [Failing, FailingToTrain, FailingToEnd, Interrupted])
+@each_entry_by("trait", Failing, FailingToTrain, FailingToEnd, Interrupted)
 def test_module_holds_raw_weights(entry: Entry, trait: Any) -> None:
     cell = Cell(choice_for(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
     fitted = failed(entry, cell, trait)
@@ -87,9 +86,8 @@ def installed_without_callbacks(cell: Cell, trait: Any, epochs: int) -> dict[str
     return installed(failed(BY_NAME["plain"], cell, trait, callbacks=[], max_epochs=epochs))
 
 
-@each_entry
-@pytest.mark.parametrize("trait", [Failing, Interrupted])
-def test_files_of_an_exception_resume(entry: Entry, trait: Any, tmp_path: Path) -> None:
+@each_entry_by("trait", Failing, Interrupted)
+def test_checkpoints_of_an_exception_resume(entry: Entry, trait: Any, tmp_path: Path) -> None:
     by_lightning = OnExceptionCheckpoint(tmp_path, "exception")
     saver = ModelCheckpoint(tmp_path, "saved", save_on_exception=True, every_n_epochs=100)
     extra = (ExactResume(), by_lightning, saver)
@@ -108,19 +106,19 @@ def assert_resumed(resumed: Fitted, other: Fitted) -> None:
 
 
 @each_entry
-def test_file_of_an_exception_holds_the_evaluated_weights(entry: Entry, tmp_path: Path) -> None:
-    """The file is as consistent as any other: `state_dict` is what a validation would see."""
-    hand = evaluated_by_hand(entry)
+def test_checkpoint_of_an_exception_holds_the_evaluated_weights(entry: Entry, tmp_path: Path) -> None:
+    """As in any other checkpoint, `state_dict` holds the weights that a validation would use."""
+    expected = weights_of_third_validation(entry)
     fitted = failed(
         entry, CELL, FailingToEnd, extra=(OnExceptionCheckpoint(tmp_path, "it"),), enable_checkpointing=True
     )
     saved = torch.load(tmp_path / "it.ckpt", weights_only=True)["state_dict"]
-    assert not differences(saved, hand)
+    assert not differences(saved, expected)
     assert entry.name != "ema" or differences(saved, fitted.module.kept), "nothing to tell apart"
 
 
-def evaluated_by_hand(entry: Entry) -> dict[str, Any]:
-    """What the third validation of a run that goes well sees."""
+def weights_of_third_validation(entry: Entry) -> dict[str, Any]:
+    """Return the weights that the third validation of an undisturbed run uses."""
     seen: list[dict[str, Any]] = []
 
     class Watching:
@@ -131,7 +129,7 @@ def evaluated_by_hand(entry: Entry) -> dict[str, Any]:
     return seen[2]
 
 
-def test_best_is_at_hand_after_an_exception(tmp_path: Path) -> None:
+def test_best_weights_can_be_restored_after_an_exception(tmp_path: Path) -> None:
     cell = Cell("automatic", "32-true", "single", "1")
     for dirpath in (None, str(tmp_path)):
         stopping = EarlyStopping("val_score", dirpath=dirpath)

@@ -1,4 +1,4 @@
-"""Runs that are not the run: the learning-rate finder, and `fast_dev_run`."""
+"""The learning-rate finder and `fast_dev_run`: their trial steps leave no trace in a fit."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ STEPS = 5
 TRIAL: dict[str, Any] = {"min_lr": 1e-3, "max_lr": 1.0, "early_stop_threshold": None, "update_attr": False}
 
 
-class Findable(RestartedLoader):
-    """Has a learning rate to find, and no memory of trials."""
+class WithLearningRate(RestartedLoader):
+    """Trait: a learning rate to find; validations of trials are not recorded."""
 
     def __init__(self: Any, *args: Any) -> None:
         super().__init__(*args)  # type: ignore[call-arg]
@@ -43,7 +43,7 @@ class Findable(RestartedLoader):
             super().on_validation_end()  # type: ignore[misc]
 
 
-def assert_as(fitted: Fitted, alone: Fitted) -> None:
+def assert_same_weights(fitted: Fitted, alone: Fitted) -> None:
     one, other = fitted.outcome, alone.outcome
     for what in ("raw", "final", "validations"):
         assert not differences(getattr(one, what), getattr(other, what)), what
@@ -51,7 +51,7 @@ def assert_as(fitted: Fitted, alone: Fitted) -> None:
 
 @each_slot
 def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
-    fitted = prepare(entry, CELL, Findable, default_root_dir=tmp_path)
+    fitted = prepare(entry, CELL, WithLearningRate, default_root_dir=tmp_path)
     weights, before = models.full_weights(fitted.module), states(fitted.callbacks)
     finder = Tuner(fitted.trainer).lr_find(fitted.module, num_training=STEPS, **TRIAL)
     assert finder is not None
@@ -60,12 +60,12 @@ def test_tuner_changes_nothing(entry: Entry, tmp_path: Any) -> None:
     assert not differences(states(fitted.callbacks), before)
     assert not differences(installed(fitted), installed_after_a_search(tmp_path, entry.epochs))
     fitted.trainer.fit(fitted.module)
-    assert_as(fitted, reference_fit(entry))
+    assert_same_weights(fitted, reference_fit(entry))
     assert not differences(states(fitted.callbacks), reference_fit(entry).states)
 
 
 def installed_after_a_search(folder: Any, epochs: int) -> dict[str, Any]:
-    plain = prepare(BY_NAME["plain"], CELL, Findable, callbacks=[], default_root_dir=folder, max_epochs=epochs)
+    plain = prepare(BY_NAME["plain"], CELL, WithLearningRate, callbacks=[], default_root_dir=folder, max_epochs=epochs)
     Tuner(plain.trainer).lr_find(plain.module, num_training=STEPS, **TRIAL)
     return installed(plain)
 
@@ -73,18 +73,18 @@ def installed_after_a_search(folder: Any, epochs: int) -> dict[str, Any]:
 @each_slot
 @pytest.mark.parametrize("first", [True, False])
 def test_finder_among_the_callbacks(entry: Entry, first: bool, tmp_path: Any) -> None:
-    """Its trial steps come before the fit's first, with ours installed or not yet, and count for none of ours."""
+    """The finder's trial steps come before the first of the fit, and our callbacks do not count them."""
     finder = LearningRateFinder(num_training_steps=STEPS, **TRIAL)
     callbacks = entry.all_callbacks(CELL)
     chosen = [finder, *callbacks] if first else [*callbacks, finder]
-    fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path)
+    fitted = fit(entry, CELL, WithLearningRate, callbacks=chosen, default_root_dir=tmp_path)
     assert finder.optimal_lr is not None
-    assert_as(fitted, reference_fit(entry))
+    assert_same_weights(fitted, reference_fit(entry))
     assert not differences(states(callbacks), reference_fit(entry).states)
 
 
-class Later(LearningRateFinder):
-    """Looks for a rate when the second epoch begins, as Lightning's documentation shows."""
+class FindInSecondEpoch(LearningRateFinder):
+    """Search when the second epoch begins, as Lightning's documentation shows."""
 
     def on_fit_start(self, *_: Any) -> None:
         pass
@@ -95,7 +95,7 @@ class Later(LearningRateFinder):
 
 
 class Counting(OptimCallback):
-    """Counts for itself; no file puts that back."""
+    """Count steps in an attribute that no checkpoint restores."""
 
     heard = 0
 
@@ -105,23 +105,27 @@ class Counting(OptimCallback):
 
 @each_entry
 def test_finder_in_the_middle(entry: Entry, tmp_path: Any) -> None:
-    """What was there before the trials is put back from a file; an average that has started is in its weights."""
-    finder, callbacks, counting = Later(num_training_steps=STEPS, **TRIAL), entry.all_callbacks(CELL), Counting()
-    # With a validation at the end of the epoch before, Lightning tries nothing.
+    """The state before the trials is restored from a checkpoint, with the weights of an average that has started."""
+    finder, callbacks, counting = (
+        FindInSecondEpoch(num_training_steps=STEPS, **TRIAL),
+        entry.all_callbacks(CELL),
+        Counting(),
+    )
+    # With a validation at the end of the first epoch, Lightning would try nothing.
     options: dict[str, Any] = {"check_val_every_n_epoch": 2, "val_check_interval": 1.0, "max_epochs": 3}
-    alone = fit(entry, CELL, Findable, **options)
+    alone = fit(entry, CELL, WithLearningRate, **options)
     chosen = [*callbacks, counting, finder]
-    fitted = fit(entry, CELL, Findable, callbacks=chosen, default_root_dir=tmp_path, **options)
+    fitted = fit(entry, CELL, WithLearningRate, callbacks=chosen, default_root_dir=tmp_path, **options)
     assert finder.optimal_lr is not None
     assert finder.optimal_lr.results["lr"], "nothing was tried"
     assert counting.steps == [counting.heard], "a trial step was heard"
-    assert_as(fitted, alone)
+    assert_same_weights(fitted, alone)
     assert not differences(states(callbacks), states(alone.callbacks))
 
 
 @each_slot
 def test_fast_dev_run(entry: Entry, tmp_path: Any) -> None:
-    """One batch of each kind, as in a fit of one batch; and nothing is kept, so nothing is restored."""
+    """One batch of training and one of validation, as in a fit of one batch; no best weights are restored."""
     quick = fit(entry, CELL, fast_dev_run=True, default_root_dir=tmp_path)
     one: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "val_check_interval": 1}
     short = fit(entry, CELL, **one)

@@ -1,4 +1,4 @@
-"""SIGKILL, and resume from a file: bit for bit the run that was not killed."""
+"""A run that is killed and resumed from a checkpoint equals the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness.cells import Cell
-from tests.integration.entry_fits import SLOT_ENTRIES, TENSOR_ENTRIES, choice_for
+from tests.integration.entry_fits import SLOT_ENTRIES, TENSOR_ENTRIES, choice_for, each_entry_by
 from tests.integration.forked_processes import in_forks, results
 from tests.integration.kill_and_resume import Case, assert_same_run, killed, resumed, resumed_from, uninterrupted
 from tests.registry import Entry
@@ -17,9 +17,6 @@ from tests.registry import Entry
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")
 
 
-ALSO_MANUAL = [
-    (entry, manual) for entry in TENSOR_ENTRIES for manual in (False, True) if not manual or entry in SLOT_ENTRIES
-]
 STRATEGIES = [
     (entry, strategy)
     for entry in TENSOR_ENTRIES
@@ -31,9 +28,12 @@ def _named(value: Any) -> str:
     return value.name if isinstance(value, Entry) else str(value)
 
 
-@pytest.mark.parametrize(("entry", "manual"), ALSO_MANUAL, ids=_named)
+@each_entry_by("manual", False, True)
 def test_one_process(entry: Entry, manual: bool, tmp_path: Path) -> None:
-    """From each file with `ExactResume`; without it if a file swallows no validation; without callbacks, never."""
+    """All checkpoints resume with `ExactResume`; without it only those that no validation follows.
+
+    A resume without the callbacks differs, so that the comparison sees them.
+    """
     kind = choice_for(entry, "manual", "two") if manual else "automatic"
     case = Case(entry.name, Cell(kind, "32-true", "single", "4short"))
     whole = uninterrupted(case)
@@ -51,9 +51,9 @@ def _last_step(folder: Path) -> str:
 
 @pytest.mark.parametrize(("entry", "strategy"), STRATEGIES, ids=_named)
 def test_two_processes(entry: Entry, strategy: Any, tmp_path: Path) -> None:
-    """Two ranks are killed, two new ones resume: at a step's end, and within a window with a validation due.
+    """Two ranks are killed and two new ones resume: after a step, and within a window before a validation.
 
-    Under FSDP2 the one is a folder and the other a file of one piece; over the entries both are both.
+    Under FSDP2 one of the two checkpoints is a folder and the other a single file, in turn over the entries.
     """
     kind, distributed = choice_for(entry, ("automatic", False), ("two", False), ("automatic", True), ("two", True))
     case = Case(entry.name, Cell(kind, "32-true", strategy, "4short"), distributed)

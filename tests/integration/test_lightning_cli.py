@@ -1,4 +1,4 @@
-"""`LightningCLI` builds from YAML what Python builds: each entry's callbacks, and what YAML can say in other ways."""
+"""`LightningCLI` builds from YAML the callbacks that Python builds: those of each entry, and other forms of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.registry import Entry
 
 
 def made(entry: Entry) -> tuple[list[Callback], dict[int, dict[str, Any]]]:
-    """The callbacks of an entry, and the arguments with which each was made."""
+    """Return the callbacks of an entry, and the arguments that each was made with."""
     calls: dict[int, dict[str, Any]] = {}
 
     def recording(original: Any) -> Any:
@@ -63,7 +63,7 @@ def _all_subclasses(cls: type) -> set[type]:
 
 
 def as_yaml(value: Any, calls: dict[int, dict[str, Any]]) -> Any:
-    """What a user writes for it: policies by their short names, callbacks by their whole ones."""
+    """Return a value as a user writes it in YAML: policies by their class name, callbacks with their module."""
     if isinstance(value, Policy):
         arguments = {name: getattr(value, name) for name in inspect.signature(type(value)).parameters}
         return {"class_path": type(value).__name__, "init_args": as_yaml(arguments, calls)}
@@ -79,7 +79,7 @@ def as_yaml(value: Any, calls: dict[int, dict[str, Any]]) -> Any:
 
 
 def from_yaml(text: str, folder: Path) -> list[Callback]:
-    """The callbacks of ours in a Trainer that `LightningCLI` has made."""
+    """Return our callbacks in a Trainer that `LightningCLI` has made."""
     path = folder / "config.yaml"
     indented = textwrap.indent(textwrap.dedent(text), "    ")
     path.write_text(f"seed_everything: false\ntrainer:\n  accelerator: cpu\n  logger: false\n  callbacks:\n{indented}")
@@ -101,7 +101,7 @@ def test_entry(entry: Entry, tmp_path: Path) -> None:
 
 
 def described(callback: Callback) -> dict[str, str]:
-    """Its class and all that was set in its constructor, as text."""
+    """Return the class and the public attributes of a callback as text."""
     public = {name: repr(value) for name, value in vars(callback).items() if not name.startswith("_")}
     return {"class": type(callback).__name__} | {name: text for name, text in public.items() if " at 0x" not in text}
 
@@ -165,7 +165,7 @@ OTHER_WAYS = {
         """,
         EarlyStopping(AnyOf([Plateau("val_loss", patience=5), Threshold("val_loss", 0.1)]), dirpath="best"),
     ),
-    "what is best": (
+    "a weighted sum of metrics": (
         """
         - class_path: lightning_optim.EarlyStopping
           init_args: {monitor: a, mode: max, best_by: {a: 1.0, b: 0.5}, name: x}
@@ -194,7 +194,7 @@ def test_other_ways(way: str, tmp_path: Path) -> None:
     assert built.state_key == expected.state_key
 
 
-def test_a_wrong_argument_is_said_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_reported_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="`max_norm` must be a number"):
         from_yaml(
             """
@@ -209,7 +209,7 @@ def test_a_wrong_argument_is_said_on_the_command_line(tmp_path: Path, capsys: py
 
 
 def test_on_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """YAML 1.1 reads a bare `on` as true: the one argument that needs its quotes, and a message that leads there."""
+    """YAML 1.1 reads a bare `on` as true, so this argument needs quotes; the error message shows that."""
     text = """
         - class_path: WeightRegularization
           init_args: {terms: {class_path: L1, init_args: {strength: 0.1, %s: net.*}}}
@@ -220,8 +220,8 @@ def test_on_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "Key must be a string, got: True" in capsys.readouterr().err
 
 
-def test_the_texts_differ_from_the_defaults() -> None:
-    """`described` sees what a text says: no two of the expected callbacks look alike."""
+def test_descriptions_differ() -> None:
+    """`described` tells all expected callbacks apart."""
     texts = [str(described(expected)) for _, expected in OTHER_WAYS.values()]
     assert len(set(texts)) == len(texts)
     assert described(WeightAveraging(EMA(0.9))) != described(WeightAveraging(EMA(0.99)))

@@ -1,4 +1,4 @@
-"""Nothing stays installed: after a fit, after an exception (test_exceptions), after a refusal."""
+"""No hook, replaced method or setting stays after a fit or after an error in `setup`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.integration.entry_fits import (
     assert_same,
     choice_for,
     differences,
-    each_entry,
+    each_entry_by,
     each_slot,
     fit,
     prepare,
@@ -27,8 +27,7 @@ from tests.integration.installed import installed, settings
 from tests.registry import BY_NAME, Entry
 
 
-@each_entry
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@each_entry_by("precision", "32-true", "16-mixed")
 def test_after_a_fit(entry: Entry, precision: Any) -> None:
     cell = Cell(choice_for(entry, "automatic", "manual", "two"), precision, "single", "4short")
     running: dict[str, Any] = {}
@@ -42,7 +41,7 @@ def test_after_a_fit(entry: Entry, precision: Any) -> None:
     assert settings(fitted.trainer) == before
     assert all(callback.fit is None for callback in fitted.ours)
     assert Session.find(fitted.trainer) is None
-    # The list sees what is installed while the fit goes on.
+    # Within the fit the list is another one, so it shows what is installed.
     assert differences(running, plain)
 
 
@@ -53,7 +52,7 @@ def installed_without_callbacks(cell: Cell, epochs: int) -> dict[str, Any]:
 
 @each_slot
 def test_after_a_refusal_in_setup(entry: Entry) -> None:
-    """The last is refused when the others are set up already: another Trainer and the module know nothing of it."""
+    """The last callback is refused after the setup of the others; Trainer, module and a new fit are as before."""
     endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")
     fitted = prepare(entry, CELL, extra=(endless,), max_epochs=-1)
     weights, before = models.full_weights(fitted.module), settings(fitted.trainer)
@@ -66,7 +65,7 @@ def test_after_a_refusal_in_setup(entry: Entry) -> None:
 
 @each_slot
 def test_after_a_refusal_at_the_start_of_training(entry: Entry) -> None:
-    """Only the loaded data tell that this run has no end."""
+    """Only the loaded data show that this run has no known length."""
     endless = WeightRegularization(L2(Linear(1e-3, 0.0), on="*"), name="endless")
     fitted = prepare(entry, CELL, extra=(endless,), max_epochs=1000, limit_train_batches=1.0, val_check_interval=1)
     fitted.module.train_dataloader = lambda: iter(models.Model.train_dataloader(fitted.module))
@@ -83,7 +82,7 @@ def assert_untouched(fitted: Any, weights: Any, before: Any) -> None:
     assert not any("replaced" in name and value for name, value in installed(fitted).items())
 
 
-def test_a_setting_that_was_made_meanwhile_is_undone() -> None:
-    """The Trainer's own setting comes back, and not what the last epoch had."""
+def test_a_setting_that_changes_by_epoch_is_undone() -> None:
+    """The Trainer gets its own setting back, and not that of the last epoch."""
     fitted = fit(BY_NAME["plain"], CELL, callbacks=[GradientAccumulation({0: 4, 1: 2})])
     assert fitted.trainer.accumulate_grad_batches == 1

@@ -1,4 +1,4 @@
-"""The same callback objects in a second fit: as if they were new."""
+"""The same callback objects in a second fit act as if they were new."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.registry import BY_NAME, Entry
 
 
 @each_entry
-def test_second_fit_is_as_the_first(entry: Entry) -> None:
-    """The first fit is another one, with one optimizer and other windows: nothing of it could pass for the second's."""
+def test_second_fit_equals_a_first_one(entry: Entry) -> None:
+    """The first fit has one optimizer and other windows, so that nothing left of it could pass for the second fit's."""
     cell = Cell(choice_for(entry, "automatic", "manual", "two"), "32-true", "single", "4short")
     other = Cell("automatic", "32-true", "single", "1")
     callbacks = entry.all_callbacks(cell)
@@ -35,7 +35,7 @@ def test_second_fit_is_as_the_first(entry: Entry) -> None:
     assert not differences(states(again.callbacks), reference_fit(entry, cell).states)
 
 
-@each_entry
+@each_slot
 def test_fit_after_a_failed_fit(entry: Entry) -> None:
     callbacks = entry.all_callbacks(CELL)
     failing = prepare(entry, CELL, callbacks=callbacks)
@@ -50,8 +50,8 @@ def _fail() -> None:
 
 
 @each_slot
-def test_a_second_fit_of_one_trainer_goes_on(entry: Entry) -> None:
-    """A finished Trainer that is asked to fit again has nothing to do, and leaves the module as it is."""
+def test_a_second_fit_of_a_finished_trainer_changes_nothing(entry: Entry) -> None:
+    """A finished Trainer has nothing left to do, and leaves the module as it is."""
     fitted = fit(entry)
     before = models.full_weights(fitted.module)
     fitted.trainer.fit(fitted.module)
@@ -59,8 +59,8 @@ def test_a_second_fit_of_one_trainer_goes_on(entry: Entry) -> None:
 
 
 @each_slot
-def test_two_trainers_at_once_do_not_meet(entry: Entry) -> None:
-    """A fit within another fit, as a search for hyper-parameters may do."""
+def test_a_fit_within_a_fit(entry: Entry) -> None:
+    """Another Trainer may fit while one is fitting, as in a search for hyper-parameters."""
     inner: list[Any] = []
 
     class Nesting:
@@ -73,10 +73,10 @@ def test_two_trainers_at_once_do_not_meet(entry: Entry) -> None:
     assert_same(outer, reference_fit(entry))
 
 
-def test_the_second_fit_would_show_what_is_left_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_fit_without_a_reset_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = BY_NAME["stop"]
     callbacks = entry.all_callbacks(CELL)
     fresh = fit(entry, callbacks=callbacks)
-    # On the class: what a callback itself overrides runs beside the reset of its class.
+    # On the class: a method set on the object would run beside the reset of its class.
     monkeypatch.setattr(type(callbacks[0]), "reset", lambda callback: None)
     assert fit(entry, callbacks=callbacks).outcome.seen != fresh.outcome.seen

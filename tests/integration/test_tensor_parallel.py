@@ -1,4 +1,4 @@
-"""Every entry under tensor parallelism: shards, partial gradients, and a plain parameter, against one process."""
+"""Every entry under tensor parallelism (shards, partial gradients, a plain parameter) equals one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HIDDEN = 8  # Each rank holds four features.
 
 
 class SplitNet(nn.Module):
-    """A norm over parts of the rows, a layer by columns, one by rows, and a plain parameter that all ranks hold."""
+    """A norm over shards of the batch, a column-parallel and a row-parallel layer, and a plain parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Split(reference_variants.Variant):
 
 
 class TensorParallel:
-    """The same network as a Lightning module, parallel over two processes."""
+    """Trait: the same network as a Lightning module, parallel over two processes."""
 
     def __init__(self: Any, *args: Any) -> None:
         super().__init__(*args)  # type: ignore[call-arg]
@@ -105,13 +105,13 @@ def job(name: str) -> Any:
 
 @each_entry
 def test_tensor_parallel(entry: Entry, group: Group) -> None:
-    hand = Split(CELL, entry).run()
+    expected = Split(CELL, entry).run()
     for outcome, partial, plain in group.run(job, entry.name):
         assert partial == {"net.norm.weight", "net.norm.bias"}
         assert plain["net.scale"]
-        assert_equal(outcome, hand, CELL)
+        assert_equal(outcome, expected, CELL)
     without = Split(CELL, replace(entry, formula=entry.without)).run()
-    assert_effect(entry, hand, without, CELL)
+    assert_effect(entry, expected, without, CELL)
 
 
 def test_the_loop_would_see_a_partial_gradient_counted_twice() -> None:

@@ -18,7 +18,7 @@ CELL = Cell("automatic", "32-true", "single", "1")
 
 
 class BatchesTwice(LightningModule):
-    """Gets each batch twice: for a trial, and for good."""
+    """Trait: load each batch twice: for a trial, and for the step that counts."""
 
     def train_dataloader(self: Any) -> Batches:
         batches = super().train_dataloader().batches
@@ -26,7 +26,7 @@ class BatchesTwice(LightningModule):
 
 
 class UndoTrials(Callback):
-    """Undoes every other step."""
+    """Undo every other step."""
 
     state: RunState
 

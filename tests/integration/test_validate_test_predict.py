@@ -1,4 +1,4 @@
-"""Validate, test and predict: with the weights that were validated in the fit, and without a trace in the callbacks."""
+"""`validate`, `test` and `predict` use the weights that were validated in the fit, and change no callback."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VERBS = ("validate", "test", "predict")
 
 
 def evaluated(fitted: Fitted, verb: str, **options: Any) -> float:
-    """The loss on the validation data, by each of the three ways."""
+    """Return the loss on the validation data, from the output of `validate`, `test` or `predict`."""
     output = getattr(fitted.trainer, verb)(fitted.module, **options)
     if verb == "predict":
         return float(torch.nn.functional.mse_loss(output[0], regression.validation_batch()[1]))
@@ -50,7 +50,7 @@ def test_before_any_fit(entry: Entry) -> None:
 
 @each_entry
 def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
-    """The file that was best in the fit gives what was best there, in the Trainer that wrote it and in a new one."""
+    """The best checkpoint has the score that it had in the fit, in the Trainer that wrote it and in a new one."""
     best = ModelCheckpoint(tmp_path, monitor="val_loss", save_on_train_epoch_end=False)
     fitted = fit(entry, CELL, TestsAndPredicts, extra=(best,), enable_checkpointing=True)
     assert best.best_model_score is not None
@@ -58,9 +58,8 @@ def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
     final, before = models.full_weights(fitted.module), states(fitted.callbacks)
     for verb in VERBS:
         assert evaluated(fitted, verb, ckpt_path="best") == pytest.approx(float(best.best_model_score), rel=1e-6)
-    fitted.module.load_state_dict(
-        final
-    )  # which is a part of an average's state while it is not the average that is in it
+    # The raw weights are part of an average's state; after `validate` the module holds those of the checkpoint.
+    fitted.module.load_state_dict(final)
     assert not differences(states(fitted.callbacks), before), "evaluating changed what the callbacks remember"
     fresh = prepare(entry, CELL, TestsAndPredicts)
     for verb in VERBS:
@@ -71,7 +70,7 @@ def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
 
 @each_entry
 def test_without_a_path_after_a_fit(entry: Entry) -> None:
-    """The module ends with the best that was validated, and that is what is tested; nothing is exchanged any more."""
+    """The module ends with the best validated weights, and these are tested, without any swap."""
     fitted = fit(entry, CELL, TestsAndPredicts)
     final = models.full_weights(fitted.module)
     plain = prepare(BY_NAME["plain"], CELL, TestsAndPredicts)
@@ -90,8 +89,8 @@ def test_evaluating_between_two_fits(entry: Entry) -> None:
     assert_same(fit(entry, callbacks=callbacks), reference_fit(entry))
 
 
-def test_the_best_file_holds_other_weights_than_the_last() -> None:
-    """Else the tests above could not tell the average from the raw weights."""
+def test_raw_and_averaged_weights_have_different_losses() -> None:
+    """Otherwise the tests above could not tell the average from the raw weights."""
     fitted = fit(BY_NAME["ema"], Cell("automatic", "32-true", "single", "1"), TestsAndPredicts)
     raw = prepare(BY_NAME["plain"], CELL, TestsAndPredicts)
     raw.module.load_state_dict(fitted.module.raw)
