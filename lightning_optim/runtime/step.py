@@ -83,6 +83,7 @@ class OptimizerStep:
         self._parameters: list[Tensor] | None = None
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
         self._dense: tuple[list[Tensor], list[Tensor]] | None = None
+        self._has_sparse = False
         self._named: list[tuple[Tensor, str]] = []
         self._latest: list[Tensor] = []  # gradients as they were read last, held so that no new tensor gets their `id`
         self._versions: list[int] = []  # of the gradients when the norms were computed
@@ -136,7 +137,8 @@ class OptimizerStep:
         A sparse gradient is replaced by its values, live, and its weight by a copy of the rows that have a gradient.
         """
         if self._dense is None:
-            self._dense = sparse.dense_rows(self.weights, self.grads)
+            pairs = self._read()
+            self._dense = sparse.dense_rows(*pairs) if self._has_sparse else pairs
         return self._dense
 
     @property
@@ -206,9 +208,11 @@ class OptimizerStep:
     def _read(self) -> tuple[list[Tensor], list[Tensor]]:
         if self._pairs is None:
             if self._grads_source is None:
-                self._pairs = _aligned(self.parameters)
+                weights, grads, self._has_sparse = _aligned(self.parameters)
             else:
-                self._pairs = _having_gradients(self.parameters, self._grads_source())
+                weights, grads = _having_gradients(self.parameters, self._grads_source())
+                self._has_sparse = sparse.any_sparse(grads)
+            self._pairs = weights, grads
             before, self._latest = self._latest, self._pairs[1]
             if len(before) != len(self._latest) or not all(map(operator.is_, before, self._latest)):
                 self._norms.clear()
@@ -232,7 +236,8 @@ def gradients_of(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         >>> len(weights), grads
         (1, [tensor([3., 4.])])
     """
-    return _aligned(parameters_of(optimizer))
+    weights, grads, _ = _aligned(parameters_of(optimizer))
+    return weights, grads
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -240,11 +245,13 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _aligned(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _aligned(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor], bool]:
+    """Return the parameters with a gradient, their aligned gradients, and whether one of these is sparse."""
     weights, grads = _having_gradients(parameters, [parameter.grad for parameter in parameters])
-    if shards.any_sharded(grads) or sparse.any_sparse(grads):
+    has_sparse = sparse.any_sparse(grads)
+    if has_sparse or shards.any_sharded(grads):
         grads = [grad for weight in weights if (grad := shards.align_grad_(weight)) is not None]
-    return weights, grads
+    return weights, grads, has_sparse
 
 
 def _having_gradients(weights: list[Tensor], grads: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
