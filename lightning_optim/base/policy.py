@@ -151,7 +151,7 @@ class ParameterPolicy(Policy):
         exclude: The parameters that are left out, in the same terms.
 
     Raises:
-        ValueError: If ``on`` or ``exclude`` is none of these.
+        ValueError: If ``on`` or ``exclude`` is not one of these.
     """
 
     on: Selectors = None

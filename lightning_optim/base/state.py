@@ -47,7 +47,7 @@ class State(abc.ABC):
 
 
 class Value(State):
-    """A plain value: a number, text, ``None``, infinity, a list or a dictionary of these, or a tensor.
+    """Hold a plain value: a number, text, ``None``, infinity, a list or a dictionary of these, or a tensor.
 
     Args:
         default: The value at the start.
@@ -67,7 +67,7 @@ class Value(State):
 
 
 class PerUnit(State):
-    """A tensor with a column for each unit; see :func:`per_unit`."""
+    """Hold a tensor with a column for each unit; see :func:`per_unit`."""
 
     def __init__(self, fill: float, rows: int | None) -> None:
         self._fill, self._shape = fill, () if rows is None else (rows,)
@@ -93,7 +93,7 @@ class PerUnit(State):
 
 
 class RingState(State):
-    """The last rows of something; see :func:`ring`."""
+    """Hold the last rows of numbers; see :func:`ring`."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -113,7 +113,7 @@ class RingState(State):
 
 
 class PerWeight(State):
-    """A tensor beside each weight; see :func:`per_weight`."""
+    """Hold a tensor beside each weight; see :func:`per_weight`."""
 
     def __init__(self, init: Callable[[Tensor], Tensor]) -> None:
         self._init = init
@@ -134,7 +134,7 @@ class PerWeight(State):
 
 
 class Nested(State):
-    """The states of other policies; see :func:`nested`."""
+    """Hold the states of other policies; see :func:`nested`."""
 
     def __init__(self, policies: list[Any]) -> None:
         self._policies = policies

@@ -62,7 +62,7 @@ class Best(Policy):
         best: Best values so far, one for each rank; infinitely bad before the first.
 
     Raises:
-        ValueError: If ``by`` or ``mode`` is none of these.
+        ValueError: If ``by`` or ``mode`` is not one of these.
 
     Example::
 
