@@ -12,7 +12,7 @@ import torch
 
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints
-from lightning_optim.averaging.checkpoints.inspecting import describe
+from lightning_optim.averaging.checkpoints.describing import describe
 from lightning_optim.averaging.checkpoints.safetensors_writing import save_safetensors
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.files.atomic_writing import write_atomically

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 import lightning_optim
 from lightning_optim import EMA, EarlyStopping, GradientMonitor, Plateau, WeightAveraging
-from lightning_optim.averaging.training.comparison import Comparison
+from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.ensembling.cost_benefit import Cost, CostBenefit
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import fit

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.averaging.batchnorm.batches import check_arguments
 from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, in_training
+from lightning_optim.averaging.batchnorm.refresh_batches import check_arguments
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.averaging.checkpoints.running_mean import RunningMean, StateDict
 from lightning_optim.averaging.checkpoints.soup import greedy_mean

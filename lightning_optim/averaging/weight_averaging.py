@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim.averaging.average import Average
-from lightning_optim.averaging.batchnorm.batches import check_arguments
 from lightning_optim.averaging.batchnorm.refresh import in_training
-from lightning_optim.averaging.training import lightning_checkpoints, pruning
+from lightning_optim.averaging.batchnorm.refresh_batches import check_arguments
+from lightning_optim.averaging.training import lightning_checkpoints, pruned_parameters
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.averaging.training.averaged_weights_state import load_state_, state_of
 from lightning_optim.averaging.training.buffer_plan import (
@@ -23,7 +23,7 @@ from lightning_optim.averaging.training.buffer_plan import (
     plan_buffers,
 )
 from lightning_optim.averaging.training.checkpoint_state_dict import AveragedCheckpoints
-from lightning_optim.averaging.training.comparison import Comparison
+from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
@@ -173,7 +173,7 @@ class WeightAveraging(AveragedCheckpoints):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.evaluates:
-            pruning.refuse_within_validation(trainer.callbacks, type(self).__name__)
+            pruned_parameters.refuse_within_validation(trainer.callbacks, type(self).__name__)
         if stage != "fit" or self.device is None or not isinstance(trainer.strategy, ModelParallelStrategy):
             return
         if self.device.type != trainer.strategy.root_device.type:
@@ -334,7 +334,9 @@ class WeightAveraging(AveragedCheckpoints):
             return self._loaded or {}
         comparison = {"comparison": self.comparison.points} if self.comparison.points else {}
         asked = {"asked": list(self._decided)} if self._user_decides else {}
-        averages = pruning.permanent(state_of(self._averaged, self._saved_as_state_dict), self._permanent_masks())
+        averages = pruned_parameters.permanent(
+            state_of(self._averaged, self._saved_as_state_dict), self._permanent_masks()
+        )
         return {**averages, **comparison, **asked, **self._unfrozen_by_name()}
 
     def _unfrozen_by_name(self) -> dict[str, list[str]]:

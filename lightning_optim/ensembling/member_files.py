@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.resume.exactness import resumes_exactly_from_here
+from lightning_optim.resume.exactness_checks import resumes_exactly_from_here
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.runtime.files.safe_reading import check, first_line, load
 from lightning_optim.runtime.lightning import (

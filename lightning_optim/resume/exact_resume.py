@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.resume import rank_state
-from lightning_optim.resume.buffers import Buffers
-from lightning_optim.resume.loops import Resume
+from lightning_optim.resume.loop_progress import Resume
+from lightning_optim.resume.unsaved_buffers import Buffers
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.lightning.modules import running_hook

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_optim import SWA, WeightAveraging, refresh_batchnorm_
-from lightning_optim.averaging.batchnorm.batches import own_copy
+from lightning_optim.averaging.batchnorm.refresh_batches import own_copy
 from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, snapshot, two_processes
 from tests.harness.process_group import Group
 

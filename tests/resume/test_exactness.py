@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim import GradientAccumulation
-from lightning_optim.resume.exactness import resumes_exactly_from_here
+from lightning_optim.resume.exactness_checks import resumes_exactly_from_here
 from tests.resume.killed_runs import fit
 from tests.resume.models import BATCHES, ManualNet, Net, PositionLoader, data, shuffling
 

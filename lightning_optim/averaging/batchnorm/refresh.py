@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.averaging.batchnorm.batches import all_agree, separate_batches
 from lightning_optim.averaging.batchnorm.isolated_step import isolated
+from lightning_optim.averaging.batchnorm.refresh_batches import all_agree, separate_batches
 from lightning_optim.averaging.batchnorm.statistics import Write, collect, statistics_layers, write_
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.runtime.callback import OptimCallback

@@ -25,8 +25,8 @@ from lightning_optim.averaging.training.averaged_tensors import (
     trainable,
 )
 from lightning_optim.averaging.training.buffer_plan import BufferPlan
-from lightning_optim.averaging.training.pruning import Pruning
-from lightning_optim.averaging.training.spectral_norm import SpectralEstimates
+from lightning_optim.averaging.training.pruned_parameters import Pruning
+from lightning_optim.averaging.training.spectral_norm_vectors import SpectralEstimates
 from lightning_optim.base import foreach, shards
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_of

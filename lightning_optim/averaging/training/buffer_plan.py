@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_optim.averaging.batchnorm.statistics import statistics_layers
-from lightning_optim.averaging.training import spectral_norm
+from lightning_optim.averaging.training import spectral_norm_vectors
 from lightning_optim.averaging.training.averaged_buffers import can_be_averaged
 from lightning_optim.averaging.training.averaged_tensors import Names, Source, names_in
 from lightning_optim.base.layer_classes import BatchNormBase
@@ -56,7 +56,7 @@ class BufferPlan:
 
     averaged: list[Source] = field(default_factory=list)
     layers: list[BatchNormBase] = field(default_factory=list)
-    vectors: list[spectral_norm.Spectral] = field(default_factory=list)
+    vectors: list[spectral_norm_vectors.Spectral] = field(default_factory=list)
 
 
 def check_buffer_modes(buffers: Any) -> None:
@@ -93,7 +93,7 @@ def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, c
     rest = patterns.pop("*", default)
     names = names_in(module)
     chosen = _by_pattern(module, names, patterns, callback)
-    normed = [n for n in spectral_norm.find(module) if all(key in buffer_names(n.owner) for key in n.keys)]
+    normed = [n for n in spectral_norm_vectors.find(module) if all(key in buffer_names(n.owner) for key in n.keys)]
     of_vectors = {(id(norm.owner), key) for norm in normed for key in norm.keys}
     copied = set(_no_means(module))
     estimable = of_vectors | {(id(layer), key) for layer in statistics_layers(module) for key in _STATISTICS}
@@ -119,7 +119,7 @@ def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, c
 def _estimate_in_pairs(
     plan: BufferPlan,
     module: nn.Module,
-    normed: list[spectral_norm.Spectral],
+    normed: list[spectral_norm_vectors.Spectral],
     names: Names,
     found: dict[tuple[int, str], BufferMode],
     callback: str,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim.averaging.training import lightning_checkpoints, pruning
+from lightning_optim.averaging.training import lightning_checkpoints, pruned_parameters
 from lightning_optim.averaging.training.averaged_weights import raw_weights_in
 from lightning_optim.averaging.training.evaluation import AveragedEvaluation
 from lightning_optim.base import shards
@@ -97,7 +97,7 @@ class AveragedCheckpoints(AveragedEvaluation):
         module = None if self._averaged is None else self._averaged.module
         if module is None or self.fit is None or not any(map(is_permanent_in_checkpoints, self.fit.trainer.callbacks)):
             return {}
-        return pruning.masks_by_name(module)
+        return pruned_parameters.masks_by_name(module)
 
 
 @contextlib.contextmanager

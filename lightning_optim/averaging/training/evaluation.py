@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, data_group, in_training
-from lightning_optim.averaging.training import pruning
+from lightning_optim.averaging.training import pruned_parameters
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights, raw_weights_in
 from lightning_optim.averaging.training.buffer_plan import BufferModes
-from lightning_optim.averaging.training.comparison import Comparison
+from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
@@ -157,7 +157,7 @@ class AveragedEvaluation(BatchNormRefresh):
                     during.enter_context(self.comparison.adding(trainer, self.steps, raw))
                 result = run()
             # Pruning goes on from the products of weights and masks, which a validation without average would leave.
-            pruning.apply_masks_(pl_module)
+            pruned_parameters.apply_masks_(pl_module)
             return result
 
         return evaluate

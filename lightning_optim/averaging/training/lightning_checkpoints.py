@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_optim.averaging.average import Average
 from lightning_optim.averaging.lawa import LAWA
-from lightning_optim.averaging.training import pruning
+from lightning_optim.averaging.training import pruned_parameters
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.callback import OptimCallback
@@ -30,7 +30,9 @@ def add_for_lightning(checkpoint: dict[str, Any], average: AveragedWeights, mask
         average: The average in its ``state_dict``.
         masks: Masks of weights whose pruning is permanent in checkpoints.
     """
-    saved, raw = (pruning.permanent(named, masks) for named in (checkpoint.get("state_dict", {}), average.raw()))
+    saved, raw = (
+        pruned_parameters.permanent(named, masks) for named in (checkpoint.get("state_dict", {}), average.raw())
+    )
     if any(isinstance(source.parameter, DTensor) for sources in average.sources for source in sources):
         return
     by_plain_name = {plain_name(name): value for name, value in raw.items()}

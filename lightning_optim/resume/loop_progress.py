@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_optim.resume import rank_state
-from lightning_optim.resume.buffers import set_buffers_
-from lightning_optim.resume.exactness import inexact_parts
+from lightning_optim.resume.exactness_checks import inexact_parts
+from lightning_optim.resume.unsaved_buffers import set_buffers_
 from lightning_optim.runtime.lightning import Trainer, data_loading, logger_connector, rank_zero_warn
 from lightning_optim.runtime.lightning.loops import is_last_batch, skip_next_validation
 from lightning_optim.runtime.logged_values import set_logged_values_
