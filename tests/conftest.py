@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a quiet Lightning, and the group of two processes."""
+"""Set up all tests: one thread, a silent Lightning, and a group of two processes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from tests.harness import process_group
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--matrix", action="store_true", help="take all 81 cells for every entry of the registry")
+    parser.addoption("--matrix", action="store_true", help="run all 81 cells for every entry of the registry")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """As many as there are cores for the whole suite; a part of it would not make up for their imports."""
+    """Use a worker per core for the whole suite; for a part of it, the imports of workers would take longer."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(4, os.cpu_count() or 1) if whole else 0
 
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[process_group.Group]:
-    """Two processes of one gloo group, which live as long as the tests."""
+    """Start a gloo group of two processes that lives as long as the tests."""
     with process_group.Group(2) as pair:
         yield pair
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the server of the group import its modules while this process does."""
+    """Let the server of the group import its modules while this process imports its own."""
     if any("group" in getattr(item, "fixturenames", ()) for item in items):
         process_group.start_server()
     process_group.settle()
@@ -40,6 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning's ``seed_everything`` leaves its seed in the environment, and a launched process starts with it."""
+    """Remove the seed that ``seed_everything`` leaves in the environment, where launched processes read it."""
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""One entry for each technique. The matrix, and the tests that run once for each entry, take everything from here."""
+"""List the techniques: an entry for each, with its reference formula, for all tests that run for every entry."""
 
 from __future__ import annotations
 
@@ -79,21 +79,21 @@ def _plain(cell: Cell) -> Formula:
 
 @dataclass(frozen=True)
 class Entry:
-    """A technique as the tests see it.
+    """Technique under test.
 
     Attributes:
-        name: How the tests' ids call it.
-        acts: What it changes, which says where a cell must see its effect.
-        callbacks: Makes fresh callbacks, without the cell's accumulation, which the machine adds.
-        formula: Makes the same by hand.
-        without: What the effect is measured against; by default the plain model.
-        accumulates: Whether the callbacks hold the accumulation, so that the machine adds none.
-        scores: The values of ``val_score``, one for each validation; there are two in an epoch.
-        epochs: The length of the run.
-        refusal: The sentence with which a cell is refused, or ``None``.
-        cells: Which cells the normal test run takes: ``"array"``, nine in which every pair of levels occurs;
-            ``"all"``, for one entry of each slot; ``"strategies"``, one for each strategy, for what sees no tensor of
-            the model. ``pytest --matrix`` takes all for every entry.
+        name: Name in the ids of tests.
+        acts: The quantity that it changes, which decides where a cell must show its effect.
+        callbacks: Makes new callbacks, without the accumulation of the cell, which :meth:`all_callbacks` adds.
+        formula: Makes the reference formula.
+        without: Makes the formula that the effect is measured against; default: the plain model.
+        accumulates: True if the callbacks accumulate, so that :meth:`all_callbacks` adds nothing.
+        scores: Values of ``val_score``, one for each validation; an epoch has two.
+        epochs: Number of epochs.
+        refusal: Returns the message of the error that a cell raises, or ``None``.
+        cells: Cells of the normal test run: ``"array"``, nine that hold every pair of levels; ``"all"``, for one entry
+            of each slot; ``"strategies"``, one for each strategy, for techniques that read no tensor of the model.
+            ``pytest --matrix`` runs all cells for every entry.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Entry:
     cells: Literal["array", "all", "strategies"] = "array"
 
     def all_callbacks(self, cell: Cell) -> list[Callback]:
-        """The list for the Trainer."""
+        """Return the callbacks for the Trainer, with the accumulation of the cell."""
         callbacks = self.callbacks(cell)
         if cell.accumulation > 1 and not self.accumulates:
             callbacks.append(GradientAccumulation(cell.accumulation))
@@ -116,7 +116,7 @@ class Entry:
 
 
 class Shrinking(OptimCallback):
-    """What a user may write: the public hook after each step of an optimizer."""
+    """Multiply the weights after each step, in the public hook, as a callback of a user may."""
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -125,7 +125,7 @@ class Shrinking(OptimCallback):
 
 
 class SlowGradients(Clipping):
-    """What a user may write: a policy that keeps a tensor beside each weight, the mean of its gradients."""
+    """Add the exponential mean of the gradients so far, a tensor beside each weight, as a policy of a user may."""
 
     limits = False
 
@@ -141,7 +141,7 @@ class SlowGradients(Clipping):
 
 
 def _window(cell: Cell) -> int:
-    """Accumulation in an entry that is about it: without it in a cell, there would be nothing to see."""
+    """Return the window of an entry that tests accumulation: 2 in cells without, which would show no effect."""
     return 2 if cell.windows == "1" else cell.accumulation
 
 
@@ -167,7 +167,7 @@ def _several_formula(cell: Cell) -> Formula:
 
 
 def _spike() -> list[Callback]:
-    """Gradients that leap, so that what watches their norms has something to clip."""
+    """Make gradient norms rise suddenly, so that policies that follow the norms have something to clip."""
     return [WeightRegularization(L2(Piecewise({0.0: 0.0, 0.6: 8.0})))]
 
 
@@ -176,7 +176,7 @@ def _spike_formula() -> Formula:
 
 
 def _criteria() -> list[Entry]:
-    """Entries of criteria, which see scores and no tensor of the model."""
+    """Return the entries of criteria, which read scores and no tensor of the model."""
     nan = math.nan
     table: tuple[tuple[str, Callable[[], Criterion], Callable[[], Rule], tuple[float, ...]], ...] = (
         ("threshold", lambda: Threshold("val_score", 2.5), lambda: Below(2.5), _SCORES),
@@ -227,7 +227,7 @@ def _criteria() -> list[Entry]:
     ]
 
 
-# The best lies in the middle; the last, which is better still, comes after the stop.
+# The best score before the stop is in the middle; the last one is better but comes after the stop.
 _SCORES = (5.0, 4.0, 2.0, 3.0, 4.0, 1.0)
 
 ENTRIES = (
@@ -258,7 +258,7 @@ ENTRIES = (
     Entry(
         "target_batch_size",
         "windows",
-        # Of each micro-batch of eight samples, two processes take four each.
+        # A micro-batch has eight samples; two processes take four each.
         lambda cell: [GradientAccumulation(TargetBatchSize(16, micro_batch_size=8 // cell.processes))],
         lambda cell: formulas.Accumulate({0: 2}),
         without=lambda _: formulas.Accumulate({0: 1}),
@@ -345,7 +345,7 @@ ENTRIES = (
         "gradients",
         lambda _: [GradientClipping([Centralize(), AGC(0.6)])],
         lambda _: Chain(gradient_formulas.RowMean(), gradient_formulas.RowClip(0.6)),
-        # So that each of the two must show.
+        # Against the second policy alone, so that the effect is that of the first.
         without=lambda _: gradient_formulas.RowClip(0.6),
     ),
     Entry(
@@ -410,8 +410,8 @@ ENTRIES = (
 )
 
 
-class Kept(ModelCheckpoint):
-    """In a folder of its own, which is gone when the fit is over."""
+class TemporaryCheckpoints(ModelCheckpoint):
+    """Save in a temporary folder, which is removed after the fit."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(tempfile.mkdtemp(prefix="kept-"))
@@ -422,14 +422,14 @@ class Kept(ModelCheckpoint):
         shutil.rmtree(str(self.dirpath), ignore_errors=True)
 
 
-# What acts when the fit is over: it has no state, and nothing that an interruption could change.
+# Techniques that act after the fit. They have no state that an interruption could change.
 ENTRIES_AT_END = tuple(
     Entry(
         f"checkpoint_averaging_{outcome}",
         "end",
-        lambda _: [CheckpointAveraging(top=2), Kept(monitor="val_score", save_top_k=2)],
+        lambda _: [CheckpointAveraging(top=2), TemporaryCheckpoints(monitor="val_score", save_top_k=2)],
         lambda _: averaging_formulas.BestMean(top=2),
-        scores=(5.0, 2.0, 4.0, 3.0, score),  # the last is the mean's; within a window nothing is saved
+        scores=(5.0, 2.0, 4.0, 3.0, score),  # the last is that of the mean; within a window nothing is saved
     )
     for outcome, score in (("wins", 1.0), ("loses", 2.5))
 )
@@ -438,7 +438,7 @@ ALL_ENTRIES = (*ENTRIES, *ENTRIES_AT_END)
 
 
 def chosen_cells(entry: Entry) -> tuple[Cell, ...]:
-    """Return the cells of an entry in the normal test run; the array is turned from entry to entry."""
+    """Return the cells of an entry in the normal test run; arrays rotate from entry to entry."""
     if entry.cells == "all":
         return CELLS
     turn = ALL_ENTRIES.index(entry)
@@ -451,6 +451,6 @@ BY_NAME = {entry.name: entry for entry in ALL_ENTRIES}
 
 
 def fit(name: str, cell: Cell, **changes: Any) -> Outcome:
-    """Train a cell with the callbacks of an entry; a job for a group."""
+    """Train a cell with the callbacks of an entry, in this process or as a job of a group."""
     entry = BY_NAME[name]
     return run.fit(cell, entry.all_callbacks(cell), entry.scores, **({"max_epochs": entry.epochs} | changes))

@@ -20,9 +20,9 @@ from tests.harness.process_group import Group
 from tests.harness.reference_loop import Loop, Outcome
 from tests.registry import ALL_ENTRIES, Entry, chosen_cells
 
-EFFECT = 20  # A technique shows in a cell by at least so many tolerances: a wrong factor cannot hide.
+EFFECT = 20  # Least effect of a technique in a cell, in tolerances, so that a wrong factor is seen.
 
-# Where the effect of what acts on this must show.
+# Results that must show the effect of a technique, by the quantity that it acts on.
 SHOWS = {
     "gradients": ("raw", "final"),
     "weights": ("raw", "final"),
@@ -54,7 +54,7 @@ def test_cell(entry: Entry, cell: Cell, group: Group) -> None:
 
 
 def fit(entry: Entry, cell: Cell, group: Group) -> list[Outcome]:
-    """What each rank got."""
+    """Return the outcome of each rank."""
     if cell.processes == 1:
         return [registry.fit(entry.name, cell)]
     return group.run(registry.fit, entry.name, cell)
@@ -85,7 +85,7 @@ def assert_equal(outcome: Outcome, expected: Outcome, cell: Cell) -> None:
 
 
 def assert_effect(entry: Entry, expected: Outcome, plain: Outcome, cell: Cell) -> None:
-    """The technique changed what it acts on by ``EFFECT`` tolerances, in the weights of each optimizer."""
+    """Assert that the technique had an effect of at least ``EFFECT`` tolerances, in the weights of each optimizer."""
     for what in SHOWS[entry.acts]:
         one, other = getattr(expected, what), getattr(plain, what)
         if what == "seen":
@@ -109,10 +109,10 @@ def test_each_public_callback_and_policy_has_an_entry() -> None:
         type(part) for entry in ALL_ENTRIES for callback in entry.all_callbacks(CELLS[0]) for part in parts(callback)
     }
     assert concrete <= used, f"no entry has {sorted(cls.__name__ for cls in concrete - used)}"
-    assert not BASES & used, "a class of which an entry has objects is no base"
+    assert not BASES & used, "an entry has an object of a base class"
 
 
-# Classes to derive from, of which there are no objects.
+# Base classes, of which no objects are made.
 BASES = {
     getattr(lightning_optim, name)
     for name in (

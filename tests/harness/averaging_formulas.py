@@ -1,4 +1,4 @@
-"""Averages of weights by hand: sums over what was remembered, one tensor at a time."""
+"""Reference formulas of weight averages: sums over a stored history, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from tests.harness.reference_loop import Formula, Step, Weights
 
 
 class Mean(Formula):
-    """The mean of the weights after each step, or of the last ``size`` of them.
+    """Average the weights after each step, or after the last ``size`` steps.
 
     Args:
-        start: The steps that are left out.
-        size: How many count; all by default.
-        by_epoch: Whether those at the epochs' ends count, and no others.
+        start: Number of steps at the beginning that are left out.
+        size: Number of steps in the mean; default: all.
+        by_epoch: If True, average the weights at the end of each epoch instead.
     """
 
     def __init__(self, start: int = 0, size: int | None = None, by_epoch: bool = False) -> None:
@@ -44,7 +44,7 @@ class Mean(Formula):
 
 
 class Constant(Formula):
-    """``average = decay^every * average + (1 - decay^every) * weight``, without a warm-up."""
+    """Update ``average = decay^every * average + (1 - decay^every) * weight``, without a warm-up."""
 
     def __init__(self, decay: float, every: int) -> None:
         self.decay = decay**every
@@ -65,7 +65,7 @@ class Constant(Formula):
 
 
 class BestMean(Formula):
-    """After the run: the mean of the weights of the best validations, if it is better than the best of them."""
+    """Average, after the run, the weights of the best validations, and keep the mean if its score beats the best."""
 
     def __init__(self, top: int) -> None:
         self.top = top

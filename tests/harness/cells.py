@@ -1,4 +1,4 @@
-"""The 81 crossed cells, the nine that stand for them, and what a cell fixes for the fit and the reference loop."""
+"""Cells of the matrix: all 81, arrays of nine that hold every pair of levels, and the settings of a cell."""
 
 from __future__ import annotations
 
@@ -38,42 +38,43 @@ class Cell:
 
     @property
     def accumulation(self) -> int:
-        """The micro-batches of a full window."""
+        """Number of micro-batches in a full window."""
         return 1 if self.windows == "1" else 4
 
     @property
     def batches(self) -> int:
-        """The micro-batches of an epoch: with ``4short`` the last window holds two of four."""
+        """Number of micro-batches in an epoch; with ``4short`` the last window has two in place of four."""
         return {"1": 4, "4": 8, "4short": 6}[self.windows]
 
     @property
     def validate_every(self) -> int:
-        """Twice an epoch; with ``4short`` the first of them falls inside an open window."""
+        """Number of micro-batches between validations: half an epoch, with ``4short`` within an open window."""
         return self.batches // 2
 
     @property
     def lr(self) -> float:
-        # The cells without accumulation take twice the steps. With a smaller rate the weights of all cells go about as
-        # far, so that one strength of a technique serves them all. None comes near zero, where its sign could differ.
+        # The cells without accumulation take twice the steps. With a smaller rate the weights of all cells change by a
+        # similar amount, so that one strength of a technique suits them all. No weight comes near zero, where its sign
+        # could differ.
         return 0.005 if self.windows == "1" else 0.01
 
     @property
     def tolerance(self) -> float:
-        """Largest ``|a - b| / (1 + |b|)`` between a weight of the fit and of the loop by hand.
+        """Largest ``|a - b| / (1 + |b|)`` between a weight of the fit and of the reference loop.
 
-        In 16 bit two processes round the gradients of half batches, and the loop those of whole ones. That was seen to
-        change a weight by 1.1e-4 in bfloat16 and by 1.1e-5 in float16.
+        In 16 bit two processes round the gradients of half batches, and the loop those of whole batches. This was
+        measured to change a weight by 1.1e-4 in bfloat16 and by 1.1e-5 in float16.
         """
         return {"32-true": 1e-6, "bf16-mixed": 4e-4, "16-mixed": 5e-5}[self.precision]
 
     @property
     def value_tolerance(self) -> float:
-        """The same for losses and logged values, which sum the roundings of many numbers."""
+        """Tolerance of losses and logged values, which sum the roundings of many numbers."""
         return 4 * self.tolerance
 
     @property
     def whole(self) -> Cell:
-        """The cell that the loop by hand runs: there is one for all strategies."""
+        """Cell of the reference loop, which runs once for all strategies."""
         return replace(self, strategy="single")
 
 

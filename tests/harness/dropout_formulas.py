@@ -1,4 +1,4 @@
-"""Dropout by hand, with the draw replaced by a fixed function of feature and step, the same on every rank."""
+"""Reference formula of dropout, with a mask that is a fixed function of feature and step, the same on every rank."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tests.harness.reference_loop import Formula, Loop, Step
 
 
 def pattern(features: int, step: int) -> Tensor:
-    """Which features stay, three in four at random, one would say."""
+    """Return the mask: three in four features are kept, in a pattern that depends on the step."""
     return torch.tensor([(3 * feature + step) % 4 != 0 for feature in range(features)])
 
 
 class FixedDraw:
-    """Takes the place of a callback's draw; it reads the callback's own count of steps."""
+    """Replace a callback's random mask by :func:`pattern` at the callback's own count of steps."""
 
     def __init__(self, callback: ScheduledDropout) -> None:
         self.callback = callback
@@ -30,7 +30,7 @@ def fixed(callback: ScheduledDropout) -> ScheduledDropout:
 
 
 class Dropout(Formula):
-    """The hidden layer times a mask over ``1 - rate``; the rate falls from ``start`` to 0 over the steps of the run."""
+    """Multiply the hidden layer by a mask over ``1 - rate``; the rate falls from ``start`` to 0 over the run."""
 
     def __init__(self, start: float, logged: str) -> None:
         self.start = start
@@ -44,7 +44,7 @@ class Dropout(Formula):
             net.get_submodule("inner").register_forward_hook(self._drop)
 
     def _drop(self, module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
-        if self.batch != self.loop.outcome.seen:  # the rate is set as a batch starts, whoever steps within it
+        if self.batch != self.loop.outcome.seen:  # the rate is set when a batch starts
             self.batch = self.loop.outcome.seen
             self.rate = self.start * (1.0 - self.loop.steps[0] / (self.loop.total - 1))
         if self.rate == 0.0:
@@ -53,5 +53,5 @@ class Dropout(Formula):
         return torch.where(kept, output / (1.0 - self.rate), 0.0).to(output.dtype)
 
     def before_step(self, step: Step) -> None:
-        if self.loop.cell.optimizers == 1:  # else it is logged without the optimizer's number
+        if self.loop.cell.optimizers == 1:  # with several it is logged without the optimizer's index
             step.logged[self.logged] = self.rate

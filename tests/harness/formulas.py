@@ -1,6 +1,6 @@
-"""The techniques by hand: each is the formula of its paper or manual, applied to the plain loop, and nothing shared.
+"""Reference formulas of the techniques, as in their papers or manuals, for the reference loop.
 
-They are written for reading, one number or one tensor at a time, and do not resemble the package's code on purpose.
+They are written to be read, one number or one tensor at a time, and share no code with the package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.harness.reference_loop import Formula, Step, Weights
 
 
 class Accumulate(Formula):
-    """Windows of ``n`` micro-batches, or of ``schedule[epoch]`` from that epoch on."""
+    """Accumulate windows of ``n`` micro-batches, or of ``schedule[epoch]`` from that epoch on."""
 
     def __init__(self, schedule: dict[int, int]) -> None:
         self.schedule = schedule
@@ -24,7 +24,7 @@ class Accumulate(Formula):
 
 
 class Penalize(Formula):
-    """Penalty ``l1 * sum(|w|) + l2 * sum(w^2)``, gradient ``l1 * sign(w) + 2 * l2 * w``."""
+    """Add the penalty ``l1 * sum(|w|) + l2 * sum(w^2)``, whose gradient is ``l1 * sign(w) + 2 * l2 * w``."""
 
     def __init__(self, name: str, l1: float = 0.0, l2: float = 0.0, everything: bool = False) -> None:
         self.name = name
@@ -43,7 +43,7 @@ class Penalize(Formula):
 
 
 class ClipNorm(Formula):
-    """Gradients times ``min(1, max_norm / (norm + 1e-6))``, with the norm over all of this optimizer's."""
+    """Multiply gradients by ``min(1, max_norm / (norm + 1e-6))``; the norm is over all of this optimizer."""
 
     def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
         self.max_norm = max_norm
@@ -61,7 +61,7 @@ class ClipNorm(Formula):
 
 
 class ClipValue(Formula):
-    """Every element of a gradient held within ``[-value, value]``."""
+    """Clamp every element of a gradient to ``[-value, value]``."""
 
     def __init__(self, value: float, logs: bool = True) -> None:
         self.value = value
@@ -77,9 +77,9 @@ class ClipValue(Formula):
 
 
 class Average(Formula):
-    """``average += (1 - d) * (w - average)`` with ``d = min(decay, 1 - (1 + t)^(-2/3))^every``.
+    """Update ``average += (1 - d) * (w - average)`` with ``d = min(decay, 1 - (1 + t)^(-2/3))^every``.
 
-    ``t`` counts the steps since the first update, so that the first copies.
+    ``t`` counts the steps since the first update, so that the first update copies.
     """
 
     def __init__(self, decay: float, every: int = 1) -> None:
@@ -103,7 +103,7 @@ class Average(Formula):
 
 
 class Stop(Formula):
-    """End when the score has not fallen below its best for ``patience`` validations; what was best is kept."""
+    """Stop when the score was not below its best for ``patience`` validations, and end with the best weights."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -123,7 +123,7 @@ class Stop(Formula):
 
 
 class Shrink(Formula):
-    """Weights times ``factor`` after each step: what a user's own callback does in the matrix."""
+    """Multiply the weights by ``factor`` after each step, as a user's callback in the registry does."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -134,7 +134,7 @@ class Shrink(Formula):
 
 
 class SoftThreshold(Formula):
-    """Matrices drawn towards zero by ``lr * strength`` after each step, and never beyond."""
+    """Move each element of a matrix towards zero by ``lr * strength`` after each step, and not beyond zero."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
@@ -146,7 +146,7 @@ class SoftThreshold(Formula):
 
 
 def deviation(one: Weights, other: Weights) -> dict[str, float]:
-    """For each name the largest ``|a - b| / (1 + |b|)``; infinite where something is not a number."""
+    """Return the largest ``|a - b| / (1 + |b|)`` of each name; infinity if there is a NaN."""
     assert one.keys() == other.keys(), f"names differ: {sorted(one.keys() ^ other.keys())}"
     return {name: _deviation(one[name], other[name]) for name in one}
 

@@ -1,4 +1,4 @@
-"""What is done to gradients before a step, by hand: one number, one row or one tensor at a time."""
+"""Reference formulas that change gradients before a step: one number, one row or one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.harness.reference_loop import Formula, Step
 
 
 class Spike(Formula):
-    """A penalty ``strength * sum(w^2)`` on matrices that falls from the sky late in the run, so that norms leap."""
+    """Add the penalty ``strength * sum(w^2)`` on matrices late in the run, so that gradient norms rise suddenly."""
 
     def __init__(self, strength: float, start: float) -> None:
         self.strength = strength
@@ -25,7 +25,7 @@ class Spike(Formula):
 
 
 class RowClip(Formula):
-    """Each row's gradient at most ``share`` of the larger of its weights' norm and ``eps``; a vector is one row."""
+    """Clip each row of a gradient to ``share`` times the norm of its weights, or ``eps``; a vector is one row."""
 
     def __init__(self, share: float, eps: float = 1e-3) -> None:
         self.share = share
@@ -41,7 +41,7 @@ class RowClip(Formula):
 
 
 class RowMean(Formula):
-    """Each row's mean taken out of a matrix's gradient."""
+    """Subtract from each row of a matrix's gradient its mean."""
 
     def before_step(self, step: Step) -> None:
         for grad in step.grads:
@@ -51,7 +51,7 @@ class RowMean(Formula):
 
 
 class Draw(Formula):
-    """Gaussian noise of variance ``eta / (1 + t)^gamma`` from a generator that is seeded by one draw for each step."""
+    """Add Gaussian noise of variance ``eta / (1 + t)^gamma`` from a generator that one draw seeds in each step."""
 
     def __init__(self, eta: float, gamma: float) -> None:
         self.eta = eta
@@ -66,7 +66,7 @@ class Draw(Formula):
 
 
 class AddMean(Formula):
-    """To each gradient the exponential mean of those of its weight so far, times ``strength``."""
+    """Add to each gradient ``strength`` times the exponential mean of the gradients of its weight so far."""
 
     def __init__(self, decay: float, strength: float) -> None:
         self.decay = decay
@@ -81,7 +81,7 @@ class AddMean(Formula):
 
 
 class PercentileClip(Formula):
-    """Each tensor's norm at most a percentile of all its norms so far, this one included."""
+    """Clip the norm of each gradient to a percentile of its norms so far, including this one."""
 
     def __init__(self, percentile: float) -> None:
         self.percentile = percentile
@@ -100,7 +100,7 @@ class PercentileClip(Formula):
 
 
 class ScoreClip(Formula):
-    """Norms of all gradients whose score is above ``z``, to ``mean + deviation * z^2 / score``."""
+    """Clip the global norm to ``mean + deviation * z^2 / score`` if its score is above ``z``."""
 
     def __init__(self, z: float, decay: float, warmup: int) -> None:
         self.z = z
@@ -130,7 +130,7 @@ class ScoreClip(Formula):
 
 
 class Measure(Formula):
-    """The norms around another formula, the share of steps that it changed, and the way of the step."""
+    """Log the norms before and after another formula, the share of steps that it clipped, and the update ratio."""
 
     def __init__(self, clipping: Formula) -> None:
         self.clipping = clipping

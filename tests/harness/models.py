@@ -1,4 +1,4 @@
-"""The problem as Lightning modules: automatic, manual, and with two optimizers; each whole or sharded with FSDP2."""
+"""Lightning modules of the regression: automatic, manual, with two optimizers; each whole or sharded with FSDP2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.harness.regression import Batch
 
 
 class Batches:
-    """A loader that saves its position, so that a resume in the middle of an epoch sees the batches that are left."""
+    """Loader that saves its position, so that a resume in the middle of an epoch reads the remaining batches."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
@@ -41,11 +41,11 @@ class Batches:
 
 
 class Model(LightningModule):
-    """The problem under automatic optimization.
+    """Module with automatic optimization.
 
     Args:
-        cell: What to train.
-        scores: The values of ``val_score``, one for each validation, in their order.
+        cell: Cell of the matrix.
+        scores: Values of ``val_score``, one for each validation, in their order.
     """
 
     def __init__(self, cell: Cell, scores: Sequence[float] = ()) -> None:
@@ -94,7 +94,7 @@ class Model(LightningModule):
 
 
 class ManualModel(ManualOptimizationMixin, Model):
-    """The problem under manual optimization; with two optimizers each steps in every window."""
+    """Module with manual optimization; with two optimizers each steps in every window."""
 
     def __init__(self, cell: Cell, scores: Sequence[float] = ()) -> None:
         super().__init__(cell, scores)
@@ -108,21 +108,21 @@ class ManualModel(ManualOptimizationMixin, Model):
 
 
 class ShardedModel(Model):
-    """The problem under FSDP2: one layer is a group of its own; the root's holds the one-element parameter too."""
+    """Module under FSDP2: one layer is sharded by itself, and the root holds the other parameters."""
 
     def configure_model(self) -> None:
         shard_(self.nets)
 
 
 class ShardedManualModel(ManualModel):
-    """The same under manual optimization."""
+    """Module under FSDP2 with manual optimization."""
 
     def configure_model(self) -> None:
         shard_(self.nets)
 
 
 def shard_(nets: list[torch.nn.Module]) -> None:
-    """Shard each network, and the last one's inner layer, once; ``configure_model`` is called again by later stages."""
+    """Shard each network and the inner layer of the last one, unless that is done: later stages call it again."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if isinstance(nets[0], FSDPModule):
@@ -133,7 +133,7 @@ def shard_(nets: list[torch.nn.Module]) -> None:
 
 
 def build(cell: Cell, scores: Sequence[float] = ()) -> Model:
-    """The module of a cell."""
+    """Make the module of a cell."""
     if cell.strategy == "fsdp2":
         return (ShardedModel if cell.kind == "automatic" else ShardedManualModel)(cell, scores)
     return (Model if cell.kind == "automatic" else ManualModel)(cell, scores)
@@ -141,12 +141,12 @@ def build(cell: Cell, scores: Sequence[float] = ()) -> Model:
 
 @torch.no_grad()
 def full_weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, whole; every rank must call this when they are sharded."""
+    """Copy all parameters, gathered from their shards; every rank must call this if they are sharded."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     for part in module.modules():
-        # After a validation the root is still gathered, and what the parameters show then is a copy of the shards.
+        # After a validation the root is still gathered, and its parameters are copies of the shards.
         if isinstance(part, FSDPModule):
             part.reshard()
     weights = ((name, parameter.detach()) for name, parameter in module.named_parameters())

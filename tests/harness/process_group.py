@@ -1,8 +1,8 @@
-"""Living groups of processes that take jobs.
+"""Run jobs in groups of processes that live from job to job.
 
-A fit with two processes costs a tenth of a second in a group that lives, and five seconds in fresh interpreters. The
-processes are forked from a server that has imported torch and lightning and does nothing else, so a fork never copies
-the threads or the state of the process that runs the tests, and a group that hangs is remade in a moment.
+A fit of two processes takes a tenth of a second in a living group, and five seconds in fresh interpreters. The
+processes are forked from a server that has imported torch and lightning and does nothing else, so that a fork never
+copies the threads or the state of the test process, and a group that hangs is quickly replaced.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _GRACE = 2.0  # Seconds that the other processes get to finish after one of them
 
 
 def start_server() -> None:
-    """Start importing in the background; called early, the imports overlap with those of the tests."""
+    """Start the imports of the server in the background, so that they overlap with those of the tests."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when the server imports it
     _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torchmetrics", "lightning.pytorch"])
     forkserver.ensure_running()
 
 
 class JobFailed(Exception):
-    """A job raised, died or hung.
+    """A job raised an exception, was killed or hung.
 
     Attributes:
-        kind: The exception's name; ``"Died"`` or ``"Hung"`` if there was none. Of the first rank that failed.
-        message: The exception's text.
+        kind: Name of the exception of the first rank that failed; ``"Died"`` or ``"Hung"`` without an exception.
+        message: Text of the exception.
     """
 
     def __init__(self, kind: str, message: str, details: str) -> None:
@@ -57,7 +57,7 @@ class _Failure:
 
 
 class Group:
-    """Processes of one gloo group. They start with the first job, and again after a job that failed.
+    """Processes of one gloo group, which start with the first job, and again after a job that failed.
 
     Args:
         size: Number of processes.
@@ -72,7 +72,11 @@ class Group:
         self._folder = ""
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
-        """Call ``function(*args)``, a function of a module, in every process; the results in the order of ranks."""
+        """Call ``function(*args)`` in every process and return the results in the order of ranks.
+
+        Raises:
+            JobFailed: If a process raises, dies or takes longer than ``timeout`` seconds.
+        """
         if not self._processes:
             self._start()
         job = pickle.dumps((function, args))
@@ -81,7 +85,7 @@ class Group:
         results = self._collect(timeout or self.timeout)
         failures = [(rank, result) for rank, result in enumerate(results) if isinstance(result, _Failure)]
         if failures:
-            # The ranks may stand at different collectives now, which the next job would take for its own.
+            # The ranks may be at different collectives now, with which those of the next job would be matched.
             self.close()
             details = "\n".join(f"rank {rank}: {failure.details}" for rank, failure in failures)
             first = next((f for _, f in failures if f.kind != "Hung"), failures[0][1])
@@ -89,7 +93,7 @@ class Group:
         return results
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -148,9 +152,9 @@ def _work(pipe: connection.Connection, rank: int, size: int, folder: str) -> Non
 
     warnings.simplefilter("ignore")
     settle()
-    # A file as the meeting point: a free port that is asked for can be taken before it is used.
+    # The ranks meet in a file: another process could take a free port before it is used.
     store = torch.distributed.FileStore(os.path.join(folder, "store"), size)
-    # Longer than any job, so that the parent decides what hangs.
+    # Longer than any job, so that the parent decides that a job hangs.
     patience = datetime.timedelta(minutes=10)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     while True:
@@ -170,14 +174,14 @@ def _answer(job: bytes) -> bytes:
 
 
 def settle() -> None:
-    """One thread, a quiet Lightning, and no work that each fit would do again."""
+    """Use one thread, silence Lightning, and do once what each fit would do again."""
     import torch
     from lightning.pytorch.trainer.connectors import callback_connector
 
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # Each Trainer reads the metadata of all that is installed, to look for callbacks there.
+    # Each Trainer reads the metadata of all installed packages to look for callbacks.
     callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
-    # What is there now stays: the collector need not walk through all of torch again and again.
+    # The objects that exist now stay: the garbage collector need not walk through all of torch again and again.
     gc.collect()
     gc.freeze()

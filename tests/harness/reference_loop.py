@@ -1,6 +1,6 @@
-"""The reference loop: plain torch, one process, the whole batch, the same precision, the formula by hand.
+"""Train in plain torch: one process, the whole batch, the same precision, and a technique as a formula.
 
-It imports neither lightning nor lightning_optim, so that it can be wrong only on its own account.
+The loop imports neither lightning nor lightning_optim, so that it shares no error with them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class Step:
-    """What a formula sees of an optimizer's step: its own weights and their gradients, in the same order.
+    """Step of one optimizer: its own weights and their gradients, in the same order.
 
-    ``step`` counts the steps that this optimizer has taken before; ``total`` is the number it takes in the run.
+    Attributes:
+        step: Number of steps that this optimizer has taken before.
+        total: Number of steps that it takes in the run.
+        logged: Values that the formula logs in this step, by name.
     """
 
     optimizer: int
@@ -36,46 +39,46 @@ class Step:
 
 
 class Formula:
-    """What a technique does to the loop, by hand. This one does nothing: the plain model."""
+    """Base class of a technique in the reference loop. It changes nothing: the plain model."""
 
     def attach(self, loop: Loop) -> None:
-        """Change what the networks that train compute; those that are validated are others."""
+        """Add hooks to the networks that train; validation uses separate networks."""
 
     def window(self, accumulation: int, epoch: int) -> int:
-        """The micro-batches of a full window in this epoch."""
+        """Return the number of micro-batches of a full window in this epoch."""
         return accumulation
 
     def before_step(self, step: Step) -> None:
         """Change the gradients in place."""
 
     def after_step(self, step: Step) -> None:
-        """Change the weights in place, or remember them."""
+        """Change the weights in place, or store them."""
 
     def after_epoch(self, weights: Weights) -> None:
-        """See the weights (live) after an epoch's last step, before they are validated there."""
+        """Read the live weights after the last step of an epoch, before the validation there."""
 
     def evaluated(self, weights: Weights) -> Weights:
-        """The weights that are validated, given those that train (live: clone what is to be kept)."""
+        """Return the weights to validate, given the live weights that train: clone them to keep them."""
         return weights
 
     def stop(self, score: float, weights: Weights) -> bool:
-        """Whether to end the run after this validation of ``weights`` with this score."""
+        """Return True to end the run after this validation of ``weights`` with this score."""
         return False
 
     def candidate(self) -> Weights:
-        """Weights that are validated once more after the run; none by default."""
+        """Return weights for one more validation after the run; default: no such validation."""
         return {}
 
     def judge(self, score: float) -> None:
-        """The score of :meth:`candidate`, which is the loss where none are scripted."""
+        """Read the score of :meth:`candidate`: the loss, or the next scripted score."""
 
     def final(self, weights: Weights) -> Weights:
-        """What the module holds after the run, given the weights that trained."""
+        """Return the weights of the module after the run, given the weights that trained."""
         return weights
 
 
 class Chain(Formula):
-    """Several formulas, each applied to what the one before it left."""
+    """Apply several formulas, each to the result of the one before it."""
 
     def __init__(self, *formulas: Formula) -> None:
         self.formulas = formulas
@@ -117,14 +120,14 @@ class Chain(Formula):
 
 @dataclass
 class Outcome:
-    """What came out of a run, by hand or by a fit.
+    """Results of a run of the reference loop or of a fit.
 
     Attributes:
-        final: The weights that the module holds afterwards.
-        raw: The weights that trained, at the end of training.
-        validations: The validation losses in their order.
-        seen: The micro-batches that were trained on.
-        logged: For each logged name, the values by the position at which a logger sees them.
+        final: Weights of the module after the run.
+        raw: Raw weights at the end of training.
+        validations: Validation losses in their order.
+        seen: Number of micro-batches that were trained on.
+        logged: Values of each logged name, by the step of the logger.
     """
 
     final: Weights
@@ -135,7 +138,7 @@ class Outcome:
 
 
 class Loop:
-    """One run of SGD with momentum on the problem of a cell."""
+    """Run SGD with momentum on the regression of a cell."""
 
     def __init__(self, cell: Cell, formula: Formula, scores: tuple[float, ...] = (), epochs: int = EPOCHS) -> None:
         self.cell = cell
@@ -235,7 +238,7 @@ class Loop:
 
 
 def autocast(precision: Precision) -> AbstractContextManager[object]:
-    """The context in which Lightning runs a forward at this precision."""
+    """Context manager: the forward pass runs as under Lightning at this precision."""
     if precision == "32-true":
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16

@@ -1,7 +1,6 @@
-"""The problem that every cell trains: a network of a hundred numbers on a fixed synthetic regression, in plain torch.
+"""Networks of a hundred parameters on a fixed synthetic regression, in plain torch: every cell trains these.
 
-The data are synthetic because they are the input of a numerical oracle: what is asserted is that two programs compute
-the same numbers, not that a technique makes a model better.
+The data are synthetic, since the tests compare the numbers of two programs, and not the quality of a model.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Net(nn.Module):
-    """Two layers with biases, and a parameter of one element, whose shard on the second of two processes is empty."""
+    """Network of two layers with biases, and a parameter of one element, whose shard on the second rank is empty."""
 
     def __init__(self, features: int, seed: int) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class Net(nn.Module):
 
 @torch.no_grad()
 def away_from_zero_(parameter: Tensor, generator: torch.Generator) -> None:
-    # A sign that flips in one process and not in two would be rounding made large, so no weight comes near zero.
+    # Rounding could flip the sign of a weight near zero in one process and not in two.
     fan_in = parameter.shape[1] if parameter.ndim > 1 else 1
     size = torch.rand(parameter.shape, generator=generator).add_(1.0).div_(2.0 * math.sqrt(fan_in))
     sign = torch.randint(0, 2, parameter.shape, generator=generator).mul_(2).sub_(1)
@@ -47,7 +46,7 @@ def away_from_zero_(parameter: Tensor, generator: torch.Generator) -> None:
 
 
 def build_nets(count: int) -> nn.Module:
-    """The network, or for two optimizers a list of two, of which the second also sees the output of the first."""
+    """Make the network, or for two optimizers a list of two; the second also reads the output of the first."""
     first = Net(FEATURES, seed=1)
     if count == 1:
         return first
@@ -55,21 +54,21 @@ def build_nets(count: int) -> nn.Module:
 
 
 def nets_of(net: nn.Module) -> list[nn.Module]:
-    """One network for each optimizer."""
+    """Return the list of networks, one for each optimizer."""
     return list(net) if isinstance(net, nn.ModuleList) else [net]
 
 
 def loss_of(index: int, nets: Sequence[nn.Module], batch: Batch) -> Tensor:
-    """The mean loss that optimizer ``index`` minimizes.
+    """Compute the mean loss that optimizer ``index`` minimizes.
 
-    The second loss reaches into the first network without a detach, as a generator's loss does in a GAN, so its
-    backward leaves gradients in weights that are not its optimizer's.
+    The second loss depends on the first network without a detach, as a generator's loss on a discriminator in a GAN, so
+    its backward pass leaves gradients in weights of the other optimizer.
     """
     return _losses(nets[: index + 1], batch)[index]
 
 
 def validation_loss(nets: Sequence[nn.Module], batch: Batch) -> Tensor:
-    """The sum of the losses, which sees every weight."""
+    """Compute the sum of the losses, which depends on every weight."""
     return torch.stack(_losses(nets, batch)).sum()
 
 
@@ -84,7 +83,7 @@ def _losses(nets: Sequence[nn.Module], batch: Batch) -> list[Tensor]:
 
 
 def make_batches(count: int, seed: int) -> list[Batch]:
-    """Micro-batches of a fixed regression with noise."""
+    """Make micro-batches of a fixed regression with noise."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(FEATURES, TARGETS, generator=torch.Generator().manual_seed(0))
     batches = []
@@ -96,6 +95,6 @@ def make_batches(count: int, seed: int) -> list[Batch]:
 
 
 def validation_batch() -> Batch:
-    """A larger batch, in whose loss the roundings of single outputs average out."""
+    """Make a larger batch, in whose loss the roundings of single outputs average out."""
     x, y = zip(*make_batches(4, seed=20), strict=True)
     return torch.cat(x), torch.cat(y)

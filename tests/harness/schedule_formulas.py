@@ -1,4 +1,4 @@
-"""Numbers that change during training, written out: functions of the step and of the number of steps in the run."""
+"""Reference formulas of schedules: functions of the step and of the number of steps in the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def exponential(start: float, end: float) -> Number:
 
 
 class Scheduled(Formula):
-    """A formula without memory, made anew at each step with the number that belongs to the step."""
+    """Make a formula without state anew at each step, with the scheduled number of that step."""
 
     def __init__(self, make: Callable[[float], Formula], number: Number) -> None:
         self.make = make

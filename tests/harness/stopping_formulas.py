@@ -1,4 +1,4 @@
-"""Criteria of when to stop, one score at a time; smaller scores are better."""
+"""Reference formulas of stopping criteria, one score at a time; smaller scores are better."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.harness.reference_loop import Formula, Weights
 
 
 class Rule:
-    """Reads one score at a time. ``stops`` and ``best`` describe the last one."""
+    """Read one score at a time; ``stops`` and ``best`` describe the last one."""
 
     stops = False
     best = False
@@ -34,7 +34,7 @@ class Patience(Rule):
 
 
 class Below(Rule):
-    """Stop at a score below ``value``, of which the first is the best."""
+    """Stop at a score below ``value``; the first such score is the best."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -47,7 +47,7 @@ class Below(Rule):
 
 
 class Matching(Rule):
-    """Stop at a score for which ``condition`` holds; no score is the best."""
+    """Stop at a score for which ``condition`` is true; no score is the best."""
 
     def __init__(self, condition: Callable[[float], bool]) -> None:
         self.condition = condition
@@ -57,7 +57,7 @@ class Matching(Rule):
 
 
 class Enough(Rule):
-    """Stop when ``count`` of several rules do; each reads every score."""
+    """Stop when ``count`` of several rules stop; each rule reads every score."""
 
     def __init__(self, count: int, *rules: Rule) -> None:
         self.count = count
@@ -71,7 +71,7 @@ class Enough(Rule):
 
 
 class First(Rule):
-    """Stop at the first rule that does; the rules behind it do not read that score."""
+    """Stop at the first rule that stops; later rules do not read that score."""
 
     def __init__(self, *rules: Rule) -> None:
         self.rules = rules
@@ -87,7 +87,7 @@ class First(Rule):
 
 
 class StopBy(Formula):
-    """End the run when a rule says so. The module ends with the best weights, if there were any."""
+    """End the run when a rule stops, with the best weights if there are any."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule

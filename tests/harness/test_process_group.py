@@ -1,4 +1,4 @@
-"""The groups themselves: results by rank, and every way in which a job fails."""
+"""Groups of processes: results by rank, and every way in which a job fails."""
 
 from __future__ import annotations
 
