@@ -69,12 +69,12 @@ class Method(NamedTuple):
 
 
 def on_all(strength: float) -> L.Callback:
-    """The textbook's penalty on all parameters."""
+    """Return the textbook's penalty on all parameters."""
     return WeightRegularization(ElasticNet(strength, strength, on="*"))
 
 
 def on_hidden(rate: float) -> L.Callback:
-    """Dropout behind both hidden layers of a model that has none."""
+    """Return dropout behind both hidden layers of a model that has none."""
     return ScheduledDropout({"layers.1": rate, "layers.3": rate}, insert=True)
 
 
@@ -116,7 +116,7 @@ class Batches:
 
 
 def digits(seed: int) -> tuple[Batches, Batches, Batches]:
-    """The training, the validation and the test part of a seed; only the training part has wrong labels."""
+    """Return the training, validation and test sets of a seed; only the training set has wrong labels."""
     generator = torch.Generator().manual_seed(seed)
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = images.float() / 16
@@ -210,7 +210,7 @@ def run(seed: int, epochs: int, methods: list[Method]) -> tuple[Run, Network]:
 
 
 def compare(seeds: range, epochs: int) -> dict[str, list[Run]]:
-    """The plain model, each method, all together and an ensemble of plain models, on every seed."""
+    """Train the plain model, each method, all together and an ensemble of plain models, on every seed."""
     together = [method for method in METHODS if method.together]
     lists = {PLAIN: [], **{str(method): [method] for method in METHODS}, ALL: together}
     results: dict[str, list[Run]] = {name: [] for name in [*lists, ENSEMBLE]}
@@ -247,12 +247,12 @@ def values(runs: list[Run], quantity: str) -> np.ndarray:
 
 
 def error(differences: np.ndarray) -> float:
-    """The standard error of their mean."""
+    """Return the standard error of their mean."""
     return differences.std(ddof=1) / len(differences) ** 0.5
 
 
 def table(results: dict[str, list[Run]]) -> str:
-    """One row for each method, in Markdown."""
+    """Return one row for each method, in Markdown."""
     rows = [["method", "test NLL", "minus plain", "accuracy, %", "minus plain", "epochs"]]
     for name, runs in results.items():
         row = [name if name in (PLAIN, ALL, ENSEMBLE) else f"`{name}`"]
@@ -311,7 +311,7 @@ def draw_curve(axes: plt.Axes, runs: list[Run], epochs: int, colour: str) -> Non
 
 
 def draw_differences(axes: plt.Axes, results: dict[str, list[Run]], methods: dict[str, str], quantity: str) -> None:
-    """A dot for each seed, and the mean with its standard error."""
+    """Draw a dot for each seed, and the mean with its standard error."""
     for row, (name, colour) in enumerate(methods.items()):
         gain = values(results[name], quantity) - values(results[PLAIN], quantity)
         axes.plot(gain, np.full(len(gain), row), "o", color=colour, alpha=0.35, markersize=5)
@@ -323,7 +323,7 @@ def draw_differences(axes: plt.Axes, results: dict[str, list[Run]], methods: dic
 
 
 def short(name: str) -> str:
-    """A method without its numbers, and with its policy where a callback has several."""
+    """Return a method's name without its numbers, and with its policy where a callback has several."""
     callback, _, rest = name.partition("(")
     policy = rest.partition("(")[0]
     return f"{callback}({policy})" if policy in ("L2", "ElasticNet", "EMA", "SWA") else callback

@@ -71,7 +71,7 @@ def batches(part: slice, rank: int, ranks: int) -> DataLoader:
 
 
 def train(strategy: Strategy, processes: int) -> tuple[dict[str, Tensor], float]:
-    """The weights at the end, whole, and the last validation."""
+    """Return the weights at the end, whole, and the metrics of the last validation."""
     network = Network(shard=isinstance(strategy, ModelParallelStrategy))
     trainer = Trainer(
         strategy=strategy,
@@ -99,7 +99,7 @@ def train(strategy: Strategy, processes: int) -> tuple[dict[str, Tensor], float]
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """The whole of a parameter that may be sharded."""
+    """Return the whole of a parameter that may be sharded."""
     parameter = parameter.detach()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 

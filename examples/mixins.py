@@ -80,7 +80,7 @@ class GAN(ManualOptimizationMixin, RegularizationMixin, LightningModule):
 
 
 def energy_distance(one: Tensor, other: Tensor) -> Tensor:
-    """The energy distance of two samples, 0 for equal distributions: ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``."""
+    """Return the energy distance of two samples: ``2 E|X - Y| - E|X - X'| - E|Y - Y'|``, 0 for equal distributions."""
     return 2 * torch.cdist(one, other).mean() - torch.cdist(one, one).mean() - torch.cdist(other, other).mean()
 
 

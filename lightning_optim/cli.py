@@ -1,4 +1,4 @@
-"""Average checkpoints, and describe them, from the command line: ``lightning-optim average`` and ``inspect``."""
+"""Average and describe checkpoints from the command line: ``lightning-optim average`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except Exception as error:  # of any kind: a damaged file may cause any
+    except Exception as error:  # a damaged file may raise anything
         expected = isinstance(error, OSError | ValueError | ImportError)
         message = str(error) if expected else safe_reading.first_line(error)
     paths = [*options.files, *([options.output] if "output" in options else [])]
@@ -113,7 +113,7 @@ def _average(options: argparse.Namespace) -> int:
 def _check_output(path: str, force: bool) -> None:
     """Raise if the output could not be written, before anything is read."""
     if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: pass the name of a file")
+        raise ValueError(f"{path} is a folder: pass the name of a file as --output")
     if os.path.lexists(path) and not force:
         raise ValueError(f"{path} exists: choose another name, or pass --force")
     folder = os.path.dirname(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Pure torch: all that a policy may import. The names here are public, for policies of your own: see docs/extend.md."""
+"""Build policies in pure torch, without a Trainer. The names here are public: docs/extend.md shows how to use them."""
 
 from lightning_optim.base.arguments import check_choice as check_choice
 from lightning_optim.base.arguments import check_number as check_number

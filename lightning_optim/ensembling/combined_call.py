@@ -47,6 +47,8 @@ def without_gradients(call: _Call) -> _Call:
 class CombinedCall(nn.Module):
     """Replace the submodule ``on``: call that submodule of every member and return the mean prediction.
 
+    Only the name ``on`` leads here. Everything else that a step finds on ``self`` is the first member's.
+
     Args:
         members: All members. They are not registered here: the ensemble holds them, and each weight has one name.
         outputs: What the call returns.
@@ -162,7 +164,7 @@ class CombinedCall(nn.Module):
 
 
 def has_submodule(module: nn.Module, path: str) -> bool:
-    """Return whether the module has a submodule of this name."""
+    """Return True if the module has a submodule of this name."""
     try:
         module.get_submodule(path)
     except AttributeError:
@@ -174,7 +176,10 @@ def missing_submodule(member: nn.Module, index: int, on: str) -> ValueError:
     """Make the error for an ``on`` that a member does not have, with the most similar names that it has."""
     names = [name for name, _ in member.named_modules() if name]
     similar = difflib.get_close_matches(on, names, n=3, cutoff=0.3) or names[:3]
-    return ValueError(f"`on={on!r}` is no submodule of member {index}, a {type(member).__name__}; similar: {similar}")
+    return ValueError(
+        f"`on={on!r}` must name a submodule of each member, and is no submodule of member {index}, a"
+        f" {type(member).__name__}; similar: {similar}"
+    )
 
 
 def with_replacement(module: nn.Module, path: str, new: nn.Module) -> dict[str, nn.Module]:
@@ -194,7 +199,7 @@ def check_arguments(outputs: Any, on: Any, dim: Any) -> None:
     if not isinstance(outputs, str) or outputs not in get_args(Outputs):
         meant = ", ".join(f"{name!r} ({meaning})" for name, meaning in _MEANINGS.items())
         raise ValueError(
-            f"`outputs` must be one of {meant}; it is never guessed, since each is averaged in its own way; got"
+            f"`outputs` must be one of {meant}; it is never guessed, since each kind is averaged in its own way; got"
             f" {outputs!r}"
         )
     if on is not None and (not isinstance(on, str) or not on):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cost:
-    """Hold one row of :class:`CostBenefit`.
+    """Hold the metric, the time and the memory of one number of members: a row of :class:`CostBenefit`.
 
     Attributes:
         members: Number of members.
@@ -54,7 +54,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostBenefit:
-    """Hold a metric for each number of members, with time and memory. It prints as a table.
+    """Hold a metric for each number of members, with time and memory; prints as a table.
 
     Attributes:
         monitor: Name of the metric.
@@ -128,7 +128,7 @@ def cost_benefit(
         outputs: As for :class:`~lightning_optim.Ensemble`; without a default there too.
         on: As for :class:`~lightning_optim.Ensemble`.
         dim: As for :class:`~lightning_optim.Ensemble`.
-        groups: How many groups of each size to evaluate at most, at least 1. Default: all. With 1 the curve is that of
+        groups: Largest number of groups of each size to evaluate, at least 1. Default: all. With 1 the curve is that of
             the members in their given order.
 
     Returns:
@@ -172,7 +172,7 @@ def _ensemble_of(members: Any, outputs: Outputs | None, on: str | None, dim: int
     for name, given in {"outputs": outputs, "on": on, "dim": dim}.items():
         own = getattr(ensemble._combined, name)
         if given is not None and given != own:
-            raise ValueError(f"`{name}={given!r}`, but the Ensemble that is given has `{name}={own!r}`: leave it out")
+            raise ValueError(f"`{name}={given!r}` is not the Ensemble's own `{name}={own!r}`: leave the argument out")
     return ensemble
 
 
@@ -191,7 +191,8 @@ def _row(
         trainer.validate(ensemble, data, verbose=False)
         if monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
-                f"`monitor={monitor!r}` is not logged in validation, where there are {sorted(trainer.callback_metrics)}"
+                f"`monitor={monitor!r}` is not logged in validation: log it in `validation_step`, or pass one of"
+                f" {sorted(trainer.callback_metrics)}."
             )
         values.append(float(trainer.callback_metrics[monitor]))
         seconds.append(timer.seconds)

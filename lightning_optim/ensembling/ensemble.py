@@ -147,7 +147,7 @@ class Ensemble(LightningModule):
         check_arguments(outputs, on, dim)
         files = [paths] if isinstance(paths, str | Path) else list(paths)
         if not files:
-            raise ValueError("`paths` must name at least one checkpoint, of one member each, got []")
+            raise ValueError("`paths` must name at least one checkpoint, one for each member, got []")
         members = [ensemble_checkpoint.load_member(member_class, path, kwargs) for path in files]
         return cls._without_copies(members, outputs, on, dim)
 
@@ -210,7 +210,7 @@ class Ensemble(LightningModule):
     def _without_copies(
         cls, members: list[LightningModule], outputs: Any = None, on: Any = None, dim: Any = None
     ) -> Ensemble:
-        """Make an ensemble of these very members."""
+        """Make an ensemble that holds these members themselves, not copies."""
         ensemble = cls.__new__(cls)
         checked = checked_members(members)
         check_arguments(outputs, on, dim)
@@ -251,7 +251,7 @@ class Ensemble(LightningModule):
         for index, member in enumerate(self.members):
             if not has_submodule(member, on):
                 if is_overridden("configure_model", member):
-                    return  # which may create the submodule
+                    return  # `configure_model` may still create the submodule
                 raise missing_submodule(member, index, on)
         self.__dict__["_replaced"] = with_replacement(first, on, self._combined)
 
@@ -294,14 +294,14 @@ class Ensemble(LightningModule):
         return super().train(False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise: an ensemble does not train."""
+        """Raise an error, since an ensemble does not train."""
         raise MisconfigurationException(
             "An Ensemble is for `validate`, `test` and `predict`, and does not train: fit its members one by one, or"
             " with `fit_members`, and make the Ensemble of the fitted members."
         )
 
     def configure_optimizers(self) -> NoReturn:
-        """Raise: an ensemble does not train."""
+        """Raise an error, since an ensemble does not train."""
         self.training_step()
 
     # ---- the Trainer's hooks -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ _HPARAMS, _HPARAMS_NAME, _HPARAMS_TYPE = (
 
 
 class IncompatibleKeys(NamedTuple):
-    """Return value of ``load_state_dict``: the names that it did not find, and those that it did not need."""
+    """Return value of ``load_state_dict``, as torch's: the names that are missing, and those that were not expected."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -48,11 +48,14 @@ def load_weights(members: nn.ModuleList, state: Mapping[str, Any], strict: bool,
     known = _join(parts)
     unexpected = [name for name in state if name not in known]
     if strict and unexpected:
-        raise RuntimeError(f"An ensemble of {len(members)} members has no {unexpected[:3]}, of {len(unexpected)} such")
+        raise RuntimeError(
+            f"The state dict has names that this ensemble of {len(members)} members does not have, {len(unexpected)} in"
+            f" all: {unexpected[:3]}. Load it into an ensemble of the same members, or pass `strict=False`."
+        )
     keys = IncompatibleKeys([], unexpected)
     for index, (member, part) in enumerate(zip(members, parts, strict=True)):
         try:
-            # A member that saves a part has `strict_loading = False`, which does not hold for the other members.
+            # A member that saves a part of its weights has `strict_loading = False`; the other members keep theirs.
             is_strict = strict and bool(member.strict_loading)
             found = member.load_state_dict(part, strict=is_strict, **({"assign": True} if assign else {}))
         except RuntimeError as error:
@@ -110,7 +113,7 @@ def read(path: Any, weights_only: bool) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict` with named weights")
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict` with named weights.")
     return dict(loaded)
 
 
@@ -141,7 +144,7 @@ def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: 
     if written is None:
         raise ValueError(
             f"{path} is no checkpoint of an Ensemble: use `Ensemble.from_checkpoints` for members in checkpoints of"
-            " their own; if an older version wrote it, pass `members=` and `outputs=`"
+            " their own; if an older version wrote it, pass `members=` and `outputs=`."
         )
     names = [entry["class"] for entry in written["members"]]
     if given is not None:
@@ -155,7 +158,7 @@ def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: 
     if weights_only:
         raise ValueError(
             f"{path} names its members' classes, {sorted(set(names))}, and nothing that a checkpoint names is called:"
-            " pass `member_class=`, or `weights_only=False` if you trust it"
+            " pass `member_class=`, or `weights_only=False` if you trust the file."
         )
     return [_import_class(path, name) for name in names]
 
@@ -189,7 +192,7 @@ def build_members(path: Any, checkpoint: dict[str, Any], classes: list[type[Ligh
         except TypeError as error:
             raise ValueError(
                 f"{path}: member {index}, a {member_class.__name__}, cannot be built from the saved hyper-parameters"
-                f" ({error}): pass its arguments here as keywords, or the members themselves, `members=[…]`"
+                f" ({error}): pass its arguments here as keywords, or the members themselves, `members=[…]`."
             ) from error
     return members
 
@@ -225,7 +228,7 @@ def _refuse_folder(path: str | os.PathLike[str]) -> None:
     if os.path.isdir(path):
         raise ValueError(
             f"{path} is a folder, a distributed checkpoint, which Lightning loads only through a Trainer's `ckpt_path`:"
-            " convert it to a file with `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
+            " convert it to a file with `python -m lightning.pytorch.utilities.consolidate_checkpoint`."
         )
 
 

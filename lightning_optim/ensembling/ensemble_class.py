@@ -20,7 +20,9 @@ def ensemble_class(
 ) -> type:
     """Make, or find, the class of an ensemble: a subclass of ``base`` and of the first member's class.
 
-    The class's ``_class_arguments`` are the first three arguments here.
+    In this class Lightning finds the user's steps, hooks and loaders, and runs them unchanged. A deep copy of the first
+    member with another ``forward`` would be simpler, but silently wrong if a step calls ``self.net(x)``: here a step
+    that never reaches the combined call raises. The class's ``_class_arguments`` are the first three arguments here.
 
     Args:
         base: The class that the user called, :class:`~lightning_optim.Ensemble` or a subclass of it; or a class that
@@ -48,7 +50,7 @@ def _class_body(
         if name == "predict_step" or name in instance_steps or step is not getattr(LightningModule, name):
             body[name] = _checked_step(name, step)
         if name in instance_steps:
-            del body[name].__wrapped__  # Lightning would find its own step there, and think that none is overridden
+            del body[name].__wrapped__  # Lightning would find its own step there, and take the step for not overridden
     if base.forward is forward:
         body["forward"] = _with_signature_of(member_class.forward, forward)
     return {**body, "_class_arguments": (base, member_class, instance_steps)}

@@ -18,7 +18,7 @@ _NAMES = ("members", "member_outputs", "from_checkpoints")  # of an ensemble, be
 
 
 class Members(nn.ModuleList):
-    """Hold the members. Each is asked for its own ``state_dict``, since its class may save a part, or other names."""
+    """Hold the members. Each returns its own ``state_dict``, since its class may save a part of it, or other names."""
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the members' states, with the member's number before each name."""
@@ -45,16 +45,19 @@ def checked_members(members: Any) -> list[LightningModule]:
             raise ValueError(f"`members` must be LightningModules, got a {type(member).__name__}")
         if isinstance(member.__dict__.get("_combined"), CombinedCall):
             raise ValueError(
-                f"`members` must be LightningModules and no Ensembles, got a {type(member).__name__}: give the members"
-                " of all of them, `[*one.members, *other.members]`"
+                f"`members` must be LightningModules and no Ensembles, got a {type(member).__name__}: pass the members"
+                " of all of them, `[*one.members, *other.members]`."
             )
         if any(isinstance(module, FSDPModule) for module in member.modules()):
             raise ValueError(
                 f"`members` must be whole, and this {type(member).__name__} is sharded: make a new one, load its"
-                " weights, and let `configure_model` shard it in the Trainer that evaluates the ensemble"
+                " weights, and let `configure_model` shard it in the Trainer that evaluates the ensemble."
             )
     if taken := [name for name in _NAMES if hasattr(given[0], name)]:
-        raise ValueError(f"`members`: {type(given[0]).__name__} has {taken}, which an Ensemble needs: rename it")
+        raise ValueError(
+            f"`members` must not have the attributes {taken}, whose names an Ensemble uses: rename them in"
+            f" {type(given[0]).__name__}."
+        )
     return given
 
 

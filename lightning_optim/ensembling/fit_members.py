@@ -39,7 +39,7 @@ def fit_members(
     dirpath: str | Path,
     seed: int = 0,
 ) -> list[str]:
-    r"""Train several models that differ in their seed, and in whatever ``make_member`` changes with the index.
+    r"""Train several models that differ in their seed, and in all that ``make_member`` changes with the index.
 
     For each index all random generators are seeded with a number that follows from ``(seed, index)``
     (:func:`~lightning_optim.ensembling.fit_members.member_seed`); then ``make_member(index)``, ``make_trainer(index)``
@@ -160,7 +160,7 @@ def _fit_member(
     start = time.monotonic()
     trainer.fit(member, _data_of(data, index), ckpt_path=label.resume_from)
     if trainer.state.status is not TrainerStatus.FINISHED:
-        raise RuntimeError(f"The fit of member {index} did not finish; call `fit_members` again to go on")
+        raise RuntimeError(f"The fit of member {index} was interrupted: call `fit_members` again to go on from there.")
     reshard_(member)
     path = finished.path(index)
     _save(trainer, path)
@@ -176,7 +176,7 @@ def _add_callbacks(trainer: Trainer, label: LabelCheckpoints, folder: Path) -> N
     savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
     for callback in savers:
         if callback.dirpath is None:
-            # Lightning would choose a folder by the logger's version, which is another one after a kill.
+            # Lightning would choose a folder by the logger's version, which changes when the run is started again.
             callback.dirpath = str(folder)
     if savers and not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):
         added.append(ExactResume())
@@ -195,13 +195,13 @@ def _data_of(data: Any, index: int) -> Any:
     except Exception as error:
         raise ValueError(
             f"`data` is copied for each member, and that failed ({type(error).__name__}: {error}): pass a function from"
-            " the index to the loaders"
+            " the index to the loaders."
         ) from error
 
 
 def _save(trainer: Trainer, path: Path) -> None:
     """Write a checkpoint with the weights at the end of the fit; it is complete when this returns."""
     strategy = trainer.strategy
-    # One file, which `load_from_checkpoint` reads, and no folder of shards.
+    # `load_from_checkpoint` reads a file, and no folder of shards.
     with writing_one_file(strategy), using_checkpoint_io(strategy, AtomicCheckpointIO()):
         trainer.save_checkpoint(path, weights_only=True)

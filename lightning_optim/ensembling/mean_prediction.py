@@ -25,10 +25,10 @@ from lightning_optim.runtime.lightning.torch_internals import (
 
 Outputs: TypeAlias = Literal["values", "logits", "binary_logits", "probabilities"]
 
-_NO_OUTPUT = "There is no output to average"
+_NO_OUTPUT = "There is no output to average: pass the outputs of at least one member."
 _DIFFER = (
     "The members' outputs differ in a part that cannot be averaged (it is not a floating-point tensor): return scores"
-    " and not labels, or name with `on` a submodule that does"
+    " and not labels, or name with `on` a submodule that does."
 )
 
 
@@ -71,7 +71,7 @@ def mean_values(outputs: Iterable[Any]) -> Any:
         if first is None:
             first, sums = structure, [_upcast(leaf) if has_mean(leaf) else leaf for leaf in leaves]
         elif structure != first:
-            raise ValueError(f"The members' outputs differ in structure: {first} and {structure}")
+            raise ValueError(f"The members' outputs differ in structure and have no mean: {first} and {structure}")
         else:
             sums = [_add(total, leaf) for total, leaf in zip(sums, leaves, strict=True)]
     if first is None:
@@ -182,7 +182,9 @@ def _add(total: Any, leaf: Any) -> Any:
 def _check_shapes(one: Tensor, other: Tensor) -> None:
     # Shapes that broadcast, such as [8] and [8, 1], would give a result of a third shape.
     if _shape(one) != _shape(other):
-        raise ValueError(f"The members' outputs differ in shape: {list(one.shape)} and {list(other.shape)}")
+        raise ValueError(
+            f"The members' outputs differ in shape and have no mean: {list(one.shape)}, {list(other.shape)}"
+        )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

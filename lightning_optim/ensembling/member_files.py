@@ -22,7 +22,7 @@ _KEY = "fit_members"
 
 
 class FinishedMembers:
-    """Keep ``members.json``: the ensemble's seed, and seed, file, epochs, steps and seconds of each finished member.
+    """Keep ``members.json``: the ensemble's seed, and the seed, file and duration of each finished member.
 
     Args:
         folder: The folder with the members.
@@ -41,8 +41,8 @@ class FinishedMembers:
             written = self._read()
             if written["seed"] != seed:
                 raise ValueError(
-                    f"`seed={seed}`, but {folder} holds members of seed {written['seed']}: pass that seed to go on with"
-                    " them, or another `dirpath`"
+                    f"`seed={seed}` is not the seed of the members in {folder}, {written['seed']}: pass that seed to go"
+                    " on with them, or another `dirpath`."
                 )
             self._finished = {entry["index"]: entry for entry in written["members"]}
 
@@ -54,8 +54,8 @@ class FinishedMembers:
                 raise ValueError("its seed or an index is not a count, or an index is there twice")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"{self.file} is damaged or is not a list of members ({type(error).__name__}: {error}): delete it, and"
-                " the members are trained again, each from its last checkpoint; or pass another `dirpath`"
+                f"{self.file} is damaged or is not a list of members ({type(error).__name__}: {error}): delete it to"
+                " train the members again, each from its last checkpoint, or pass another `dirpath`."
             ) from error
         return dict(written)
 
@@ -64,13 +64,13 @@ class FinishedMembers:
         return self.folder / f"member-{index}.ckpt"
 
     def __contains__(self, index: int) -> bool:
-        """Return whether a member is finished: it is in the list, and its checkpoint is not damaged."""
+        """Return True if a member is finished: it is in the list, and its checkpoint is not damaged."""
         if index not in self._finished or not self.path(index).exists():
             return False
         try:
             check(self.path(index), weights_only=False)  # hyper-parameters may be anything; nothing is unpickled here
         except ValueError as error:
-            rank_zero_warn(f"{error}: member {index} is trained again")
+            rank_zero_warn(f"{error}: member {index} is trained again.")
             return False
         return True
 
@@ -113,7 +113,7 @@ class LabelCheckpoints(Callback):
         checkpoint[_KEY] = {"seed": self.seed, "index": self.index, "exact": resumes_exactly_from_here(trainer)}
 
     def accepts(self, checkpoint: Any) -> bool:
-        """Return whether a checkpoint is this member's, and a resume from it is exact."""
+        """Return True if a checkpoint is this member's, and a resume from it is exact."""
         label = {"seed": self.seed, "index": self.index, "exact": True}
         return isinstance(checkpoint, dict) and checkpoint.get(_KEY) == label
 
@@ -131,7 +131,7 @@ def last_checkpoint(trainer: Trainer, label: LabelCheckpoints) -> Path | None:
             continue
         if label.accepts(checkpoint):
             found.append((checkpoint["global_step"], path.name, path))
-    # Checksums are slow, since they need the whole file: compare the newest, and an older one if that is damaged.
+    # Checksums are slow, since they read the whole file: check the newest one, and an older one only if it is damaged.
     return next((path for *_, path in sorted(found, reverse=True) if _is_whole(path)), None)
 
 
@@ -146,4 +146,4 @@ def _is_whole(path: Path) -> bool:
 
 
 def _warn_of(path: Path, error: Exception) -> None:
-    rank_zero_warn(f"{path} cannot be read, and is skipped ({first_line(error)})")
+    rank_zero_warn(f"{path} cannot be read, and is skipped: {first_line(error)}")

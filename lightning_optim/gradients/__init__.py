@@ -1,1 +1,1 @@
-"""Gradients: accumulation, clipping, monitoring, and sharpness-aware steps."""
+"""Change gradients before the optimizer step: accumulate, measure, clip, skip; step with sharpness-aware gradients."""

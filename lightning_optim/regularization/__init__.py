@@ -1,1 +1,1 @@
-"""Regularization: penalties on weights, proximal steps, and dropout."""
+"""Regularize: penalties on weights, proximal steps, dropout, and terms of the loss that need the batch."""

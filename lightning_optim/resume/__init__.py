@@ -1,1 +1,1 @@
-"""Resume a run exactly."""
+"""Resume a killed run as if it had not been killed, bit for bit."""

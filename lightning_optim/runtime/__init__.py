@@ -1,1 +1,1 @@
-"""The Trainer's side: all that a callback may import."""
+"""Connect policies to a running Trainer: hooks, steps, state in checkpoints. Callbacks import from here."""

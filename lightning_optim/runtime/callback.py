@@ -34,7 +34,9 @@ class OptimCallback(OverridableHooks):
     * :attr:`steps` counts the steps of each optimizer that were really taken, also over a resume.
     * :meth:`log_value` logs a value of a step. Compute it only if ``current_step(optimizer).logs``.
 
-    Over a fit:
+    Over a fit, Lightning goes through ``setup``, restoring the checkpoint, ``on_fit_start`` and ``on_train_start``, in
+    this order; under FSDP2 it restores after ``on_fit_start``, once the parameters are sharded. So look up parameters
+    in ``on_fit_start``, and read their values from ``on_train_start`` on. :meth:`load_extra_state` may run before both.
 
     * :meth:`reset` forgets an earlier fit, so that one object may be used in several fits, one after the other.
     * :meth:`extra_state` and :meth:`load_extra_state` save and load what the callback remembers: tensors and plain
@@ -100,7 +102,7 @@ class OptimCallback(OverridableHooks):
     not_returned: str = ""  # the reason why the attributes of such a fit did not come back
     _stage: str | None = None
 
-    # What techniques of this package declare of themselves. The defaults are right for a callback of a user.
+    # The techniques of this package set these. The defaults are right for a user's callback.
 
     slot: ClassVar[Slot | None] = None
     """Place within a step. ``None``: the callback keeps its place in the Trainer's list."""
@@ -154,7 +156,10 @@ class OptimCallback(OverridableHooks):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Arguments that distinguish two callbacks of this class in a checkpoint; numbers to tune are left out."""
+        """Arguments that distinguish two callbacks of this class in a checkpoint.
+
+        Numbers to tune are left out: a run that resumes with another number finds its state, and uses that number.
+        """
         return {}
 
     @property
@@ -176,7 +181,7 @@ class OptimCallback(OverridableHooks):
         return False
 
     def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Use the loaded state in a run with nothing left to train: ``on_train_start`` is not called in it."""
+        """Use the loaded state in a run with nothing left to train, in which ``on_train_start`` is not called."""
 
     def batches_per_step(self, epoch: int) -> int:
         """Return the number of micro-batches in a step of ``epoch``, if the callback accumulates gradients."""
@@ -203,7 +208,7 @@ class OptimCallback(OverridableHooks):
     def session(self) -> Session:
         """The session of the running fit: ``patch``, ``on_close``, ``total``. A RuntimeError outside of a fit."""
         if self.fit is None:
-            raise RuntimeError(f"{type(self).__name__} is in no fit: a Trainer calls its hooks")
+            raise RuntimeError(f"{type(self).__name__} is in no fit: ask for its session in a hook of `trainer.fit`.")
         return self.fit
 
     @staticmethod
@@ -268,7 +273,11 @@ class OptimCallback(OverridableHooks):
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Join the session of the fit: refuse what cannot work, forget an earlier fit, sort the callbacks by slot."""
+        """Join the session of the fit: refuse what cannot work, forget an earlier fit, sort the callbacks by slot.
+
+        A callback is in one fit at a time. A nested Trainer that fits with it is refused; one that only evaluates does
+        not change it.
+        """
         if self.fit is not None and not self.fit.running:
             self.fit.close()  # the exception was handled before the Trainer's own teardown
         if self._is_in_another_fit(trainer):
@@ -309,7 +318,7 @@ class OptimCallback(OverridableHooks):
             self.fit.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Have all that was installed undone, since Lightning calls no ``teardown`` after an exception."""
+        """Undo all that was installed, when the strategy is torn down: Lightning calls no ``teardown`` after this."""
         if self._is_in_another_fit(trainer):
             self._return_to_fit()
         elif self.fit is not None:

@@ -1,4 +1,4 @@
-"""The weights and buffers that a validation would use now: an average's, or the module's own."""
+"""Return the weights and buffers that a validation would use now: an average's, or the module's own."""
 
 from __future__ import annotations
 

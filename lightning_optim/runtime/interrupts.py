@@ -10,7 +10,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Context manager: an interrupt (SIGINT) takes effect at the end, never between two tensors of an exchange."""
+    """Context manager: an interrupt (SIGINT) takes effect at the end, never between two tensors of an exchange.
+
+    Otherwise the module could be left with some tensors of the average and some raw ones. A no-op in other threads than
+    the main one, which gets the signals.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return

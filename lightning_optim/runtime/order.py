@@ -1,4 +1,4 @@
-"""The order in which callbacks act within a step, and what the session of a fit needs from a callback."""
+"""Sort callbacks into the order in which they act within a step; define what the session of a fit needs from them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def callbacks_in(trainer: Trainer, slot: Slot) -> list[Any]:
 
 
 def arrange(trainer: Trainer) -> None:
-    """Bring the callbacks that have a slot into its order; every other one keeps its place in the list.
+    """Sort the callbacks that have a slot among their places in the list; every other callback keeps its place.
 
-    Lightning iterates over the present list: sorting it in place would skip one ``setup`` and run another twice, so a
-    new list is bound.
+    So the order of the user's list changes no result of this package's callbacks. A user's callback runs between those
+    that end up around it. A new list is bound, since Lightning iterates over the present one: sorting that in place
+    would skip one ``setup`` and run another twice.
     """
     ordered = iter([callback for slot in Slot for callback in callbacks_in(trainer, slot)])
     trainer.callbacks = [
@@ -93,14 +94,14 @@ class SessionCallback(Protocol):
         """Return the attributes of a copy."""
 
     def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over what was loaded for a run in which nothing was left to train."""
+        """Use the loaded state in a run with nothing left to train."""
 
 
 class EvaluatedAverage(Protocol):
     """Average that validation and checkpoints use instead of the raw weights."""
 
     def averaged_state(self) -> dict[str, Tensor]:
-        """Return the averaged tensors by their names in the ``state_dict``; none before the first update."""
+        """Return the averaged tensors by their names in the ``state_dict``; empty before the first update."""
 
 
 class AccumulationWindows(Protocol):
@@ -108,7 +109,7 @@ class AccumulationWindows(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """True if a window holds gradients with which no step was taken yet."""
+        """True if a window holds gradients of a step that was not taken yet."""
 
     def window(self, trainer: Trainer, index: int) -> Any:
         """Return the open window of the optimizer with this index, or open one."""

@@ -13,12 +13,15 @@ from lightning_optim.runtime.lightning import Callback
 
 _PACKAGE = __name__.partition(".")[0]
 _OF_LIGHTNING = {name for name, value in vars(Callback).items() if inspect.isfunction(value) and name[0] != "_"}
-# To override the hook of a step means to change what is done to the step.
+# The hooks of a step are left out: a subclass that overrides one changes the step itself, and decides by `super()`.
 _HOOKS = _OF_LIGHTNING - {"on_before_optimizer_step"} | {"reset", "extra_state", "load_extra_state", "rank_state"}
 
 
 class OverridableHooks(Callback):
     """Callback whose hooks run in two parts: the package's own, then that of a user's class, mixin or object.
+
+    So a user's subclass that forgets ``super()`` keeps the callback's own work, one that calls it does not do that work
+    twice, and the package needs no second set of private hooks.
 
     A class of this package has its hooks wrapped when it is made (:func:`_once`). A hook that is overridden outside of
     the package is replaced on the object by a :class:`TwoPartHook` when a Trainer sets ``log``: at the start of each
@@ -41,7 +44,9 @@ class OverridableHooks(Callback):
         try:
             found: Callable[..., None] = self.__dict__["log"]
         except KeyError:
-            raise AttributeError(f"{type(self).__name__} has `log` only while a Trainer runs") from None
+            raise AttributeError(
+                f"{type(self).__name__} has `log` only while a Trainer runs; call it in a hook"
+            ) from None
         return found
 
     @log.setter

@@ -1,4 +1,4 @@
-"""Replace an attribute for a while."""
+"""Replace an attribute of an object temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Context manager: ``owner.name`` is ``value``; afterwards the instance has its own attribute back, or none."""
+    """Context manager: ``owner.name`` is ``value``; afterwards the instance has its own attribute again, or none."""
     had, before = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:

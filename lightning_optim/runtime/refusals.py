@@ -33,12 +33,12 @@ _STRATEGIES = {
 
 
 def hides_weights(strategy: Strategy) -> str | None:
-    """Return why gradients and weights are out of reach under a strategy, and what to use; ``None`` if they are not."""
+    """Return a sentence if a strategy hides gradients and weights: the reason, and what to use; else ``None``."""
     return next((sentence for kind, sentence in _STRATEGIES.items() if isinstance(strategy, kind)), None)
 
 
 def refuse_setup(callback: SessionCallback, trainer: Trainer) -> None:
-    """Raise in ``setup``, before anything is installed, for what Trainer and callbacks show."""
+    """Raise in ``setup``, before anything is installed, if the Trainer or another callback cannot go with this one."""
     name = type(callback).__name__
     if not isinstance(trainer, Trainer):
         raise MisconfigurationException(
@@ -107,7 +107,7 @@ def _refuse_second_average(callback: SessionCallback, trainer: Trainer) -> None:
 
 
 def refuse_start(callback: SessionCallback, trainer: Trainer) -> None:
-    """Raise at ``on_fit_start`` for what the optimizers show."""
+    """Raise at ``on_fit_start``, when the optimizers exist, if one of them cannot go with the callback."""
     acts_at_steps = callback.touches and callback.slot is not Slot.STOP
     if acts_at_steps and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
@@ -117,7 +117,7 @@ def refuse_start(callback: SessionCallback, trainer: Trainer) -> None:
 
 
 def refuse_unknown_length(callback: SessionCallback, total: int | float) -> None:
-    """Raise if a schedule has no end to run to: only the loaded data show that they have no length."""
+    """Raise if a schedule needs the length of the run, and the loaded data show that there is none."""
     if callback.needs_total and math.isinf(total):
         raise _unknown_length(callback)
 

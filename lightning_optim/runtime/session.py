@@ -1,4 +1,4 @@
-"""One running fit: its state, the steps that it counts, and everything that is undone when it is over."""
+"""Follow one running fit: its state, the steps that it counts, and everything that is undone when it is over."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Session:
         self._total: int | float | None = None
         self._restored = RestoredWeights(trainer)
         self._watched: WeakSet[Optimizer] = WeakSet()
-        # Not a state: a checkpoint may be written in any of them.
+        # No `State`, since a checkpoint may be written in each of them.
         self._saving_optimizer = False
         self._steps: dict[Optimizer, OptimizerStep] = {}
         self.patch(trainer, _ATTRIBUTE, self)
@@ -167,7 +167,7 @@ class Session:
         if state is self.state:
             return False
         if state not in _NEXT[self.state]:
-            raise RuntimeError(f"A fit cannot go from {self.state.name} to {state.name}: {self.state.value}.")
+            raise RuntimeError(f"A session cannot go from {self.state.name} to {state.name}: {self.state.value}.")
         self.state = state
         return True
 
@@ -191,7 +191,10 @@ class Session:
             self._restored.loaded(checkpoint)
 
     def begin(self) -> None:
-        """Begin to count steps, from the run's count in each callback, also a new one. Called at ``on_train_start``."""
+        """Begin to count steps. Called at ``on_train_start``.
+
+        A callback that is new in a resumed run takes over the count of the callbacks that were in it before.
+        """
         if not self._enter(State.TRAINING):
             return
         self._restored.begin(any(callback.gathers_ranks for callback in self.callbacks))
@@ -216,9 +219,10 @@ class Session:
             self.average = None  # a checkpoint that a later hook writes holds what the module holds, as after the fit
 
     def fail(self) -> None:
-        """Have the session closed in the Trainer's own teardown, as late as in a fit that ends well.
+        """Close the session in the strategy's teardown, the last thing that the Trainer does.
 
-        Called at ``on_exception``. Checkpoint callbacks come after those of this package, and what they write then must
+        Called at ``on_exception``, after which Lightning calls no ``teardown`` of callbacks. It cannot close at once:
+        checkpoint callbacks come after those of this package, and a checkpoint that they write on an exception must
         still hold the evaluated weights.
         """
         if not self._enter(State.FAILED):
@@ -242,7 +246,7 @@ class Session:
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if self.state is not State.TRAINING or self._saving_optimizer:
-            return  # torch steps, at a learning rate of zero, to make the state that it then restores (FSDP2)
+            return  # before training, torch (FSDP2) makes the state that it restores by a step with learning rate 0
         step, callbacks = self.current_step(optimizer), self._acting()
         if not step.dropped:  # torch calls the hook although nothing moved
             for callback in callbacks:
@@ -296,9 +300,9 @@ class Session:
         return step
 
     def _not_counting(self, optimizer_state: Callable[[Optimizer], Any]) -> Callable[[Optimizer], Any]:
-        """Wrap ``strategy.optimizer_state``: to save an optimizer without state (FSDP2), torch takes a step with lr 0.
+        """Wrap ``strategy.optimizer_state``, in which torch may take a step that is not one of the run.
 
-        It is not a step of the run.
+        To save an optimizer that has no state yet, torch (under FSDP2) makes the state by a step with learning rate 0.
         """
 
         def state_of(optimizer: Optimizer) -> Any:

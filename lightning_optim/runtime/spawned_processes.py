@@ -1,10 +1,10 @@
 """Bring the attributes of callbacks back from the processes of ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook``.
 
-Nothing has happened to the callbacks of the launching process. Of the processes that trained, Lightning brings back
-the module's weights and ``trainer.callback_metrics``. Here process 0 also writes the attributes of its callbacks to
-temporary files, and sends their paths with Lightning's results: through a pipe that is too small for more. When the
-launching process unpickles the results, its callbacks get the attributes, and the files are removed. Weights that
-callbacks hold beside the module's are not sent, and an error says so where they are asked for.
+After such a fit the callbacks of the launching process are as before it: Lightning brings back only the module's
+weights and ``trainer.callback_metrics`` from the processes that trained. Here process 0 also writes the attributes of
+its callbacks to temporary files, and sends their paths with Lightning's results, since the pipe is too small for more.
+When the launching process unpickles the results, its callbacks get the attributes, and the files are removed. Weights
+that callbacks hold beside the module's are not sent, and an error says so where they are asked for.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _write(callback: SessionCallback, origin: int | None, folder: Path) -> _Retu
     path, failure = folder / f"{origin}.pt", ""
     try:
         torch.save(sent, path)
-    except Exception as error:  # of any kind: pickling runs the code of the user's attributes
+    except Exception as error:  # pickling runs code of the user's attributes, which may raise anything
         failure = f"{type(error).__name__}: {error}"
     return _ReturnedCallback(origin, type(callback).__qualname__, str(path), failure)
 
@@ -106,7 +106,10 @@ def _receive(folder: str, returned: Iterable[_ReturnedCallback]) -> None:
             callback.__dict__.update(_read(one.path))
         except Exception as error:
             callback.not_returned = str(error)
-            rank_zero_warn(f"{_reason(callback)} Its attributes here are those from before the fit.")
+            rank_zero_warn(
+                f"{_reason(callback)} Its attributes here are those from before the fit. Remove the attribute that"
+                ' cannot be pickled, or train with `strategy="ddp"`.'
+            )
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -152,4 +155,4 @@ def check_weights_are_here(callback: SessionCallback, what: str, remedy: str) ->
 
 def _reason(callback: SessionCallback) -> str:
     name = type(callback).__name__
-    return f"The fit ran in other processes, and what {name} holds could not be brought back: {callback.not_returned}."
+    return f"The fit ran in other processes, and {name} could not be sent back from there: {callback.not_returned}."

@@ -1,1 +1,1 @@
-"""Stop training, and keep the best weights."""
+"""Stop training when a metric stops improving, and keep the best weights."""

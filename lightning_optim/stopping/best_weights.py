@@ -62,10 +62,10 @@ class BestWeights(RawWeights, abc.ABC):
 
     @abc.abstractmethod
     def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
-        """Write the best into the module's tensors, and what these held into ``_raw``."""
+        """Write the best weights into the module's tensors, and keep their raw values in ``_raw``."""
 
     def add_unfrozen(self) -> None:
-        """Copy parameters that were left out while they were frozen, before the first step that trains them."""
+        """Copy parameters that were left out as frozen and train now; call it before the first step that moves them."""
 
     @torch.no_grad()
     def restore_(self, module: nn.Module) -> None:
@@ -145,8 +145,8 @@ class BestInMemory(BestWeights):
         changed = [name for name, tensor in self._restored.items() if self._versions[name] != shards.version(tensor)]
         if changed:
             rank_zero_warn(
-                f"The best weights are in this module since the fit ended, and {_first_names(changed)} have been"
-                " changed there since: their best values are lost. With `dirpath=` the best stays in a checkpoint."
+                f"The module holds the best weights since the fit ended, and {_first_names(changed)} have been changed"
+                " since: their best values are lost. Pass `dirpath=` to keep the best in a checkpoint."
             )
 
     def _restore_(self, module: nn.Module, live: dict[str, Tensor]) -> None:
@@ -227,7 +227,7 @@ class BestInDirectory(BestWeights):
         self._module = weakref.ref(trainer.lightning_module)
 
     def _may_replace(self, path: str) -> bool:
-        """Return whether this run, or an earlier part of it, wrote ``path``, which a checkpoint may name at will."""
+        """Return True if this run, or an earlier part of it, wrote ``path``: a loaded checkpoint may name any file."""
         directory, name = os.path.split(path)
         is_named_so = re.fullmatch(rf"{re.escape(self.stem)}(-v\d+)?\.ckpt", name)
         return path in self._own_files or (bool(is_named_so) and resolved(directory) == self.location)
@@ -287,8 +287,8 @@ def _warn_of_mismatches(module: nn.Module, live: dict[str, Tensor], held: Iterab
         "not in the best weights": live.keys() - kept - module_tensors.frozen_names(module),
         "with another shape now": (kept & live.keys()) - set(fits),
     }
-    if said := "; ".join(f"{what}: {_first_names(names)}" for what, names in mismatches.items() if names):
-        rank_zero_warn(f"Not all of the best weights are restored: {said}. The rest of the module is left as it is.")
+    if listed := "; ".join(f"{kind}: {_first_names(names)}" for kind, names in mismatches.items() if names):
+        rank_zero_warn(f"Not all of the best weights are restored: {listed}. The rest of the module is left as it is.")
 
 
 def _first_names(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Criteria that combine several criteria."""
+"""Combine several criteria: stop once all, any, or a number of them say so."""
 
 from __future__ import annotations
 

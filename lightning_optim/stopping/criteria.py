@@ -1,4 +1,4 @@
-"""Criteria of when to stop, on metrics that were logged."""
+"""Decide when to stop, by one metric that was logged: plateau, threshold, divergence, NaN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_optim.stopping.improvement import Metrics, Mode, check_monitor, i
 class Criterion(Policy):
     """Base class of rules that read the metrics of each validation and say whether to stop.
 
-    The numbers that a user tunes, such as ``patience``, are not in the state: on resume the arguments given now win.
+    Numbers that a user tunes, such as ``patience``, are not in the state: a resumed run uses those passed to it.
 
     A new criterion is a subclass with :meth:`update`. It keeps the metric's name in ``self.monitor`` (or overrides
     :attr:`monitors`), and declares with ``add_state`` what it remembers::
@@ -40,7 +40,7 @@ class Criterion(Policy):
         monitor: Name of the metric.
         mode: ``"min"`` if less is better, ``"max"`` if more is.
         improved: True if the last validation was the best so far; its weights are worth keeping.
-        reason: One sentence why to stop; empty as long as there is no reason.
+        reason: The reason to stop, in one sentence; empty as long as there is no reason.
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("monitor", "mode")
@@ -55,7 +55,7 @@ class Criterion(Policy):
         return (self.monitor,)
 
     def update(self, metrics: Metrics) -> bool:
-        """Take in the metrics of a validation; to be overridden.
+        """Read the metrics of one validation, and decide whether to stop; to be overridden.
 
         Args:
             metrics: Name to number or tensor of one element.
@@ -66,7 +66,7 @@ class Criterion(Policy):
         Raises:
             KeyError: If a metric is missing; the message names those that exist.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no `update(self, metrics)`")
+        raise NotImplementedError(f"{type(self).__name__} must define `update(self, metrics)`.")
 
     def read(self, metrics: Metrics) -> Tensor:
         """Return the metric ``self.monitor`` as a scalar tensor on the CPU, in its own dtype.
@@ -93,7 +93,7 @@ class Plateau(Criterion):
 
     Args:
         monitor: The metric's name.
-        patience: Number of validations without improvement after which to stop, >= 0; 0 is as 1. Default 3, as in
+        patience: Number of validations without improvement after which to stop, >= 0; 0 acts like 1. Default 3, as in
             Lightning.
         mode: ``"min"`` if less is better, ``"max"`` if more is. Default ``"min"``, for a loss.
         min_delta: Size that an improvement must exceed, >= 0, in the metric's unit. Default 0.

@@ -92,9 +92,9 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         restore_best: Keep the best weights, and restore them at the end of the fit. Default ``True``.
         dirpath: Directory for the best weights, as the checkpoint ``best.ckpt``, or ``<name>.ckpt``. Default: keep them
             in memory.
-        best_by: What makes weights the best, if not an improvement of the criterion: the name of a metric, a weighted
-            sum ``{metric: weight}``, or a list of metrics of which a later one decides only ties; ``mode`` gives the
-            direction of each.
+        best_by: Metrics by which weights are the best: the name of one, a weighted sum ``{metric: weight}``, or a list
+            in which a later metric decides only ties; ``mode`` gives the direction of each. Default: each improvement
+            of the criterion.
         name: Distinguishes two callbacks with the same metric in a checkpoint.
 
     Attributes:
@@ -336,7 +336,9 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
                 " a checkpoint.",
             )
         if not self._best_weights.has_best:
-            raise RuntimeError("There are no best weights: no validation has improved, or `restore_best=False`.")
+            raise RuntimeError(
+                "There are no best weights: no validation has improved yet, or EarlyStopping has `restore_best=False`."
+            )
         if self._best_weights.is_of(module) and (self.fit is None or self.fit.failed):
             self._best_weights.restore_(module)
         else:
@@ -347,7 +349,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             return False
         if hides_weights(self.session.trainer.strategy):
             rank_zero_warn(
-                f"The best weights are in {self.best_path}: under this strategy they cannot be put into the module."
+                f"The best weights cannot be put into the module under this strategy: load them from {self.best_path}."
             )
             return False
         try:
@@ -355,7 +357,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         except Exception as error:
             if not self.best_path:
                 raise
-            # The training is done: do not lose it because a checkpoint cannot be read.
+            # The training is done, and must not be lost because a checkpoint cannot be read.
             warnings.warn(
                 f"The module keeps its last weights, because {self.best_path} with the best ones cannot be read:"
                 f" {type(error).__name__}: {error}",
@@ -414,7 +416,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             "history": [dict(values) for values in self.history],
             "best_check": self.best_check,
         }
-        # With Lightning's keys: the state key is that of its class, which fails on a state without them.
+        # Lightning's keys too: the state key is that of its class, which fails to load a state without them.
         return {**LightningEarlyStopping.state_dict(self), **ours, **self._best_weights.extra_state()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -445,7 +447,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             BestInDirectory(directory, self.name or "best", self._own_files) if path else BestInMemory()
         )
         self._best_weights.load_extra_state(extra)
-        if self._training:  # a learning-rate finder restores the state before its trials, that of the module first
+        if self._training:  # after its trials a learning-rate finder restores the module, then the callbacks
             self._best_weights.resume_(self.session.trainer.lightning_module)
 
 

@@ -22,7 +22,7 @@ _ORDER = (NonFinite, Threshold, Divergence, Plateau)  # in which Lightning evalu
 class EarlyStoppingAttributes:
     """Properties for the arguments of ``EarlyStopping``. A wrong value raises, as in the constructor.
 
-    The argument of a :class:`Plateau` can be changed if ``monitor`` is a criterion that has one, too.
+    If ``monitor`` is a criterion, the arguments of the :class:`Plateau` in it can be changed too.
     """
 
     criterion: Criterion
@@ -190,7 +190,9 @@ class EarlyStoppingAttributes:
     def _owner(self, kind: type[C], argument: str, value: Any) -> C:
         one = self._find(kind)
         if one is None:
-            raise ValueError(f"`{argument}={value!r}` is of a {kind.__name__}, which {self.criterion!r} does not have")
+            raise ValueError(
+                f"`{argument}={value!r}` belongs to a {kind.__name__}, which {self.criterion!r} does not have"
+            )
         return one
 
     def _put(self, kind: type[C], argument: str, value: Any, make: Callable[[str], C]) -> None:
@@ -210,11 +212,11 @@ class EarlyStoppingAttributes:
 
 
 def check_best(criterion: Criterion, best_by: object, restore_best: bool) -> None:
-    """Raise if it is open which of several metrics makes weights the best."""
+    """Raise if the criterion reads several metrics and none is named by which weights are the best."""
     if restore_best and best_by is None and len(set(criterion.monitors)) > 1:
         raise ValueError(
             f"`best_by=None` leaves open which of {criterion.monitors} decides which weights are best: pass the name of"
-            " a metric, a weighted sum {metric: weight} or a list in order of rank; or `restore_best=False`"
+            " a metric, a weighted sum {metric: weight} or a list in order of rank; or `restore_best=False`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Improvement of metrics: which value is better, and what is best of several metrics."""
+"""Compare metrics: decide which value of one metric, or of several together, is better."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(metrics: Metrics, name: str) -> Tensor:
 
 
 def is_better(value: Tensor, than: float, mode: Mode) -> bool:
-    """Return whether a value is strictly better; compared in its dtype, as Lightning does, and false for NaN."""
+    """Return True if a value is strictly better; compared in its dtype, as Lightning does, and False for NaN."""
     return bool(value < than if mode == "min" else value > than)
 
 
@@ -41,7 +41,7 @@ def initial_best(mode: Mode) -> float:
 
 
 def check_monitor(monitor: str) -> str:
-    """Return ``monitor``, unless it is no name."""
+    """Return ``monitor``; raise a ValueError if it is not text."""
     if not isinstance(monitor, str):
         raise ValueError(f"`monitor={monitor!r}` must be a metric's name")
     return monitor
@@ -99,7 +99,7 @@ class Best(Policy):
         return (self.by,) if isinstance(self.by, str) else tuple(self.by)
 
     def better(self, metrics: Metrics) -> bool:
-        """Return whether metrics are strictly better than the best so far, which they become then. NaN never is.
+        """Return True if the metrics are strictly better than the best so far, and keep them then; False for NaN.
 
         Raises:
             KeyError: If a metric is missing; the message names those that exist.

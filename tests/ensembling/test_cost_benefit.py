@@ -100,7 +100,7 @@ def test_wrong_arguments_are_refused() -> None:
         cost_benefit(members(), trainer(), loader(), monitor="nll")
     served = Ensemble(members(), outputs="logits", on="net")
     for contradicts in ({"outputs": "values"}, {"on": "net.4"}, {"dim": 1}):
-        with pytest.raises(ValueError, match=r"but the Ensemble that is given has .*: leave it out"):
+        with pytest.raises(ValueError, match=r"is not the Ensemble's own .*: leave the argument out"):
             cost_benefit(served, trainer(), loader(), monitor="nll", **contradicts)
     of = trainer()
     with pytest.raises(MisconfigurationException, match=r"`monitor='loss'` is not logged in validation.*'nll'"):

@@ -382,7 +382,7 @@ OUTPUTS = "`outputs` must be one of 'values' .*regression.*'logits' .*'binary_lo
             lambda: Ensemble([Ensemble([Classifier()], outputs="logits")]),
             r"no Ensembles, .*\[\*one.members",
         ),
-        (lambda: Ensemble([Taken()]), r"Taken has \['members'\]"),
+        (lambda: Ensemble([Taken()]), r"attributes \['members'\], .* rename them in Taken"),
         (lambda: Ensemble([Classifier()]), OUTPUTS),
         (lambda: Ensemble.from_checkpoints(Classifier, ["no file"]), OUTPUTS),
         (lambda: Ensemble([Classifier()], outputs="votes"), f"{OUTPUTS}.*got 'votes'"),
@@ -390,7 +390,7 @@ OUTPUTS = "`outputs` must be one of 'values' .*regression.*'logits' .*'binary_lo
         (lambda: Ensemble([Classifier()], outputs="logits", on=""), "`on` must be the name"),
         (
             lambda: Ensemble([Classifier()], outputs="logits", on="nett"),
-            r"`on='nett'` is no submodule of .*: \['net'",
+            r"`on='nett'` must name a submodule .*: \['net'",
         ),
         (lambda: Ensemble([Classifier()], outputs="values", on="zzz"), r"similar: \['net', 'net.0', 'net.1'\]"),
         (

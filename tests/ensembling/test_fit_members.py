@@ -180,7 +180,7 @@ def test_size_may_change_and_the_seed_may_not(tmp_path: Path) -> None:
     for size in (1, SIZE, 2):
         paths = fit_members(make_member, size, Makes(), shuffling(), dirpath=tmp_path / "grown")
         assert same(weights(paths), whole[:size])
-    with pytest.raises(ValueError, match=r"`seed=1`, but .*grown holds members of seed 0"):
+    with pytest.raises(ValueError, match=r"`seed=1` is not the seed of the members in .*grown, 0: pass"):
         fit_members(make_member, SIZE, Makes(), shuffling(), dirpath=tmp_path / "grown", seed=1)
 
 

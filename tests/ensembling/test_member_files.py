@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path: Path) -> Non
     path.write_bytes(content)
     torch.save([1], path.with_name("a.ckpt"))
     makes = Makes()
-    with pytest.warns(UserWarning, match=r"cannot be read, and is skipped .*is damaged in its record"):
+    with pytest.warns(UserWarning, match=r"cannot be read, and is skipped: .*is damaged in its record"):
         assert same(weights(fit(tmp_path / "other", makes, 1)), expected)
     assert makes.trainers[0].ckpt_path is None
 

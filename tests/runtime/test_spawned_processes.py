@@ -117,14 +117,14 @@ class Unpicklable(Callback):
 def test_what_cannot_come_back_says_so() -> None:
     average, stop = WeightAveraging(EMA(0.8), apply_at_end=False), EarlyStopping("val_loss", patience=9)
     options: dict[str, Any] = {"strategy": "ddp_fork", **LAUNCHED}
-    with pytest.warns(UserWarning, match="The fit ran in other processes, and what WeightAveraging holds could not"):
+    with pytest.warns(UserWarning, match="The fit ran in other processes, and WeightAveraging could not"):
         fit(Model(), [average, stop, Unpicklable(average)], **options)
     assert stop.history
     with pytest.raises(RuntimeError, match=r"ran in other processes, .*'generator' object\. .* load a checkpoint"):
         average.plot()
     with pytest.raises(RuntimeError, match="ran in other processes"):
         average.averaged_state()
-    with pytest.warns(UserWarning, match="what EarlyStopping holds could not"):
+    with pytest.warns(UserWarning, match="and EarlyStopping could not be sent back"):
         fit(Model(), [stop, Unpicklable(stop)], **options)
     with pytest.raises(RuntimeError, match="ran in other processes"):
         stop.plot()

@@ -253,7 +253,9 @@ def test_restoring_again_when_the_module_was_changed_since(in_directory: bool, t
         callback.restore_best_(module)
         assert same(weights(module), module.seen[0])
     else:
-        with pytest.warns(UserWarning, match=r"are in this module .*\['net.0.weight'\] have been changed .*dirpath"):
+        with pytest.warns(
+            UserWarning, match=r"holds the best weights .*\['net.0.weight'\] have been changed .*dirpath"
+        ):
             callback.restore_best_(module)
 
 

@@ -194,7 +194,7 @@ def test_attributes_of_a_criterion() -> None:
     assert math.isnan(either.best_score)
     either.stopping_threshold = 2.0
     assert either.criterion.criteria[0].value == 2.0
-    with pytest.raises(ValueError, match=r"`patience=1` is of a Plateau, which AnyOf\(.*\) does not have"):
+    with pytest.raises(ValueError, match=r"`patience=1` belongs to a Plateau, which AnyOf\(.*\) does not have"):
         either.patience = 1
 
 
