@@ -1,17 +1,17 @@
 """Lightning callbacks and mixins that make a trained network better: the public names."""
 
-from lightning_optim.averaging.average import Average as Average
+from lightning_optim.averaging.averages.average import Average as Average
+from lightning_optim.averaging.averages.ema import EMA as EMA
+from lightning_optim.averaging.averages.lawa import LAWA as LAWA
+from lightning_optim.averaging.averages.swa import SWA as SWA
 from lightning_optim.averaging.batchnorm.statistics import refresh_batchnorm_ as refresh_batchnorm_
 from lightning_optim.averaging.checkpoint_averaging import CheckpointAveraging as CheckpointAveraging
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints as average_checkpoints
 from lightning_optim.averaging.checkpoints.average_checkpoints import average_weights as average_weights
 from lightning_optim.averaging.checkpoints.averaged_state_dict import averaged_state_dict as averaged_state_dict
 from lightning_optim.averaging.checkpoints.soup import greedy_soup as greedy_soup
-from lightning_optim.averaging.ema import EMA as EMA
 from lightning_optim.averaging.ema_weight_averaging import EMAWeightAveraging as EMAWeightAveraging
-from lightning_optim.averaging.lawa import LAWA as LAWA
 from lightning_optim.averaging.stochastic_weight_averaging import StochasticWeightAveraging as StochasticWeightAveraging
-from lightning_optim.averaging.swa import SWA as SWA
 from lightning_optim.averaging.weight_averaging import WeightAveraging as WeightAveraging
 from lightning_optim.base.policy import Policy as Policy
 from lightning_optim.base.public_names import publish
@@ -30,9 +30,9 @@ from lightning_optim.gradients.clipping.autoclip import AutoClip as AutoClip
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm as ClipByNorm
 from lightning_optim.gradients.clipping.by_value import ClipByValue as ClipByValue
 from lightning_optim.gradients.clipping.centralize import Centralize as Centralize
-from lightning_optim.gradients.clipping.clipping import Clipping as Clipping
+from lightning_optim.gradients.clipping.clipping_policy import Clipping as Clipping
 from lightning_optim.gradients.clipping.noise import Noise as Noise
-from lightning_optim.gradients.clipping.norm_clipping import NormClipping as NormClipping
+from lightning_optim.gradients.clipping.norm_clipping_policy import NormClipping as NormClipping
 from lightning_optim.gradients.clipping.zclip import ZClip as ZClip
 from lightning_optim.gradients.gradient_accumulation import GradientAccumulation as GradientAccumulation
 from lightning_optim.gradients.gradient_clipping import GradientClipping as GradientClipping

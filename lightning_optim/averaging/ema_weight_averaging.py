@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_optim.averaging.ema import EMA
+from lightning_optim.averaging.averages.ema import EMA
 from lightning_optim.averaging.weight_averaging import WeightAveraging
 from lightning_optim.base.arguments import check_number
 

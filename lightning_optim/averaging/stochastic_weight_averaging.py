@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.averaging.avg_fn import AvgFnAverage
-from lightning_optim.averaging.swa import SWA
+from lightning_optim.averaging.averages.avg_fn import AvgFnAverage
+from lightning_optim.averaging.averages.swa import SWA
 from lightning_optim.averaging.weight_averaging import WeightAveraging
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.averages.average import Average
 from lightning_optim.averaging.batchnorm.refresh import in_training
 from lightning_optim.averaging.batchnorm.refresh_batches import check_arguments
 from lightning_optim.averaging.training import lightning_checkpoints, pruned_parameters

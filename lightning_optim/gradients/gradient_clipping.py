@@ -14,7 +14,7 @@ from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import PerOptimizer
 from lightning_optim.base.selection import Selection
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
-from lightning_optim.gradients.clipping.clipping import Clipping, Scope
+from lightning_optim.gradients.clipping.clipping_policy import Clipping, Scope
 from lightning_optim.gradients.step_skipping import NormCheck, Reason, SkippedSteps
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info

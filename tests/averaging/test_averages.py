@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_optim.averaging.average import Average
-from lightning_optim.averaging.ema import EMA
-from lightning_optim.averaging.lawa import LAWA
-from lightning_optim.averaging.swa import SWA
+from lightning_optim.averaging.averages.average import Average
+from lightning_optim.averaging.averages.ema import EMA
+from lightning_optim.averaging.averages.lawa import LAWA
+from lightning_optim.averaging.averages.swa import SWA
 from lightning_optim.base import foreach, shards
 from lightning_optim.base.dtypes import accumulation_dtype
 from tests.harness.operators import Operators
@@ -424,7 +424,7 @@ def test_refused(build, sentence: str) -> None:
 def test_from_yaml() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--average", type=Average)
-    text = "{class_path: lightning_optim.averaging.ema.EMA, init_args: {decay: 0.99, warmup: null}}"
+    text = "{class_path: lightning_optim.averaging.averages.ema.EMA, init_args: {decay: 0.99, warmup: null}}"
     average = parser.instantiate(parser.parse_args([f"--average={text}"])).average
     assert isinstance(average, EMA)
     assert (average.decay, average.warmup) == (0.99, None)

@@ -17,7 +17,7 @@ from lightning_optim.base.norms import total_norm
 from lightning_optim.base.schedules import Linear
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
 from lightning_optim.gradients.clipping.by_value import ClipByValue
-from lightning_optim.gradients.clipping.clipping import Clipping
+from lightning_optim.gradients.clipping.clipping_policy import Clipping
 from tests.harness.process_group import Group
 
 

@@ -19,7 +19,7 @@ from lightning_optim import AGC, AutoClip, Centralize, ClipByNorm, Linear, Noise
 from lightning_optim.base import shards
 from lightning_optim.base.norms import total_norm
 from lightning_optim.base.ring_buffer import Ring
-from lightning_optim.gradients.clipping.clipping import Clipping
+from lightning_optim.gradients.clipping.clipping_policy import Clipping
 from lightning_optim.gradients.step_skipping import NormCheck
 from tests.harness.process_group import Group
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.averages.average import Average
 from lightning_optim.averaging.training.averaged_tensors import Source, Sources, copies_of, keep
 from lightning_optim.base import foreach, module_tensors, shards
 from lightning_optim.base.dtypes import has_mean

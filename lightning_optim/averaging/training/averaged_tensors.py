@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.averages.average import Average
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.module_registry import buffer_of
 

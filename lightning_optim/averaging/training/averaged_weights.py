@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.averages.average import Average
 from lightning_optim.averaging.training.averaged_buffers import AveragedBuffers
 from lightning_optim.averaging.training.averaged_tensors import (
     Source,

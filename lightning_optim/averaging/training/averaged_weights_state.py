@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.averages.average import Average
 from lightning_optim.averaging.training.averaged_tensors import Sources, all_of, by_plain_name, copies_of, names_in
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.base import module_tensors, shards

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_optim.averaging.average import Average
-from lightning_optim.averaging.lawa import LAWA
+from lightning_optim.averaging.averages.average import Average
+from lightning_optim.averaging.averages.lawa import LAWA
 from lightning_optim.averaging.training import pruned_parameters
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.base.module_tensors import plain_name

@@ -14,7 +14,7 @@ from lightning_optim.base.arguments import check_number
 from lightning_optim.base.norms import row_sums
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
-from lightning_optim.gradients.clipping.clipping import Clipping
+from lightning_optim.gradients.clipping.clipping_policy import Clipping
 
 
 class AGC(Clipping):

@@ -10,8 +10,8 @@ from lightning_optim.base.ring_buffer import Ring
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
 from lightning_optim.base.state import ring
-from lightning_optim.gradients.clipping.clipping import Scope
-from lightning_optim.gradients.clipping.norm_clipping import NormClipping
+from lightning_optim.gradients.clipping.clipping_policy import Scope
+from lightning_optim.gradients.clipping.norm_clipping_policy import NormClipping
 
 
 class AutoClip(NormClipping):

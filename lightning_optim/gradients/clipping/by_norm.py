@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.base.selection import Selectors
-from lightning_optim.gradients.clipping.clipping import Scope
-from lightning_optim.gradients.clipping.norm_clipping import NormClipping
+from lightning_optim.gradients.clipping.clipping_policy import Scope
+from lightning_optim.gradients.clipping.norm_clipping_policy import NormClipping
 
 
 class ClipByNorm(NormClipping):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
-from lightning_optim.gradients.clipping.clipping import Clipping, by_device
+from lightning_optim.gradients.clipping.clipping_policy import Clipping, by_device
 
 
 class ClipByValue(Clipping):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.norms import row_dims, row_sums
-from lightning_optim.gradients.clipping.clipping import Clipping
+from lightning_optim.gradients.clipping.clipping_policy import Clipping
 
 
 class Centralize(Clipping):

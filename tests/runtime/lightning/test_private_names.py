@@ -221,8 +221,8 @@ _ELSEWHERE = {
     },
     # Ends of the names of parameters and buffers in a state dict, and a class of torch that is looked up by its name.
     "averaging/training/buffer_plan.py": {"_mask", "_Orthogonal"},
-    "averaging/training/pruning.py": {"_orig", "_mask"},
-    "averaging/training/spectral_norm.py": {"_orig", "_u", "_v"},
+    "averaging/training/pruned_parameters.py": {"_orig", "_mask"},
+    "averaging/training/spectral_norm_vectors.py": {"_orig", "_u", "_v"},
     "averaging/checkpoints/reading.py": {"_extra_state"},
     "stopping/best_weights.py": {"_orig", "_mask"},
 }

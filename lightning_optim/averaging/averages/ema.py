@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.averages.average import Average
 from lightning_optim.base.arguments import check_number
 
 

@@ -13,7 +13,7 @@ from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.norms import tensor_norms, total_norm
 from lightning_optim.base.selection import Selectors
-from lightning_optim.gradients.clipping.clipping import Clipping, Scope, by_device
+from lightning_optim.gradients.clipping.clipping_policy import Clipping, Scope, by_device
 
 
 class NormClipping(Clipping):

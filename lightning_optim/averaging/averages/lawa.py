@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_optim.averaging.average import Average
+from lightning_optim.averaging.averages.average import Average
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_number
 
