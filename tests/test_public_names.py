@@ -1,4 +1,4 @@
-"""Public names: each class and function says that it is of the package, and every example in a docstring runs."""
+"""Public names: `__module__` is the package, and every example in a docstring is run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def modules() -> list[str]:
 
 
 def collected_by_pytest() -> dict[str, doctest.DocTest]:
-    """The examples that `--doctest-modules` finds: in each file, and of public names in the packages' namespaces."""
+    """Find the examples that `--doctest-modules` runs, in each file and of public names in the packages."""
     finder = doctest.DocTestFinder(exclude_empty=True)
     found = [test for name in modules() for test in finder.find(importlib.import_module(name), name)]
     return {test.docstring: test for test in found if test.examples}
 
 
 def of_methods() -> dict[str, doctest.DocTest]:
-    """The examples in methods of public classes, which it does not find: their globals are another file's."""
+    """Find the examples in methods of public classes, which `--doctest-modules` does not run."""
     names = {"torch": torch, "nn": nn, "Tensor": Tensor, "math": math, **vars(lightning_optim)}
     finder, found = doctest.DocTestFinder(exclude_empty=True), []
     for package in (lightning_optim, base):
@@ -47,7 +47,7 @@ def of_methods() -> dict[str, doctest.DocTest]:
 
 
 def written() -> set[str]:
-    """The docstrings with an example, as they stand in the files."""
+    """Return the docstrings with an example, read from the source."""
     trees = [ast.parse(path.read_text()) for path in ROOT.rglob("*.py")]
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(n, clean=False) for tree in trees for n in ast.walk(tree) if isinstance(n, kinds)]
@@ -76,7 +76,7 @@ def test_public_classes_and_functions_are_of_the_package(package: Any) -> None:
 
 
 def test_a_pickle_names_the_public_place_only() -> None:
-    """So it outlives a move of a file: no name of a file of ours is in it."""
+    """A pickle contains no name of a file, so that it can be loaded after a file was moved."""
     made = [
         lightning_optim.GradientClipping([lightning_optim.AutoClip(), lightning_optim.ClipByNorm(1.0)]).policies,
         lightning_optim.AnyOf([lightning_optim.Plateau("loss")]),

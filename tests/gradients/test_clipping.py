@@ -1,4 +1,4 @@
-"""Clipping: the same as torch's own functions, and exact on shards."""
+"""ClipByNorm and ClipByValue: equal to torch's own functions, and exact on shards."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _parameters(grads: list[Tensor]) -> list[nn.Parameter]:
     return parameters
 
 
-def test_by_norm_by_hand() -> None:
+def test_by_norm_on_three_numbers() -> None:
     grads = [torch.tensor([3.0]), torch.tensor([[4.0]])]
     norm = ClipByNorm(2.0).clip_(grads)
     assert norm.item() == 5.0
     assert [grad.item() for grad in grads] == pytest.approx([1.2, 1.6], rel=1e-6)
 
 
-def test_by_value_by_hand() -> None:
+def test_by_value_on_three_numbers() -> None:
     grad = torch.tensor([-3.0, -0.5, 0.0, 0.4, math.inf])
     ClipByValue(0.5).clip_([grad])
     assert grad.tolist() == pytest.approx([-0.5, -0.5, 0.0, 0.4, 0.5])
@@ -178,7 +178,7 @@ def test_from_yaml() -> None:
 
 
 def _on_shards() -> list[float]:
-    """How far clipped shards, replicas and plain tensors are from clipped whole tensors."""
+    """Return the errors of clipped shards, replicas and plain tensors against clipped whole tensors."""
     mesh = init_device_mesh("cpu", (2,))
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(shape, generator=generator) for shape in [(5, 3), (1,), (4, 3), (6,), (7,)]]

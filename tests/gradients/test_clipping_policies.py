@@ -1,4 +1,4 @@
-"""Policies that follow the norms or the weights, or change gradients otherwise: formulas, peers, shards, state."""
+"""AutoClip, ZClip, AGC, Centralize and Noise: formulas, other implementations, shards, state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _tensors(seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float
 
 
 def _clipped_norms(policy: NormClipping, norms: list[float]) -> list[float]:
-    """What is left of gradients of these norms, one after the other."""
+    """Clip gradients of these norms one after the other, and return the clipped norms."""
     left = []
     for norm in norms:
         grad = torch.tensor([0.6 * norm, 0.8 * norm])
@@ -73,7 +73,7 @@ def test_units_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 @pytest.mark.parametrize("policy", [partial(AutoClip, 40.0), partial(ZClip, z=0.5, warmup=2)])
 def test_units_come_and_go(policy: Any, scope: Any) -> None:
-    """Each has the history of one that is alone, whatever the others do, and over a resume."""
+    """Each unit has the history that it would have alone, whichever units have gradients, also after a resume."""
     together = policy(scope=scope)
     alone = [policy(), policy(), policy()]
     clipped = 0
@@ -121,7 +121,7 @@ def test_a_schedule_moves_the_percentile() -> None:
 # ---- ZClip -----------------------------------------------------------------------------------------------------------
 
 
-def _zclip_by_hand(norms: list[float], z: float, decay: float, warmup: int) -> list[float]:
+def _reference_zclip(norms: list[float], z: float, decay: float, warmup: int) -> list[float]:
     left, first = norms[:warmup], norms[:warmup]
     mean = sum(first) / warmup
     variance = sum((n - mean) ** 2 for n in first) / warmup
@@ -135,12 +135,12 @@ def _zclip_by_hand(norms: list[float], z: float, decay: float, warmup: int) -> l
     return left
 
 
-def test_zclip_by_hand() -> None:
+def test_reference_zclip() -> None:
     generator = torch.Generator().manual_seed(0)
     norms = (1.0 + 0.1 * torch.randn(60, generator=generator)).tolist()
     norms[30], norms[45] = 50.0, 4.0
     left = _clipped_norms(ZClip(z=2.5, decay=0.97, warmup=25, release_after=1000), norms)
-    wanted = _zclip_by_hand(norms, 2.5, 0.97, 25)
+    wanted = _reference_zclip(norms, 2.5, 0.97, 25)
     assert left == pytest.approx(wanted, rel=1e-4)
     assert left[30] < 1.5
 
@@ -277,7 +277,7 @@ def test_goes_on_from_its_state_as_if_it_had_not_stopped(policy: Clipping) -> No
 
 @pytest.mark.parametrize("policy", REMEMBERING[:3], ids=repr)
 def test_units_without_a_gradient_right_after_a_resume(policy: NormClipping) -> None:
-    """How many units there are is known from the state, and not from the first gradients that come."""
+    """The number of units is part of the state, and not that of the first gradients after the resume."""
     policy = copy.deepcopy(policy)
     policy.scope = "tensor"
     going, resumed = copy.deepcopy(policy), copy.deepcopy(policy)
@@ -328,7 +328,7 @@ def test_refused(build: Any, sentence: str) -> None:
 
 
 def _on_shards() -> list[tuple[str, float]]:
-    """How far shards, replicas and plain tensors are from whole tensors, after two steps of each policy."""
+    """Return the errors of shards, replicas and plain tensors against whole tensors, after two steps of each policy."""
     mesh = init_device_mesh("cpu", (2,))
     placements = [Shard(0), Shard(1), Shard(0), Replicate(), Shard(2), Shard(0)]
     shapes = [(5, 3), (4, 3), (7,), (6, 2), (3, 2, 3), (1,)]
@@ -385,7 +385,7 @@ def test_recent_keeps_the_last_rows_in_order() -> None:
 
 @pytest.mark.parametrize(("norm", "reason"), [(5.9, None), (6.1, "spike")])
 def test_a_spike_is_measured_against_the_median(norm: float, reason: str | None) -> None:
-    """Of eleven norms, the sixth: neither their mean, nor another quantile, nor the last."""
+    """The sixth of eleven norms is used, and not their mean, another quantile or the last."""
     check = NormCheck(finite=True, spike=2.0)
     for one in (1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.5, 4.0, 5.0, 5.0, 5.5):
         check._norms.append(torch.tensor([one]))

@@ -1,4 +1,4 @@
-"""GradientClipping: which gradients a policy sees, and steps that are skipped."""
+"""GradientClipping: the gradients that a policy gets, and steps that are skipped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CELL = Cell("automatic", "32-true", "single", "1")
 
 
 class Bad(Callback):
-    """Put a value into a gradient before the steps of some batches, and remember weights and momentum around them."""
+    """Put a value into a gradient before the steps of some batches, and store weights and momentum around them."""
 
     def __init__(self, batches: set[int], value: float = math.nan) -> None:
         self.batches, self.value, self.seen = batches, value, -1
@@ -70,7 +70,7 @@ def _fit(clipping: GradientClipping, bad: Callback | None = None, cell: Cell = C
 
 
 class Spy(ClipByValue):
-    """Remembers the shapes that it was given, and with which norm."""
+    """Store the shapes and the norm that it gets."""
 
     def __deepcopy__(self, memo: Any) -> Spy:
         return self
@@ -100,7 +100,7 @@ def test_a_policy_sees_what_it_chose(selection: dict[str, Any], shapes: list[tup
 
 
 class Largest(Callback):
-    """The largest element of the gradients of each step, after clipping."""
+    """Store the largest element of the gradients of each step, after clipping."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -117,7 +117,7 @@ def test_a_policy_after_one_that_acted_gets_no_norm() -> None:
 
 
 def test_a_norm_of_another_kind_is_not_taken_for_ones_own() -> None:
-    """The first policy's norm is known, and does nothing: the second one goes by the largest element."""
+    """The first policy measures its norm and clips nothing; the second policy uses the largest element."""
     alone, second = Largest(), Largest()
     _fit(GradientClipping(ClipByNorm(0.05, norm_type=math.inf)), alone)
     _fit(GradientClipping([ClipByNorm(1e6), ClipByNorm(0.05, norm_type=math.inf)]), second)
@@ -150,7 +150,7 @@ def test_each_param_group_has_its_own_norm() -> None:
 
 
 class InTurn(models.Model):
-    """In every second step the first group has no gradient, and in the others the second has none."""
+    """In every second step the first group has no gradient, and in the other steps the second group."""
 
     configure_optimizers = Groups.configure_optimizers
 
@@ -231,7 +231,7 @@ def test_raises_with_the_parameters_name() -> None:
 
 
 class Spikes(Bad):
-    """Gradients that are finite and far too large."""
+    """Multiply gradients so that they are finite and far too large."""
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.seen in self.batches:
@@ -254,7 +254,7 @@ def test_the_first_steps_are_no_spikes() -> None:
 
 
 def test_no_scale_cures_a_spike() -> None:
-    """Under a GradScaler too spikes in a row are counted, and end the run."""
+    """Consecutive spikes are counted under a GradScaler too, and end the run."""
     cell = Cell("automatic", "16-mixed", "single", "1")
     with pytest.raises(RuntimeError, match="2 steps in a row of SGD would be skipped"):
         _fit(GradientClipping(0.5, spike=5.0, max_consecutive_skips=1), Spikes({14, 15}, 50.0), cell, max_epochs=5)

@@ -1,4 +1,4 @@
-"""GradientMonitor: what it measures beyond the matrix, the norm it shares, and what it remembers."""
+"""GradientMonitor: its levels, the norm that it shares with clipping, and its history."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _fit(monitor: GradientMonitor, *others: Callback, cell: Cell = CELL, **chang
 
 
 class Norms(Callback):
-    """The norms of all gradients, as a user's callback in front of ours sees them."""
+    """Store the norms of all gradients, in a user's callback that runs before ours."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -138,7 +138,7 @@ def test_what_another_callback_drops_is_counted() -> None:
 
 
 class Doubling(Callback):
-    """A user's callback between measuring and clipping."""
+    """Change gradients between measuring and clipping, as a user's callback may."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         for parameter in pl_module.parameters():
@@ -164,7 +164,7 @@ def test_a_norm_that_is_stale_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Clipped(Callback):
-    """The norm with which the optimizer steps."""
+    """Store the norm of the gradients that the optimizer uses."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.norm = float(total_norm([p.grad for p in pl_module.parameters()]))

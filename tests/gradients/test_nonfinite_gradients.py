@@ -20,7 +20,7 @@ VALUES = (float("nan"), float("inf"), float("-inf"))
 
 
 class Faults(Callback):
-    """NaN or an infinity in random gradients of random steps on one rank, and never in more than ten steps in a row."""
+    """Put NaN or infinity into random gradients of random steps on one rank, in at most ten steps in a row."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -88,7 +88,7 @@ def test_training_goes_on(strategy: Any, precision: Any, group: Group) -> None:
 
 
 class OneRank(Callback):
-    """A NaN on the second rank in every step."""
+    """Put NaN into the gradients of the second rank in every step."""
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_rank == 1:

@@ -1,4 +1,4 @@
-"""A file that is written within an accumulation window: the run that resumes from it is the whole one, bit for bit."""
+"""A run that resumes from a checkpoint within an accumulation window equals the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lightning_optim import GradientAccumulation, ManualOptimizationMixin
 from tests.harness.models import Batches
+from tests.harness.run import SaveAfterBatch
 
 
 class Lines(LightningModule):
-    """A line through points whose weights differ; the saved position of the data is that of the batch."""
+    """Fit a line through points with different weights; the loader saves its position."""
 
     weights = (3, 1, 7, 2, 5, 4, 1, 6, 9, 2)
 
@@ -66,7 +67,7 @@ class BeginsWithNothing(Lines):
 
 
 class Adapter(Lines):
-    """Its checkpoints hold the adapter alone, and take no argument; the base is frozen."""
+    """Save an adapter alone, from a `state_dict` without arguments; the base is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class Adapter(Lines):
 
 
 class Loose(Lines):
-    """Trains tensors that no `state_dict` holds, in a group of their own; it saves their values itself."""
+    """Train tensors outside of `state_dict`, in a parameter group of their own, and save their values in a hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,22 +105,10 @@ class Loose(Lines):
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
 
 
-class Saving(Callback):
-    """Writes a file at the end of one batch."""
-
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.batch, self.seen = path, batch, -1
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.seen += 1
-        if self.seen == self.batch:
-            trainer.save_checkpoint(self.path)
-
-
 def fit(
     module: Any, n: Any, *callbacks: Callback, weight_by: Any = "batch", ckpt: Any = None, epochs: int = 2
 ) -> dict[str, Tensor]:
-    """The weights and what else is trained, at the end."""
+    """Train, and return copies of all trained tensors by name."""
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     accumulation = GradientAccumulation(n, weight_by=weight_by)
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[accumulation, *callbacks], **quiet)
@@ -129,7 +118,7 @@ def fit(
 
 
 def assert_resumed(kind: Any, n: Any, batch: int, path: Path, weight_by: Any = "batch") -> None:
-    whole = fit(kind(), n, Saving(path, batch), weight_by=weight_by)
+    whole = fit(kind(), n, SaveAfterBatch(path, batch), weight_by=weight_by)
     undisturbed = fit(kind(), n, weight_by=weight_by)
     resumed = fit(kind(), n, weight_by=weight_by, ckpt=path)
     assert all(torch.equal(whole[name], undisturbed[name]) for name in whole), "to write a file changed something"
@@ -140,12 +129,12 @@ def assert_resumed(kind: Any, n: Any, batch: int, path: Path, weight_by: Any = "
 @pytest.mark.parametrize("batch", range(10))
 @pytest.mark.parametrize("kind", [InTurn, BeginsWithNothing])
 def test_weighted_windows(kind: Any, batch: int, tmp_path: Path) -> None:
-    """The unit of the weights goes on: in windows that are open, and in one that begins after the file."""
+    """The unit of the batch weights is resumed, for open windows and for one that begins after the checkpoint."""
     assert_resumed(kind, 3, batch, tmp_path / "a.ckpt", weight_by=lambda batch: batch[1] * 1.1)
 
 
 class Nothing(Lines):
-    """The first window of three has no weight at all, and so a gradient of zero."""
+    """The batches of the first window all have weight 0, and so a gradient of zero."""
 
     weights = (0, 0, 0, 3, 2, 5, 4, 1, 6, 2)
 
@@ -162,7 +151,7 @@ def test_a_window_without_weight_moves_nothing() -> None:
 
 @pytest.mark.parametrize("batch", [10, 12, 13, 17])
 def test_a_size_that_changes_by_epoch(batch: int, tmp_path: Path) -> None:
-    """A resume in the middle of an epoch begins with that epoch's size: Lightning calls no start of an epoch."""
+    """A resume in the middle of an epoch uses that epoch's size, although Lightning calls no `on_train_epoch_start`."""
     assert_resumed(Lines, {0: 2, 1: 4}, batch, tmp_path / "a.ckpt")
 
 
@@ -173,14 +162,14 @@ def test_what_the_files_of_the_model_do_not_hold(kind: Any, batch: int, tmp_path
 
 
 def test_a_loose_tensor_is_saved_by_its_place_in_the_optimizer(tmp_path: Path) -> None:
-    fit(Loose(), 3, Saving(tmp_path / "a.ckpt", 1))
+    fit(Loose(), 3, SaveAfterBatch(tmp_path / "a.ckpt", 1))
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["GradientAccumulation"]["by_rank"][0]
     loose = {"optimizers.0.param_groups.1.params.0", "optimizers.0.param_groups.1.params.1"}
     assert saved.keys() == loose | {name for name, _ in Loose().net.named_parameters("net")}
 
 
-def test_the_mean_over_other_ranks_takes_what_each_has() -> None:
-    """A parameter without a gradient on one rank has the rest of the sum; sparse gradients are summed too."""
+def test_the_mean_over_ranks_uses_the_gradients_that_each_has() -> None:
+    """A parameter without a gradient on one rank gets the sum over the others; sparse gradients are summed too."""
     from lightning_optim.gradients.gradient_accumulation import _mean
 
     sparse = torch.tensor([[0.0, 0.0], [2.0, 4.0]]).to_sparse(1)

@@ -1,4 +1,4 @@
-"""SharpnessAwareMixin: every cell, a peer to the bit, and what the second pass leaves alone."""
+"""SharpnessAwareMixin: every cell, another implementation bit for bit, and side effects of the second pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACCUMULATES = "remove the accumulation, and make the batches larger"
 
 
 class TwoPasses(Loop):
-    """The formula: the gradient at ``w + rho g / |g|``, or with ``adaptive`` at ``w + rho w^2 g / | |w| g |``."""
+    """Compute the gradient at ``w + rho g / |g|``, or with ``adaptive`` at ``w + rho w^2 g / | |w| g |``."""
 
     adaptive = False
 
@@ -59,7 +59,7 @@ class AdaptiveTwoPasses(TwoPasses):
 
 
 @functools.cache
-def _by_hand(cell: Cell, adaptive: bool) -> Outcome:
+def _reference(cell: Cell, adaptive: bool) -> Outcome:
     return (AdaptiveTwoPasses if adaptive else TwoPasses)(cell, Plain()).run()
 
 
@@ -97,12 +97,12 @@ def test_cell(cell: Cell, group: Group) -> None:
         sentence = BY_HAND if cell.kind != "automatic" else ACCUMULATES
         assert [sentence in refusal for refusal in results] == [True] * cell.processes
         return
-    hand, plain = _by_hand(cell.whole, adaptive), _plain(cell.whole)
+    reference, plain = _reference(cell.whole, adaptive), _plain(cell.whole)
     for raw, validations, seen in results:
-        assert max(deviation(raw, hand.raw).values()) <= cell.tolerance
-        assert validations == pytest.approx(hand.validations, rel=cell.value_tolerance)
-        assert seen == 2 * hand.seen, "two passes for each batch"
-    assert max(deviation(hand.raw, plain.raw).values()) >= 20 * cell.tolerance
+        assert max(deviation(raw, reference.raw).values()) <= cell.tolerance
+        assert validations == pytest.approx(reference.validations, rel=cell.value_tolerance)
+        assert seen == 2 * reference.seen, "two passes for each batch"
+    assert max(deviation(reference.raw, plain.raw).values()) >= 20 * cell.tolerance
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -110,14 +110,14 @@ def test_both_kinds_in_32_true(adaptive: bool, group: Group) -> None:
     for strategy in ("single", "ddp", "fsdp2"):
         cell = Cell("automatic", "32-true", strategy, "1")  # type: ignore[arg-type]
         for raw, *_ in _fit(cell, adaptive, group):
-            assert max(deviation(raw, _by_hand(cell.whole, adaptive).raw).values()) < 1e-6
+            assert max(deviation(raw, _reference(cell.whole, adaptive).raw).values()) < 1e-6
 
 
 # ---- a peer, dropout and BatchNorm -----------------------------------------------------------------------------------
 
 
 class Sharp(SharpnessAwareMixin, LightningModule):
-    """Dropout and BatchNorm, and all that is logged."""
+    """Network with dropout and BatchNorm, whose training step logs values."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -258,7 +258,7 @@ def test_accumulation_is_refused(callbacks: Any, changes: Any) -> None:
 
 
 class Stubborn(Sharp):
-    """Overrides the hook that refuses, and steps by hand."""
+    """Override the hook that refuses, and call the optimizer's step itself."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sparse gradients, as `Embedding(sparse=True)` makes: what is computed is what dense gradients would give."""
+"""Sparse gradients, as of `Embedding(sparse=True)`, give the same results as dense gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lightning_optim import (
 )
 from tests.harness.models import Batches
 from tests.harness.process_group import Group
-from tests.harness.run import LivingEnvironment, Recorder
+from tests.harness.run import LivingEnvironment, Recorder, SaveAfterBatch
 
 Index = list[list[int]]
 
@@ -43,7 +43,7 @@ WORDS: Index = [[1, 1, 2], [2, 5, 5], [7, 1, 0], [4, 4, 4], [2, 0, 9], [3, 3, 1]
 
 
 class Words(LightningModule):
-    """An embedding, a bag of embeddings and a dense layer. The second optimizer's embedding is seen now and then."""
+    """An embedding, an embedding bag and a dense layer; some batches do not use the second optimizer's embedding."""
 
     def __init__(self, sparse: bool = True, optimizer: Any = torch.optim.SGD, mode: str = "sum") -> None:
         super().__init__()
@@ -114,7 +114,7 @@ CLIPPINGS: dict[str, Any] = {
 @pytest.mark.parametrize("nonfinite", ["skip", "raise", "ignore"])
 @pytest.mark.parametrize("policy", CLIPPINGS)
 def test_clipping_is_that_of_dense_gradients(policy: str, nonfinite: Any) -> None:
-    """The norm of a sparse gradient is that of the sums of its rows, whatever is done about infinities."""
+    """The norm of a sparse gradient is that of its summed rows, for each value of `nonfinite`."""
     sparse, dense = (fit(Words(kind), GradientClipping(CLIPPINGS[policy](), nonfinite)) for kind in (True, False))
     assert sparse.embed.weight.grad is None or sparse.embed.weight.grad.is_sparse
     assert apart(sparse, dense) < 1e-6
@@ -137,7 +137,7 @@ def test_monitor_clipping_and_averaging_together(optimizer: Any, mode: str) -> N
 
 
 def test_sparse_adam_gets_sparse_gradients() -> None:
-    """Which is all that it takes: an embedding that the batch does not name gets no gradient from a penalty."""
+    """SparseAdam takes no dense gradients, so a penalty adds none to an embedding that the batch does not use."""
 
     class Rare(Words):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -160,8 +160,8 @@ def test_sparse_adam_gets_sparse_gradients() -> None:
     assert moved == [WORDS[3][0]], "rows that the fourth batch does not name"
 
 
-class ByHand(Callback):
-    """The penalty's gradient on the rows that have one, by hand."""
+class ReferencePenalty(Callback):
+    """Add the gradient of a penalty to the rows that have a gradient."""
 
     def __init__(self, l1: float, l2: float) -> None:
         self.l1, self.l2 = l1, l2
@@ -180,8 +180,8 @@ class ByHand(Callback):
 def test_a_penalty_acts_on_the_rows_that_have_a_gradient(term: Any, l1: float, l2: float, accumulation: int) -> None:
     windows = [GradientAccumulation(accumulation)]
     sparse = fit(Words(), WeightRegularization(term), *windows)
-    by_hand = fit(Words(False), GradientAccumulation(accumulation), ByHand(l1, l2))
-    assert apart(sparse, by_hand) < 1e-6
+    reference = fit(Words(False), GradientAccumulation(accumulation), ReferencePenalty(l1, l2))
+    assert apart(sparse, reference) < 1e-6
     never = [6, 8]
     assert torch.equal(sparse.embed.weight[never], Words().embed.weight[never])
 
@@ -204,7 +204,7 @@ def test_noise_is_on_the_rows_that_have_a_gradient() -> None:
 
 
 class Broken(Words):
-    """One word's gradient is not a number in the third batch."""
+    """Put NaN into the gradient of one word in the third batch."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -226,29 +226,18 @@ def test_what_is_not_finite_is_found_in_a_sparse_gradient(policy: Any) -> None:
 @pytest.mark.parametrize("kind", [Words, Manual])
 @pytest.mark.parametrize("n", [2, 4])
 def test_windows(kind: Any, n: int) -> None:
-    """The last window of six batches is short with four: its gradients are multiplied."""
+    """The last window of six batches is short with four, so its gradients are scaled."""
     sparse, dense = (fit(kind(sparse), GradientAccumulation(n), GradientClipping(0.5)) for sparse in (True, False))
     assert apart(sparse, dense) < 1e-6
-
-
-class Saving(Callback):
-    """Writes a file at the end of a batch."""
-
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.batch = path, batch
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (trainer.current_epoch, batch_idx) == (0, self.batch):
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("kind", [Words, Manual])
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_resumed_within_a_window(kind: Any, batch: int, tmp_path: Path) -> None:
-    """Bit for bit, and to write the file changes nothing."""
+    """The resumed run is equal bit for bit, and writing the checkpoint changes nothing."""
     path = tmp_path / "within.ckpt"
     others = lambda: [GradientAccumulation(4), GradientClipping(0.5)]  # noqa: E731
-    whole = fit(kind(), *others(), Saving(path, batch))
+    whole = fit(kind(), *others(), SaveAfterBatch(path, batch))
     again = kind()
     with torch.no_grad():
         for parameter in again.parameters():
@@ -258,14 +247,14 @@ def test_resumed_within_a_window(kind: Any, batch: int, tmp_path: Path) -> None:
 
 
 class Ranked(Words):
-    """Each rank has words of its own."""
+    """Give each rank words of its own."""
 
     def train_dataloader(self) -> Any:
         return Batches([torch.tensor(WORDS[(place + self.global_rank) % 6]) for place in range(6)])  # type: ignore[misc]
 
 
 def on_two_ranks() -> float:
-    """A job: how far sparse and dense gradients train apart, where some words are in one rank's batch only."""
+    """Return the difference between training with sparse and dense gradients; some words are on one rank only."""
     fitted = []
     for sparse in (True, False):
         others = [GradientMonitor(), GradientClipping([AGC(0.05), ClipByNorm(0.3)]), WeightAveraging(EMA(0.5))]
@@ -286,7 +275,7 @@ def test_sharpness_is_that_of_dense_gradients(adaptive: bool) -> None:
 
 
 def test_gradients_of_are_coalesced() -> None:
-    """In a loop of one's own too: what is written to the values is what the optimizer sees."""
+    """In a hand-written loop too, the optimizer uses what is written to the values."""
     module = Words()
     module.loss(torch.tensor(WORDS[0])).backward()
     module.loss(torch.tensor(WORDS[1])).backward()

@@ -1,4 +1,4 @@
-"""What a step that is not logged costs: no read from the device but one, and no write to gradients in range."""
+"""A step that is not logged reads at most one value on the host, and does not write to gradients within the bound."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.harness.operators import Operators
 
 
 class Counting(Callback):
-    """Counts within our hooks, by wrapping the calls of all callbacks of ours."""
+    """Count host reads within the hooks of our callbacks, by wrapping them."""
 
     def __init__(self) -> None:
         self.reads: list[int] = []
@@ -88,7 +88,7 @@ def test_the_counter_sees_a_read() -> None:
 
 
 class Writes(Callback):
-    """Which steps wrote to the gradients, between two hooks of a user's."""
+    """Store whether each step wrote to the gradients, between two hooks of a user's callback."""
 
     def __init__(self) -> None:
         self.written: list[bool] = []

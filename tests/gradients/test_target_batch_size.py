@@ -1,4 +1,4 @@
-"""TargetBatchSize: as many micro-batches as make the batch, whatever the ranks."""
+"""TargetBatchSize accumulates as many micro-batches as make up the batch, for any number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted windows: N micro-batches are one batch, whatever N, the last window, the mask and the ranks."""
+"""Weighted windows: N micro-batches equal one batch, for any N, a short last window, masks and several ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -22,13 +22,13 @@ from tests.harness.formulas import deviation
 from tests.harness.process_group import Group
 
 COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
-"""How many samples count, in each micro-batch, on each of two ranks."""
+"""Number of samples that count, in each micro-batch, on each of two ranks."""
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def _data() -> list[list[Batch]]:
-    """For each micro-batch what each of two ranks gets: inputs, targets, and which samples count."""
+    """Make each micro-batch for each of two ranks: inputs, targets and a mask of the samples that count."""
     generator = torch.Generator().manual_seed(3)
     data = []
     for counts in COUNTS:
@@ -96,8 +96,8 @@ def job(cell: Cell, n: int, **changes: Any) -> dict[str, Tensor]:
     return models.full_weights(module)
 
 
-def _by_hand(cell: Cell, n: int) -> dict[str, Tensor]:
-    """One batch for each window: all samples that count, of all its micro-batches and ranks, in one mean."""
+def _reference(cell: Cell, n: int) -> dict[str, Tensor]:
+    """Train with one batch for each window: the mean over all counted samples of its micro-batches and ranks."""
     net = regression.build_nets(cell.optimizers)
     nets = regression.nets_of(net)
     optimizers = [torch.optim.SGD(own.parameters(), lr=cell.lr, momentum=0.9) for own in nets]
@@ -118,7 +118,7 @@ def _by_hand(cell: Cell, n: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_n_micro_batches_are_one_batch(strategy: Any, kind: Any, n: int, group: Group) -> None:
     cell = Cell(kind, "32-true", strategy, "1")
-    wanted = _by_hand(cell, n)
+    wanted = _reference(cell, n)
     for weights in [job(cell, n)] if strategy == "single" else group.run(job, cell, n):
         assert max(deviation(weights, wanted).values()) < 1e-6
 
@@ -127,7 +127,7 @@ def test_n_micro_batches_are_one_batch(strategy: Any, kind: Any, n: int, group: 
 @pytest.mark.parametrize("strategy", ["single", "ddp"])
 def test_under_a_loss_scale(strategy: Any, kind: Any, group: Group) -> None:
     cell = Cell(kind, "16-mixed", strategy, "1")
-    wanted = _by_hand(cell, 3)
+    wanted = _reference(cell, 3)
     for weights in [job(cell, 3)] if strategy == "single" else group.run(job, cell, 3):
         assert max(deviation(weights, wanted).values()) < 5e-4
 
@@ -136,7 +136,7 @@ def test_the_mean_of_means_is_another() -> None:
     cell = Cell("automatic", "32-true", "single", "1")
     module = Masked(cell)
     run.make_trainer(cell, [GradientAccumulation(3)], limit_val_batches=0).fit(module)
-    assert max(deviation(models.full_weights(module), _by_hand(cell, 3)).values()) > 1e-3
+    assert max(deviation(models.full_weights(module), _reference(cell, 3)).values()) > 1e-3
 
 
 @pytest.mark.parametrize("weight", [1e-6, 1.0, 1e6])
@@ -158,7 +158,7 @@ def test_the_unit_does_not_matter_and_scaled_gradients_stay_in_range(weight: flo
 
 
 def test_windows_that_begin_with_nothing_stay_in_range() -> None:
-    """The first has no unit but 1; from then on the scaler has nothing to skip."""
+    """The first window has the unit 1; after it the scaler has nothing to skip."""
     cell = Cell("automatic", "16-mixed", "single", "4")
     weights = itertools.cycle([0, 4096, 4096, 4096])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
@@ -169,7 +169,7 @@ def test_windows_that_begin_with_nothing_stay_in_range() -> None:
 
 
 class Tokens(LightningModule):
-    """Classes of which some micro-batches hold none that counts: torch's mean over none of them is NaN."""
+    """Classification whose second micro-batch has ignored targets only, for which torch's mean loss is NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_a_micro_batch_of_ignored_classes_adds_nothing() -> None:
 
 
 def test_by_sample_with_a_short_last_batch() -> None:
-    """Ten samples in batches of four: the last holds two, and counts for two."""
+    """Of ten samples in batches of four, the last batch has two, and has the weight 2."""
 
     class Short(LightningModule):
         def __init__(self) -> None:
@@ -230,11 +230,12 @@ def test_what_is_logged_is_the_loss_itself() -> None:
 
 
 def _resumed(cell: Cell, folder: str) -> dict[str, Tensor]:
-    """Stop within a window, and go on from the file."""
+    """Stop within a window, and resume from the checkpoint."""
     path = f"{folder}/{cell}.ckpt"
 
     def trainer(**changes: Any) -> Any:
-        callbacks = [GradientAccumulation(4, weight_by=_count), Saving(path)]
+        # Within the second window: before any step Lightning cannot resume FSDP2.
+        callbacks = [GradientAccumulation(4, weight_by=_count), run.SaveAfterBatch(path, batch=5)]
         return run.make_trainer(cell, callbacks, limit_val_batches=0, **changes)
 
     trainer(max_epochs=1).fit(_module(cell))
@@ -243,21 +244,10 @@ def _resumed(cell: Cell, folder: str) -> dict[str, Tensor]:
     return models.full_weights(module)
 
 
-class Saving(Callback):
-    """Write a file within the second window, once. (Before any step Lightning cannot resume FSDP2.)"""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 6:
-            trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_an_open_window_is_in_the_file_with_its_weights(strategy: Any, group: Group, tmp_path: Any) -> None:
     cell = Cell("automatic", "32-true", strategy, "1")
-    wanted = _by_hand(cell, 4)
+    wanted = _reference(cell, 4)
     arguments = (cell, str(tmp_path))
     for weights in [_resumed(*arguments)] if strategy == "single" else group.run(_resumed, *arguments):
         assert max(deviation(weights, wanted).values()) < 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,17 @@ class Recorder(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class SaveAfterBatch(Callback):
+    """Write a checkpoint after the micro-batch ``batch``, counted from 0 over the whole run."""
+
+    def __init__(self, path: str | Path, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batch + 1:
+            trainer.save_checkpoint(self.path)
 
 
 def strategy_of(cell: Cell) -> str | Strategy:

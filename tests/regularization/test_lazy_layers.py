@@ -1,4 +1,4 @@
-"""Lazy layers: parameters that have no shape before the first forward pass are chosen like any others after it."""
+"""Lazy layers: parameters without a shape before the first forward pass are chosen after it like all others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.harness.run import Recorder
 
 
 class Net(LightningModule):
-    """Convolution, normalization and a head; lazy layers draw their weights at the first forward pass."""
+    """Network of a convolution, a normalization and a head, whose lazy layers get weights at the first forward pass."""
 
     def __init__(self, lazy: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Net(LightningModule):
         return (self(batch[0]) - 1.0).square().mean()
 
     def on_train_start(self) -> None:
-        """Give both kinds the same weights, however late they get a shape."""
+        """Give lazy and plain layers the same weights, also those that get a shape later."""
         if not self.begun:
             self.begun = True
             for name in ("conv", "norm", "head"):
@@ -79,7 +79,7 @@ def fit(module: Net, *callbacks: Callback, **options: Any) -> dict[str, Tensor]:
 
 
 def assert_same(make: Any) -> None:
-    """Lazy and plain layers train to the same weights, other ones than without the callbacks."""
+    """Assert that lazy and plain layers train to the same weights, which differ from those without the callbacks."""
     lazy, plain, without = fit(Net(True), *make()), fit(Net(False), *make()), fit(Net(False))
     assert all(torch.equal(lazy[name], plain[name]) for name in plain)
     assert not all(torch.equal(lazy[name], without[name]) for name in plain), "no effect"
@@ -128,7 +128,7 @@ def test_the_logged_penalty_is_that_of_the_step() -> None:
 
 
 def test_a_second_fit_chooses_the_same() -> None:
-    """The layers are lazy no more, and the lazy class still names them."""
+    """A lazy class still selects the layers after their first forward pass."""
 
     def twice(lazy: bool, on: Any) -> dict[str, Tensor]:
         module = Net(lazy)
@@ -160,7 +160,7 @@ def test_what_matches_nothing_is_refused_before_the_first_step(make: Any, wrong:
 
 @pytest.mark.parametrize("rates", [{"conv": 1.0}, {"norm": 1.0, "*": 0.0}, {"c*": 1.0, "*": 0.0}])
 def test_inserted_dropout(rates: dict[str, float]) -> None:
-    """From the first batch on, after the same layers: a normalization is none, unless it is named."""
+    """Dropout is inserted from the first batch on, after the same layers; after a normalization only if it is named."""
     assert_same(lambda: [ScheduledDropout(rates, insert=True)])
 
 

@@ -32,14 +32,14 @@ def test_values_of_keras(penalty: Penalty, value: float) -> None:
         (ElasticNet(0.1, 0.2), [[0.1, 0.5, 1.0], [1.5, 1.9, 2.3]]),
     ],
 )
-def test_gradients_by_hand_are_added_to_those_that_are_there(penalty: Penalty, expected: list[list[float]]) -> None:
+def test_gradients_are_added_to_existing_ones(penalty: Penalty, expected: list[list[float]]) -> None:
     grad = torch.ones(2, 3)
     penalty.add_grad_([TEXTBOOK], [grad])
     torch.testing.assert_close(grad, torch.tensor(expected))
 
 
 def _weights(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Many small tensors, a scalar, an empty one, a view that is not contiguous, and two larger than a piece."""
+    """Make small tensors, a scalar, an empty tensor, a non-contiguous view, and two tensors larger than a chunk."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4)] * 20 + [(), (0, 2), (600, 500), (7,), (300_000,)]
     weights = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -199,7 +199,7 @@ def test_from_yaml(arguments: str, shown: str) -> None:
 
 
 def _on_shards() -> list[float]:
-    """How far values and gradients of shards are from those of whole tensors, for each penalty."""
+    """Return the errors of values and gradients of shards against whole tensors, for each penalty."""
     mesh = init_device_mesh("cpu", (2,))
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(shape, generator=generator) for shape in [(5, 3), (1,), (4, 3), (6,), (7,)]]

@@ -1,4 +1,4 @@
-"""The soft threshold by hand, its properties, and a proximal term within a fit."""
+"""The soft threshold: its formula, its properties, and a proximal term within a fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_optim import L2, Linear, ProximalL1, WeightRegularization
 
 
-def test_soft_threshold_by_hand() -> None:
+def test_soft_threshold_on_a_few_numbers() -> None:
     weight = torch.tensor([[1.0, -1.0], [0.2, -0.2]])
     ProximalL1(2.0).project_([weight], lr=0.25)
     assert weight.tolist() == [[0.5, -0.5], [0.0, 0.0]]
@@ -45,7 +45,7 @@ def test_strength_follows_its_schedule() -> None:
 
 
 class Still(BoringModel):
-    """Gradients of zero: what moves the weights is the projection."""
+    """Module with gradients of zero, so that only the proximal step moves the weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Still(BoringModel):
 
 
 def test_in_a_fit_the_schedule_counts_the_steps_before() -> None:
-    """The first step has the first strength, the last one the last."""
+    """The first step uses the start of the schedule, and the last step its end."""
     model, strengths = Still(), [1.0, 0.75, 0.5, 0.25, 0.0]
     term = ProximalL1(Linear(1.0, 0.0))
     Trainer(max_steps=5, barebones=True, callbacks=[WeightRegularization(term)]).fit(model)
@@ -73,7 +73,7 @@ def test_in_a_fit_the_schedule_counts_the_steps_before() -> None:
 
 
 class Thawing(BoringModel):
-    """A layer that the optimizer holds from the start, frozen in the first of two epochs."""
+    """Module with a layer that is in the optimizer from the start, and frozen in the first of two epochs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Thawing(BoringModel):
 
 @pytest.mark.parametrize("term", [L2(0.1), ProximalL1(0.1)], ids=repr)
 def test_what_is_frozen_is_left_alone_until_it_thaws(term: Any) -> None:
-    """Also without a gradient of its own: a penalty gives it one when it is trainable."""
+    """A layer without a gradient is penalized too, when it is trainable."""
     model = Thawing()
     before = model.other.weight.detach().clone()
     Trainer(max_epochs=2, limit_train_batches=2, barebones=True, callbacks=[WeightRegularization(term)]).fit(model)

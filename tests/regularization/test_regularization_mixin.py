@@ -1,4 +1,4 @@
-"""A term on the outputs, against the loop by hand."""
+"""A penalty on the outputs, compared with a reference loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sparse(RegularizationMixin, LightningModule):
         return DataLoader(DATA, batch_size=2)
 
 
-def by_hand(strength: float) -> Tensor:
+def reference(strength: float) -> Tensor:
     layer = Sparse().layer
     for window in DATA.view(2, 2, 2, 3):
         loss = torch.zeros(())
@@ -51,7 +51,7 @@ def by_hand(strength: float) -> Tensor:
     return layer.weight.detach()
 
 
-def test_equals_the_loop_by_hand_under_accumulation() -> None:
+def test_equals_the_reference_loop_under_accumulation() -> None:
     model = Sparse()
     trainer = Trainer(
         max_epochs=1,
@@ -63,8 +63,8 @@ def test_equals_the_loop_by_hand_under_accumulation() -> None:
         log_every_n_steps=1,
     )
     trainer.fit(model)
-    assert torch.allclose(model.layer.weight, by_hand(0.5), atol=1e-6)
-    assert not torch.allclose(model.layer.weight, by_hand(0.0), atol=1e-3)
+    assert torch.allclose(model.layer.weight, reference(0.5), atol=1e-6)
+    assert not torch.allclose(model.layer.weight, reference(0.0), atol=1e-3)
     logged = trainer.callback_metrics["regularization/loss"]
     assert logged.ndim == 0 and logged != 0 and not logged.requires_grad
 

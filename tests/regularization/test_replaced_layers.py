@@ -1,4 +1,4 @@
-"""A layer that is replaced in the middle of a run, in the module and in its parameter group, is chosen anew."""
+"""A layer that is replaced in the middle of a run, in module and optimizer, is selected like the old one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_optim.base.selection import Selection
 
 
 class Replaces(LightningModule):
-    """Gets a new head in its second epoch."""
+    """Replace the head in the second epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Replaces(LightningModule):
 
 
 class Added(Replaces):
-    """Has no second head at the start of the run."""
+    """Add a second head that the module does not have at the start of the run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_a_layer_that_goes_is_no_error() -> None:
 
 
 def test_a_replaced_embedding_is_penalized_where_it_is_looked_up() -> None:
-    """A batch without any look-up leaves its gradient missing, as of the embedding that was there at the start."""
+    """A batch that does not use it leaves it without a gradient, as with the first embedding."""
 
     class Words(Replaces):
         def __init__(self) -> None:
@@ -136,7 +136,7 @@ def test_a_replaced_embedding_is_penalized_where_it_is_looked_up() -> None:
 
 
 def test_tensors_that_are_not_the_modules_cost_no_choice_in_each_step() -> None:
-    """Of several optimizers each may hold some, such as temperatures."""
+    """Each of several optimizers may have tensors that are not in the module, such as temperatures."""
     module = nn.Linear(2, 1)
     asked: list[str] = []
 

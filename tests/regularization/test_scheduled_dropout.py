@@ -1,4 +1,4 @@
-"""Rates by layer, the mask, inserted dropout, and everything back after the fit."""
+"""ScheduledDropout: rates by layer, the mask, inserted dropout, and the module as before after the fit."""
 
 from __future__ import annotations
 
