@@ -27,7 +27,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def tolerance_here(case: Case, there: dict[str, Any]) -> float:
-    """How far a resumed run may be from the one in the file: 0, unless this processor computes otherwise.
+    """Return the allowed error of a resumed run against the saved one: 0, unless this processor rounds differently.
 
     Processors, and versions of torch, add in different orders, and their results differ in the last digits. Whether
     they do for this very run is seen from its beginning, which is computed here once more up to the moment of the file:

@@ -196,7 +196,7 @@ def _numbers(tmp_path: Path, values: list[float]) -> list[Path]:
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_soup_by_hand(tmp_path: Path, mode: str) -> None:
+def test_a_soup_of_a_few_numbers(tmp_path: Path, mode: str) -> None:
     paths = _numbers(tmp_path, [4.0, 1.0, 2.0, 2.8])
     sign = 1.0 if mode == "min" else -1.0
     scored = []

@@ -56,7 +56,7 @@ def test_closed_form(warmup: float | None, every: int, first: int, dtype: torch.
     torch.testing.assert_close(ema.averaged[0], wanted, rtol=1e-5, atol=1e-6 if dtype == torch.float32 else 1e-12)
 
 
-def test_by_hand() -> None:
+def test_formulas_on_a_few_numbers() -> None:
     ema = EMA(0.5, warmup=None)
     for step, value in enumerate([1.0, 2.0, 4.0]):
         ema.update_([torch.tensor(value)], step=step)

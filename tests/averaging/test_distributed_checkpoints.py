@@ -182,6 +182,6 @@ def test_a_folder_reads_nothing_outside_of_it(folder: Path) -> None:
 
 
 def test_an_average_that_lies_in_a_folder(folder: Path) -> None:
-    """Its tensors are shards beside those of the optimizers, for a run that resumes."""
+    """The average is saved as shards beside those of the optimizers, from which a run resumes."""
     with pytest.raises(ValueError, match=rf"{folder} is a folder.* `average_checkpoints\(\[path\]\)`"):
         averaged_state_dict(folder)

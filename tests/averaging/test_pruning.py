@@ -66,13 +66,13 @@ class Watching(Model):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zeros_and_the_average_at_the_end(kind: str, first: bool, dtype: Any) -> None:
-    make, by_hand = AVERAGES[kind]
+    make, reference = AVERAGES[kind]
     average, cut = WeightAveraging(make(), dtype=dtype, buffers="average"), pruning()
     fit(model := Watching(), [cut, average] if first else [average, cut], max_epochs=3)
     fit(alone := Watching(), [pruning()], max_epochs=3)
     where = zeros(snapshot(alone))
     assert all(0.7 < part.float().mean() < 0.85 for part in [torch.cat([w.flatten() for w in where.values()])])
-    assert_close(snapshot(model), masked(by_hand(unmasked(model.trajectory)), where))
+    assert_close(snapshot(model), masked(reference(unmasked(model.trajectory)), where))
     assert_equal(zeros(snapshot(model)), where)
     assert differ(snapshot(model), snapshot(alone))
     with average.averaged_weights(other := Model()):
@@ -82,7 +82,7 @@ def test_zeros_and_the_average_at_the_end(kind: str, first: bool, dtype: Any) ->
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_zeros_and_the_average_in_files(kind: str, first: bool, tmp_path: Path) -> None:
-    make, by_hand = AVERAGES[kind]
+    make, reference = AVERAGES[kind]
     average, other = WeightAveraging(make(), buffers="average"), WeightAveraging(EMA(0.5), evaluate=False, name="other")
     files = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     callbacks = [pruning(), average, other, files] if first else [average, other, pruning(), files]
@@ -93,7 +93,7 @@ def test_zeros_and_the_average_in_files(kind: str, first: bool, tmp_path: Path) 
         where = zeros(saved["state_dict"])
         assert 0.3 < where["net.0.weight"].float().mean() < 0.95
         states = unmasked(model.trajectory[: 8 * (epoch + 1)])
-        assert_close(saved["state_dict"], masked(by_hand(states), where))
+        assert_close(saved["state_dict"], masked(reference(states), where))
         assert_equal(saved["current_model_state"], masked(states[-1], where))
         second = averaged_state_dict(tmp_path / f"epoch={epoch}.ckpt", "other")
         assert second.keys() == saved["state_dict"].keys()
@@ -101,7 +101,7 @@ def test_zeros_and_the_average_in_files(kind: str, first: bool, tmp_path: Path) 
         assert differ(second, saved["state_dict"])
     # What a validation computes with is pruned as the epoch before was.
     first_file = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
-    assert_close(model.validated[1], masked(by_hand(unmasked(model.trajectory[:16])), zeros(first_file)))
+    assert_close(model.validated[1], masked(reference(unmasked(model.trajectory[:16])), zeros(first_file)))
 
 
 @pytest.mark.parametrize("kind", AVERAGES)
@@ -156,7 +156,7 @@ def test_with_the_lottery_ticket_and_without_permanence(permanent: bool) -> None
 
 @pytest.mark.parametrize("when", ["on_train_epoch_end", "on_validation_end", "on_train_end"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pruning_by_hand_that_ends_in_mid_run_ends_in_the_average_too(when: str, dtype: Any) -> None:
+def test_manual_pruning_that_ends_within_the_run_ends_in_the_average_too(when: str, dtype: Any) -> None:
     """Weights move again from there on, and the average goes on from zeros like the weights."""
 
     class ByHand(Watching):

@@ -309,7 +309,7 @@ def test_nested_policies_are_found_by_identity() -> None:
     assert [part.best for part in other.parts] == [math.inf] * 3
 
 
-# ---- state by hand ---------------------------------------------------------------------------------------------------
+# ---- state in methods of one's own -----------------------------------------------------------------------------------
 
 
 class ByHand(Plateau):
@@ -335,7 +335,7 @@ class ByHand(Plateau):
         self.calls = state["calls"]
 
 
-def test_a_subclass_may_save_by_hand() -> None:
+def test_a_subclass_may_override_saving() -> None:
     one, other = ByHand("a"), ByHand("a")
     one.update({"a": 1.0})
     one.update({"a": 2.0})

@@ -53,7 +53,7 @@ def test_members_that_were_fitted_compiled_are_all_called() -> None:
 
 
 class OnInstance(Classifier):
-    """Has its steps, and its forward, on the instance."""
+    """Module whose steps and forward are set on the instance."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed=seed)

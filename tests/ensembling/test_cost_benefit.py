@@ -17,7 +17,7 @@ from tests.ensembling.models import Classifier, data, loader, mean_probabilities
 X, Y = data().tensors
 
 
-def by_hand(models: list[Classifier], groups: list[list[int]]) -> list[float]:
+def reference(models: list[Classifier], groups: list[list[int]]) -> list[float]:
     return [float(nll_loss(mean_probabilities([models[i] for i in group], X).log(), Y)) for group in groups]
 
 
@@ -29,7 +29,7 @@ def test_the_metric_over_the_number_of_members() -> None:
     assert of.callbacks == callbacks
     windows = ([[0], [1], [2]], [[0, 1], [1, 2], [2, 0]], [[0, 1, 2]])
     for size, (row, groups) in enumerate(zip(found.rows, windows, strict=True), 1):
-        values = by_hand(models, groups)
+        values = reference(models, groups)
         assert row.members == size
         expected = [sum(values) / len(values), min(values), max(values)]
         assert [row.value, row.lowest, row.highest] == pytest.approx(expected, rel=1e-5)
@@ -41,7 +41,7 @@ def test_the_metric_over_the_number_of_members() -> None:
 def test_one_group_of_each_number_is_the_given_order() -> None:
     models = members()
     found = cost_benefit(models, trainer(), loader(), monitor="nll", outputs="logits", on="net", groups=1)
-    expected = by_hand(models, [[0], [0, 1], [0, 1, 2]])
+    expected = reference(models, [[0], [0, 1], [0, 1, 2]])
     assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-5)
 
 
@@ -51,7 +51,7 @@ def test_of_an_ensemble_the_curve_is_that_of_the_ensemble_itself(compiled: bool)
     served = Ensemble(models, outputs="logits", on="net")
     given = torch.compile(served, backend="eager") if compiled else served
     found = cost_benefit(given, trainer(), loader(), monitor="nll", outputs="logits", groups=1)
-    expected = by_hand(models, [[0], [0, 1], [0, 1, 2]])
+    expected = reference(models, [[0], [0, 1], [0, 1, 2]])
     assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-5)
     assert trainer().validate(served, loader(), verbose=False)[0]["nll"] == pytest.approx(expected[2], rel=1e-5)
     with pytest.raises(MisconfigurationException, match="is not logged"):

@@ -88,7 +88,7 @@ def test_predict_and_plain_calls(on: str | None) -> None:
 
 
 class Asking(LightningModule):
-    """Asks the Trainer in its forward, and has a way around the submodule."""
+    """Module that reads the Trainer in its forward, and can bypass the submodule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ def test_a_member_of_another_class_has_its_own_submodule_called() -> None:
 
 
 class Spare(LightningModule):
-    """Has a submodule that nothing calls."""
+    """Module with a submodule that is never called."""
 
     def __init__(self) -> None:
         super().__init__()

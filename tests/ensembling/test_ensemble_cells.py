@@ -77,7 +77,7 @@ def validate(cell: Cell) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def by_hand(cell: Cell, seeds: tuple[int, ...]) -> dict[str, float]:
+def reference(cell: Cell, seeds: tuple[int, ...]) -> dict[str, float]:
     """Average the softmax over the members in float64, after a forward in the cell's precision."""
     x, y = regression.validation_batch()
     total: Tensor = torch.zeros(())
@@ -93,7 +93,7 @@ def by_hand(cell: Cell, seeds: tuple[int, ...]) -> dict[str, float]:
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(cell: Cell, group: Group) -> None:
-    expected = by_hand(cell.whole, SEEDS)
+    expected = reference(cell.whole, SEEDS)
     outcomes = [validate(cell)] if cell.processes == 1 else group.run(validate, cell)
     for outcome in outcomes:
         for result in outcome["results"]:
@@ -101,7 +101,7 @@ def test_cell(cell: Cell, group: Group) -> None:
         assert outcome["ended"] == 2 and outcome["changed"] == []
         assert outcome["sharded"] == (cell.strategy == "fsdp2")
     for seeds in ((SEEDS[0],), SEEDS[:2], SEEDS[1:]):
-        effect = abs(by_hand(cell.whole, seeds)["val_loss"] - expected["val_loss"])
+        effect = abs(reference(cell.whole, seeds)["val_loss"] - expected["val_loss"])
         assert effect >= 20 * cell.value_tolerance, "one member, or a missing one, must show"
 
 

@@ -21,7 +21,7 @@ NAMES = ("weight", "bias")
 
 
 class Plain(LightningModule):
-    """Saves no hyper-parameters; its default arguments are enough."""
+    """Module that saves no hyper-parameters, and can be made with its default arguments."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Plain(LightningModule):
 
 
 class Wide(Plain):
-    """Has an argument of a name that the ensemble has too, and no default."""
+    """Module with a required argument whose name the ensemble uses too."""
 
     def __init__(self, dim: int, seed: int = 0) -> None:
         super().__init__(seed)
@@ -45,7 +45,7 @@ class Wide(Plain):
 
 
 class Renames(Plain):
-    """Writes its weights under other names."""
+    """Save the weights under other names."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {f"old.{name}": value for name, value in checkpoint["state_dict"].items()}
@@ -62,7 +62,7 @@ class Needs(Plain):
 
 
 class Adapter(Plain):
-    """Saves a part of its weights, by a ``state_dict`` without arguments, and notes in its hooks."""
+    """Save some of the weights, with a ``state_dict`` without arguments, and notes in the hooks."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

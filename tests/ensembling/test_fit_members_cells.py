@@ -74,7 +74,7 @@ def fit(cell: Cell, folder: Path, saves: bool = False, kill_after: int = 0) -> d
     return {"weights": loaded, "began": began, "resumed": resumed, "paths": paths}
 
 
-def by_hand(cell: Cell, index: int) -> Weights:
+def reference(cell: Cell, index: int) -> Weights:
     torch.manual_seed(member_seed(3, index))
     loop = Loop(cell, Formula())
     loop.net.load_state_dict(drawn_net().state_dict())
@@ -87,13 +87,13 @@ def run(cell: Cell, group: Group, *arguments: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_cell(cell: Cell, group: Group, tmp_path: Path) -> None:
-    hand = [by_hand(cell.whole, index) for index in range(SIZE)]
+    expected_members = [reference(cell.whole, index) for index in range(SIZE)]
     for outcome in run(cell, group, tmp_path):
         assert outcome["paths"] == [str(tmp_path / f"member-{index}.ckpt") for index in range(SIZE)]
-        for found, expected in zip(outcome["weights"], hand, strict=True):
+        for found, expected in zip(outcome["weights"], expected_members, strict=True):
             assert found.keys() == expected.keys()
             assert max(deviation(found, expected).values()) <= cell.tolerance
-    assert max(deviation(*hand).values()) >= 20 * cell.tolerance, "the members differ"
+    assert max(deviation(*expected_members).values()) >= 20 * cell.tolerance, "the members differ"
     assert all(outcome["began"] == [] for outcome in run(cell, group, tmp_path))
 
 

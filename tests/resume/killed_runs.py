@@ -36,7 +36,7 @@ class Rows(Logger):
 
 
 class WriteAndDie(Checkpoint):
-    """Writes a checkpoint at the n-th call of a hook, as a ModelCheckpoint would, and kills the process."""
+    """Write a checkpoint at the n-th call of a hook, as ModelCheckpoint would, and kill the process."""
 
     def __init__(self, hook: str, call: int, path: Path) -> None:
         self.calls, self.call, self.path = 0, call, path

@@ -55,7 +55,7 @@ class PositionLoader:
 
 
 class LazyLoader(PositionLoader):
-    """Takes a loaded position only when the first batch is asked for."""
+    """Loader that uses a loaded position only when its first batch is read."""
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         yield from super().__iter__()
@@ -141,7 +141,7 @@ class ShardedNet(Net):
 
 
 class NormNet(Net):
-    """Has BatchNorm, whose statistics are of a rank's own batches, and draws no random number."""
+    """Module with BatchNorm, whose statistics are those of each rank's own batches, and without random numbers."""
 
     def __init__(self) -> None:
         super().__init__(random=False)
@@ -162,7 +162,7 @@ class PlateauNet(Net):
 
 
 class OneCycleNet(Net):
-    """Asks for the number of steps, and so loads the data before anything is restored."""
+    """Module that reads the number of steps, so that data are loaded before any state is restored."""
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
@@ -185,7 +185,7 @@ class ManualNet(Net):
 
 
 class NetOfTwo(Net):
-    """Gets batches of two loaders."""
+    """Module that trains on two loaders."""
 
     def training_step(self, batch: dict[str, list[Tensor]], batch_idx: int) -> Tensor:
         return super().training_step(

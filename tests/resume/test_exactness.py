@@ -16,7 +16,7 @@ from tests.resume.models import BATCHES, ManualNet, Net, PositionLoader, data, s
 
 
 class Answers(Callback):
-    """Asks at the end of each batch."""
+    """Ask at the end of each batch whether a resume is exact."""
 
     def __init__(self) -> None:
         self.exact: list[bool] = []
@@ -26,7 +26,7 @@ class Answers(Callback):
 
 
 class ReadAhead(PositionLoader):
-    """Has workers, which are ahead of the position."""
+    """Loader with workers, which read ahead of the saved position."""
 
     num_workers = 2
 
@@ -41,7 +41,7 @@ class Stream(IterableDataset):
 
 
 class StatefulStream(DataLoader):
-    """Saves its position, and has a length that its data set does not know."""
+    """Loader that saves its position, and has a length although its data set has none."""
 
     def __init__(self) -> None:
         super().__init__(Stream(), batch_size=4)

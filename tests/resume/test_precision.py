@@ -71,7 +71,7 @@ def test_average_is_not_rounded_without_exact_resume(path: Path) -> None:
 
 
 class NetWithABrokenBatch(NormNet):
-    """Gets a batch with a NaN, after which raw running statistics are NaN for ever; the step is skipped."""
+    """Load a batch with a NaN, whose step is skipped; the raw running statistics stay NaN from there on."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
@@ -82,7 +82,7 @@ class NetWithABrokenBatch(NormNet):
 
 
 class WhenTrainingEnds(EarlyStopping):
-    """Keeps the averages at the end of training."""
+    """Keep the averages at the end of training."""
 
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         (average,) = (cb for cb in trainer.callbacks if isinstance(cb, WeightAveraging))

@@ -36,7 +36,7 @@ VALIDATION_DUE, EPOCH = 3, 6  # batches
 
 
 class Save(Checkpoint):
-    """Writes checkpoints at each batch's and each epoch's end, and trains on."""
+    """Write checkpoints at the end of each batch and epoch, and train on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -107,7 +107,7 @@ def in_a_window() -> list[Any]:
 
 
 def test_buffers_within_a_window(group: Group, tmp_path: Path) -> None:
-    """Within a window DDP broadcasts no buffers, and no more does the resumed run."""
+    """Within a window DDP broadcasts no buffers; neither does the resumed run."""
     assert group.run(resumes, tmp_path, in_a_window, "ddp", ["batch-2", "batch-3"]) == [[], []]
 
 
@@ -200,7 +200,7 @@ def test_averaged_statistics_need_no_exact_resume(group: Group, tmp_path: Path) 
 
 
 class Buffers(Callback):
-    """Keeps the raw statistics when training ends."""
+    """Keep the raw statistics at the end of training."""
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.raw = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}

@@ -83,7 +83,7 @@ def _last(recorded: Recording, index: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
 def test_gradients_and_weights_are_those_of_the_step(kind: Any) -> None:
-    """SGD with momentum, computed by hand from the recorded gradients, gives the recorded weights."""
+    """SGD with momentum, computed again from the recorded gradients, gives the recorded weights."""
     cell, recorded = Cell(kind, "32-true", "single", "4short"), Recording()
     callbacks = [recorded, GradientAccumulation(4), WeightRegularization(L2(0.1))]
     weights = models.full_weights(prepare(BY_NAME["plain"], cell, callbacks=callbacks).module)
@@ -134,7 +134,7 @@ class ReturningNone:
 
 @pytest.mark.parametrize(("at", "steps"), [((1,), 6), ((1, 3), 4), ((0, 1, 2, 3), 0)])
 def test_training_step_that_returns_none(at: tuple[int, ...], steps: int) -> None:
-    """It is no step, and a penalty does not make it one."""
+    """Such a batch leads to no step, also with a penalty."""
     cell, recorded = Cell("automatic", "32-true", "single", "1"), Recording()
     trait = type("ReturningNone", (ReturningNone,), {"at": at})
     fitted = fit(BY_NAME["plain"], cell, Changing, trait, callbacks=[recorded, WeightRegularization(L2(0.1))])

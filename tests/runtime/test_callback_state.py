@@ -137,7 +137,7 @@ class Asking(LightningModule):
 
 @each_entry
 def test_evaluated_state(entry: Entry) -> None:
-    """In a validation it is what the module holds; before one, what the module will hold in it."""
+    """Within a validation it equals the state of the module, and before one the state that the module will have."""
     fitted = fit(entry, STEPS, Asking)
     for state, held in fitted.module.within:
         assert not differences(state, held)

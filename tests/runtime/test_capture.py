@@ -116,7 +116,7 @@ class ShardedNet(Net):
 
 
 class Steps(Callback):
-    """Counts batches, in its ``state_dict`` alone."""
+    """Count batches, in the ``state_dict`` alone."""
 
     count = 0
 
@@ -311,7 +311,7 @@ def test_in_place() -> None:
 
 
 class Failing(Callback):
-    """Raises when its state is loaded for the first time."""
+    """Raise when the state is loaded for the first time."""
 
     loads = 0
 

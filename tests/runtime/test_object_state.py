@@ -20,7 +20,7 @@ from lightning_optim.runtime.object_state import ObjectState
 
 
 class Dictionary(dict):
-    """Counts the writes in its methods."""
+    """Count writes to attributes within the methods."""
 
     writes = 0
 

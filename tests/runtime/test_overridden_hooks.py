@@ -64,7 +64,7 @@ def overridden(callbacks: list[Any], make: Any) -> list[Any]:
 @each_slot
 @pytest.mark.parametrize("make", [silent, calling])
 def test_every_hook_overridden(entry: Entry, make: Any) -> None:
-    """With `super()` and without, the run, the state and what stays installed are those of the class itself."""
+    """With and without `super()`, the run, the state and what stays installed are those of the class itself."""
     callbacks = overridden(entry.all_callbacks(CELL), make)
     fitted = fit(entry, CELL, KeepsHistory, callbacks=callbacks)
     assert_same(fitted, reference_fit(entry))
@@ -75,7 +75,7 @@ def test_every_hook_overridden(entry: Entry, make: Any) -> None:
 
 
 def test_each_hook_of_a_user_is_called_once() -> None:
-    """As often as that of a plain Lightning callback, also if it calls the package's hook through `super()`."""
+    """The user's hook is called as often as in a plain Lightning callback, also if it calls `super()`."""
 
     class Plain(Callback):
         pass
@@ -92,7 +92,7 @@ def test_each_hook_of_a_user_is_called_once() -> None:
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start", "reset"])
 @pytest.mark.parametrize("where", ["class", "mixin", "object"])
 def test_wherever_it_is_overridden(hook: str, where: str) -> None:
-    """In the class, in a mixin, on the object: the package's part runs first, and the user's part sees its effect."""
+    """Overridden in the class, in a mixin or on the object: the package's part runs first, then the user's."""
     seen = []
 
     def theirs(*args: Any, **kwargs: Any) -> None:
@@ -142,7 +142,7 @@ class _Called:
 
 @pytest.mark.parametrize("kind", ["static", "class", "partial", "object"])
 def test_every_kind_of_method(kind: str) -> None:
-    """It gets the arguments that Python gives a method of this kind."""
+    """A method of each kind gets the arguments that Python gives it."""
     seen: list[Any] = []
     note = _Called(seen)
     hook, before = {
@@ -158,7 +158,7 @@ def test_every_kind_of_method(kind: str) -> None:
 
 
 def test_the_packages_part_runs_again_in_a_nested_call_of_the_same_hook() -> None:
-    """For example in a validation that is started by a user's hook of a validation."""
+    """An example is a validation that a user's validation hook starts."""
     places: list[int] = []
 
     class Again(GradientClipping):

@@ -62,7 +62,7 @@ class SecondOrder:
 
 @each_entry
 def test_lbfgs(entry: Entry) -> None:
-    """It computes many gradients within a step: callbacks that act on neither gradients nor weights work."""
+    """LBFGS computes several gradients within a step: only callbacks that act on neither gradients nor weights work."""
     fitted = prepare(entry, STEPS, SecondOrder, callbacks=entry.callbacks(STEPS))
     if any(callback.touches for callback in fitted.ours if not isinstance(callback, EarlyStopping)):
         assert_refused(fitted, "acts once per optimizer step, and LBFGS .* use a first-order optimizer")

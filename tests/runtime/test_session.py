@@ -114,7 +114,7 @@ def test_states_of_a_fit_and_of_a_second_one() -> None:
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_end", "on_fit_end"])
 @pytest.mark.parametrize("first", [True, False])
 def test_states_of_a_fit_that_fails(hook: str, first: bool) -> None:
-    """In any hook, also if another callback has run the hook before."""
+    """A fit may fail in any hook, also after another callback has run the hook."""
     failing, beside = States(fails_in=hook), GradientClipping(0.1)
     fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[failing, beside] if first else [beside, failing])
     with pytest.raises(ZeroDivisionError, match=hook):
@@ -134,7 +134,7 @@ def test_states_of_a_fit_that_fails(hook: str, first: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
 def test_a_resumed_run_with_nothing_left_to_train(tmp_path: Path) -> None:
-    """It begins and ends in one hook; callbacks have the step count of the run in it."""
+    """The run begins and ends in one hook, in which callbacks have its step count."""
 
     class Ended(OptimCallback):
         told: tuple[Any, ...] = ()
@@ -263,7 +263,7 @@ def test_a_nested_run_leaves_the_log_alone(run: str) -> None:
 
 
 def test_a_nested_validation_with_the_same_callbacks() -> None:
-    """It does not change the fit: callbacks that act at steps do nothing in a validation."""
+    """The validation does not change the fit: callbacks that act at steps do nothing in it."""
     callbacks = [*BY_NAME["several"].all_callbacks(STEPS), ExactResume()]
     nesting, fitted = nested("validate", callbacks, callbacks)
     assert nesting.error is None

@@ -19,7 +19,7 @@ RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
 
 
 class Setting(Callback):
-    """Writes attributes at the start of an epoch."""
+    """Set attributes of a callback at the start of an epoch."""
 
     def __init__(self, target: Any, epoch: int, attributes: dict[str, Any]) -> None:
         self.target, self.epoch, self.attributes = target, epoch, attributes

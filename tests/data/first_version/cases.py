@@ -1,4 +1,4 @@
-"""What was trained: the entries of the registry, and what these leave out."""
+"""List the runs of the first version: entries of the registry, and cases that they leave out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tests.data.first_version import models
 from tests.data.first_version.models import Model
 
 CELL = registry.Cell("automatic", "32-true", "single", "1")
-"""For the entries of the registry, which ask it for no more than the size of the windows."""
+"""Cell for the entries of the registry, which read the size of its windows alone."""
 
 AFTER = 13
 """The micro-batch after which files were written: the first of the third epoch, so that windows of two are open."""

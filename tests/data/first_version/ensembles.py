@@ -66,7 +66,7 @@ def fit(folder: Path, kill: bool = False) -> dict[int, int]:
 
 
 def held(folder: Path) -> dict[str, Any]:
-    """What the members' files hold."""
+    """Return the contents of the members' checkpoints."""
     return {
         path.stem: torch.load(path, weights_only=True)["state_dict"] for path in sorted(folder.glob("member-*.ckpt"))
     }
@@ -102,7 +102,7 @@ def unpack_members(folder: Path) -> dict[str, Any]:
 
 
 def predictions(ensemble: Ensemble) -> list[Tensor]:
-    """What an ensemble and its members predict."""
+    """Return the predictions of an ensemble and of its members."""
     x, _ = make_batches(1, 20, (16,))[0]
     with torch.no_grad():
         return [ensemble(x), *(member(x) for member in ensemble.members)]

@@ -57,7 +57,7 @@ def make_batches(count: int, seed: int, sizes: Sequence[int] = (6,)) -> list[Bat
 
 
 class Loader:
-    """Saves its position; if it shuffles, by a generator of its own, its epoch too."""
+    """Loader that saves its position and, if it shuffles with a generator of its own, its epoch."""
 
     def __init__(self, batches: list[Batch], shuffles: bool = False) -> None:
         self.batches, self.shuffles = batches, shuffles
@@ -130,7 +130,7 @@ class Model(LightningModule):
         return [mse_loss(first, y), mse_loss(self.second(torch.cat([x, first], 1)), y.flip(1))]
 
     def factor(self) -> float:
-        """What the loss of the next micro-batch is multiplied by, 0 if it has none; it is seen now."""
+        """Return the factor of the loss of the next micro-batch, 0 without a loss, and count the micro-batch."""
         self.seen += 1
         return 0.0 if self.seen - 1 == NOTHING else self.faults.get(self.seen - 1, 1.0)
 
@@ -195,7 +195,7 @@ class TwoModel(ManualModel):
 
 
 class FrozenModel(Model):
-    """Has weights that are not trained, and leaves them out of its checkpoints."""
+    """Module with frozen weights, which its checkpoints leave out."""
 
     strict_loading = False
 
@@ -240,7 +240,7 @@ class SharpModel(SharpnessAwareMixin, Model):
 
 
 class RegularizedModel(RegularizationMixin, Model):
-    """Has a term on the outputs in its loss."""
+    """Module with a penalty on the outputs in its loss."""
 
     def regularization(self, batch: Batch, outputs: Tensor) -> Tensor:
         return 0.5 * outputs.abs().mean()

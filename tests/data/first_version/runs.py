@@ -59,7 +59,7 @@ _READ: dict[type, tuple[str, ...]] = {
 
 
 class Recorder(Logger):
-    """Keeps, for each name, the values by step."""
+    """Keep the logged values of each name by step."""
 
     name, version = "recorder", 0
 
@@ -132,7 +132,7 @@ class Run:
             self.raised = type(error).__name__
 
     def now(self) -> dict[str, Any]:
-        """What the run is at this moment: weights, momentum, and what callbacks remember."""
+        """Return the state of the run at this moment: weights, momentum, and the state of callbacks."""
         momentum = [state["momentum_buffer"] for opt in self.trainer.optimizers for state in opt.state.values()]
         return {
             "weights": weights_of(self.module),
@@ -142,7 +142,7 @@ class Run:
         }
 
     def end(self, position: int) -> dict[str, Any]:
-        """What the run ended with; of what it logged, what comes after a position."""
+        """Return the results of the run, with the values that it logged after a position."""
         logged = {
             name: {step: value for step, value in values.items() if step > position}
             for name, values in self.recorder.logged.items()
@@ -159,7 +159,7 @@ class Run:
         }
 
     def read(self) -> list[dict[str, Any]]:
-        """What each callback shows of what it remembers, through public attributes and methods only."""
+        """Return the state of each callback as its public attributes and methods show it."""
         return [read(callback, self.module) for callback in self.callbacks]
 
     def states(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Run:
 
 
 def read(callback: Callback | Criterion, module: LightningModule) -> dict[str, Any]:
-    """What a callback shows of what it remembers."""
+    """Return the state of a callback as its public attributes and methods show it."""
     kinds = [names for kind, names in _READ.items() if isinstance(callback, kind)]
     found: dict[str, Any] = {"kind": type(callback).__name__}
     found |= {name: getattr(callback, name) for names in kinds for name in names if hasattr(callback, name)}
@@ -197,7 +197,7 @@ def unpack(name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def unpack_end(name: str) -> dict[str, Any]:
-    """What a run was at the moment of its file, and ended as."""
+    """Return the state of a run when its checkpoint was written, and its results."""
     return torch.load(io.BytesIO(lzma.decompress((HERE / f"{name}{END}").read_bytes())), weights_only=True)
 
 
@@ -252,7 +252,7 @@ def without(case: Case, key: str, path: Path, beside: Path, position: int) -> di
 
 
 def differences(one: Any, other: Any, tolerance: float = 0.0, path: str = "") -> list[str]:
-    """Where two trees differ: bit for bit, or by more than a share of the value, of a tensor's largest value."""
+    """Return the paths at which two nested structures differ: in a bit, or by more than a relative tolerance."""
     if isinstance(one, dict) and isinstance(other, dict):
         missing = [f"{path}/{key} is in one only" for key in one.keys() ^ other.keys()]
         both = [key for key in one if key in other]

@@ -66,7 +66,7 @@ class Written(Logger):
 
 
 class Model(LightningModule):
-    """Its batches are numbers, which it logs in training, and with other loaders in validation."""
+    """Module whose batches are numbers, which it logs in training and, with other loaders, in validation."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
