@@ -133,7 +133,8 @@ class CheckpointAveraging(BatchNormRefresh):
         super().on_fit_start(trainer, pl_module)
         if not trainer.enable_validation:
             raise MisconfigurationException(
-                "CheckpointAveraging validates the average, and this run has no validation."
+                "CheckpointAveraging validates the average, and this run has no validation: add a `validation_step` and"
+                " validation data, or average the checkpoints after the run with `average_checkpoints`."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,7 +184,9 @@ class CheckpointAveraging(BatchNormRefresh):
         try:
             load_weights_(pl_module, self.best_path, weights_only=not is_own)
         except (OSError, ValueError) as error:
-            rank_zero_warn(f"CheckpointAveraging leaves the module as it is: the best checkpoint is not read: {error}")
+            rank_zero_warn(
+                f"CheckpointAveraging leaves the module as it is, since it cannot read a checkpoint: {error}"
+            )
             self.best_path = ""
             self._raw_weights.resume_(pl_module)
             return False
@@ -217,7 +220,7 @@ class CheckpointAveraging(BatchNormRefresh):
         wanted = self.monitor or "…"
         raise MisconfigurationException(
             f'CheckpointAveraging(top={self.top}) averages the checkpoints of a `ModelCheckpoint(monitor="{wanted}",'
-            f" save_top_k={self.top})`, and no callback keeps so many: add it to the callbacks."
+            f" save_top_k={self.top})`, and no such callback keeps that many: add one to the callbacks."
         )
 
     def _buffer_plan(self, pl_module: LightningModule) -> BufferPlan:

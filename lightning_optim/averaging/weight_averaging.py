@@ -135,7 +135,7 @@ class WeightAveraging(AveragedCheckpoints):
         check_buffer_modes(buffers)
         check_arguments(refresh_batches, refresh_loader)
         if compare and not evaluate:
-            raise ValueError("`compare=True` compares with the average that is evaluated, got `evaluate=False`")
+            raise ValueError("`compare=True` compares the raw weights with the evaluated average, got `evaluate=False`")
         self.average, self.start, self.every = average, start, every
         self.device = _device(device)
         self.dtype = _dtype(dtype)
@@ -178,8 +178,8 @@ class WeightAveraging(AveragedCheckpoints):
             return
         if self.device.type != trainer.strategy.root_device.type:
             raise MisconfigurationException(
-                f"{type(self).__name__}(device={str(self.device)!r}): the average of a sharded model lies with its"
-                " shards. Pass `device=None`."
+                f"{type(self).__name__}(device={str(self.device)!r}): the average of a sharded model must be on the"
+                " device of its shards. Pass `device=None`."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,7 +227,7 @@ class WeightAveraging(AveragedCheckpoints):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if not self._user_decides:
-            # Not seen in `on_train_batch_end`: an end by `on_train_batch_start`, or by a callback that came later.
+            # `on_train_batch_end` misses an end by `on_train_batch_start`, or by a callback that came later.
             self._end_epoch()
         elif trainer.current_epoch > self._decided[1] and self.should_update(epoch_idx=trainer.current_epoch):
             self._decided[1] = trainer.current_epoch
@@ -241,7 +241,7 @@ class WeightAveraging(AveragedCheckpoints):
             self._make_ready(pl_module)
 
     def _follow_pruning(self) -> None:
-        # A callback that prunes may come before or after this one. Its last masks are there at the latest at the end.
+        # A callback that prunes may come before or after this one: its last masks are seen at the end of training.
         if self._averaged is not None:
             self._averaged.follow_pruning()
 

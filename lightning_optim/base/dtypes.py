@@ -1,4 +1,4 @@
-"""Dtypes in which sums and averages are kept."""
+"""Choose the dtypes in which sums and averages are kept."""
 
 from __future__ import annotations
 

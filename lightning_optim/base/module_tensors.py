@@ -52,7 +52,7 @@ def writable_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Return whether a tensor can be written in place: no two of its elements share memory, and it has data."""
+    """Return True if a tensor can be written in place: no two of its elements share memory, and it has data."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return False
     return all(stride or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

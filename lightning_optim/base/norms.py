@@ -1,4 +1,4 @@
-"""Norms of tensors and sums of their rows, exact over shards.
+"""Compute norms of tensors and sums of their rows, exact over shards.
 
 Shards are summed over the ranks that hold different parts; replicated tensors count once.
 """

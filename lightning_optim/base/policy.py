@@ -1,4 +1,4 @@
-"""The base classes of every policy: repr, identity, schedules, declared state, and one copy per optimizer."""
+"""Define the base classes of policies: repr, identity, schedules, declared state, one copy per optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_optim.base.state import State, Value, WeightStates
 
 
 class Policy:
-    """Base class of all policies: what is done to tensors, in pure torch, without a Trainer.
+    """Base class of all policies: formulas on tensors, in pure torch, without a Trainer.
 
     A policy says *what* is done to tensors; a callback says *when*. A policy keeps each constructor argument in an
     attribute of the same name, so that it prints as it was written, and pickles. What it remembers between steps is
@@ -109,7 +109,7 @@ class Policy:
         return {name.lstrip("_"): kind.save(getattr(self, name)) for name, kind in self._states.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned. A declared state that is not in it starts anew."""
+        """Load what :meth:`state_dict` returned. A declared state that is missing in it starts anew."""
         self.reset()
         for name, kind in self._states.items():
             if (key := name.lstrip("_")) in state:
@@ -229,5 +229,5 @@ def _stable(value: Any) -> str:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Return whether two values are equal and of one type, so that 1 is not taken for 1.0 or True."""
+    """Return True if two values are equal and of one type, so that 1 is not taken for 1.0 or True."""
     return type(value) is type(default) and value == default

@@ -1,4 +1,4 @@
-"""Ring buffer of the last rows of numbers, such as norms, on the device that computed them."""
+"""Keep the last rows of numbers, such as norms, in a ring buffer on the device that computed them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules: numbers as pure functions of the optimizer step and of the number of steps in the run."""
+"""Change a number over a run: schedules, pure functions of the optimizer step and of the number of steps."""
 
 from __future__ import annotations
 

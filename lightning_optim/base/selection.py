@@ -105,7 +105,9 @@ def _matches(
         if required and not hits:
             text = selector if isinstance(selector, str) else selector.__name__
             near = difflib.get_close_matches(text, known, n=3, cutoff=0.3) or known[:3]
-            raise ValueError(f"`{argument}={text!r}` matches no parameter of {type(module).__name__}; near: {near}")
+            raise ValueError(
+                f"`{argument}={text!r}` matches no parameter of {type(module).__name__}; similar names: {near}"
+            )
         found |= hits
     return found
 

@@ -28,13 +28,13 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Return whether any tensor is a DTensor."""
-    # Asking each of hundreds of small tensors would cost as much as the work on them: ask their types.
+    """Return True if any tensor is a DTensor."""
+    # To check each of hundreds of small tensors would cost as much as the work on them: check their types.
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def placed_as(shard: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor of which ``shard`` is this process's part, placed as ``like``, without communication."""
+    """Return the whole tensor from this process's ``shard`` of it, placed as ``like``, without communication."""
     if not isinstance(like, DTensor):
         return shard
     # Without shape and stride, torch takes shards to be of equal size, which uneven ones are not.
@@ -63,7 +63,7 @@ def version(tensor: Tensor) -> int:
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return numbers of which one grows when one of the tensors is written to in place.
+    """Return version numbers: writing to one of the tensors in place makes one of them grow.
 
     torch counts the writes to a DTensor with the DTensor, and those to its shard with the shard. An inference tensor
     has no count: -1.

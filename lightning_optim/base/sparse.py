@@ -1,4 +1,4 @@
-"""Sparse gradients for formulas that are written for dense tensors."""
+"""Prepare sparse gradients for formulas that are written for dense tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def any_sparse(tensors: Iterable[Tensor]) -> bool:
-    """Return whether any gradient is sparse, such as that of ``Embedding(sparse=True)``."""
+    """Return True if any gradient is sparse, such as that of ``Embedding(sparse=True)``."""
     return True in map(operator.attrgetter("is_sparse"), tensors)
 
 

@@ -204,7 +204,7 @@ def nested(policies: list[Any]) -> State:
 
 
 class WeightStates:
-    """One tensor beside each of some weights, found again by the weight itself.
+    """Hold one tensor beside each of some weights, which is found again by the weight itself.
 
     Args:
         init: Makes the tensor from its weight.
@@ -247,8 +247,9 @@ class WeightStates:
         for place, weight in enumerate(weights, start=self._count):
             if names is not None and id(weight) not in names:
                 raise ValueError(
-                    f"a policy keeps a tensor beside each weight, and a tensor of the shape {tuple(weight.shape)} is no"
-                    f" parameter of the model: it cannot act on sparse gradients; leave these out with `exclude`"
+                    f"The policy keeps a tensor beside each weight, and a tensor of shape {tuple(weight.shape)} is no"
+                    " parameter of the model, such as the rows of a weight with a sparse gradient: leave such weights"
+                    " out with `exclude`."
                 )
             name = str(place) if names is None else names[id(weight)]
             own = self._init(weight.detach())
@@ -277,7 +278,7 @@ class WeightStates:
         return self._loaded | {names[key]: own for key, (_, _, own) in self._held.items() if key in names}
 
     def load(self, named: dict[str, Tensor]) -> None:
-        """Take copies of tensors by the names of their weights, for when these are seen."""
+        """Keep copies of tensors by name; :meth:`of` uses them when it sees a weight of this name."""
         self.clear()
         self._loaded = {name: tensor.detach().clone() for name, tensor in named.items()}
 

@@ -1,4 +1,4 @@
-"""Accumulation windows: the number of micro-batches in a step, and the weight of each in their mean."""
+"""Count and weigh the micro-batches of an accumulation window."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def _loader_batch_size(trainer: Trainer) -> int:
     size = getattr(loader, "batch_size", None) or getattr(sampler, "batch_size", None)
     if not isinstance(size, int):
         raise MisconfigurationException(
-            f"TargetBatchSize sees no `batch_size` on the training data ({type(loader).__name__}): say how many samples"
-            " a rank's micro-batch holds, as in `TargetBatchSize(256, micro_batch_size=32)`."
+            f"TargetBatchSize finds no `batch_size` on the training data ({type(loader).__name__}): pass the number of"
+            " samples in a rank's micro-batch, as in `TargetBatchSize(256, micro_batch_size=32)`."
         )
     return size
 

@@ -1,4 +1,4 @@
-"""Callback that accumulates the gradients of several micro-batches for each optimizer step."""
+"""Accumulate the gradients of several micro-batches for each optimizer step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callback that clips the gradients before each optimizer step, and skips steps whose gradients are not finite."""
+"""Clip the gradients before each optimizer step, and skip steps whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -154,6 +154,7 @@ class GradientClipping(OptimCallback):
         norm_type = self.policies[0].norm_type
         checks = self.nonfinite != "ignore" or self.spike is not None
         norm = step.norm(norm_type) if checks or step.logs else step.known_norm(norm_type)
+        # First of all, so that no policy takes the norm of a step that is skipped into its statistics.
         reason: Reason | None = None
         value: float | None = None
         if checks and norm is not None:
@@ -198,7 +199,7 @@ class GradientClipping(OptimCallback):
             norm = value = None  # the next policy sees other gradients
 
     def clipped(self, index: int) -> Tensor | bool | None:
-        """Return whether the last step of an optimizer was clipped; ``None`` if a policy does not say.
+        """Return True if the last step of an optimizer was clipped; ``None`` if a policy cannot tell.
 
         Args:
             index: The index of the optimizer.
@@ -219,6 +220,7 @@ class GradientClipping(OptimCallback):
     def _skip(self, trainer: Trainer, step: OptimizerStep, reason: Reason, norm: float) -> None:
         optimizer, index = step.optimizer, step.index
         where = f"in epoch {trainer.current_epoch}, batch {self._batch_idx} the norm of its gradients is {norm:.4g}"
+        # A scale of 1 is not lowered further: the loss overflows by itself, and not because it is scaled.
         smaller_scale_may_help = reason == "nonfinite" and scale_of(trainer) > 1.0
         if not smaller_scale_may_help:
             self._skipped_in_a_row[index] += 1

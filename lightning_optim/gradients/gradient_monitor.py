@@ -1,4 +1,4 @@
-"""Callback that measures norms of gradients and of updates, logs them, and suggests a bound for clipping."""
+"""Measure and log norms of gradients and of updates, and suggest a bound for clipping."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class GradientMonitor(OptimCallback):
         norms = self._rows(optimizer)[:, _BEFORE].double()
         norms = norms[norms.isfinite()]
         if not len(norms):
-            raise RuntimeError("The history holds no finite norm: train some steps first")
+            raise RuntimeError("The history holds no finite norm yet: train some steps first.")
         return float(torch.quantile(norms, percentile / 100.0))
 
     def plot(self, metric_or_optimizer: int | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:

@@ -1,4 +1,4 @@
-"""Mixin for manual optimization: backward pass, accumulation window, step and ``zero_grad`` in one call."""
+"""Accumulate and step in manual optimization: backward pass, window, step and ``zero_grad`` in one call."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> Lig
     for wrapper in wrappers if isinstance(wrappers, list) else [wrappers]:
         if optimizer is wrapper or optimizer is wrapper.optimizer:
             return wrapper
-    raise ValueError(f"`optimizer={type(optimizer).__name__}` must be one of `self.optimizers()`")
+    raise ValueError(f"`optimizer` must be one of `self.optimizers()`, got another {type(optimizer).__name__}")
 
 
 def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Mixin for sharpness-aware minimization, which evaluates the loss twice in each step."""
+"""Step with the gradient at the worst point nearby (sharpness-aware minimization): two losses in each step."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class SharpnessAwareMixin(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step with a closure that evaluates the gradient twice."""
+        """Step with a closure that evaluates the gradient twice, before the hooks of the step, which see the second."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         self._refuse(plain)
         assert optimizer_closure is not None
@@ -103,7 +103,7 @@ class SharpnessAwareMixin(LightningModule):
             loss = first()
             weights, grads = gradients_of(plain)
             if weights:
-                # The closure keeps what `training_step` returned last; what is reported is the first.
+                # Lightning reports the last result of the closure, and should report the first one.
                 with keep_result(first), _perturbed(weights, grads, self.rho, self.adaptive), self._quiet(generators):
                     first()
             return loss
@@ -135,8 +135,8 @@ class SharpnessAwareMixin(LightningModule):
     def _refuse_manual(self) -> None:
         if not self.automatic_optimization:
             raise MisconfigurationException(
-                f"{type(self).__name__} has SharpnessAwareMixin and steps by hand: the mixin evaluates `training_step`"
-                " twice, which needs `automatic_optimization = True`."
+                f"{type(self).__name__} has SharpnessAwareMixin under manual optimization, and the mixin evaluates"
+                " `training_step` twice in a step: set `automatic_optimization = True`."
             )
 
     def _refuse(self, optimizer: Optimizer) -> None:
@@ -147,8 +147,8 @@ class SharpnessAwareMixin(LightningModule):
         )
         if accumulates or self.trainer.accumulate_grad_batches != 1:
             raise MisconfigurationException(
-                "SharpnessAwareMixin evaluates the batch of a step twice, and the micro-batches of a window are gone by"
-                " then: remove the accumulation, and make the batches larger."
+                "SharpnessAwareMixin evaluates the batch of a step twice, and the earlier micro-batches of a window are"
+                " no longer there at the step: remove the accumulation, and make the batches larger."
             )
         if isinstance(optimizer, LBFGS):
             raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""The batch size of an optimizer step, whatever size of micro-batch fits onto a device."""
+"""Keep the batch size of an optimizer step on any number of devices, with any size of micro-batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout: the places of a model that have it or could have it, and stochastic depth."""
+"""Find the places of a model that have dropout or could have it; drop residual branches (stochastic depth)."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) 
             module that a pattern names in full.
 
     Raises:
-        ValueError: If a pattern matches nothing; the message names what comes near.
+        ValueError: If a pattern matches nothing; the message lists similar names.
 
     Example::
 
@@ -129,7 +129,7 @@ def _site(name: str, module: nn.Module, pattern: str, insert: bool) -> Site | No
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Return whether a module has weights of its own, with two dimensions or more.
+    """Return True if a module has weights of its own with two dimensions or more.
 
     Weights of a lazy module have no dimensions before its first forward pass: it counts as a layer, unless it
     normalizes.
@@ -154,7 +154,9 @@ def rate_attribute(module: nn.Module) -> str | None:
 
 def _nothing(pattern: str, matched: list[str], named: dict[str, nn.Module], insert: bool) -> ValueError:
     if matched and not insert:
-        return ValueError(f"`rates[{pattern!r}]` matches {matched[:3]}, which have no dropout: `insert=True` adds it")
+        return ValueError(
+            f"`rates[{pattern!r}]` matches {matched[:3]}, which have no dropout: pass `insert=True` to add it to them"
+        )
     known = list(named) if insert else [name for name, module in named.items() if rate_attribute(module)]
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
-    return ValueError(f"`rates[{pattern!r}]` matches no module with dropout; near: {near}")
+    return ValueError(f"`rates[{pattern!r}]` matches no module with dropout; similar names: {near}")

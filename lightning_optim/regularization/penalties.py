@@ -1,4 +1,4 @@
-"""Penalties on weights: terms of the loss, as a value and as a gradient in closed form."""
+"""Penalize weights: terms of the loss, each as a value and as a gradient in closed form."""
 
 from __future__ import annotations
 

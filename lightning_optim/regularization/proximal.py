@@ -1,4 +1,4 @@
-"""Proximal steps: projections of the weights after the optimizer step."""
+"""Project weights after the optimizer step (proximal steps)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixin that adds a term to the loss that depends on the batch or the outputs."""
+"""Add a term to the loss that depends on the batch or the outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_optim.runtime.lightning.modules import is_attached
 class RegularizationMixin(LightningModule):
     r"""Add a term to the loss that depends on the batch or the outputs: :math:`L = L_{task} + R(batch, outputs)`.
 
-    No callback sees these in time. A module overrides :meth:`regularization` and adds
+    A callback does not see these before the backward pass. A module overrides :meth:`regularization` and adds
     ``self.regularization_loss(batch, outputs)`` to its loss in ``training_step``. The term is part of the loss, so
     accumulation, mixed precision and the strategies treat it as such. It is logged as ``regularization/loss``. For
     terms on the weights alone :class:`WeightRegularization` costs less.

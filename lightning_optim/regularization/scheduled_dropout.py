@@ -1,4 +1,4 @@
-"""Callback that sets dropout rates by layer and by schedule, and inserts dropout where a model has none."""
+"""Set dropout rates by layer and by schedule, and insert dropout into models without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callback that adds the gradients of penalties before each optimizer step, and applies proximal steps after it."""
+"""Add the gradients of penalties before each optimizer step, and apply proximal steps after it."""
 
 from __future__ import annotations
 

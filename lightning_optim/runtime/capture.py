@@ -188,8 +188,8 @@ def _check_moment(trainer: Trainer) -> None:
         )
     if _window_is_open(trainer):
         raise RuntimeError(
-            "The state of a run is captured and restored while no accumulation window is open, since gradients are not"
-            " part of it: wait for the batch whose end has stepped."
+            "The state of a run cannot be captured or restored while an accumulation window is open, since gradients"
+            " are not part of it: call it at the end of a batch that has stepped."
         )
 
 

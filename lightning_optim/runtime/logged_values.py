@@ -77,7 +77,7 @@ def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) ->
 
 
 def epoch_sums(trainer: Trainer) -> dict[str, Any]:
-    """Copy the sums of which the running epoch's means are made at its end, beside the tensors themselves."""
+    """Copy the sums from which the means of the running epoch are computed at its end; on their devices."""
     sums = {name: copied_state(result.metric_state) for name, result in _summed(trainer) if not result.has_reset}
     return {"epoch": trainer.current_epoch, "sums": sums}
 
@@ -124,7 +124,7 @@ def _set_result_(trainer: Trainer, state: dict[str, Any], modules: dict[str, Any
     if not isinstance(value, Tensor | Metric):
         return
     results = logger_connector.results(trainer)
-    # Logged once, so that Lightning builds the entry, and without reduction: a collective has no place here.
+    # Logged once, so that Lightning builds the entry, and without reduction, so that no collective is called here.
     results.log(
         value=value,
         reduce_fx=_REDUCTIONS[state["reduction"]],

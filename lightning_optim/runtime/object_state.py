@@ -102,7 +102,9 @@ class ObjectState(LeftAlone):
         self._reshard()
         with torch.no_grad():
             if self._written:
-                torch._foreach_copy_(self._written, self._values)  # comparing them first would wait for the device
+                # All of them: versions do not tell which changed, since `parameter.data = …` counts as no write, and to
+                # compare values would wait for the device.
+                torch._foreach_copy_(self._written, self._values)
             return [name for name, record in self._records.values() if not record.restore_()]
 
     def set_gradients_aside(self) -> None:
@@ -186,7 +188,7 @@ class ObjectState(LeftAlone):
     def _is_plain(self, value: Any) -> bool:
         """Return True if it holds nothing but values that can be put back: no lock, connection or process.
 
-        Objects of this package are: what else they hold does not change in a step.
+        Objects of this package count as such: everything else that they hold does not change in a step.
         """
         seen, waiting = set[int](), [value]
         while waiting:
@@ -207,7 +209,7 @@ class ObjectState(LeftAlone):
 
 
 def _is_constant(value: Any) -> bool:
-    # A proxy may stand for an object that is gone: to ask it for its class is an error then.
+    # The class of a proxy cannot be read if its object is gone.
     import numpy
 
     return type(value) in weakref.ProxyTypes or isinstance(value, (*_CONSTANTS, numpy.generic))
@@ -388,7 +390,7 @@ class _IteratorRecord:
 
 
 class _CountingIterator:
-    """Replaces an iterator, and counts the items that are taken from it."""
+    """Replace an iterator, and count the items that are taken from it."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self.iterator, self.count = iterator, 0

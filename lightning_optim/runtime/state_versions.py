@@ -28,8 +28,8 @@ def converted(callback: Any, state: dict[str, Any]) -> dict[str, Any]:
     version = state.pop(_KEY, 1)
     if version > VERSION:
         raise ValueError(
-            f"the checkpoint holds the state of {callback} in version {version}, and this lightning_optim reads"
-            f" versions up to {VERSION}: resume with the version of the package that wrote it, or a later one"
+            f"The checkpoint holds the state of {callback} in version {version}, and this lightning_optim reads"
+            f" versions up to {VERSION}: resume with the version of the package that wrote it, or a later one."
         )
     for convert in _CONVERSIONS[version - 1 :]:
         state = convert(callback, state)

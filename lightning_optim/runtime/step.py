@@ -1,4 +1,4 @@
-"""One step of an optimizer as callbacks see it, how to drop it, and the number of steps in a run."""
+"""Describe one step of an optimizer to callbacks; drop it; count the steps of a run."""
 
 from __future__ import annotations
 

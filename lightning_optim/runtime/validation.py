@@ -17,8 +17,9 @@ from lightning_optim.runtime.patching import patched
 def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str, Tensor]:
     """Validate with the weights that the module holds now, and return the metrics.
 
-    The hooks of the module are called; those of callbacks are not, nothing is sent to loggers, and nothing is saved.
-    Metrics, progress, random state and the module's train and eval modes are restored afterwards.
+    For other weights than the evaluated average, call it within ``session.without_average()``. The hooks of the module
+    are called; those of callbacks are not, nothing is sent to loggers, and nothing is saved. Metrics, progress, random
+    state and the module's train and eval modes are restored afterwards.
 
     Args:
         trainer: A Trainer in ``fit``.

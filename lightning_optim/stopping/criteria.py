@@ -66,7 +66,7 @@ class Criterion(Policy):
         Raises:
             KeyError: If a metric is missing; the message names those that exist.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `update(self, metrics)`.")
+        raise NotImplementedError(f"{type(self).__name__} has no `update(self, metrics)`")
 
     def read(self, metrics: Metrics) -> Tensor:
         """Return the metric ``self.monitor`` as a scalar tensor on the CPU, in its own dtype.

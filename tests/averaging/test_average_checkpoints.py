@@ -114,7 +114,7 @@ def test_tied_weights_stay_tied_if_all_are() -> None:
 @pytest.mark.parametrize(
     ("states", "weights", "sentence"),
     [
-        ([], None, "there is nothing to average"),
+        ([], None, "There is nothing to average"),
         ([{"a": torch.ones(1)}], [1, 2], r"`weights` must be 1 numbers >= 0, not all zero, with a finite sum"),
         ([{"a": torch.ones(1)}], [-1], "`weights` must be 1 numbers >= 0"),
         ([{"a": torch.ones(1)}], [0], "`weights` must be 1 numbers >= 0"),
@@ -274,7 +274,7 @@ def test_models_that_are_not_mode_connected_are_refused(tmp_path: Path) -> None:
         ({"paths": "a.ckpt"}, r"`paths` must be a list of paths, got 'a.ckpt'"),
         ({"mode": "best"}, "`mode` must be one of 'min', 'max', got 'best'"),
         ({"scores": [1.0]}, "`scores` must have one for each"),
-        ({"score": lambda state: float("nan")}, "scores must be finite"),
+        ({"score": lambda state: float("nan")}, "`scores` must be finite"),
     ],
 )
 def test_soups_refuse(tmp_path: Path, arguments, sentence: str) -> None:

@@ -266,7 +266,10 @@ def test_another_mode_of_buffers_is_refused(buffers: Any) -> None:
 @pytest.mark.parametrize(
     ("buffers", "sentence"),
     [
-        ({"net.norm.*": "average"}, r"'net.norm.\*' matches no saved floating-point .*; near: \['net.norms.\d"),
+        (
+            {"net.norm.*": "average"},
+            r"'net.norm.\*' matches no saved floating-point .*; similar names: \['net.norms.\d",
+        ),
         ({"*.count": "average"}, r"'\*.count' matches no saved floating-point buffer"),
         ({"net.one.*": "refresh"}, r"'net.one.moving' is neither: choose \"average\" or \"copy\" for it"),
         ({"*.0.running_mean": "refresh", "*.0.running_var": "copy"}, 'estimated together.* pass "refresh" for both'),

@@ -425,7 +425,7 @@ def test_several_averages_keep_their_own_weights(tmp_path) -> None:
     again = [averaging(average=EMA(0.5, warmup=None), evaluate=False, name="fast", apply_at_end=True)]
     fit(resumed, again, ckpt=tmp_path / "one.ckpt", max_epochs=3)
     assert_close(snapshot(resumed), ema([*model.trajectory, *resumed.trajectory], 0.5))
-    with pytest.raises(ValueError, match="holds no single average of `name='none'`"):
+    with pytest.raises(ValueError, match="does not hold exactly one average with `name='none'`"):
         averaged_state_dict(tmp_path / "one.ckpt", "none")
 
 
@@ -486,7 +486,7 @@ def test_compare_validates_both_and_plots() -> None:
     assert list(axes.get_lines()[1].get_ydata()) == alone.losses
     with pytest.raises(ValueError, match="must be one of 'val_loss', got 'accuracy'"):
         callback.plot("accuracy")
-    with pytest.raises(ValueError, match="there is nothing to plot"):
+    with pytest.raises(ValueError, match="There is nothing to plot"):
         averaging().plot()
 
 

@@ -84,7 +84,7 @@ def test_of_a_lightning_checkpoint_the_state_dict_counts(tmp_path: Path) -> None
 
 def test_several_keys_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = _write(tmp_path, lambda v: {"model": {"w": _full(v)}, "ema": {"w": _full(10 * v)}})
-    with pytest.raises(ValueError, match=r"0\.pt holds weights under \['model', 'ema'\]: say which with `key=`"):
+    with pytest.raises(ValueError, match=r"0\.pt holds weights under \['model', 'ema'\]: choose with `key=`"):
         average_checkpoints(paths)
     code, said = _run(capsys, "inspect", paths[0])
     assert code == 1 and f"{paths[0]} holds weights under ['model', 'ema']" in said
@@ -172,7 +172,7 @@ def test_nothing_to_average(content: Any, tmp_path: Path, capsys: pytest.Capture
         ({"w": _full(1.0), "m": {"v": torch.ones(3)}}, r"different shapes of m\.v"),
         ({"w": _full(1.0), "m": {"v": _full(1.0).long()}}, r"m\.v as numbers of two kinds: .*no floating-point"),
         ({"w": _full(1.0), "m": {"v": _full(1.0).to(torch.complex64)}}, r"m\.v as numbers of two kinds: .*complex"),
-        ({"w": _full(1.0), "m": {"v": _full(1.0).to_sparse()}}, r"m\.v is a sparse tensor, of which there is no mean"),
+        ({"w": _full(1.0), "m": {"v": _full(1.0).to_sparse()}}, r"m\.v is a sparse tensor, which has no mean"),
     ],
 )
 def test_files_that_do_not_fit(other: Any, sentence: str, tmp_path: Path) -> None:
@@ -197,5 +197,5 @@ def test_an_average_of_a_file_without_a_state_dict(tmp_path: Path) -> None:
         {"state_dict": [1]},
     ):
         (path,) = _write(tmp_path, lambda v, content=content: content, (1.0,))
-        with pytest.raises(ValueError, match=r"0\.pt holds no single average"):
+        with pytest.raises(ValueError, match=r"0\.pt does not hold exactly one average"):
             averaged_state_dict(path)

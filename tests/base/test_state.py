@@ -262,7 +262,7 @@ def test_without_a_module_weights_are_named_in_the_order_in_which_they_come() ->
 def test_a_tensor_that_is_no_parameter_is_refused() -> None:
     policy, model = Remembers(), nn.Linear(2, 2)
     policy.name_weights(model)
-    with pytest.raises(ValueError, match=r"tensor of the shape \(4, 2\) is no parameter of the model"):
+    with pytest.raises(ValueError, match=r"tensor of shape \(4, 2\) is no parameter of the model"):
         policy.beside.of([torch.zeros(4, 2)])
 
 

@@ -71,9 +71,13 @@ def test_stacked_members_do_not_count_as_a_dimension() -> None:
 @pytest.mark.parametrize(
     ("on", "exclude", "sentence"),
     [
-        ("encodr.0.weight", None, r"`on='encodr.0.weight'` matches no parameter of Model; near: \['encoder.0.weight'"),
-        (None, "heads.bias", r"`exclude='heads.bias'` matches no parameter of Model; near: \['head.bias'"),
-        (nn.Conv2d, None, "`on='Conv2d'` matches no parameter of Model; near: "),
+        (
+            "encodr.0.weight",
+            None,
+            r"`on='encodr.0.weight'` matches no parameter of Model; similar names: \['encoder.0.weight'",
+        ),
+        (None, "heads.bias", r"`exclude='heads.bias'` matches no parameter of Model; similar names: \['head.bias'"),
+        (nn.Conv2d, None, "`on='Conv2d'` matches no parameter of Model; similar names: "),
         (["*.bias", "nothing"], None, "`on='nothing'` matches no parameter"),
     ],
 )

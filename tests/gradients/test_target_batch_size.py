@@ -50,7 +50,7 @@ def test_the_loaders_batch_size_is_found_before_the_optimizers_are_made() -> Non
 
 def test_a_loader_without_a_batch_size_is_refused() -> None:
     cell = Cell("automatic", "32-true", "single", "1")
-    with pytest.raises(MisconfigurationException, match=r"sees no `batch_size` on the training data .Batches."):
+    with pytest.raises(MisconfigurationException, match=r"finds no `batch_size` on the training data .Batches."):
         run.make_trainer(cell, [GradientAccumulation(TargetBatchSize(64))]).fit(models.build(cell))
 
 

@@ -153,7 +153,7 @@ class Counting(Callback):
 )
 def test_what_matches_nothing_is_refused_before_the_first_step(make: Any, wrong: dict[str, Any]) -> None:
     counting = Counting()
-    with pytest.raises(ValueError, match="matches no parameter of Net; near: "):
+    with pytest.raises(ValueError, match="matches no parameter of Net; similar names: "):
         fit(Net(True), make(**wrong), counting)
     assert counting.steps == 0
 

@@ -382,7 +382,7 @@ class WhereWindowsAreOpen(Callback):
         try:
             capture(trainer)
         except RuntimeError as error:
-            assert "while no accumulation window is open" in str(error)
+            assert "while an accumulation window is open" in str(error)
             refused.append(batch_idx)
 
 

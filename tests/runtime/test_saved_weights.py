@@ -50,7 +50,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(folder: bool, tmp_path: P
     path = write(tmp_path / "a.ckpt", weights() | {"0.weight": torch.full((2, 4), 7.0)}, folder)
     target = module()
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match=r"a.ckpt is of another model: its 0.weight is not of shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"a.ckpt is of another model: its 0.weight has .* module.s \(2, 3\)"):
         load_weights_(target, path)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 

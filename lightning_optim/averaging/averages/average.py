@@ -76,7 +76,7 @@ class Average(Policy):
 
     @torch.no_grad()
     def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
-        """Take in the weights. One step counts once, whatever is given.
+        """Update the average with the weights. Nothing happens if there was no step since the last update.
 
         Args:
             weights: Plain tensors or DTensors, floating or complex; the same ones in the same order at every call. Of a

@@ -1,4 +1,4 @@
-"""The average of Lightning's ``avg_fn``, for the drop-in callback alone."""
+"""Average weights with Lightning's ``avg_fn``, for the drop-in callback alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class AvgFnAverage(Average):
 
     @property
     def identity(self) -> str:
-        """The name in checkpoints, which is that of the class when the first of them were written."""
+        """Name in checkpoints: the name that the class had when the first of them were written."""
         return "ByFunction()"
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The exponential moving average of weights."""
+"""Average weights exponentially."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class EMA(Average):
         self, decay: float | None = None, warmup: float | None = 2 / 3, *, half_life: float | None = None
     ) -> None:
         if (decay is None) == (half_life is None):
-            raise ValueError(f"give either `decay` or `half_life`, got decay={decay!r} and half_life={half_life!r}")
+            raise ValueError(f"Pass either `decay` or `half_life`, got decay={decay!r} and half_life={half_life!r}")
         if half_life is not None:
             check_number("half_life", half_life, low=0.0, low_open=True)
         else:

@@ -1,4 +1,4 @@
-"""The mean of the latest weights."""
+"""Average the latest weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mean of weights."""
+"""Average all weights with equal shares."""
 
 from __future__ import annotations
 

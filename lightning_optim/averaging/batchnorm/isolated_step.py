@@ -15,7 +15,7 @@ from lightning_optim.runtime.patching import patched
 
 
 class IsolatedCalls:
-    """Calls functions of the user, and restores the module after each call.
+    """Call functions of the user, and restore the module after each call.
 
     Attributes:
         not_restored: Names of what changed and cannot be restored.
@@ -52,7 +52,7 @@ class IsolatedCalls:
 
 @contextlib.contextmanager
 def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[IsolatedCalls]:
-    """Context manager: ``training_step`` can be called as in training, and nothing of it is logged.
+    """Context manager: ``training_step`` can be called as in training, and logs nothing.
 
     Calls of ``self.log``, ``self.logger`` and ``self.print`` do nothing, and ``trainer.training`` is true. Afterwards
     the module and the Trainer are as before; a warning names what could not be restored.
@@ -75,7 +75,7 @@ def isolated(trainer: Trainer, pl_module: LightningModule) -> Iterator[IsolatedC
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
-    """Do nothing with what is printed."""
+    """Print nothing."""
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def _trainer_in_training(trainer: Trainer) -> Iterator[None]:
 
 
 class _Silent:
-    """Replaces an object that a step logs to, such as an experiment: accepts every call, and does nothing."""
+    """Replace an object that a step logs to, such as an experiment: accept every call, and do nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Silent:
         return self
@@ -124,7 +124,7 @@ class _Silent:
 
 
 class _SilentLogger(_Silent):
-    """Replaces a logger: has its class, name and folders, and logs nothing."""
+    """Replace a logger: have its class, name and folders, and log nothing."""
 
     def __init__(self, logger: Logger) -> None:
         object.__setattr__(self, "_logger", logger)

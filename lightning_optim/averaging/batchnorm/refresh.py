@@ -40,9 +40,11 @@ class BatchNormRefresh(OptimCallback):
     def forward_batch(self, pl_module: LightningModule, batch: Any) -> Any:
         """Run the model on a training batch, to estimate the statistics of its BatchNorm layers.
 
-        By default this calls the module's ``training_step`` and ignores the loss. Override it with a forward pass where
-        that is not possible, as under manual optimization, or costs too much. Its changes to the module are undone. It
-        is called without gradients first, and with gradients if that fails.
+        By default this calls the module's ``training_step`` and ignores the loss, since nothing else knows how a batch
+        becomes inputs. It is the method of the module itself and not of DDP's wrapper, so that no reducer prepares for
+        a backward pass. Override it with a forward pass where that is not possible, as under manual optimization, or
+        costs too much. Its changes to the module are undone. It is called without gradients first, and with gradients
+        if that fails.
 
         Args:
             pl_module: The module in eval mode, except that BatchNorm layers normalize by the batch.

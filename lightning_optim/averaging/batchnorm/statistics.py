@@ -197,7 +197,7 @@ def _collecting(module: nn.Module, layers: Sequence[BatchNormBase], moments: lis
 
 
 class _CollectMoments:
-    """A forward pre-hook that collects the moments of a layer's input, and lets it normalize by the batch."""
+    """Collect the moments of a layer's input before each forward, and let the layer normalize by the batch."""
 
     def __init__(self, moments: _Moments) -> None:
         self.moments = moments

@@ -154,7 +154,7 @@ def _check(name: str, weights_only: bool) -> bool:
 
 def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
     if count == 0:
-        raise ValueError("there is nothing to average")
+        raise ValueError("There is nothing to average: pass at least one model or checkpoint")
     try:
         given = [1.0] * count if weights is None else [float(weight) for weight in weights]
     except (TypeError, ValueError):

@@ -121,15 +121,15 @@ def averaged_state_dict(path: PathLike, name: str | None = None, *, weights_only
     """
     if os.path.isdir(path):
         raise ValueError(
-            f"{os.fspath(path)} is a folder, a distributed checkpoint, whose averages only a run that resumes from it"
-            " reads; the evaluated weights are what `average_checkpoints([path])` returns"
+            f"{os.fspath(path)} is a folder, a distributed checkpoint, whose averages can only be read by resuming from"
+            " it. Its evaluated weights are returned by `average_checkpoints([path])`."
         )
     checkpoint = reading.load_checkpoint(path, weights_only)
     found = averages_in(checkpoint)
     chosen = [one for one in found if one.name == name] if name else [one for one in found if one.evaluated] or found
     if len(chosen) != 1 or not isinstance(checkpoint.get("state_dict"), Mapping):
         there = [f"{one.kind} name={one.name!r}" for one in found]
-        raise ValueError(f"{os.fspath(path)} holds no single average of `name={name!r}`; there are {there}")
+        raise ValueError(f"{os.fspath(path)} does not hold exactly one average with `name={name!r}`; it has {there}")
     state: StateDict = dict(checkpoint["state_dict"])
     if not chosen[0].evaluated:
         tied = ties(state)

@@ -39,7 +39,7 @@ def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, che
     else:
         loaded = safe_reading.load(path, weights_only, check)
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, and no names with weights")
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, and not a dictionary of names to weights")
     _refuse_endless(loaded, path)
     return loaded
 
@@ -78,17 +78,18 @@ def weights_key(loaded: Mapping[Any, Any], path: str, key: str | None = None) ->
     if STATE_DICT in loaded:
         if not isinstance(loaded[STATE_DICT], Mapping):
             raise ValueError(
-                f"{path} holds a {type(loaded[STATE_DICT]).__name__} as `{STATE_DICT}`: nothing to average"
+                f"{path} holds a {type(loaded[STATE_DICT]).__name__} as `{STATE_DICT}`, and no weights by name: there"
+                " is nothing to average"
             )
         return STATE_DICT
     found = [name for name in _OTHERS if isinstance(loaded.get(name), Mapping) and holds_tensors(loaded[name])]
     if len(found) > 1:
-        raise ValueError(f"{path} holds weights under {found}: say which with `key=`, or `--key` to a command")
+        raise ValueError(f"{path} holds weights under {found}: choose with `key=`, or with `--key` in a command")
     return found[0] if found else None
 
 
 def leaves(state: Mapping[Any, Any], before: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Yield the keys and the value of each tensor and other value in nested dictionaries.
+    """Yield the path of keys and the value of each leaf in nested dictionaries.
 
     A dictionary without tensors is one value, and so is the ``_extra_state`` of a module.
     """
@@ -140,7 +141,7 @@ def _weights_of_folder(path: str, weights_only: bool, key: str | None) -> dict[s
     total = sum(about.size.numel() * about.properties.dtype.itemsize for about in described.values())
     if weights_only and total > safe_reading.largest(path):
         raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as its files have")
-    # Of {"state_dict": {"w": …}} a folder holds "state_dict.w".
+    # A folder holds {"state_dict": {"w": …}} as "state_dict.w".
     levels: dict[str, dict[str, Tensor]] = {}
     for name in described:
         top, dot, rest = name.partition(".")

@@ -166,7 +166,7 @@ def _check_values(path: Keys, value: Tensor, label: str) -> None:
     """Refuse a tensor that cannot be averaged element by element."""
     kind = "nested" if value.is_nested else "sparse" if value.layout is not torch.strided else value.device.type
     if kind in ("nested", "sparse", "meta"):
-        raise ValueError(f"{label}: {_dotted(path)} is a {kind} tensor, of which there is no mean")
+        raise ValueError(f"{label}: {_dotted(path)} is a {kind} tensor, which has no mean")
 
 
 def _check_like(state: Mapping[Keys, Any], last: Mapping[Keys, Any], label: str, first_label: str) -> None:

@@ -31,7 +31,9 @@ def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -
         if isinstance(value, Tensor):
             name = ".".join(map(str, names))
             if name in named or not all(isinstance(one, str) for one in names):
-                raise ValueError(f"{path} cannot be written: in safetensors names are text, and differ; got {names}")
+                raise ValueError(
+                    f"{path} cannot be written: names in safetensors are text and all different, got {names}"
+                )
             named[name] = value
     # Large elements first, so that all are aligned.
     order = sorted(named, key=lambda name: (-named[name].itemsize, name))
@@ -62,7 +64,7 @@ def _dtype_name(dtype: torch.dtype, path: str) -> str:
     try:
         written = save({"empty": torch.empty(0, dtype=dtype)})
     except Exception as error:  # its class depends on the version
-        raise ValueError(f"{path} cannot be written: safetensors has no {dtype}") from error
+        raise ValueError(f"{path} cannot be written: safetensors has no {dtype}; write a .ckpt file") from error
     return str(json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["empty"]["dtype"])
 
 

@@ -103,7 +103,7 @@ def greedy_mean(
     Changes that ``score`` makes in the state dict that it gets, such as BatchNorm statistics, are in the soup.
     """
     if not all(math.isfinite(value) for value in scores):
-        raise ValueError(f"scores must be finite, got {list(scores)}")
+        raise ValueError(f"`scores` must be finite, got {list(scores)}")
     sign = 1.0 if mode == "max" else -1.0
     ranked = sorted(zip(scores, names, strict=True), key=lambda pair: -sign * pair[0])
     best, first = ranked[0]

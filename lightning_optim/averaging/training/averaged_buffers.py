@@ -128,7 +128,10 @@ class AveragedBuffers:
         return self._estimated.get(place, (self._over_ranks or {}).get(place, average))
 
     def reduce_over_ranks(self, group: dist.ProcessGroup) -> None:
-        """Compute the mean of the averages over ranks, since the batches of each rank differ."""
+        """Compute the mean of the averages over ranks, since each rank averages the buffers of its own batches.
+
+        The averages themselves go on unchanged, so that no validation or checkpoint changes the run.
+        """
         if self._over_ranks is not None or not self.average.started:
             return
         self._over_ranks = {}

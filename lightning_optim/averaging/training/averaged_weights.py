@@ -152,7 +152,7 @@ class AveragedWeights:
     def follow_pruning(self) -> None:
         """Mask the averages of weights whose pruning was made permanent since the last call.
 
-        That multiplied the weights in the model by their masks, but not the tensors that are kept here.
+        Making pruning permanent multiplied the weights in the model by their masks, but not the tensors here.
         """
         if (module := self.module) is None:
             return

@@ -156,7 +156,7 @@ def _by_pattern(
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
             raise MisconfigurationException(
                 f"{callback}(buffers=…): the pattern {pattern!r} matches no saved floating-point buffer of"
-                f" {type(module).__name__}; near: {near}. Integers and bools are always the latest."
+                f" {type(module).__name__}; similar names: {near}. Integers and bools are always the latest."
             )
     return chosen
 

@@ -46,8 +46,8 @@ class AveragedCheckpoints(AveragedEvaluation):
     def _saving(self, save: Callable[..., None], trainer: Trainer, pl_module: LightningModule) -> Callable[..., None]:
         """Return ``trainer.save_checkpoint`` with the average in the module from its first line to its last.
 
-        What a callback or the module saves by itself in ``on_save_checkpoint`` then are the weights that were
-        validated, as in the checkpoint. The states of callbacks belong to the raw weights and are taken before.
+        So a callback or module that saves weights by itself in ``on_save_checkpoint`` saves those that were validated,
+        as in the checkpoint. The states of callbacks belong to the raw weights and are taken before.
         """
 
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:

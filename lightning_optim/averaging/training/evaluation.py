@@ -106,7 +106,8 @@ class AveragedEvaluation(BatchNormRefresh):
 
     def _make_ready(self, pl_module: LightningModule) -> None:
         """Compute all that a use of the present average needs: buffers over ranks, vectors, BatchNorm statistics."""
-        if self.started and self._averaged is not None and not self.session.failed:  # the other ranks may be running
+        # Not after an exception: the other ranks may still be training, and would not answer.
+        if self.started and self._averaged is not None and not self.session.failed:
             self._reduce_over_ranks()
             self._averaged.estimate_()
             if self._needs_refresh:
@@ -150,13 +151,13 @@ class AveragedEvaluation(BatchNormRefresh):
                 return run()
             raw = validate(trainer, run) if self.compare and self.started else {}
             if self.started:
-                share_buffers_(trainer)  # raw ones: in a validation of the average the module no longer holds them
+                share_buffers_(trainer)  # the raw ones, as DDP would; during the validation they are not in the module
             with contextlib.ExitStack() as during:
                 during.enter_context(self.averaged_weights(pl_module))
                 if raw:
                     during.enter_context(self.comparison.adding(trainer, self.steps, raw))
                 result = run()
-            # Pruning goes on from the products of weights and masks, which a validation without average would leave.
+            # A validation without an average leaves products of raw weights and masks, from which pruning goes on.
             pruned_parameters.apply_masks_(pl_module)
             return result
 
@@ -185,7 +186,7 @@ def _copied_into(module: nn.Module, averaged: dict[str, Tensor]) -> Iterator[Non
     named = {plain_name(name): tensor for name, tensor in module_tensors.named_tensors(module).items()}
     live = {name: tensor for name, tensor in named.items() if name in averaged}
     if missing := sorted(averaged.keys() - live.keys()):
-        raise ValueError(f"{type(module).__name__} has no {missing[:3]}, of which there are averages")
+        raise ValueError(f"`module`, a {type(module).__name__}, has no {missing[:3]}, of which there are averages")
     raw = {name: tensor.detach().clone() for name, tensor in live.items()}
     try:
         for name, tensor in live.items():

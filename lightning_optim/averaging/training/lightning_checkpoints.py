@@ -58,7 +58,7 @@ def leave_out_as_state_dict(strategy: Strategy) -> None:
 
 
 def receiver_of_raw_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> OptimCallback | None:
-    """Return the callback that loads the raw weights beside ``state_dict``, if no average of this run saved its own.
+    """Return the callback that loads the raw weights beside ``state_dict``; ``None`` if an average saved its own.
 
     This is the evaluated average, else the first one.
     """

@@ -56,7 +56,9 @@ class Comparison:
         """Plot a metric of both over the steps; see :meth:`WeightAveraging.plot`."""
         names = sorted({name for point in self.points for name in point["raw"]})
         if not names:
-            raise ValueError("there is nothing to plot: no validation has compared, which takes `compare=True`")
+            raise ValueError(
+                "There is nothing to plot: no validation has compared raw and averaged weights. Pass `compare=True`."
+            )
         only = names[0] if len(names) == 1 else None
         metric = check_metric(metric_or_optimizer or only, names)
         figure, ax = canvas(ax)

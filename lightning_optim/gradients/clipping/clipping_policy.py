@@ -90,7 +90,7 @@ class Clipping(ParameterPolicy):
         return None
 
     def is_idle(self, norm: float, *, step: int = 0, total: float = math.inf) -> bool:
-        """Return whether :meth:`clip_` would neither change gradients of this norm nor remember it.
+        """Return True if :meth:`clip_` would neither change gradients of this norm nor remember it.
 
         A caller who has the norm of all gradients on the host saves a read and a write of them all.
         """

@@ -67,7 +67,10 @@ def load_weights_(module: nn.Module, path: str, weights_only: bool = True) -> No
     saved, live = SavedWeights.open(path, weights_only), module_tensors.writable_tensors(module)
     for name in (found := live.keys() & saved.shapes.keys()):
         if saved.shapes[name] != live[name].shape:
-            raise ValueError(f"{path} is of another model: its {name} is not of shape {tuple(live[name].shape)}")
+            raise ValueError(
+                f"{path} is of another model: its {name} has the shape {tuple(saved.shapes[name])}, and the module's"
+                f" {tuple(live[name].shape)}"
+            )
     saved.copy_into_({name: live[name] for name in live if name in found})
 
 

@@ -12,7 +12,7 @@ what a new version has renamed:
 
 # ruff: noqa: I001 (in groups, by what they are)
 
-# What a user writes
+# Names that users write
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger

@@ -58,7 +58,7 @@ def load_positions_(trainer: Trainer, saved: list[Any]) -> None:
     if len(loaders) != len(saved):
         raise RuntimeError(
             f"The checkpoint holds the positions of {len(saved)} training loaders, and {len(loaders)} of the present"
-            " ones take a position: resume with the loaders that were used when it was written"
+            " loaders can take one: resume with the loaders that were used when it was written."
         )
     for loader in training_loaders(trainer):
         set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)

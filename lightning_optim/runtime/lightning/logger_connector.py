@@ -72,7 +72,7 @@ def results_of_loop(trainer: Trainer) -> Any:
 
 
 def last_value(result: Any) -> Any:
-    """Return the value that was logged last under one name of :func:`results`; ``None`` if none was."""
+    """Return the value that was logged last under one name of :func:`results`; ``None`` if nothing was logged."""
     return read_private(result, "_forward_cache")
 
 

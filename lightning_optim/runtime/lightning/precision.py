@@ -27,8 +27,9 @@ def scale_of(trainer: Trainer) -> float:
 def unscale_before_hooks(trainer: Trainer, optimizer: Optimizer, replace: Callable[[Any, str, Any], None]) -> None:
     """Let the scaler unscale gradients before hooks, of a fused optimizer too.
 
-    A fused optimizer unscales inside its step, after every hook. Told that it cannot, Lightning unscales before the
-    hooks and the scaler itself skips the step at an infinity, as with any other optimizer.
+    A fused optimizer unscales inside its step, after every hook. If its attribute says that it cannot, Lightning
+    unscales before the hooks, and the scaler itself skips a step with infinities, as with any other optimizer. The
+    price is that each step waits for the scaler's verdict, as it does with any other optimizer too.
 
     Args:
         trainer: The Trainer.
@@ -46,9 +47,10 @@ def unscale_before_hooks(trainer: Trainer, optimizer: Optimizer, replace: Callab
 
 
 def agree_on_overflow(trainer: Trainer, optimizer: Optimizer, overflow: bool) -> None:
-    """Tell this rank's scaler whether the step that is about to be dropped had infinities.
+    """Tell this rank's scaler the verdict of all ranks: whether the step that is about to be dropped had infinities.
 
-    A rank that found them alone would lower its scale alone, and DDP averages gradients while they are scaled.
+    A rank that found infinities alone would lower its scale alone. Then the scales of the ranks would differ, and DDP
+    averages gradients while they are scaled.
 
     Raises:
         RuntimeError: If the scaler keeps nothing by which it could be told.

@@ -15,7 +15,7 @@ VECTORS = ("_u", "_v")
 def parametrization(module: nn.Module) -> _SpectralNorm | None:
     """Return the module if it is a spectral normalization that holds singular vectors, else ``None``.
 
-    That of a vector is its normalization, and holds none.
+    The parametrization of a vector only normalizes it, and holds no vectors.
 
     Raises:
         RuntimeError: If it holds buffers of other names.
