@@ -24,7 +24,7 @@ from tests.harness.reference_loop import Formula as Plain
 from tests.harness.reference_loop import Loop, Outcome, autocast
 
 RHO = 0.5
-BY_HAND = "which needs `automatic_optimization = True`"
+BY_HAND = "set `automatic_optimization = True`"
 ACCUMULATES = "remove the accumulation, and make the batches larger"
 
 
