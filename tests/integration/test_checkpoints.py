@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import models
@@ -93,73 +92,6 @@ def test_sharded_checkpoints(entry: Entry, group: Group, tmp_path: Path) -> None
     for score, values, folder in group.run(sharded, entry.name, tmp_path, distributed):
         assert folder == distributed
         assert values == pytest.approx([score] * 3, rel=1e-6)
-
-
-class Exporting:
-    """Trait: save at the end of a batch; keep the average of that moment and the weights in `on_save_checkpoint`."""
-
-    path: Any = None
-    exported: Any = None
-
-    def on_train_batch_end(self: Any, *arguments: Any) -> None:
-        super().on_train_batch_end(*arguments)
-        if self.path and self.seen == 7:
-            average = next(callback for callback in self.trainer.callbacks if isinstance(callback, WeightAveraging))
-            with average.averaged_weights(self):
-                self.average = models.full_weights(self)
-            self.trainer.save_checkpoint(self.path)
-
-    def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        self.exported = models.full_weights(self)
-
-
-def exported(path: Path, distributed: bool) -> Any:
-    """Return the weights of a sharded module while it is saved, and the results without and with saving; a job."""
-    cell, ends = Cell("automatic", "32-true", "fsdp2", "1"), []
-    for target in (None, path):
-        fitted = prepare(BY_NAME["ema"], cell, Exporting, KeepsHistory, strategy=fsdp2(distributed))
-        fitted.module.path = target
-        fitted.trainer.fit(fitted.module)
-        ends.append((fitted.outcome.raw, fitted.outcome.final, fitted.outcome.validations))
-    return fitted.module.exported, fitted.module.average, ends
-
-
-@pytest.mark.parametrize("distributed", [True, False])
-def test_a_sharded_module_holds_the_average_while_it_is_saved(distributed: bool, group: Group, tmp_path: Path) -> None:
-    for weights, average, (alone, saving) in group.run(exported, tmp_path / "one.ckpt", distributed):
-        assert not differences(weights, average)
-        assert differences(weights, alone[0]), "nothing to tell apart"
-        assert not differences(alone, saving)
-    resumed = group.run(resumed_from, tmp_path / "one.ckpt")
-    assert not differences(resumed, [saving] * 2)
-
-
-def resumed_from(path: Path) -> Any:
-    """Return the results of a run that resumes from a checkpoint; a job."""
-    cell = Cell("automatic", "32-true", "fsdp2", "1")
-    outcome = fit(BY_NAME["ema"], cell, KeepsHistory, ckpt_path=path).outcome
-    return outcome.raw, outcome.final, outcome.validations
-
-
-# ---- Lightning's own early stopping ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("first", "then"), [(LightningEarlyStopping, EarlyStopping), (EarlyStopping, LightningEarlyStopping)]
-)
-def test_early_stopping_and_lightnings_resume_each_other(first: Any, then: Any, tmp_path: Path) -> None:
-    """A checkpoint of one class resumes in the other: the wait goes on, and training stops where it would have."""
-    stop = BY_NAME["stop"]
-    whole = fit(stop, STEPS, KeepsHistory, callbacks=[first("val_score", patience=2)])
-    extra = (saver(tmp_path),)
-    fit(stop, STEPS, KeepsHistory, callbacks=[first("val_score", patience=2)], extra=extra, enable_checkpointing=True)
-    path = sorted(tmp_path.glob("*.ckpt"))[3]  # after a validation without improvement; after one more, training stops
-    resumed = fit(stop, STEPS, KeepsHistory, callbacks=[then("val_score", patience=2)], ckpt_path=path)
-    assert whole.module.seen == resumed.module.seen == 10
-    (one,), (other,) = whole.callbacks[:1], resumed.callbacks[:1]
-    assert float(one.best_score) == float(other.best_score) == 2.0
-    assert (one.wait_count, one.stopped_epoch) == (other.wait_count, other.stopped_epoch)
 
 
 def test_arguments_win_over_those_in_the_checkpoint(tmp_path: Path) -> None:

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
 
 from lightning_optim import EMA, SWA, EarlyStopping, Plateau, WeightAveraging
+from tests.harness.cells import Cell
+from tests.integration import entry_fits
+from tests.registry import BY_NAME
 from tests.stopping.scripted_fits import Scripted, fit, same, weights
 
 EARLIER, LATER = [3.0, 1.0, 2.0, 2.0, 2.0], [3.0, 1.0, 2.0, 2.0, 0.5]
@@ -219,7 +223,7 @@ def test_criteria_that_are_new_on_resume(more: dict[str, Any], tmp_path: Path) -
     assert callback.wait_count == trainer.current_epoch - 1
 
 
-def test_a_file_of_lightnings_class(tmp_path: Path) -> None:
+def test_a_checkpoint_of_lightnings_class(tmp_path: Path) -> None:
     scores = [2.0, 3.0, 3.0, 3.0, 3.0]
     theirs = LightningEarlyStopping("val_loss", patience=3)
     fit(Scripted(scores), theirs, max_epochs=2).save_checkpoint(tmp_path / "theirs.ckpt")
@@ -227,6 +231,33 @@ def test_a_file_of_lightnings_class(tmp_path: Path) -> None:
     trainer = fit(Scripted(scores), ours, ckpt_path=tmp_path / "theirs.ckpt")
     assert (trainer.current_epoch, ours.wait_count, float(ours.best_score)) == (4, 3, 2.0)
     assert ours.best_check == -1
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+@pytest.mark.parametrize(
+    ("first", "then"), [(LightningEarlyStopping, EarlyStopping), (EarlyStopping, LightningEarlyStopping)]
+)
+def test_early_stopping_and_lightnings_resume_each_other(first: Any, then: Any, tmp_path: Path) -> None:
+    """A checkpoint of one class resumes in the other: the wait goes on, and training stops where it would have."""
+    stop, cell = BY_NAME["stop"], Cell("automatic", "32-true", "single", "1")
+    whole = entry_fits.fit(stop, cell, entry_fits.KeepsHistory, callbacks=[first("val_score", patience=2)])
+    saver = ModelCheckpoint(tmp_path, "{step:03d}", save_top_k=-1, save_on_train_epoch_end=False)
+    entry_fits.fit(
+        stop,
+        cell,
+        entry_fits.KeepsHistory,
+        callbacks=[first("val_score", patience=2)],
+        extra=(saver,),
+        enable_checkpointing=True,
+    )
+    path = sorted(tmp_path.glob("*.ckpt"))[3]  # after a validation without improvement; after one more, training stops
+    resumed = entry_fits.fit(
+        stop, cell, entry_fits.KeepsHistory, callbacks=[then("val_score", patience=2)], ckpt_path=path
+    )
+    assert whole.module.seen == resumed.module.seen == 10
+    (one,), (other,) = whole.callbacks[:1], resumed.callbacks[:1]
+    assert float(one.best_score) == float(other.best_score) == 2.0
+    assert (one.wait_count, one.stopped_epoch) == (other.wait_count, other.stopped_epoch)
 
 
 def test_state_of_a_criterion_of_ones_own(tmp_path: Path) -> None:
