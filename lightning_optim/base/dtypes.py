@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
 def accumulation_dtype(own: torch.dtype, wanted: torch.dtype | None = None) -> torch.dtype:
@@ -40,3 +48,27 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 def has_mean(value: Any) -> bool:
     """Return True if ``value`` is a tensor of real or complex floating-point numbers, which have a mean."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function so that it computes in the dtypes of its tensors, also within autocast.
+
+    Under manual optimization a step is made within ``training_step``, and so within autocast, which would compute the
+    matrix products of a formula in half precision.
+
+    Example::
+
+        >>> product = without_autocast(torch.mm)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     product(torch.ones(2, 2), torch.ones(2, 2)).dtype
+        torch.float32
+    """
+
+    @wraps(function)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, _AUTOCAST):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return computed

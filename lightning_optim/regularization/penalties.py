@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_optim.base import foreach, shards
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.dtypes import without_autocast
 from lightning_optim.base.norms import total_norm
 from lightning_optim.base.policy import ParameterPolicy
 from lightning_optim.base.schedules import Schedule
@@ -42,6 +43,7 @@ class Penalty(ParameterPolicy):
         exclude: The parameters that are left out, in the same terms.
     """
 
+    @without_autocast
     def value(self, weights: Sequence[Tensor], *, step: int = 0, total: float = math.inf) -> Tensor:
         """Return the penalty: a scalar in fp32 or better on the device of the first weight, the same on all ranks.
 
@@ -54,6 +56,7 @@ class Penalty(ParameterPolicy):
         return self._value(weights)
 
     @torch.no_grad()
+    @without_autocast
     def add_grad_(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], *, step: int = 0, total: float = math.inf
     ) -> None:

@@ -11,6 +11,7 @@ from torch.nn.functional import softshrink
 
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.dtypes import without_autocast
 from lightning_optim.base.policy import ParameterPolicy
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
@@ -41,6 +42,7 @@ class Proximal(ParameterPolicy):
     """
 
     @torch.no_grad()
+    @without_autocast
     def project_(self, weights: Sequence[Tensor], *, lr: float, step: int = 0, total: float = math.inf) -> None:
         """Project the weights in place.
 

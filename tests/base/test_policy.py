@@ -177,6 +177,32 @@ def test_a_base_class_says_which_formula_is_missing(kind: type[Policy]) -> None:
         calls[kind](Empty())
 
 
+@pytest.mark.parametrize("method", ["value", "add_grad_", "project_", "clip_", "clip_ by norm", "update_"])
+def test_a_formula_is_computed_without_autocast(method: str) -> None:
+    """Under manual optimization the step is made within the forward pass of Lightning, and so within autocast."""
+    dtypes = []
+
+    def product(*_: object) -> float:
+        dtypes.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return 1.0
+
+    kinds = {Penalty: ("_value", "_add_grad_"), Proximal: ("_project_",), Clipping: ("_clip_",)}
+    kinds |= {NormClipping: ("_bound",), Average: ("_share",)}
+    made = {kind: type("Product", (kind,), dict.fromkeys(names, product))() for kind, names in kinds.items()}
+    weight, grad = torch.ones(2), torch.ones(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        {
+            "value": lambda: made[Penalty].value([weight]),
+            "add_grad_": lambda: made[Penalty].add_grad_([weight], [grad]),
+            "project_": lambda: made[Proximal].project_([weight], lr=0.1),
+            "clip_": lambda: made[Clipping].clip_([grad]),
+            "clip_ by norm": lambda: made[NormClipping].clip_([grad]),
+            "update_": lambda: [made[Average].update_([weight], step=step) for step in (1, 2)],
+        }[method]()
+        product()
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
 def test_one_copy_per_optimizer() -> None:
     template = EMA(0.9)
     copies = PerOptimizer([template])

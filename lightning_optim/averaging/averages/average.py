@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_optim.base import foreach, shards
-from lightning_optim.base.dtypes import accumulation_dtype
+from lightning_optim.base.dtypes import accumulation_dtype, without_autocast
 from lightning_optim.base.policy import Policy
 
 
@@ -75,6 +75,7 @@ class Average(Policy):
         self._dtype, self._device = dtype, device
 
     @torch.no_grad()
+    @without_autocast
     def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
         """Update the average with the weights. Nothing happens if there was no step since the last update.
 

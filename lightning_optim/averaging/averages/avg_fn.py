@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_optim.averaging.averages.average import Average
 from lightning_optim.base import shards
+from lightning_optim.base.dtypes import without_autocast
 
 
 class AvgFnAverage(Average):
@@ -28,6 +29,7 @@ class AvgFnAverage(Average):
         return "ByFunction()"
 
     @torch.no_grad()
+    @without_autocast
     def update_(self, weights: Sequence[Tensor], *, step: int) -> None:
         if not self.started:
             self._begin(weights, step)

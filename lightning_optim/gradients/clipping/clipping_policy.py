@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.base import shards
+from lightning_optim.base.dtypes import without_autocast
 from lightning_optim.base.policy import ParameterPolicy
 
 Scope: TypeAlias = Literal["global", "group", "tensor"]
@@ -51,6 +52,7 @@ class Clipping(ParameterPolicy):
     limits: ClassVar[bool] = True
 
     @torch.no_grad()
+    @without_autocast
     def clip_(
         self,
         grads: Sequence[Tensor],

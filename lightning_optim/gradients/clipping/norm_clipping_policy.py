@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
+from lightning_optim.base.dtypes import without_autocast
 from lightning_optim.base.norms import tensor_norms, total_norm
 from lightning_optim.base.selection import Selectors
 from lightning_optim.gradients.clipping.clipping_policy import Clipping, Scope, by_device
@@ -71,6 +72,7 @@ class NormClipping(Clipping):
         return self._bound(norms)
 
     @torch.no_grad()
+    @without_autocast
     def clip_(
         self,
         grads: Sequence[Tensor],
