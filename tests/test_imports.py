@@ -121,7 +121,7 @@ def test_type_checkers_import_no_more_of_the_package(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_what_is_imported_is_installed_with_the_package(module: str) -> None:
+def test_imports_are_installed_with_the_package(module: str) -> None:
     """At the top of a file: torch, lightning, torchmetrics and the standard library; the rest where it is used."""
     tops = {name.split(".")[0] for name in imports_of(module, lazy=False)}
     # Lightning and torchmetrics bring numpy, but neither jsonargparse nor matplotlib: these are extras.

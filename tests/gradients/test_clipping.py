@@ -122,7 +122,7 @@ def test_by_norm_of_infinity_only_measures() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_stays_visible(bad: float) -> None:
+def test_nonfinite_gradients_stay_nonfinite(bad: float) -> None:
     grads = [torch.tensor([1.0, bad])]
     norm = ClipByNorm(1.0).clip_(grads)
     assert not norm.isfinite()

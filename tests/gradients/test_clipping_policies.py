@@ -105,7 +105,7 @@ def test_auto_clip_is_torchs_quantile_of_the_history(percentile: float) -> None:
         assert left[step] == pytest.approx(min(norm, torch.quantile(history, percentile / 100.0).item()), rel=1e-4)
 
 
-def test_auto_clip_forgets_what_is_not_finite() -> None:
+def test_auto_clip_stores_no_nonfinite_norm() -> None:
     left = _clipped_norms(AutoClip(0.0), [math.nan, 2.0, math.inf, 3.0, 1.0, 4.0])
     assert left[1::2] == pytest.approx([2.0, 2.0, 1.0], rel=1e-4)
 
@@ -147,7 +147,7 @@ def test_reference_zclip() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("when", [0, 3, 12])
-def test_zclip_still_clips_after_what_is_not_finite(bad: float, when: int) -> None:
+def test_zclip_still_clips_after_a_nonfinite_norm(bad: float, when: int) -> None:
     norms = [1.0, 1.2, 0.8, 1.1, 0.9, 1.0] * 3
     norms.insert(when, bad)
     policy = ZClip(warmup=6)

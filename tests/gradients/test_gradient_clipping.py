@@ -91,7 +91,7 @@ class Spy(ClipByValue):
         ({"on": ["*weight"], "exclude": "*outer*"}, [(5, 8)]),
     ],
 )
-def test_a_policy_sees_what_it_chose(selection: dict[str, Any], shapes: list[tuple[int, ...]]) -> None:
+def test_a_policy_gets_the_selected_gradients(selection: dict[str, Any], shapes: list[tuple[int, ...]]) -> None:
     spy = Spy(1.0, **selection)
     _fit(GradientClipping(spy))
     assert spy.saw == shapes
@@ -116,7 +116,7 @@ def test_a_policy_after_one_that_acted_gets_no_norm() -> None:
     assert spy.norm is None
 
 
-def test_a_norm_of_another_kind_is_not_taken_for_ones_own() -> None:
+def test_a_policy_does_not_reuse_a_norm_of_another_type() -> None:
     """The first policy measures its norm and clips nothing; the second policy uses the largest element."""
     alone, second = Largest(), Largest()
     _fit(GradientClipping(ClipByNorm(0.05, norm_type=math.inf)), alone)
@@ -274,7 +274,7 @@ def test_the_scalers_own_skip_is_counted_once_and_is_no_error(nonfinite: Any, va
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_what_no_scale_can_cure_raises(nonfinite: Any) -> None:
+def test_gradients_that_stay_nonfinite_at_a_small_loss_scale_raise(nonfinite: Any) -> None:
     cell = Cell("automatic", "16-mixed", "single", "1")
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
     clipping = GradientClipping(0.5, nonfinite=nonfinite, max_consecutive_skips=2)

@@ -129,7 +129,7 @@ def test_skipped_steps_are_counted_and_not_remembered(precision: Any) -> None:
     assert math.isfinite(monitor.suggest_clip(100.0))
 
 
-def test_what_another_callback_drops_is_counted() -> None:
+def test_a_step_that_another_callback_drops_is_counted() -> None:
     # It stands behind the monitor in the list, and ours keep their places among themselves only.
     monitor = GradientMonitor()
     run.make_trainer(CELL, [monitor, Dropping()], max_epochs=2).fit(models.build(CELL))

@@ -105,7 +105,7 @@ def refused(cell: Cell, arguments: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("arguments", [{"nonfinite": "raise"}, {"max_consecutive_skips": 2}])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_all_ranks_raise_and_say_what_they_see(strategy: Any, arguments: dict[str, Any], group: Group) -> None:
+def test_all_ranks_raise_and_report_their_gradients(strategy: Any, arguments: dict[str, Any], group: Group) -> None:
     first, second = group.run(refused, Cell("automatic", "32-true", strategy, "1"), arguments)
     where = f"batch {arguments.get('max_consecutive_skips', 0)} the norm of its gradients is nan"
     assert where in first

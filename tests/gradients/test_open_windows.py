@@ -157,7 +157,7 @@ def test_a_size_that_changes_by_epoch(batch: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Adapter, Loose])
 @pytest.mark.parametrize("batch", [0, 1, 2, 9])
-def test_what_the_files_of_the_model_do_not_hold(kind: Any, batch: int, tmp_path: Path) -> None:
+def test_tensors_outside_of_the_state_dict(kind: Any, batch: int, tmp_path: Path) -> None:
     assert_resumed(kind, 3, batch, tmp_path / "a.ckpt")
 
 

@@ -287,6 +287,6 @@ def test_lbfgs_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), "0.1"])
-def test_a_rho_that_is_none_is_refused(rho: Any) -> None:
+def test_a_wrong_rho_is_refused(rho: Any) -> None:
     with pytest.raises(ValueError, match=r"`rho` must be a number > 0\.0"):
         Sharp(rho=rho)

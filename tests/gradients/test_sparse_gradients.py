@@ -214,7 +214,7 @@ class Broken(Words):
 
 
 @pytest.mark.parametrize("policy", [ClipByNorm(1.0), ClipByValue(0.1), ClipByNorm(0.5, exclude="embed.*")])
-def test_what_is_not_finite_is_found_in_a_sparse_gradient(policy: Any) -> None:
+def test_nonfinite_values_of_a_sparse_gradient_are_found(policy: Any) -> None:
     clipping = GradientClipping(policy)
     module = fit(Broken(), clipping)
     assert clipping.skipped_at == [[0, 0, 2], [0, 1, 2]]

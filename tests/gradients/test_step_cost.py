@@ -111,7 +111,7 @@ def test_gradients_with_a_norm_below_the_bound_are_not_touched(max_norm: float, 
     assert set(recorder.logged["gradients/share_clipped"].values()) == {float(written)}
 
 
-def test_what_remembers_norms_is_never_passed_over() -> None:
+def test_a_policy_with_a_history_gets_every_norm() -> None:
     clipping = GradientClipping([ClipByNorm(1e3), AutoClip(100.0)])
     _fit(clipping)
     assert len(clipping._copies[0][1].state_dict()["recent"]["rows"]) == 12

@@ -73,6 +73,6 @@ def test_ranks_make_the_target_together(kind: Any, strategy: Any, group: Group) 
 
 
 @pytest.mark.parametrize("arguments", [{"size": 0}, {"size": 1.5}, {"size": 8, "micro_batch_size": 0}])
-def test_a_target_that_is_none_is_refused(arguments: dict[str, Any]) -> None:
+def test_a_wrong_target_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be an integer >= 1"):
         TargetBatchSize(**arguments)

@@ -219,7 +219,7 @@ def test_by_sample_with_a_short_last_batch() -> None:
     torch.testing.assert_close(module.weight.detach(), start.detach() - 0.1 * grad, rtol=1e-6, atol=1e-7)
 
 
-def test_what_is_logged_is_the_loss_itself() -> None:
+def test_the_logged_loss_is_not_scaled() -> None:
     cell = Cell("automatic", "32-true", "single", "1")
     logs = []
     for callbacks in ([GradientAccumulation(7, weight_by=_count)], [GradientAccumulation(7)]):
@@ -245,7 +245,7 @@ def _resumed(cell: Cell, folder: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
-def test_an_open_window_is_in_the_file_with_its_weights(strategy: Any, group: Group, tmp_path: Any) -> None:
+def test_a_checkpoint_holds_an_open_window_with_its_weights(strategy: Any, group: Group, tmp_path: Any) -> None:
     cell = Cell("automatic", "32-true", strategy, "1")
     wanted = _reference(cell, 4)
     arguments = (cell, str(tmp_path))
@@ -262,7 +262,7 @@ def test_one_number_of_any_kind_is_a_weight(weight: Any) -> None:
 
 
 @pytest.mark.parametrize("weight", [-1, float("nan"), "many", True, None, torch.ones(2)])
-def test_a_weight_that_is_none_is_refused(weight: Any) -> None:
+def test_a_wrong_weight_is_refused(weight: Any) -> None:
     with pytest.raises(ValueError, match=r"`weight_by` must return a number >= 0 or a tensor with one element"):
         weight_of(None, lambda batch: weight, torch.device("cpu"))
 

@@ -106,7 +106,7 @@ def described(callback: Callback) -> dict[str, str]:
     return {"class": type(callback).__name__} | {name: text for name, text in public.items() if " at 0x" not in text}
 
 
-OTHER_WAYS = {
+OTHER_FORMS = {
     "a number for a policy": ("[{class_path: GradientClipping, init_args: {policy: 1}}]", GradientClipping(1.0)),
     "one policy, no list": (
         """
@@ -186,9 +186,9 @@ OTHER_WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", OTHER_WAYS)
-def test_other_ways(way: str, tmp_path: Path) -> None:
-    text, expected = OTHER_WAYS[way]
+@pytest.mark.parametrize("way", OTHER_FORMS)
+def test_other_forms(way: str, tmp_path: Path) -> None:
+    text, expected = OTHER_FORMS[way]
     (built,) = from_yaml(text, tmp_path)
     assert described(built) == described(expected)
     assert built.state_key == expected.state_key
@@ -222,6 +222,6 @@ def test_on_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_descriptions_differ() -> None:
     """`described` tells all expected callbacks apart."""
-    texts = [str(described(expected)) for _, expected in OTHER_WAYS.values()]
+    texts = [str(described(expected)) for _, expected in OTHER_FORMS.values()]
     assert len(set(texts)) == len(texts)
     assert described(WeightAveraging(EMA(0.9))) != described(WeightAveraging(EMA(0.99)))

@@ -151,7 +151,7 @@ class Counting(Callback):
     "make",
     [lambda **chosen: WeightRegularization(L2(0.1, **chosen)), lambda **c: GradientClipping(ClipByNorm(1.0, **c))],
 )
-def test_what_matches_nothing_is_refused_before_the_first_step(make: Any, wrong: dict[str, Any]) -> None:
+def test_a_selection_without_a_match_is_refused_before_the_first_step(make: Any, wrong: dict[str, Any]) -> None:
     counting = Counting()
     with pytest.raises(ValueError, match="matches no parameter of Net; similar names: "):
         fit(Net(True), make(**wrong), counting)

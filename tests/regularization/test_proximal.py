@@ -88,7 +88,7 @@ class Thawing(BoringModel):
 
 
 @pytest.mark.parametrize("term", [L2(0.1), ProximalL1(0.1)], ids=repr)
-def test_what_is_frozen_is_left_alone_until_it_thaws(term: Any) -> None:
+def test_frozen_weights_are_left_alone_until_they_are_unfrozen(term: Any) -> None:
     """A layer without a gradient is penalized too, when it is trainable."""
     model = Thawing()
     before = model.other.weight.detach().clone()

@@ -70,13 +70,13 @@ def test_equals_the_reference_loop_under_accumulation() -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(2), 0.5])
-def test_what_is_no_scalar_tensor_is_refused(wrong: Any) -> None:
+def test_a_penalty_that_is_no_scalar_tensor_is_refused(wrong: Any) -> None:
     model = Sparse()
     model.regularization = lambda batch, outputs: wrong  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="scalar"):
         model.regularization_loss(None, None)
 
 
-def test_forgotten_override_says_what_is_missing() -> None:
+def test_a_missing_override_is_named() -> None:
     with pytest.raises(NotImplementedError, match="regularization"):
         RegularizationMixin().regularization_loss(None, None)

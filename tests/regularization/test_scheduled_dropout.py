@@ -105,7 +105,7 @@ def test_sites_of_attention_and_recurrent_layers() -> None:
     assert [(site.name, site.attribute) for site in found] == [("attention", "dropout"), ("lstm", "dropout")]
 
 
-def test_a_pattern_without_dropout_says_what_to_do() -> None:
+def test_a_pattern_without_dropout_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="insert=True"):
         fit(Net(), ScheduledDropout({"head.0": 0.1}))
     with pytest.raises(ValueError, match="encoder"):

@@ -34,7 +34,7 @@ from lightning_optim.runtime.refusals import refuse_setup
 from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
-from tests.integration.entry_fits import CELL, Fitted, build, differences, each_entry, prepare
+from tests.integration.entry_fits import CELL, Fitted, build, differences, each_entry, each_slot, prepare
 from tests.integration.forked_processes import results
 from tests.integration.installed import settings
 from tests.registry import BY_NAME, Entry
@@ -71,7 +71,7 @@ def test_lbfgs(entry: Entry) -> None:
         assert all(callback.steps == [fitted.trainer.global_step] for callback in fitted.ours)
 
 
-@each_entry
+@each_slot
 def test_trainer_of_pytorch_lightning(entry: Entry) -> None:
     callbacks = entry.all_callbacks(CELL)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
