@@ -42,12 +42,14 @@ class Policy:
         identity_args: Names of the constructor arguments that make up :attr:`identity`. Numbers that a user tunes are
             left out, so that a resumed run finds its state although they were changed.
         needs: The smallest part of a tensor that the formula can be computed on. Shards hold any elements, but not
-            whole rows or matrices.
+            whole rows or matrices; the looked-up rows of a sparse gradient are not a matrix.
+        gathers: True if the formula gathers sharded tensors itself, so that a sharded model has what it needs.
         copy_index: Index of the optimizer that this copy belongs to, so that random draws differ.
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("on", "exclude")
     needs: ClassVar[Literal["elements", "rows", "matrices"]] = "elements"
+    gathers: ClassVar[bool] = False
     copy_index: int = 0
     _states: Mapping[str, State] = MappingProxyType({})
     _step: int = 0

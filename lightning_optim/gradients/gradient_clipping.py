@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import PerOptimizer
-from lightning_optim.base.selection import Selection
+from lightning_optim.base.selection import Selection, select
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
 from lightning_optim.gradients.clipping.clipping_policy import Clipping, Scope
 from lightning_optim.gradients.step_skipping import NormCheck, Reason, SkippedSteps
@@ -20,7 +20,7 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_optim.runtime.lightning.precision import agree_on_overflow, scale_of
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.refusals import refuse_split_units
+from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
 from lightning_optim.runtime.step import OptimizerStep, drop_step
 
 OnNonFinite: TypeAlias = Literal["skip", "raise", "ignore"]
@@ -124,12 +124,11 @@ class GradientClipping(OptimCallback):
         shards.reshard_(pl_module)
         self._copies.name_weights(pl_module)
         for policy in self.policies:
-            refuse_split_units(policy, pl_module.parameters())
-            if policy.on is None and policy.exclude is None:
-                self._selections.append(None)
-            else:
-                on = "*" if policy.on is None else policy.on
-                self._selections.append(Selection(pl_module, on, policy.exclude))
+            on = "*" if policy.on is None else policy.on
+            chooses = policy.on is not None or policy.exclude is not None
+            self._selections.append(Selection(pl_module, on, policy.exclude) if chooses else None)
+            chosen = select(pl_module, on, policy.exclude).values() if chooses else pl_module.parameters()
+            refuse_split_units(policy, chosen)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -191,6 +190,7 @@ class GradientClipping(OptimCallback):
                 weights, rows, values = ([tensors[place] for place in kept] for tensors in (weights, rows, values))
             if not values:
                 continue
+            refuse_looked_up_rows(policy, weights, rows)
             arguments = when | {"norm": norm if chosen is None and policy.norm_type == norm_type else None}
             if policy.scope != "global":  # a policy without scopes need not take `units`
                 arguments["units"] = _units(policy.scope, step, chosen, weights)

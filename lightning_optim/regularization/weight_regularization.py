@@ -18,7 +18,7 @@ from lightning_optim.regularization.proximal import Proximal
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.refusals import refuse_split_units
+from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
 
 _TERMS = (Penalty, Proximal)
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
@@ -109,8 +109,9 @@ class WeightRegularization(OptimCallback):
                 value = term.value(weights, **when)
                 self.log_value(pl_module, f"regularization/{label}", value, optimizer)
             weights = [p for p in weights if p.grad is not None or id(p) not in self._looked_up]
-            weights, grads = sparse.dense_rows(weights, [_gradient_of(p) for p in weights])
-            term.add_grad_(weights, grads, **when)
+            rows, grads = sparse.dense_rows(weights, [_gradient_of(p) for p in weights])
+            refuse_looked_up_rows(term, weights, rows)
+            term.add_grad_(rows, grads, **when)
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = self.current_step(optimizer)

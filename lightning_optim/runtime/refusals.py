@@ -174,7 +174,7 @@ def warn_unsharded(trainer: Trainer) -> None:
 
 def refuse_split_units(policy: Policy, parameters: Iterable[Tensor]) -> None:
     """Raise if a formula needs whole rows or matrices and a parameter is sharded so that no rank has them."""
-    if policy.needs == "elements":
+    if policy.needs == "elements" or policy.gathers:
         return
     for parameter in parameters:
         if isinstance(parameter, DTensor):
@@ -184,3 +184,23 @@ def refuse_split_units(policy: Policy, parameters: Iterable[Tensor]) -> None:
                     f"{policy!r} is computed on whole {policy.needs}, and a parameter of shape {tuple(parameter.shape)}"
                     f" is sharded along the dimensions {sharded}: leave it out with `exclude=`, or train with DDP."
                 )
+
+
+def refuse_looked_up_rows(policy: Policy, weights: Iterable[Tensor], rows: Iterable[Tensor]) -> None:
+    """Raise if a formula needs whole matrices and would get the looked-up rows of a weight with a sparse gradient.
+
+    Args:
+        policy: The policy with the formula.
+        weights: The parameters.
+        rows: The same tensors, except for those with a sparse gradient, as
+            :func:`~lightning_optim.base.sparse.dense_rows` returns them.
+    """
+    if policy.needs != "matrices":
+        return
+    for weight, its_rows in zip(weights, rows, strict=True):
+        if its_rows is not weight:
+            raise MisconfigurationException(
+                f"{policy!r} is computed on whole matrices, and a parameter of shape {tuple(weight.shape)} has a sparse"
+                " gradient, which holds the looked-up rows alone: leave it out with `exclude=`, or make its layer with"
+                " `sparse=False`."
+            )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optim import (
@@ -19,12 +20,14 @@ from lightning_optim import (
     Centralize,
     ClipByNorm,
     ClipByValue,
+    Clipping,
     ElasticNet,
     GradientAccumulation,
     GradientClipping,
     GradientMonitor,
     ManualOptimizationMixin,
     Noise,
+    Penalty,
     ProximalL1,
     SharpnessAwareMixin,
     WeightAveraging,
@@ -119,6 +122,43 @@ def test_clipping_is_that_of_dense_gradients(policy: str, nonfinite: Any) -> Non
     assert sparse.embed.weight.grad is None or sparse.embed.weight.grad.is_sparse
     assert apart(sparse, dense) < 1e-6
     assert apart(sparse, fit(Words())) > 1e-3, "nothing was clipped"
+
+
+class Spread(Penalty):
+    """The square of the column sums, which needs whole matrices."""
+
+    needs = "matrices"
+
+    def _value(self, weights: Any) -> Tensor:
+        return torch.stack([weight.sum(0).square().sum() for weight in weights]).sum()
+
+    def _add_grad_(self, weights: Any, grads: Any) -> None:
+        for weight, grad in zip(weights, grads, strict=True):
+            grad.add_(2.0 * weight.sum(0))
+
+
+class CenterColumns(Clipping):
+    """Subtract the mean of each column, which needs whole matrices."""
+
+    needs = "matrices"
+
+    def _clip_(self, grads: Any, weights: Any) -> None:
+        for grad in grads:
+            grad.sub_(grad.mean(0))
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize(("kind", "run_by"), [(Spread, WeightRegularization), (CenterColumns, GradientClipping)])
+def test_a_formula_on_whole_matrices_does_not_get_the_rows_of_a_sparse_gradient(
+    kind: Any, run_by: Any, gathers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kind, "gathers", gathers)
+    with pytest.raises(MisconfigurationException, match=r"shape \(10, 3\) has a sparse gradient.*`exclude=`"):
+        fit(Words(), run_by(kind()))
+    others = ["embed.*", "bag.*", "head.bias"]
+    sparse, dense = (fit(Words(sparse), run_by(kind(exclude=others))) for sparse in (True, False))
+    assert apart(sparse, dense) < 1e-6
+    assert apart(sparse, fit(Words())) > 1e-3
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad])
