@@ -130,7 +130,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("WeightAveraging(EMA(0.9), refresh_batches=0)", "refresh_batches", "0", "an integer >= 1"),
     ("WeightAveraging(EMA(0.9), refresh_loader=3)", "refresh_loader", "3", "which can be iterated"),
     ("WeightAveraging(EMA(0.9), buffers='all')", "buffers", "'all'", 'must be "average", "refresh", "copy" or None'),
-    ("WeightAveraging(EMA(0.9), evaluate=False, compare=True)", "compare", "True", "the average that is evaluated"),
+    ("WeightAveraging(EMA(0.9), evaluate=False, compare=True)", "compare", "True", "with the evaluated average"),
     ("EMA(1.0)", "decay", "1.0", "in [0.0, 1.0)"),
     ("EMA(0.9, half_life=3)", "half_life", "3", "either `decay` or `half_life`"),
     ("EMA(half_life=0)", "half_life", "0", "> 0"),

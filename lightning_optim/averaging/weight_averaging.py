@@ -42,17 +42,17 @@ if TYPE_CHECKING:
 class WeightAveraging(AveragedCheckpoints):
     r"""Average the weights over the optimizer steps, and validate, save and end with the average.
 
-    The raw weights go on training. A parameter is averaged after each step of *its* optimizer that really happened;
-    frozen parameters that never were trainable are not copied. Integer and bool buffers are the latest ones.
+    Training goes on with the raw weights. A parameter is averaged after each step of *its* optimizer that really
+    happened; frozen parameters that never were trainable are not copied. Integer and bool buffers are the latest ones.
 
     With ``evaluate=True`` the averaged weights are, from the first update on, those of the validation and so of the
     monitored metric; the ``state_dict`` of every checkpoint, weights-only ones included; the weights that are restored
     as the best; and those of ``test``, ``predict`` and ``load_from_checkpoint``. The raw weights are in this callback's
     state in the checkpoint, and training resumes from them. An average without an update is never used.
 
-    The module holds the average during a validation and during ``trainer.save_checkpoint``, so that whatever another
-    callback exports there has the score that was monitored. In the other hooks of training it holds the raw weights;
-    use :meth:`averaged_weights` to export the average from there.
+    The module holds the average during a validation and during ``trainer.save_checkpoint``, so that weights that
+    another callback exports there have the score that was monitored. In the other hooks of training it holds the raw
+    weights; use :meth:`averaged_weights` to export the average from there.
 
     Checkpoints of Lightning's ``WeightAveraging`` resume here, and those of this callback resume there. If a run has
     several of these callbacks, each keeps its own average: read one out of the module with :meth:`averaged_weights`,

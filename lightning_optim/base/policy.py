@@ -22,8 +22,8 @@ class Policy:
     """Base class of all policies: formulas on tensors, in pure torch, without a Trainer.
 
     A policy says *what* is done to tensors; a callback says *when*. A policy keeps each constructor argument in an
-    attribute of the same name, so that it prints as it was written, and pickles. What it remembers between steps is
-    declared with :meth:`add_state`; a callback keeps one copy of the policy for each optimizer.
+    attribute of the same name, so that it prints as it was written, and pickles. State between steps is declared
+    with :meth:`add_state`; a callback keeps one copy of the policy for each optimizer.
 
     Example::
 

@@ -150,7 +150,7 @@ class Selection:
         self._choose(required=True)
 
     def _choose(self, required: bool = False) -> None:
-        # A model may lose in the middle of a run what a glob matched at its start.
+        # In the middle of a run a model may have lost the parameters that a glob matched at its start.
         chosen = select(self._module, self._on, self._exclude, required=required)
         self._seen = {id(parameter): parameter for parameter in self._module.parameters()}  # held: no id is used again
         self._known = self._seen.keys() | self._foreign.keys()

@@ -51,7 +51,7 @@ class CombinedCall(nn.Module):
 
     Args:
         members: All members. They are not registered here: the ensemble holds them, and each weight has one name.
-        outputs: What the call returns.
+        outputs: Kind of the call's output.
         on: The submodule whose call is combined; ``None`` for the member's own ``forward``.
         dim: The dimension of the classes, for logits.
 

@@ -40,7 +40,7 @@ class Disagreement(Metric):
 
     Args:
         measure: ``"pairwise"`` or ``"mutual_information"``.
-        outputs: What floating-point predictions are: ``"probabilities"`` or ``"logits"``. Prefer logits for
+        outputs: Kind of floating-point predictions: ``"probabilities"`` or ``"logits"``. Prefer logits for
             ``"mutual_information"``, which is then exact for the smallest probabilities too. It makes no difference for
             labels and for ``"pairwise"``.
         kwargs: Arguments of :class:`torchmetrics.Metric`.

@@ -68,7 +68,7 @@ class Ensemble(LightningModule):
     Args:
         members: LightningModules that take the same inputs and do not change them in place. Their architectures may
             differ. A submodule that several members share is shared by the copies.
-        outputs: What the combined call returns: ``"values"`` (of a regression; tuples, lists and dictionaries are
+        outputs: Kind of the combined call's output: ``"values"`` (of a regression; tuples, lists and dictionaries are
             averaged leaf by leaf), ``"logits"`` of classes that exclude each other, ``"binary_logits"`` (each element
             is a decision of its own) or ``"probabilities"``. Half precision is combined, and returned, in fp32.
         on: The submodule whose call is combined, for instance ``"net"`` if the steps call ``self.net(x)``; every

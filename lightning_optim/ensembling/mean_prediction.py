@@ -37,7 +37,7 @@ def mean_prediction(outputs: Iterable[Any], kind: Outputs, dim: int | None = Non
 
     Args:
         outputs: One output for each member.
-        kind: What an output is: ``"values"`` (:func:`mean_values`), ``"probabilities"`` (the same, of a single tensor),
+        kind: Kind of an output: ``"values"`` (:func:`mean_values`), ``"probabilities"`` (the same, of a single tensor),
             ``"logits"`` (:func:`mean_logits`) or ``"binary_logits"`` (:func:`mean_binary_logits`).
         dim: The dimension of the classes, for ``"logits"``.
     """

@@ -51,8 +51,8 @@ class GradientClipping(OptimCallback):
     Args:
         policy: The clipping policy; a list of policies, which act in turn; or a number, short for
             ``ClipByNorm(number)``.
-        nonfinite: What to do if the norm is NaN or infinite: ``"skip"`` the step; ``"raise"`` a ``RuntimeError`` that
-            names the parameters; or ``"ignore"`` it, so that one NaN reaches every weight. Default ``"skip"``, because
+        nonfinite: Action if the norm is NaN or infinite: ``"skip"`` the step; ``"raise"`` a ``RuntimeError`` that names
+            the parameters; or ``"ignore"`` it, so that one NaN reaches every weight. Default ``"skip"``, because
             no training recovers from weights that are NaN.
         max_consecutive_skips: Number of steps in a row that may be skipped, >= 0; one more raises. Default 10: then
             the weights or the data are at fault, and not a single batch.

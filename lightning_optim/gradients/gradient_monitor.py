@@ -55,16 +55,16 @@ class GradientMonitor(OptimCallback):
     * ``gradients/share_clipped``: the share of the steps in the history that clipping made shorter;
     * ``gradients/skipped``: the number of steps so far that had gradients and did not happen.
 
-    With ``level="module"`` or ``"parameter"`` the first three also for each module that holds parameters itself, or for
-    each parameter, as ``gradients/norm/encoder.0`` and so on.
+    With ``level="module"`` or ``"parameter"`` the first three are also logged for each module that holds parameters
+    itself, or for each parameter, as ``gradients/norm/encoder.0`` and so on.
 
     The norm of each step is kept on its device, so that :meth:`suggest_clip` and :meth:`plot` use all steps and not
     only those that were logged. Clipping takes the same norm: its exponent is the ``norm_type`` of the first clipping
     policy, or 2 without clipping. A step that is not logged costs one norm, and nothing beside clipping by norm;
     nothing waits for the device. A logged step needs a copy of the weights for ``update_ratio``.
 
-    Policies that scale by a norm tell whether a step was clipped. For other policies the norms tell it, at logged
-    steps.
+    Policies that scale by a norm know if a step was clipped. For other policies it is seen from the norms before and
+    after, at logged steps.
 
     Args:
         level: Norms that are logged: ``"total"``; or for each ``"module"`` or ``"parameter"`` as well, which are many

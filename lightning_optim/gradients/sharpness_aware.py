@@ -189,7 +189,7 @@ def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: 
         torch._foreach_mul_(moves, slopes)
     else:
         measured, moves = values, torch._foreach_mul(slopes, 1.0)
-    # Not `total_norm`, which rounds otherwise: the step is that of common implementations to the bit.
+    # `total_norm` rounds differently: this norm gives the step of common implementations bit for bit.
     norm = tensor_norms(measured).square().sum().sqrt()
     # If the norm is not finite, neither is the second gradient: GradientClipping skips the step.
     scale = rho / (norm + 1e-12)

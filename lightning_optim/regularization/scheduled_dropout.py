@@ -17,8 +17,8 @@ from lightning_optim.runtime.lightning import LightningModule, MisconfigurationE
 class ScheduledDropout(OptimCallback):
     r"""Set the dropout rates of a model by layer and by schedule, for the length of a fit.
 
-    Inverted dropout: in training each element is multiplied by :math:`m / (1 - p)` with :math:`m \sim B(1 - p)`. The
-    rates of the layers that the model has are set: torch's dropout layers, attention, recurrent layers and
+    Inverted dropout: in training each element is multiplied by :math:`m / (1 - p)` with :math:`m \sim B(1 - p)`. It
+    sets the rates of layers that have dropout: torch's dropout layers, attention, recurrent layers and
     :class:`DropPath`. With ``insert=True`` modules without dropout get it on their output, by a forward hook: it adds
     no keys to a checkpoint, and the model is as before after the fit. Scheduled rates are logged as
     ``regularization/dropout/<pattern>``.

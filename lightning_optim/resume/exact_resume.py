@@ -98,7 +98,7 @@ class ExactResume(OptimCallback):
             return {}
         validation = None
         if trainer.validating:
-            # Not from a hook of this callback: the callback that writes may come before it in the list.
+            # The running hook tells it. A hook of this callback may come later than that of the callback that writes.
             validation = "done" if running_hook(trainer.lightning_module) == "on_validation_end" else "running"
         mine = self._rank_state(trainer, validation)
         ranks = [mine]

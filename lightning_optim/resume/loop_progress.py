@@ -158,7 +158,7 @@ class Resume:
             self._end_epoch()
 
     def _end_epoch(self) -> None:
-        """Do what Lightning does after ``on_train_epoch_end``, before it counts the epoch."""
+        """End the epoch as Lightning does after ``on_train_epoch_end``: log, and step learning-rate schedulers."""
         counted = self.trainer.fit_loop.epoch_progress.current
         counted.completed -= 1
         logger_connector.show_epoch(self.trainer)
@@ -213,7 +213,7 @@ class Resume:
             rank_zero_warn(f"This resume is not exact: {'; '.join(doubts)}.")
 
     def _doubts(self) -> list[str]:
-        """Name what cannot be exact, each with what to change."""
+        """Name everything that cannot be exact, each with the change that would make it so."""
         doubts = []
         if not self.known:
             doubts.append("the checkpoint was written without `ExactResume`")

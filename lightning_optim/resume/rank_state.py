@@ -18,7 +18,7 @@ def moment(trainer: Trainer) -> dict[str, Any]:
 
 
 def set_moment_(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Set what :func:`moment` returned."""
+    """Set the state that :func:`moment` returned."""
     val_loop = trainer.fit_loop.epoch_loop.val_loop
     if state["validated"]:
         if data_loading.combined_loader(val_loop) is None:  # building it empties the count

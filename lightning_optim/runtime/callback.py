@@ -47,8 +47,8 @@ class OptimCallback(OverridableHooks):
     * ``total``, in ``current_step(optimizer).total``, is the number of steps of the whole run. If you use it, override
       :attr:`needs_total`, so that a run without an end is refused at its start.
 
-    No hook needs ``super()``. What this class does in a hook, and any other class of this package from which a subclass
-    derives, is done once, before the subclass's own part. The same holds for :meth:`reset` and the methods of the
+    No hook needs ``super()``: the part of this class, and of any other class of this package from which a subclass
+    derives, runs once, before the subclass's own part. The same holds for :meth:`reset` and the methods of the
     state. The two hooks of a step are the exception: to override ``on_before_optimizer_step`` or
     :meth:`on_after_optimizer_step` of a class such as ``GradientClipping`` is to change what it does to the step, and
     ``super()`` does what the class itself does. A constructor calls ``super().__init__()``, as in any Python class.

@@ -156,7 +156,7 @@ def leave_out(
 
     def edit(checkpoint: dict[str, Any]) -> None:
         saved = {module_tensors.plain_name(name) for name in checkpoint.get("state_dict", {})}
-        # Of a sharded model's gathered weights only rank 0 has any.
+        # Only rank 0 has the gathered weights of a sharded model.
         if names := module_tensors.frozen_names(module) - saved if saved else set():
             _drop(checkpoint, key, parts, names)
             if tell is not None:

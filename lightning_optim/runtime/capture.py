@@ -72,7 +72,7 @@ def capture(
     Args:
         trainer: A Trainer that fits, in a hook between two steps: ``on_train_batch_start``, ``on_train_batch_end``,
             ``on_train_epoch_start`` or ``on_train_epoch_end``.
-        device: Where copies of tensors are kept; ``"cpu"`` saves memory of the accelerator. Default: beside each.
+        device: Device of the copies of tensors; ``"cpu"`` saves memory of the accelerator. Default: that of each.
         callbacks: The callbacks whose state is included. Default: all. Leave out callbacks whose memory must not go
             back, such as a ``ModelCheckpoint``, which remembers the checkpoints that it wrote.
 

@@ -16,7 +16,7 @@ def copied_state(state: Any, device: torch.device | str | None = None) -> Any:
 
     Args:
         state: Dictionaries, lists and tuples of tensors and other values.
-        device: Where the tensors of the copy are. Default: each where it is. A sharded one stays beside its mesh.
+        device: Device of the copied tensors. Default: that of each tensor. A sharded one stays on its mesh's device.
     """
 
     def copy_of(tensor: Tensor) -> Tensor:

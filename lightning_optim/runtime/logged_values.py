@@ -55,7 +55,7 @@ def logged_values(trainer: Trainer, without_metrics: Collection[str] = ()) -> di
 
 
 def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) -> None:
-    """Set what was logged to a copy that :func:`logged_values` returned.
+    """Set the logged values to a copy that :func:`logged_values` returned.
 
     Args:
         trainer: A Trainer that fits.

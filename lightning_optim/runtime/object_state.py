@@ -55,16 +55,16 @@ class _Record(Protocol):
 class ObjectState(LeftAlone):
     """Remember everything that some objects hold: tensors, plain attributes, and those of the objects within.
 
-    Of a module these are parameters, buffers and the attributes of all submodules. Plain attributes are numbers, text,
+    For a module these are parameters, buffers and the attributes of all submodules. Plain attributes are numbers, text,
     tensors, arrays, random generators, lists, dictionaries and other containers, and objects that hold nothing else,
-    such as a meter of losses. Torch's modules are found wherever they lie, and so a metric in a dictionary too.
+    such as a meter of losses. Torch's modules are found everywhere, also a metric in a dictionary.
 
-    Tensors are copied as they lie in this process: of a sharded one its shard, without communication. No copy shares
-    memory with what it is a copy of.
+    This process's part of each tensor is copied, the shard of a sharded one, without communication. No copy shares
+    memory with the original.
 
     Args:
         objects: The objects by a name, which begins the names in :meth:`restore_`. FSDP2 modules are resharded.
-        device: Where the copies of tensors are kept. Default: beside each tensor.
+        device: Device of the copies of tensors. Default: that of each tensor.
         with_package: True to include objects of this package within the objects, such as policies; else they are left
             alone, as those of torch and Lightning are.
     """
@@ -258,7 +258,7 @@ class _TensorRecord:
 
     Attributes:
         shard: The storage as a tensor with a version counter of its own, so that a graph that saved the tensor is still
-            good after the values were put back; it stays known if somebody assigns ``tensor.data``.
+            good after the values were put back; it stays known if ``tensor.data`` is assigned.
         writable: True if values can be copied into it.
         values: A copy of the values, if they can.
     """

@@ -58,9 +58,9 @@ _ATTRIBUTE = "_lightning_optim_session"  # of the Trainer: a session lives no lo
 class Session:
     """Session of one ``trainer.fit``, shared by the callbacks of this package that are in it: ``callback.session``.
 
-    It opens in the first ``setup`` of such a callback, and closes in ``teardown`` or after an exception. Whatever is
-    installed for the length of the fit is installed here, with :meth:`patch` or :meth:`on_close`, so that it is undone
-    in one place, in reverse order, even if undoing something else raises.
+    It opens in the first ``setup`` of such a callback, and closes in ``teardown`` or after an exception. Everything
+    that is installed for the length of the fit is installed here, with :meth:`patch` or :meth:`on_close`, so that it is
+    undone in one place, in reverse order, even if undoing something else raises.
 
     Attributes:
         trainer: The Trainer that runs.

@@ -35,10 +35,10 @@ class OptimizerStep:
         total: Number of its steps in the whole run, or a function that counts them; ``inf`` if the run has no end.
         logs: True if the values of this step are logged.
         module: The model, which knows the names of the parameters.
-        weights: Where to read the parameters, instead of ``optimizer.param_groups``; for *views*, such as the row that
-            belongs to one member in parameters that stack an ensemble.
-        grads: Where to read their gradients, in the same order, instead of ``parameter.grad``; ``None`` for one that
-            has no gradient.
+        weights: Function that returns the parameters, instead of ``optimizer.param_groups``; for *views*, such as the
+            row of one member in parameters that stack an ensemble.
+        grads: Function that returns their gradients in the same order, instead of ``parameter.grad``; ``None`` stands
+            for a parameter without a gradient.
 
     Attributes:
         optimizer: The optimizer that steps.

@@ -36,7 +36,7 @@ class Average(Policy):
         >>> average.averaged
         [tensor([2.])]
 
-    An average that is no such move overrides :meth:`update_`, keeps its tensors in ``self._averaged`` and counts in
+    An average of another form overrides :meth:`update_`, keeps its tensors in ``self._averaged`` and counts in
     ``self._counters``.
     """
 
@@ -68,9 +68,9 @@ class Average(Policy):
         """Set dtype and device of the tensors that are kept, from the first update on.
 
         Args:
-            dtype: A floating dtype; complex weights take the complex one of its width. ``None``: fp32 for what is
-                narrower, else the weight's own.
-            device: ``None``: where the weight is.
+            dtype: A floating dtype; complex weights take the complex one of its width. ``None``: fp32 for narrower
+                weights, else the weight's own.
+            device: A device; ``None``: that of the weight.
         """
         self._dtype, self._device = dtype, device
 
@@ -80,8 +80,8 @@ class Average(Policy):
         """Update the average with the weights. Nothing happens if there was no step since the last update.
 
         Args:
-            weights: Plain tensors or DTensors, floating or complex; the same ones in the same order at every call. Of a
-                tuple, which cannot change, the checks are made once.
+            weights: Plain tensors or DTensors, floating or complex; the same ones in the same order at every call. A
+                tuple is checked only once, since it cannot change.
             step: Number of optimizer steps made so far. It never decreases.
         """
         if not self.started:
@@ -126,9 +126,9 @@ class Average(Policy):
         """Load counters and tensors, which become this average's own storage.
 
         Args:
-            counters: What :attr:`counters` was.
-            averaged: What :attr:`averaged` was, with the placements of the weights.
-            memory: What :attr:`memory` was.
+            counters: An earlier value of :attr:`counters`.
+            averaged: An earlier value of :attr:`averaged`, with the placements of the weights.
+            memory: An earlier value of :attr:`memory`.
         """
         self._counters = dict(counters)
         self._set_tensors(list(averaged), [list(row) for row in memory])
@@ -153,7 +153,7 @@ class Average(Policy):
         self.load(state["counters"], [tensor.clone() for tensor in state["averaged"]], memory)
 
     def declared_state(self) -> dict[str, Any]:
-        """Return what a subclass declares with ``add_state``, without counters and tensors."""
+        """Return the states that a subclass declares with ``add_state``, without counters and tensors."""
         return {name: value for name, value in super().state_dict().items() if name != "counters"}
 
     def load_declared_state(self, state: dict[str, Any]) -> None:

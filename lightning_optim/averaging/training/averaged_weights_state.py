@@ -16,7 +16,7 @@ from lightning_optim.base.module_tensors import plain_name
 
 
 def state_of(weights: AveragedWeights, evaluated: bool) -> dict[str, Any]:
-    """Return what a checkpoint holds in addition to the model's ``state_dict``.
+    """Return the part of a checkpoint that the averages add to the model's ``state_dict``.
 
     Args:
         weights: The averages.

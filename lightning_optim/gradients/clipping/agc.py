@@ -78,7 +78,7 @@ class AGC(Clipping):
 
     @property
     def clipped(self) -> Tensor | None:
-        # Nothing is known here of rows that lie on other ranks.
+        # Unknown for shards: the factors of rows on other ranks are not here.
         if self._factors is None:
             return None
         return torch.stack([(factor < 1.0).any() for factor in self._factors]).any()

@@ -27,8 +27,8 @@ class AutoClip(NormClipping):
         history: Number of steps that are remembered. The paper remembers all; 1000 cost nothing, and follow the
             training.
         norm_type: Exponent p > 0 of the norm; ``inf`` for the largest absolute value.
-        scope: What has a norm and a history of its own, as in :class:`ClipByNorm`. With ``"tensor"`` each step sorts
-            ``history`` numbers for each tensor.
+        scope: Parts with a norm and a history of their own, as in :class:`ClipByNorm`. With ``"tensor"`` each step
+            sorts ``history`` numbers for each tensor.
         on: The parameters on whose gradients it acts. Default: all.
         exclude: The parameters that are left out.
 

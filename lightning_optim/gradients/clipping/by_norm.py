@@ -25,8 +25,8 @@ class ClipByNorm(NormClipping):
     Args:
         max_norm: The bound :math:`c > 0`; 1.0 is common. ``inf`` never clips and still returns the norm.
         norm_type: Exponent p > 0 of the norm; ``inf`` for the largest absolute value. Default 2.
-        scope: What has a norm of its own: ``"global"``, all gradients of an optimizer; ``"group"``, each of its
-            ``param_groups``; ``"tensor"``, each tensor. The last two change the direction of the step.
+        scope: Parts with a norm of their own: ``"global"``, all gradients of an optimizer together; ``"group"``, each
+            of its ``param_groups``; ``"tensor"``, each tensor. The last two change the direction of the step.
         on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
             these. Default: all.
         exclude: The parameters that are left out, in the same terms.

@@ -41,8 +41,8 @@ class Clipping(ParameterPolicy):
 
     Attributes:
         norm_type: Exponent p of the norm that :meth:`clip_` takes and returns, or ``inf``. Default 2.
-        scope: What has a norm of its own: all gradients, each of the optimizer's ``param_groups``, or each tensor.
-            Where it is not ``"global"``, the caller passes ``units=`` to :meth:`clip_`: the number of each gradient's
+        scope: Parts with a norm of their own: all gradients, each of the optimizer's ``param_groups``, or each tensor.
+            If it is not ``"global"``, the caller passes ``units=`` to :meth:`clip_`: the number of each gradient's
             group, or of its tensor.
         limits: True if it makes gradients smaller, so that a step is clipped or not.
     """

@@ -74,7 +74,7 @@ class Noise(Clipping):
             shard = grad.to_local() if isinstance(grad, DTensor) else grad
             if shard.device not in generators:
                 generators[shard.device] = torch.Generator(shard.device).manual_seed(seed)
-            # Not the default dtype, which is half precision within a `training_step` in bf16-true.
+            # In fp32: the default dtype is half precision within a `training_step` in bf16-true.
             drawn = torch.empty(grad.shape, device=shard.device, dtype=torch.float32)
             drawn.normal_(generator=generators[shard.device])
             shard.add_(shards.shard_of(drawn, grad), alpha=deviation)

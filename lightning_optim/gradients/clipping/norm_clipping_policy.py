@@ -34,8 +34,8 @@ class NormClipping(Clipping):
 
     Args:
         norm_type: Exponent p > 0 of the norm; ``inf`` for the largest absolute value.
-        scope: What has a norm and a bound of its own: ``"global"``, all gradients of an optimizer, which keeps the
-            direction of the step; ``"group"``, each of its ``param_groups``; ``"tensor"``, each tensor.
+        scope: Parts with a norm and a bound of their own: ``"global"``, all gradients of an optimizer together, which
+            keeps the direction of the step; ``"group"``, each of its ``param_groups``; ``"tensor"``, each tensor.
         on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
             these. Default: all.
         exclude: The parameters that are left out, in the same terms.
@@ -43,7 +43,7 @@ class NormClipping(Clipping):
 
     identity_args = ("on", "exclude", "norm_type", "scope")
     _factors: Tensor | None = None
-    _count: int = 0  # Of units, as far as they were seen.
+    _count: int = 0  # Number of units seen so far.
 
     def __init__(
         self, norm_type: float = 2.0, scope: Scope = "global", on: Selectors = None, exclude: Selectors = None

@@ -19,10 +19,10 @@ class ZClip(NormClipping):
     From Kumar et al., *ZClip: Adaptive Spike Mitigation for LLM Pre-Training* (`arXiv:2504.02507
     <https://arxiv.org/abs/2504.02507>`_). :math:`\mu, \sigma` are those of the first ``warmup`` norms, in which nothing
     is clipped; then :math:`\mu \leftarrow d \mu + (1 - d) m` and :math:`\sigma^2 \leftarrow d \sigma^2 + (1 - d)(m -
-    \mu)^2`, with :math:`m` the norm after clipping. What the authors' code lacks is here: a norm that is not finite
-    never enters the statistics (one would end all clipping), they are saved, and a level that has shifted is released:
-    after ``release_after`` clips in a row they are gathered anew. Put :class:`ClipByNorm` behind it in a list for a
-    bound that holds in the warm-up too.
+    \mu)^2`, with :math:`m` the norm after clipping. Three things differ from the authors' code: a norm that is not
+    finite never enters the statistics (one would end all clipping); the statistics are saved; and if the level has
+    shifted, they are gathered anew after ``release_after`` clips in a row. Put :class:`ClipByNorm` behind it in a list
+    for a bound that holds in the warm-up too.
 
     Args:
         z: The largest score that is not clipped, > 0.
@@ -31,7 +31,7 @@ class ZClip(NormClipping):
         release_after: Clips in a row after which the next step begins a new warm-up, >= 1. Ten are far more than a
             spike, and few in a run.
         norm_type: Exponent p > 0 of the norm; ``inf`` for the largest absolute value.
-        scope: What has a norm and statistics of its own, as in :class:`ClipByNorm`.
+        scope: Parts with a norm and statistics of their own, as in :class:`ClipByNorm`.
         on: The parameters on whose gradients it acts. Default: all.
         exclude: The parameters that are left out.
 

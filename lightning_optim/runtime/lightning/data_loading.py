@@ -93,7 +93,7 @@ def reload_epochs(trainer: Trainer) -> list[float]:
 
 
 def set_reload_epochs(trainer: Trainer, epochs: list[float]) -> None:
-    """Set what :func:`reload_epochs` returns."""
+    """Set the epochs that :func:`reload_epochs` returns."""
     training, validation = epochs
     write_private(trainer.fit_loop, "_last_train_dl_reload_epoch", training)
     write_private(trainer.fit_loop.epoch_loop.val_loop, "_last_val_dl_reload_epoch", validation)

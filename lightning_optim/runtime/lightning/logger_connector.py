@@ -62,12 +62,12 @@ def logging_beside_validation(trainer: Trainer, more: Callable[[], Mapping[str, 
 
 
 def results(trainer: Trainer) -> Any:
-    """Return what training has logged in this epoch, by hook and name: each with its value so far and how to reduce."""
+    """Return the values that training has logged in this epoch, by hook and name, each with its way of reduction."""
     return read_private(trainer.fit_loop.epoch_loop, "_results")
 
 
 def results_of_loop(trainer: Trainer) -> Any:
-    """Return what the loop that runs now has logged, also a validation loop; ``None`` where nothing can be logged."""
+    """Return the values that the running loop has logged, also a validation loop; ``None`` where none can be logged."""
     return read_private(trainer, "_results")
 
 
@@ -77,7 +77,7 @@ def last_value(result: Any) -> Any:
 
 
 def set_last_value(result: Any, value: Any) -> None:
-    """Set what :func:`last_value` returns."""
+    """Set the value that :func:`last_value` returns."""
     write_private(result, "_forward_cache", value)
 
 
@@ -90,7 +90,7 @@ def log_position(trainer: Trainer) -> tuple[str | None, bool | None]:
 
 
 def set_log_position(trainer: Trainer, hook: str | None, in_first_batch: bool | None) -> None:
-    """Set what :func:`log_position` returns."""
+    """Set the position that :func:`log_position` returns."""
     write_private(connector(trainer), "_current_fx", hook)
     write_private(connector(trainer), "_first_loop_iter", in_first_batch)
 

@@ -1,7 +1,8 @@
 """List every private name of Lightning, torch and torchmetrics that the package uses, and read or write it.
 
-A private name may change with any version. So each stands in one function of this folder, and in the table below, which
-says what it is for; an error and a failed test say the same. What nn.Module keeps is in ``base/module_registry.py``.
+A private name may change with any version. So each is used in one function of this folder, and listed in the table
+below with its purpose, which errors and failed tests repeat. Private names of ``nn.Module`` are in
+``base/module_registry.py``.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def read_private(owner: Any, name: str) -> Any:
 
 
 def write_private(owner: Any, name: str, value: Any) -> None:
-    """Set ``owner.name``, which must be there already: else the value would be set, and read by nobody.
+    """Set ``owner.name``, which must exist already: a renamed attribute would otherwise be set without any effect.
 
     Raises:
         RuntimeError: If there is no such attribute; it says what is broken, with the versions, and what to do.

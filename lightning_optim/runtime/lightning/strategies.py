@@ -80,7 +80,7 @@ def broadcast_is_due(trainer: Trainer) -> bool | None:
 
 
 def set_broadcast_is_due(trainer: Trainer, due: bool | None) -> None:
-    """Set what :func:`broadcast_is_due` returns; without DDP, or for ``None``, nothing happens."""
+    """Set the answer of :func:`broadcast_is_due`; a no-op without DDP, or for ``None``."""
     model = _ddp(trainer)
     if model is not None and due is not None:
         model.require_forward_param_sync = due
