@@ -278,8 +278,8 @@ class OptimCallback(OverridableHooks):
         A callback is in one fit at a time. A nested Trainer that fits with it is refused; one that only evaluates does
         not change it.
         """
-        if self.fit is not None and not self.fit.running:
-            self.fit.close()  # the exception was handled before the Trainer's own teardown
+        if self.fit is not None and (not self.fit.running or (stage == "fit" and self.fit.trainer is trainer)):
+            self.fit.close()  # of an earlier fit, in which an exception kept the Trainer from its teardown
         if self._is_in_another_fit(trainer):
             if stage == "fit":
                 raise in_another_fit(self)
@@ -288,7 +288,7 @@ class OptimCallback(OverridableHooks):
         if stage != "fit":
             return
         refuse_setup(self, trainer)
-        self.fit = Session.of(trainer)
+        self.fit = Session.in_setup(trainer)
         self.fit.callbacks.append(self)
         self.fit.on_close(self._leave_fit)
         self.steps, self.ran_elsewhere, self.not_returned = [], False, ""

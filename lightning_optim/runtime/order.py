@@ -80,10 +80,6 @@ class SessionCallback(Protocol):
     def stays(self) -> frozenset[str]:
         """Attributes that are not sent back from a process that a launcher started."""
 
-    @staticmethod
-    def logs_now(trainer: Trainer) -> bool:
-        """Return True if the values of this batch are logged."""
-
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Act after a step."""
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.final_weights import write_final_weights_
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer, TrainerStatus
+from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.lightning.precision import unscale_before_hooks
 from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot
 from lightning_optim.runtime.patching import patched
@@ -23,7 +24,7 @@ from lightning_optim.runtime.spawned_processes import send_back
 from lightning_optim.runtime.step import OptimizerStep, total_steps
 
 
-class State(enum.Enum):
+class SessionState(enum.Enum):
     """State of a session, which goes from one to the next and never back. Each fit has a session of its own.
 
     ::
@@ -43,13 +44,13 @@ class State(enum.Enum):
     CLOSED = "everything is undone"
 
 
-_NEXT: dict[State, set[State]] = {
-    State.SETUP: {State.STARTED, State.FAILED, State.CLOSED},
-    State.STARTED: {State.TRAINING, State.FAILED, State.CLOSED},
-    State.TRAINING: {State.ENDED, State.FAILED, State.CLOSED},
-    State.ENDED: {State.FAILED, State.CLOSED},
-    State.FAILED: {State.CLOSED},
-    State.CLOSED: set(),
+_NEXT: dict[SessionState, set[SessionState]] = {
+    SessionState.SETUP: {SessionState.STARTED, SessionState.FAILED, SessionState.CLOSED},
+    SessionState.STARTED: {SessionState.TRAINING, SessionState.FAILED, SessionState.CLOSED},
+    SessionState.TRAINING: {SessionState.ENDED, SessionState.FAILED, SessionState.CLOSED},
+    SessionState.ENDED: {SessionState.FAILED, SessionState.CLOSED},
+    SessionState.FAILED: {SessionState.CLOSED},
+    SessionState.CLOSED: set(),
 }
 
 _ATTRIBUTE = "_lightning_optim_session"  # of the Trainer: a session lives no longer than its Trainer
@@ -65,15 +66,15 @@ class Session:
     Attributes:
         trainer: The Trainer that runs.
         callbacks: The callbacks of this package in it, in the order in which their ``setup`` ran.
-        state: The :class:`State`, which only :meth:`start`, :meth:`begin`, :meth:`end`, :meth:`fail` and :meth:`close`
-            change. Every callback calls these; the first call counts.
+        state: The :class:`SessionState`, which only :meth:`start`, :meth:`begin`, :meth:`end`, :meth:`fail` and
+            :meth:`close` change. Every callback calls these; the first call counts.
         average: The average that validation and checkpoints use, if any.
         own_files: The checkpoints that this process wrote in this fit.
 
     Example::
 
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> model, session = BoringModel(), Session.of(Trainer(barebones=True))
+        >>> model, session = BoringModel(), Session(Trainer(barebones=True))
         >>> session.patch(model, "note", "there for the length of the fit")
         >>> session.on_close(model.register_forward_hook(print).remove)
         >>> session.close()
@@ -86,25 +87,25 @@ class Session:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.callbacks: list[SessionCallback] = []
-        self.state = State.SETUP
+        self.state = SessionState.SETUP
         self.average: EvaluatedAverage | None = None
         self.own_files = OwnFiles()
         self._undo = contextlib.ExitStack()
         self._total: int | float | None = None
         self._restored = RestoredWeights(trainer)
         self._watched: WeakSet[Optimizer] = WeakSet()
-        # No `State`, since a checkpoint may be written in each of them.
+        # No `SessionState`, since a checkpoint may be written in each of them.
         self._saving_optimizer = False
         self._steps: dict[Optimizer, OptimizerStep] = {}
         self.patch(trainer, _ATTRIBUTE, self)
         self.patch(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
 
     @staticmethod
-    def of(trainer: Trainer) -> Session:
-        """Return the open session of a Trainer, or open one."""
+    def in_setup(trainer: Trainer) -> Session:
+        """Return the session of a fit whose ``setup`` is running; the first callback opens it."""
         session = Session.find(trainer)
-        if session is not None and session.failed:
-            session.close()  # the exception was handled before the Trainer's own teardown
+        if session is not None and session.state is not SessionState.SETUP:
+            session.close()  # of an earlier fit, in which an exception kept the Trainer from its teardown
         return Session.find(trainer) or Session(trainer)
 
     @staticmethod
@@ -135,7 +136,7 @@ class Session:
     @property
     def failed(self) -> bool:
         """True after an exception. It may have happened in this process alone: call no collective."""
-        return self.state is State.FAILED
+        return self.state is SessionState.FAILED
 
     @property
     def running(self) -> bool:
@@ -162,7 +163,7 @@ class Session:
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
-    def _enter(self, state: State) -> bool:
+    def _enter(self, state: SessionState) -> bool:
         """Go to the next state; return False if another callback has done so before."""
         if state is self.state:
             return False
@@ -173,7 +174,7 @@ class Session:
 
     def start(self) -> None:
         """Watch each optimizer for steps. Called at ``on_fit_start``."""
-        if not self._enter(State.STARTED):
+        if not self._enter(SessionState.STARTED):
             return
         self._restored.start()
         warn_unsharded(self.trainer)
@@ -187,7 +188,7 @@ class Session:
 
     def loaded(self, checkpoint: dict[str, Any]) -> None:
         """Note what Lightning restores. Called at ``on_load_checkpoint``: in SETUP, or in STARTED if it is sharded."""
-        if self.state in (State.SETUP, State.STARTED):
+        if self.state in (SessionState.SETUP, SessionState.STARTED):
             self._restored.loaded(checkpoint)
 
     def begin(self) -> None:
@@ -195,7 +196,7 @@ class Session:
 
         A callback that is new in a resumed run takes over the count of the callbacks that were in it before.
         """
-        if not self._enter(State.TRAINING):
+        if not self._enter(SessionState.TRAINING):
             return
         self._restored.begin(any(callback.gathers_ranks for callback in self.callbacks))
         count = len(self.trainer.optimizers)
@@ -211,11 +212,11 @@ class Session:
 
     def end(self, pl_module: LightningModule) -> None:
         """Write the weights that the module keeps. Called at ``on_fit_end``, after the last checkpoint."""
-        if self.state is State.STARTED:  # nothing was left to train
+        if self.state is SessionState.STARTED:  # nothing was left to train
             self.begin()
             for callback in self._acting():
                 callback.resume_ended(self.trainer, pl_module)
-        if self._enter(State.ENDED) and write_final_weights_(self.callbacks, pl_module):
+        if self._enter(SessionState.ENDED) and write_final_weights_(self.callbacks, pl_module):
             self.average = None  # a checkpoint that a later hook writes holds what the module holds, as after the fit
 
     def fail(self) -> None:
@@ -225,7 +226,7 @@ class Session:
         checkpoint callbacks come after those of this package, and a checkpoint that they write on an exception must
         still hold the evaluated weights.
         """
-        if not self._enter(State.FAILED):
+        if not self._enter(SessionState.FAILED):
             return
         strategy = self.trainer.strategy
         teardown = strategy.teardown
@@ -238,14 +239,14 @@ class Session:
 
     def close(self) -> None:
         """Undo everything that was installed."""
-        if self._enter(State.CLOSED):
+        if self._enter(SessionState.CLOSED):
             self._undo.close()
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.state is not State.TRAINING or self._saving_optimizer:
+        if self.state is not SessionState.TRAINING or self._saving_optimizer:
             return  # before training, torch (FSDP2) makes the state that it restores by a step with learning rate 0
         step, callbacks = self.current_step(optimizer), self._acting()
         if not step.dropped:  # torch calls the hook although nothing moved
@@ -259,13 +260,13 @@ class Session:
         """Return the step of an optimizer that is under way. It is made at the first call, and read anew at each."""
         step = self._steps.get(optimizer)
         if step is None:
-            index, callback = self.trainer.optimizers.index(optimizer), self.callbacks[0]
+            index = self.trainer.optimizers.index(optimizer)
             step = self._steps[optimizer] = OptimizerStep(
                 optimizer,
                 index=index,
-                number=callback.steps[index],
+                number=self.callbacks[0].steps[index],
                 total=lambda: self.total,
-                logs=callback.logs_now(self.trainer),
+                logs=logs_in_this_step(self.trainer),
                 module=self.trainer.lightning_module,
             )
         step.refresh()
@@ -289,7 +290,7 @@ class Session:
 
         def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if optimizer not in self._watched and optimizer in self.trainer.optimizers:
-                if self.state is State.TRAINING:
+                if self.state is SessionState.TRAINING:
                     refuse_more_optimizers(self.callbacks, self.trainer)
                 self._watch(optimizer)
             try:

@@ -14,34 +14,34 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim import L2, ExactResume, GradientClipping, OptimCallback, WeightRegularization
-from lightning_optim.runtime.session import Session, State
+from lightning_optim.runtime.session import Session, SessionState
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import Fitted, assert_same, fit, prepare
 from tests.registry import BY_NAME
 
 STEPS = Cell("automatic", "32-true", "single", "1")
-ORDER = [State.SETUP, State.STARTED, State.TRAINING, State.ENDED]
+ORDER = [SessionState.SETUP, SessionState.STARTED, SessionState.TRAINING, SessionState.ENDED]
 
 
 @pytest.fixture
 def session() -> Session:
-    return Session.of(Trainer(barebones=True, accelerator="cpu"))
+    return Session(Trainer(barebones=True, accelerator="cpu"))
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
-def allowed(before: State, after: State) -> bool:
+def allowed(before: SessionState, after: SessionState) -> bool:
     """Return True if the second state may follow: the next of a fit that ends well, FAILED, or CLOSED."""
-    if after is State.CLOSED:
-        return before is not State.CLOSED
-    if after is State.FAILED:
+    if after is SessionState.CLOSED:
+        return before is not SessionState.CLOSED
+    if after is SessionState.FAILED:
         return before in ORDER
     return (before, after) in itertools.pairwise(ORDER)
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
-def test_transitions(session: Session, before: State, after: State) -> None:
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(SessionState, SessionState)))
+def test_transitions(session: Session, before: SessionState, after: SessionState) -> None:
     session.state = before
     if before is after:
         assert not session._enter(after), "the second call of a hook does nothing"
@@ -90,12 +90,12 @@ class States(OptimCallback):
 
 
 WELL = [
-    ("setup", State.SETUP),
-    ("on_fit_start", State.STARTED),
-    ("on_train_start", State.TRAINING),
-    ("on_train_end", State.TRAINING),
-    ("on_fit_end", State.ENDED),
-    ("closed", State.CLOSED),
+    ("setup", SessionState.SETUP),
+    ("on_fit_start", SessionState.STARTED),
+    ("on_train_start", SessionState.TRAINING),
+    ("on_train_end", SessionState.TRAINING),
+    ("on_fit_end", SessionState.ENDED),
+    ("closed", SessionState.CLOSED),
 ]
 
 
@@ -120,8 +120,8 @@ def test_states_of_a_fit_that_fails(hook: str, first: bool) -> None:
     with pytest.raises(ZeroDivisionError, match=hook):
         fitted.trainer.fit(fitted.module)
     until = [name for name, _ in WELL].index(hook) + 1
-    closed = [("closed", State.CLOSED)] if until > 2 else []
-    assert failing.seen == [*WELL[:until], ("on_exception", State.FAILED), *closed]
+    closed = [("closed", SessionState.CLOSED)] if until > 2 else []
+    assert failing.seen == [*WELL[:until], ("on_exception", SessionState.FAILED), *closed]
     assert failing.fit is beside.fit is Session.find(fitted.trainer) is None
     assert not hasattr(fitted.module, "patched")
     failing.fails_in, failing.seen = "", []
@@ -145,7 +145,7 @@ def test_a_resumed_run_with_nothing_left_to_train(tmp_path: Path) -> None:
     fit(BY_NAME["plain"], STEPS, callbacks=[Ended()]).trainer.save_checkpoint(tmp_path / "ended.ckpt")
     resumed, new = Ended(), Ended(name="new")
     fit(BY_NAME["plain"], STEPS, callbacks=[resumed, new], ckpt_path=tmp_path / "ended.ckpt")
-    assert resumed.told == new.told == (State.TRAINING, [8])
+    assert resumed.told == new.told == (SessionState.TRAINING, [8])
 
 
 # ---- what is undone --------------------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def test_an_exception_while_undoing_leaves_nothing_installed(session: Session) -
         session.close()
     assert done == ["last", "first"]
     assert owner.value == "of the class"
-    assert session.state is State.CLOSED
-    assert Session.of(session.trainer) is not session
+    assert session.state is SessionState.CLOSED
+    assert Session.in_setup(session.trainer) is not session
 
 
 def test_an_exception_at_the_end_of_a_fit_frees_the_callbacks() -> None:
@@ -203,6 +203,43 @@ def test_an_exception_at_the_end_of_a_fit_frees_the_callbacks() -> None:
         fit(BY_NAME["plain"], STEPS, callbacks=[clipping, careless])
     assert careless.fit is clipping.fit is None
     assert fit(BY_NAME["plain"], STEPS, callbacks=[clipping]).ours[0].steps == [8]
+
+
+class Fails(Callback):
+    """Raise in one hook, and in ``on_exception``: the Trainer then calls no later hook, and is not torn down."""
+
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+
+        def fail(*_: Any) -> None:
+            raise ZeroDivisionError(hook)
+
+        setattr(self, hook, fail)
+        self.on_exception = fail  # type: ignore[method-assign]
+
+    def mend(self) -> None:
+        del self.on_exception
+        delattr(self, self.hook)
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_batch_start"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other_trainer", [True, False])
+def test_a_fit_after_two_exceptions(hook: str, first: bool, other_trainer: bool) -> None:
+    """The second exception, in ``on_exception``, may come before this package hears of the first."""
+    fails, ours = Fails(hook), States()
+    callbacks = [fails, ours] if first else [ours, fails]
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=callbacks)
+    with pytest.raises(ZeroDivisionError, match=hook):
+        fitted.trainer.fit(fitted.module)
+    fails.mend()
+    ours.seen = []
+    if other_trainer:
+        fitted = prepare(BY_NAME["plain"], STEPS, callbacks=callbacks)
+    fitted.trainer.fit(fitted.module)
+    assert [seen for seen in ours.seen if seen[0] != "closed"] == WELL[:-1]
+    assert ours.fit is Session.find(fitted.trainer) is None
+    assert not hasattr(fitted.module, "patched")
 
 
 # ---- two Trainers, one object ----------------------------------------------------------------------------------------
@@ -294,7 +331,7 @@ def test_after_a_fit_that_stopped_without_a_word() -> None:
 
 def test_a_session_that_was_never_closed_lives_no_longer_than_its_trainer() -> None:
     trainer = Trainer(barebones=True, accelerator="cpu")
-    kept = weakref.ref(Session.of(trainer))
+    kept = weakref.ref(Session.in_setup(trainer))
     assert Session.find(trainer) is kept() is not None
     del trainer
     gc.collect()

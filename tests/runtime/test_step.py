@@ -337,7 +337,9 @@ class Left(Callback):
         self.left: list[int] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.left.append(len(Session.of(trainer)._steps))
+        session = Session.find(trainer)
+        assert session is not None
+        self.left.append(len(session._steps))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
