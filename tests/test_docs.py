@@ -48,6 +48,34 @@ def test_defaults_in_a_row_are_those_of_the_code(call: tuple[str, str, str]) -> 
             assert value == default, f"{name} has {keyword}={default!r}, and the row shows {shown}"
 
 
+def written_calls() -> list[tuple[str, ast.Call]]:
+    """Return the calls of public names in the code of all pages, inline or in blocks: the page, and the parsed call."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("…", "...").replace("\\|", "|")
+        blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for code in [*blocks, *(" ".join(piece.split()) for piece in inline)]:
+            try:
+                tree = ast.parse(code)
+            except SyntaxError:
+                continue  # a formula, a command, or arguments that are left out
+            calls_in = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+            found += [(page.name, c) for c in calls_in if getattr(c.func, "id", None) in lightning_optim.__all__]
+    return found
+
+
+def test_calls_in_the_text_have_arguments_of_the_code() -> None:
+    checked = written_calls()
+    assert len(checked) > 150
+    for page, call in checked:
+        signature = inspect.signature(getattr(lightning_optim, ast.unparse(call.func)))
+        try:
+            signature.bind_partial(*call.args, **{str(keyword.arg): None for keyword in call.keywords})
+        except TypeError as error:
+            pytest.fail(f"{page}: `{ast.unparse(call)}`: {error}")
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
