@@ -1,4 +1,4 @@
-"""Lightning callbacks and mixins that make a trained network better: the public names."""
+"""Make a trained network better: Lightning callbacks and mixins, which are the public names here."""
 
 from lightning_optim.averaging.averages.average import Average as Average
 from lightning_optim.averaging.averages.ema import EMA as EMA

@@ -232,7 +232,7 @@ class CheckpointAveraging(BatchNormRefresh):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: ModelCheckpoint, scores: dict[str, float]
     ) -> tuple[StateDict, list[str], float | None]:
         """Return the average, the checkpoints in it, and its score; ``None`` as the score if there is no average."""
-        failed: list[Exception] = []  # errors of the user's code, which are raised
+        failed: list[Exception] = []  # errors of the user's code, which are raised again
 
         def score(weights: StateDict) -> float:
             try:

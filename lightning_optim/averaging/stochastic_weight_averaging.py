@@ -147,11 +147,11 @@ class StochasticWeightAveraging(WeightAveraging):
             return
         self._remember_groups(trainer)
         for optimizer, lrs, epochs in zip(trainer.optimizers, self._first_lrs, self._first_epochs, strict=True):
-            # Not strict, since a group may have been removed.
+            # `strict=False`, since a group may have been removed.
             for place, (group, begun, epoch) in enumerate(zip(optimizer.param_groups, lrs, epochs, strict=False)):
                 part = (trainer.current_epoch - epoch) / self.annealing_epochs if self.annealing_epochs else 1.0
                 share = self._anneal[self.annealing_strategy](min(1.0, part))
-                # At each batch, since the user's schedule goes on and sets the rate.
+                # Set at each batch, since the user's schedule goes on and sets the rate too.
                 now = self._target_lr(place) * share + begun * (1.0 - share)
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(now)

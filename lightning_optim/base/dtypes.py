@@ -33,10 +33,11 @@ def accumulation_dtype(own: torch.dtype, wanted: torch.dtype | None = None) -> t
     if not (own.is_floating_point or own.is_complex):
         return own
     if wanted is None:
-        narrow = own.itemsize < (8 if own.is_complex else 4)  # complex: both parts
+        narrow = own.itemsize < (8 if own.is_complex else 4)  # a complex number has two parts
         return own if not narrow else torch.complex64 if own.is_complex else torch.float32
     if own.is_complex:
-        return torch.complex128 if wanted.itemsize == 8 else torch.complex64  # torch computes little in complex half
+        # Not in complex half precision, for which torch has few operations.
+        return torch.complex128 if wanted.itemsize == 8 else torch.complex64
     return wanted
 
 

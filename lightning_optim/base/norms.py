@@ -139,7 +139,7 @@ def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, 
 
 def _foreach_norm(shards: list[Tensor], norm_type: float) -> Tensor:
     if math.isinf(norm_type):
-        # An empty shard has no largest element, and torch refuses to name one.
+        # An empty shard has no largest element, and torch raises an error for it.
         shards = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
     return torch.stack(torch._foreach_norm(shards, norm_type, dtype=accumulation_dtype(shards[0].dtype)))
 

@@ -75,7 +75,7 @@ def select(
         chosen = {name for name in chosen if not is_lazy(named[name]) and dimensions(named[name]) >= 2}
     if exclude is not None:
         left_out = _matches(module, named, exclude, "exclude", required)
-        out = {id(named[name]) for name in left_out}  # under any name of a tied one
+        out = {id(named[name]) for name in left_out}  # a tied parameter is left out under each of its names
         chosen = {name for name in chosen if id(named[name]) not in out}
     unique = {id(p): (name, p) for name, p in reversed(named.items()) if name in chosen}
     return {name: p for name, p in named.items() if unique.get(id(p), (None,))[0] == name}
@@ -152,7 +152,8 @@ class Selection:
     def _choose(self, required: bool = False) -> None:
         # In the middle of a run a model may have lost the parameters that a glob matched at its start.
         chosen = select(self._module, self._on, self._exclude, required=required)
-        self._seen = {id(parameter): parameter for parameter in self._module.parameters()}  # held: no id is used again
+        # Held, so that no `id` is used again.
+        self._seen = {id(parameter): parameter for parameter in self._module.parameters()}
         self._known = self._seen.keys() | self._foreign.keys()
         self._waiting = [parameter for parameter in self._module.parameters() if is_lazy(parameter)]
         self._ids = {id(parameter) for parameter in chosen.values()}

@@ -29,7 +29,7 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Return True if any tensor is a DTensor."""
-    # To check each of hundreds of small tensors would cost as much as the work on them: check their types.
+    # Checking each of hundreds of small tensors would cost as much as the work on them: check their types.
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
@@ -37,7 +37,7 @@ def placed_as(shard: Tensor, like: Tensor) -> Tensor:
     """Return the whole tensor from this process's ``shard`` of it, placed as ``like``, without communication."""
     if not isinstance(like, DTensor):
         return shard
-    # Without shape and stride, torch takes shards to be of equal size, which uneven ones are not.
+    # Without shape and stride, torch assumes that all shards have the same size.
     return DTensor.from_local(
         shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -71,7 +71,7 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     counting = [*tensors, *local_shards(tensors)] if any_sharded(tensors) else tensors
     try:
         return [tensor._version for tensor in counting]
-    except RuntimeError:  # to ask each tensor first would cost as much as the answer
+    except RuntimeError:  # checking each tensor first would cost as much as reading its version
         return [-1 if tensor.is_inference() else tensor._version for tensor in counting]
 
 
@@ -119,5 +119,5 @@ def gather_to_cpu(tensor: Tensor) -> Tensor:
     """Copy the whole tensor to the CPU. For a DTensor this is a collective: every rank of its mesh must call it."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()  # the live storage itself where it is replicated
+        tensor = tensor.full_tensor()  # a replicated tensor is returned as live storage
     return tensor.to("cpu", copy=True)

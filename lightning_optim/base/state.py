@@ -1,4 +1,4 @@
-"""Kinds of state that a policy declares with ``add_state``: how each begins, grows, is saved and loaded."""
+"""Define the kinds of state that a policy declares with ``add_state``: how each begins, grows and is saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_optim.base.ring_buffer import Ring
 
 
 class State(abc.ABC):
-    """Base class of the kinds: what is done with the value that a policy holds in an attribute."""
+    """Base class of the kinds: handles the value that a policy holds in an attribute."""
 
     @abc.abstractmethod
     def first(self) -> Any:
@@ -224,8 +224,8 @@ class WeightStates:
         # By the weight's `id`: the weight, its name, the tensor. Weights are held, since a weak reference would keep
         # torch from moving them to another device.
         self._held: dict[int, tuple[Tensor, str, Tensor]] = {}
-        self._loaded: dict[str, Tensor] = {}  # of weights that were not seen yet
-        self._count = 0  # of weights seen, by which they are named without a module
+        self._loaded: dict[str, Tensor] = {}  # tensors of weights that were not seen yet
+        self._count = 0  # number of weights seen, by which they are named without a module
         self._module: weakref.ref[nn.Module] | None = None
 
     def of(self, weights: Sequence[Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from lightning_optim.runtime.lightning.metrics import plot
 
 Measure = Literal["pairwise", "mutual_information"]
 Scores = Literal["probabilities", "logits"]
-_SUM_TOLERANCE = 0.02  # of probabilities in bf16, each rounded to 1 part in 256
+_SUM_TOLERANCE = 0.02  # for probabilities in bf16, each rounded to 1 part in 256
 
 
 class Disagreement(Metric):

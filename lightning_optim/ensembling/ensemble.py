@@ -37,7 +37,7 @@ from lightning_optim.runtime.lightning.modules import (
     share_device_mesh,
 )
 
-_TORCH = frozenset(vars(nn.Module()))  # where torch keeps submodules, parameters and hooks: an ensemble has its own
+_TORCH = frozenset(vars(nn.Module()))  # attributes in which torch keeps submodules, parameters and hooks
 
 
 class Ensemble(LightningModule):
@@ -97,7 +97,7 @@ class Ensemble(LightningModule):
         trainer.test(Ensemble(models, outputs="logits", on="net"), test_loader)
     """
 
-    _class_arguments: tuple[Any, ...] = ()  # of a class that was made at run time, by `ensemble_class`
+    _class_arguments: tuple[Any, ...] = ()  # set in a class that `ensemble_class` has made at run time
     _combined: CombinedCall
     _checked_steps: set[str]
     _replaced: dict[str, nn.Module]

@@ -14,7 +14,7 @@ from lightning_optim.ensembling.combined_call import CombinedCall
 from lightning_optim.runtime.lightning import LightningModule, to_uncompiled
 from lightning_optim.runtime.lightning.torch_internals import set_state_metadata, state_metadata, uncompiled
 
-_NAMES = ("members", "member_outputs", "from_checkpoints")  # of an ensemble, beside those of a member
+_NAMES = ("members", "member_outputs", "from_checkpoints")  # attributes that only an ensemble has
 
 
 class Members(nn.ModuleList):

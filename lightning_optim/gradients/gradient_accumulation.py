@@ -168,7 +168,7 @@ class GradientAccumulation(OptimCallback):
         if pl_module.automatic_optimization:
             share = self.weigh(self.window(trainer, 0))
             if share is not None:
-                # A hook, and not another loss, since the user logs the loss.
+                # A hook on the loss, and no other loss: the user's logged loss stays as it is.
                 loss.register_hook(lambda grad: grad * share.to(grad.dtype))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ class GradientAccumulation(OptimCallback):
             return
         factor = window.correction(trainer.world_size)
         if window.unit is not None:
-            # The mean weight, for a next window that begins with a weight of 0.
+            # The mean weight is the unit of a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
         if isinstance(factor, Tensor) or factor != 1.0:
             for grad in shards.local_shards(step.dense[1]):

@@ -249,8 +249,8 @@ class GradientClipping(OptimCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The scaler skipped what was clipped and did not happen: with "ignore", or if the norm is finite although one
-        # scaled gradient was not.
+        # Steps that were clipped but not taken, because the scaler skipped them: with "ignore", or if the norm is
+        # finite although a scaled gradient was not.
         for index, count in self._pending.pop().items():
             rank_zero_info(f"The scaler skipped the step in epoch {trainer.current_epoch}, batch {batch_idx}.")
             for _ in range(count):

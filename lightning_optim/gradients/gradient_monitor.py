@@ -33,7 +33,7 @@ _BEFORE, _AFTER, _UPDATE, _CLIPPED = range(4)  # columns of the history
 
 @dataclass
 class _Measurement:
-    """Values of one optimizer's step, and what the rest of them is computed from."""
+    """Hold values of one optimizer's step, and tensors from which further values are computed after it."""
 
     norm: Tensor
     logs: bool
@@ -293,5 +293,5 @@ def _norms_by_label(labels: list[str], each: Tensor, norm_type: float) -> dict[s
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    # Weights of zero have no ratio: a large number does not spoil the axis of a plot, infinity does.
+    # Weights of zero have no ratio. A large number, unlike infinity, does not break the axis of a plot.
     return part / whole.clamp(min=1e-12)

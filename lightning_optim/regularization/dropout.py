@@ -73,7 +73,7 @@ def mask(like: Tensor, rate: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a model where values are dropped.
+    """Describe a place in a model where values are dropped.
 
     Attributes:
         name: The module's name.

@@ -108,7 +108,7 @@ class ScheduledDropout(OptimCallback):
 
 
 class _Inserted:
-    """Forward hook that drops elements of a module's output in training."""
+    """Drop elements of a module's output in training: a forward hook."""
 
     def __init__(self, name: str, draw: Callable[[str, Tensor, float], Tensor]) -> None:
         self.name, self.draw = name, draw

@@ -115,8 +115,8 @@ class ExactResume(OptimCallback):
     def _rank_state(self, trainer: Trainer, validation: str | None) -> dict[str, Any]:
         moment, touched = rank_state.moment(trainer), set()
         if validation is not None and self._before_validation is not None:
-            # Metrics that a validation updates: if it runs again they begin without it, and if it is done they are
-            # reset after its last hook.
+            # Metrics that this validation has updated are left out: if it runs again, they start without its values,
+            # and if it is done, they are reset after its last hook.
             before, updates = self._before_validation
             counts = metric_updates(trainer)
             touched = {name for name, count in counts.items() if count != updates.get(name)}
@@ -152,7 +152,7 @@ class ExactResume(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         fit_loop, val_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
         self._buffers = Buffers(trainer)
-        # When the fit loop is run, all state is restored and nothing has begun. Lightning has no hook for that moment.
+        # When the fit loop's `run` is called, all state is restored and no epoch has begun: there is no hook for that.
         run, validate = fit_loop.run, val_loop.run
         self.session.patch(fit_loop, "run", lambda: self._run(trainer, run))
         self.session.patch(val_loop, "run", lambda: self._validate(trainer, validate))

@@ -72,5 +72,5 @@ def _window_is_saved(trainer: Trainer) -> bool:
 def _has_length(loader: Any) -> bool:
     try:
         return len(loader) >= 0
-    except (TypeError, NotImplementedError):  # it has no `__len__`, or one that its data set does not answer
+    except (TypeError, NotImplementedError):  # it has no `__len__`, or its data set has none
         return False

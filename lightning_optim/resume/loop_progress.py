@@ -120,8 +120,8 @@ class Resume:
         fit_loop.on_run_end()
 
     def _load_positions(self) -> None:
-        # Lightning loads rank 0's positions, before it tells samplers the epoch; and none at an epoch's end, or if
-        # `configure_optimizers` has asked for the number of steps.
+        # Lightning loads rank 0's positions before it tells samplers the epoch, and loads no positions at an epoch's
+        # end, or if `configure_optimizers` has read the number of steps.
         fit_loop = self.trainer.fit_loop
         theirs = data_loading.take_saved_positions(self.trainer)
         fit_loop.setup_data()
@@ -138,8 +138,8 @@ class Resume:
             # The checkpoint was written in on_train_epoch_start: the epoch starts again.
             progress.total.ready -= 1
             progress.current.ready -= 1
-        # Nothing is restarted. With `max_steps`, Lightning takes every resume for one from within an epoch, and makes
-        # no new iterator for the epoch, because it has made one already, with other random numbers.
+        # No loop is restarting any more. With `max_steps`, Lightning would take this for a resume within an epoch, and
+        # would keep the iterator that it has made already, with other random numbers.
         for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
             loop.on_iteration_done()
 

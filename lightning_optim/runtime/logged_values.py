@@ -63,7 +63,7 @@ def set_logged_values_(trainer: Trainer, state: dict[str, Any], batches: int) ->
         batches: Number of batches of the running epoch that are done; 0 between epochs.
     """
     logger_connector.set_shown_metrics(trainer, copied_state(state["shown"], trainer.strategy.root_device))
-    # Lightning empties what a hook logged before when it logs in an epoch's first batch: this is not the first.
+    # When a hook logs in an epoch's first batch, Lightning drops its earlier values: here it is not the first.
     logger_connector.set_log_position(trainer, state["hook"], batches == 1 if batches else None)
     modules = dict(trainer.lightning_module.named_modules())
     for name, (count, values) in state["metrics"].items():

@@ -76,13 +76,13 @@ class ObjectState(LeftAlone):
         self._device, self._with_package = device, with_package
         self._reshard()
         self._records: dict[int, tuple[str, _Record]] = {}
-        self._plain: set[int] = set()  # `id` of objects that hold nothing but what can be put back
+        self._plain: set[int] = set()  # `id` of objects that hold only values that can be put back
         # A queue and no recursion: objects that refer to one another like a linked list can be deeper than the stack.
         self._found: deque[tuple[Any, str]] = deque()
         for name, value in objects.items():
             if isinstance(value, (nn.Module, Tensor, *_CONTAINERS)):
                 self._found.append((value, name))
-            else:  # of a kind that is left alone where it is found within another object
+            else:  # its kind is left alone where it is found within another object
                 self._record_attributes(value, name)
         while self._found:
             self._record(*self._found.popleft())
@@ -153,7 +153,7 @@ class ObjectState(LeftAlone):
         self._add(value, name, _ContainerRecord(value))
         if isinstance(value, dict | list | deque) and not _only_numbers(_values(value)):
             for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-                # The state of an optimizer has tensors as keys: to print one would wait for the device.
+                # The state of an optimizer has tensors as keys, and printing one would wait for the device.
                 self._find(value, key, item, f"{name}[{key!r}]" if isinstance(key, _NUMBERS) else name)
         if getattr(value, "__dict__", None):  # of a subclass
             self._record_attributes(value, name)
@@ -254,7 +254,7 @@ _NOTHING = _Nothing()
 
 
 class _TensorRecord:
-    """Storage, values and ``requires_grad`` of a tensor.
+    """Remember storage, values and ``requires_grad`` of a tensor.
 
     Attributes:
         shard: The storage as a tensor with a version counter of its own, so that a graph that saved the tensor is still
@@ -300,7 +300,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class _ArrayRecord:
-    """Values of a NumPy array."""
+    """Remember the values of a NumPy array."""
 
     def __init__(self, array: Any) -> None:
         self.array, self.values = array, array.copy()
@@ -312,7 +312,7 @@ class _ArrayRecord:
 
 
 class _GeneratorRecord:
-    """State of an object that draws random numbers."""
+    """Remember the state of an object that draws random numbers."""
 
     def __init__(self, generator: Any) -> None:
         self.generator, self.state = generator, generator_state(generator)
@@ -323,11 +323,11 @@ class _GeneratorRecord:
 
 
 class _ContainerRecord:
-    """Items of a container, which are put back into this very object: other objects may hold it too."""
+    """Remember the items of a container, to put them back into this same object, which other objects may hold too."""
 
     def __init__(self, container: Any) -> None:
         self.container = container
-        # A plain container, whatever a subclass does in its methods.
+        # Copied as a plain container, since a subclass may do anything in its methods.
         self.items: Any = dict(container.items()) if isinstance(container, dict) else list(container)
 
     def restore_(self) -> bool:
@@ -358,7 +358,7 @@ def same_objects(one: Collection[Any], other: Collection[Any]) -> bool:
 
 
 class _ObjectRecord:
-    """Attributes of an object that is not put back, since it holds more than values; changes of them are noticed."""
+    """Notice changes of an object's attributes. It is not put back, since it holds more than values."""
 
     def __init__(self, value: Any) -> None:
         self.value, self.seen = value, self._look(value)
@@ -376,7 +376,7 @@ class _ObjectRecord:
 
 
 class _IteratorRecord:
-    """Iterator that is held as an attribute. Taking items from it is noticed, and cannot be undone."""
+    """Notice items that are taken from an iterator in an attribute, which cannot be undone."""
 
     def __init__(self, holder: Any, key: Any, iterator: Iterator[Any]) -> None:
         self.holder, self.key, self.counting = holder, key, _CountingIterator(iterator)

@@ -18,7 +18,7 @@ _HOOKS = _OF_LIGHTNING - {"on_before_optimizer_step"} | {"reset", "extra_state",
 
 
 class OverridableHooks(Callback):
-    """Callback whose hooks run in two parts: the package's own, then that of a user's class, mixin or object.
+    """Run the hooks of a callback in two parts: the package's own, then that of a user's class, mixin or object.
 
     So a user's subclass that forgets ``super()`` keeps the callback's own work, one that calls it does not do that work
     twice, and the package needs no second set of private hooks.
@@ -30,7 +30,7 @@ class OverridableHooks(Callback):
 
     replaceable_hooks: ClassVar[frozenset[str]] = frozenset()
     """Names of hooks that an override replaces, as it does in Lightning, unless it calls ``super()``."""
-    _package_results: Mapping[str, Any] = MappingProxyType({})  # of parts that have run
+    _package_results: Mapping[str, Any] = MappingProxyType({})  # results of the parts that have run
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,7 +72,7 @@ class OverridableHooks(Callback):
 
 
 class TwoPartHook:
-    """Hook that runs the package's part, then the user's, whose ``super()`` call finds that the first has run.
+    """Run the package's part of a hook, then the user's, whose ``super()`` call finds that the first has run.
 
     If both parts return a dictionary of state, the two are merged.
 

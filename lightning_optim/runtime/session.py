@@ -53,11 +53,11 @@ _NEXT: dict[SessionState, set[SessionState]] = {
     SessionState.CLOSED: set(),
 }
 
-_ATTRIBUTE = "_lightning_optim_session"  # of the Trainer: a session lives no longer than its Trainer
+_ATTRIBUTE = "_lightning_optim_session"  # name of the Trainer's attribute: a session lives no longer than its Trainer
 
 
 class Session:
-    """Session of one ``trainer.fit``, shared by the callbacks of this package that are in it: ``callback.session``.
+    """Follow one ``trainer.fit``, for all callbacks of this package that are in it: ``callback.session``.
 
     It opens in the first ``setup`` of such a callback, and closes in ``teardown`` or after an exception. Everything
     that is installed for the length of the fit is installed here, with :meth:`patch` or :meth:`on_close`, so that it is
@@ -200,7 +200,7 @@ class Session:
             return
         self._restored.begin(any(callback.gathers_ranks for callback in self.callbacks))
         count = len(self.trainer.optimizers)
-        # If the checkpoint has no state of this package, Lightning's count of calls is the best there is.
+        # If the checkpoint has no state of this package, only Lightning's count of calls is known.
         known = any(callback.steps for callback in self.callbacks)
         floor = 0 if known or not count else self.trainer.global_step // count
         steps = [
@@ -296,7 +296,7 @@ class Session:
             try:
                 return optimizer_step(optimizer, *args, **kwargs)
             finally:
-                self._steps.pop(optimizer, None)  # also of a step that the scaler skipped, or that raised
+                self._steps.pop(optimizer, None)  # also after a step that the scaler skipped, or that raised
 
         return step
 

@@ -53,7 +53,7 @@ def send_back(trainer: Trainer, callbacks: list[SessionCallback]) -> None:
 
 @dataclass
 class _ReturnedCallback:
-    """One callback on its way back.
+    """Describe one callback that is sent back.
 
     Attributes:
         origin: Its ``id`` in the launching process.
@@ -69,7 +69,7 @@ class _ReturnedCallback:
 
 
 class _ReturnedCallbacks:
-    """Callbacks on their way back: unpickling this sets the attributes of those of the launching process."""
+    """Hold callbacks that are sent back: unpickling sets the attributes of those of the launching process."""
 
     def __init__(self, folder: str, returned: list[_ReturnedCallback]) -> None:
         self.folder, self.returned = folder, returned

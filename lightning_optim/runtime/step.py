@@ -19,7 +19,7 @@ from lightning_optim.runtime.order import Slot
 
 
 class OptimizerStep:
-    """One step of one optimizer: its number, its learning rates, its weights and their gradients.
+    """Describe one step of one optimizer: its number, its learning rates, its weights and their gradients.
 
     A callback gets it from :meth:`OptimCallback.current_step` in ``on_before_optimizer_step`` and
     ``on_after_optimizer_step``. It is made when the first callback asks, shared by all of them, and dropped after the
@@ -86,7 +86,7 @@ class OptimizerStep:
         self._has_sparse = False
         self._named: list[tuple[Tensor, str]] = []
         self._latest: list[Tensor] = []  # gradients as they were read last, held so that no new tensor gets their `id`
-        self._versions: list[int] = []  # of the gradients when the norms were computed
+        self._versions: list[int] = []  # versions of the gradients when the norms were computed
         self._norms: dict[float, Tensor] = {}
 
     def refresh(self) -> None:

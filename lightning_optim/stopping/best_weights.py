@@ -92,9 +92,9 @@ class BestInMemory(BestWeights):
 
     def __init__(self) -> None:
         super().__init__()
-        self._best: dict[str, Tensor] = {}  # the best weights that do not lie in the module
+        self._best: dict[str, Tensor] = {}  # the best weights that are not in the module
         self._restored: dict[str, Tensor] = {}  # the module's tensors that hold the other best weights
-        self._versions: dict[str, int] = {}  # of these, when the best was restored
+        self._versions: dict[str, int] = {}  # versions of these tensors when the best was restored
         self._frozen: dict[str, Tensor] = {}  # the module's parameters that are left out
 
     @property
@@ -137,7 +137,7 @@ class BestInMemory(BestWeights):
         fits = matching_names(live, best)
         for name in fits:
             (shard,) = shards.local_shards([live[name]])
-            # The kept tensor is our shard, or the whole tensor if it came from a checkpoint.
+            # The kept tensor is this rank's shard, or the whole tensor if it came from a checkpoint.
             shards.copy_(shard if best[name].shape == shard.shape else live[name], best[name])
         _warn_of_mismatches(module, live, best, fits)
 

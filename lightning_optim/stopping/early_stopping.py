@@ -215,7 +215,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         OptimCallback.on_train_start(self, trainer, pl_module)
-        # After an average, which may have replaced the best weights in a checkpoint that was written after a fit.
+        # Later than an average, which may have replaced the best weights in a checkpoint that was written after a fit.
         self._best_weights.resume_(pl_module)
         self._training = True
         self._requested_stop = self._requested_stop and trainer.should_stop  # a resumed run decides anew
@@ -285,7 +285,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             self._stop_is_external = self._stop_is_external or external
             trainer.should_stop = True
         elif requested and improved:
-            # Requested before `min_epochs` or `min_steps`, which delayed the stop; the metric has improved since.
+            # The stop was requested before `min_epochs` or `min_steps`, and the metric has improved since.
             self.stopped_epoch, self.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
             self.stopping_reason_message = None
             external = any(getattr(callback, "_stop_is_external", False) for callback in [self, *others])
@@ -305,7 +305,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
     def _log_info(trainer: Trainer, message: str, log_rank_zero_only: bool) -> None:
         rank = trainer.global_rank if trainer.world_size > 1 else None
         if rank in (None, 0) or not log_rank_zero_only:
-            # Through Lightning's logger, which users have configured.
+            # Lightning's logger is used, since users have configured it.
             logging.getLogger(LightningEarlyStopping.__module__).info(rank_prefixed_message(message, rank))
 
     # ---- the best weights --------------------------------------------------------------------------------------------

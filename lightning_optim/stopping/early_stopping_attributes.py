@@ -16,11 +16,11 @@ from lightning_optim.stopping.improvement import Best, Mode, check_monitor, init
 
 C = TypeVar("C", bound=Criterion)
 
-_ORDER = (NonFinite, Threshold, Divergence, Plateau)  # in which Lightning evaluates them
+_ORDER = (NonFinite, Threshold, Divergence, Plateau)  # the order in which Lightning evaluates them
 
 
 class EarlyStoppingAttributes:
-    """Properties for the arguments of ``EarlyStopping``. A wrong value raises, as in the constructor.
+    """Provide properties for the arguments of ``EarlyStopping``. A wrong value raises, as in the constructor.
 
     If ``monitor`` is a criterion, the arguments of the :class:`Plateau` in it can be changed too.
     """
@@ -114,7 +114,7 @@ class EarlyStoppingAttributes:
     @min_delta.setter
     def min_delta(self, value: float) -> None:
         check_number("min_delta", value)
-        self._owner(Plateau, "min_delta", value).min_delta = abs(value)  # Lightning's has a sign
+        self._owner(Plateau, "min_delta", value).min_delta = abs(value)  # Lightning's attribute has a sign
 
     @property
     def wait_count(self) -> int:

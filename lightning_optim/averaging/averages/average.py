@@ -1,4 +1,4 @@
-"""The base class of averages of weights over training steps."""
+"""Define the base class of averages of weights over optimizer steps."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def collect(
                         raise
                     left.pop()
                     for seen, known in zip(moments, before, strict=True):
-                        vars(seen).update(vars(known))  # without the values from before the error
+                        vars(seen).update(vars(known))  # without the values that were added before the error
             count += 1
     return moments, count
 

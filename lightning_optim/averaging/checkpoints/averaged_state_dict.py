@@ -15,12 +15,12 @@ from lightning_optim.averaging.checkpoints.average_checkpoints import PathLike
 from lightning_optim.averaging.checkpoints.running_mean import StateDict, ties
 
 _COUNTS = ("updates", "first", "last")
-_LONGEST_KEY = 4000  # no callback has a longer one, on which Python's parser could run out of stack
+_LONGEST_KEY = 4000  # no callback has a longer key, and on one Python's parser could run out of stack
 
 
 @dataclass(frozen=True)
 class SavedAverage:
-    """An average in a checkpoint.
+    """Describe an average in a checkpoint.
 
     Attributes:
         key: Key of the callback's state in the checkpoint.

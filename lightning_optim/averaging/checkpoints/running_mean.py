@@ -17,14 +17,14 @@ StateDict: TypeAlias = dict[str, Any]
 
 
 class _Averaged(NamedTuple):
-    """The dtype and shape of a tensor whose values are in the mean."""
+    """Hold the dtype and shape of a tensor whose values are in the mean."""
 
     dtype: torch.dtype
     shape: torch.Size
 
 
 class RunningMean:
-    """The weighted mean of state dicts, in fp32 or wider, of tensors on all levels of nested dictionaries.
+    """Accumulate the weighted mean of state dicts in fp32 or wider, on all levels of nested dictionaries.
 
     It keeps no tensor of the state dicts that were added, so that their files can be closed.
 

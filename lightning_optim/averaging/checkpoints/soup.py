@@ -16,7 +16,7 @@ Mode: TypeAlias = Literal["min", "max"]
 
 
 class Soup(dict[str, Any]):
-    """The ``state_dict`` of a soup.
+    """Hold the ``state_dict`` of a soup.
 
     Attributes:
         kept: Paths of the checkpoints in it, the best first.

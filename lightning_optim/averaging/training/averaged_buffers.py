@@ -22,7 +22,7 @@ from lightning_optim.runtime.lightning import rank_zero_info
 
 
 class BufferSources(Sources):
-    """Buffers that are averaged, each as long as it keeps the shape and dtype of its first update.
+    """Hold the buffers that are averaged, each as long as it keeps the shape and dtype of its first update.
 
     Lazy buffers are added when they have a shape (:meth:`take_ready`).
     """
@@ -79,7 +79,7 @@ class BufferSources(Sources):
 
 
 class AveragedBuffers:
-    """The average of a model's buffers, and the values in use: what validations and checkpoints get for it.
+    """Average the buffers of a model, and hold the values in use: those of validations and checkpoints.
 
     The value in use is an estimate (:meth:`set_estimate`), else the mean over ranks (:meth:`reduce_over_ranks`), else
     the average itself. Both are dropped at the next update; no use changes the average.

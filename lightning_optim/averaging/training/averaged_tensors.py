@@ -18,7 +18,7 @@ Names = dict[int, tuple[str, ...]]
 
 @dataclass(eq=False)
 class Source:
-    """A tensor of the model from which an average is taken: a parameter, or the buffer of a submodule.
+    """Find a tensor of the model that is averaged: a parameter, or the buffer of a submodule.
 
     A parameter is held as an object, since FSDP2 puts a gathered one in its place at times. A buffer is looked up,
     since modules bind a new tensor to its name.
@@ -64,7 +64,7 @@ class Source:
 
 
 class Sources:
-    """Tensors that are averaged together, in a fixed order."""
+    """Hold the tensors that are averaged together, in a fixed order."""
 
     def __init__(self, sources: Iterable[Source] = ()) -> None:
         self._sources = list(sources)

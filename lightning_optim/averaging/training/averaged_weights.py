@@ -39,7 +39,7 @@ _holding: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
 
 
 class AveragedWeights:
-    """The averages of a model's parameters, one for each optimizer, and of its buffers, with the first optimizer.
+    """Average a model's parameters, those of each optimizer by itself, and its buffers with the first optimizer.
 
     To use the average it is exchanged with the model's tensors: the raw weights then lie in the storage of the average,
     or in a copy where dtype or device differ. Raw buffers always lie in a copy.
@@ -289,7 +289,7 @@ class AveragedWeights:
     def exchanged(self) -> Iterator[None]:
         """Context manager: average and model are exchanged; afterwards, also after an error, they are as before."""
         before = self.inside
-        # A graph from before may go backward afterwards, when the weights have their values again.
+        # A graph that was built before may go backward afterwards, when the weights have their values again.
         with keep_versions(source.tensor for source, _ in self.pairs()):
             try:
                 self.exchange_()

@@ -45,7 +45,7 @@ was never imported has no instances."""
 
 @dataclass
 class BufferPlan:
-    """The buffers of a model by the way in which an average gets their values. All other buffers are copied.
+    """Sort the buffers of a model by the way in which an average gets their values. The rest is copied.
 
     Attributes:
         averaged: Buffers that are averaged, in the order of the model.
@@ -110,7 +110,7 @@ def plan_buffers(module: nn.Module, buffers: BufferModes, default: BufferMode, c
             )
         estimated = place in of_vectors and found[place] == "refresh"
         if found[place] != "copy" and not estimated and can_be_averaged(buffer) and id(buffer) not in done:
-            done.add(id(buffer))  # once, if it is shared
+            done.add(id(buffer))  # a shared buffer is averaged once
             plan.averaged.append(Source(owner=owner, key=key, names=names[id(buffer)]))
     _estimate_in_pairs(plan, module, normed, names, found, callback)
     return plan

@@ -76,7 +76,7 @@ class AveragedCheckpoints(AveragedEvaluation):
             saved = state_dict()
             for source, raw, averaged in self._averaged.located():
                 value = averaged.to(raw.dtype)
-                if isinstance(value, DTensor):  # of a sharded model: whole tensors on rank 0, or each rank's shard
+                if isinstance(value, DTensor):  # sharded model: whole tensors on rank 0, or each rank's shard
                     value = value.cpu() if callback_state.is_distributed(trainer) else value.full_tensor().cpu()
                 for name in source.names:
                     name = name if name in saved else plain_name(name)

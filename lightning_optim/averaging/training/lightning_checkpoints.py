@@ -51,7 +51,7 @@ def leave_out_as_state_dict(strategy: Strategy) -> None:
 
     def edit(checkpoint: dict[str, Any]) -> None:
         saved, raw = checkpoint.get("state_dict", {}), checkpoint.get("current_model_state", {})
-        if saved.keys() < raw.keys():  # not if the module renames its weights in checkpoints
+        if saved.keys() < raw.keys():  # false if the module renames its weights in checkpoints
             checkpoint["current_model_state"] = {name: raw[name] for name in saved}
 
     edit_before_write(strategy, edit)

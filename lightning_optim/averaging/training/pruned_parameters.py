@@ -28,7 +28,7 @@ _RENAMED, _MASK = "_orig", "_mask"
 
 @dataclass(eq=False)
 class Pruned:
-    """A pruned parameter: the submodule that has it, the hook that masks it, and the mask."""
+    """Hold a pruned parameter, the submodule that has it, the hook that masks it, and the mask."""
 
     owner: nn.Module
     hook: BasePruningMethod
@@ -65,7 +65,7 @@ def pruned_in(module: nn.Module) -> list[Pruned]:
 
 
 class Pruning:
-    """The pruned parameters of one module during a run, and their products."""
+    """Follow the pruned parameters of one module during a run, and their products."""
 
     def __init__(self) -> None:
         self._pruned: list[Pruned] = []

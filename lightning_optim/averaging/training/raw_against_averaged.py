@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Comparison:
-    """The metrics of validations that ran twice: with the raw weights, then with the averaged ones.
+    """Collect the metrics of validations that ran twice: with the raw weights, then with the averaged ones.
 
     Attributes:
         points: A dictionary for each validation: the optimizer ``step``, and the metrics ``raw`` and ``averaged`` by

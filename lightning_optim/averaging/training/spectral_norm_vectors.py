@@ -24,7 +24,7 @@ _ITERATIONS = 50  # the estimate of the largest singular value is right to some 
 
 @dataclass(eq=False)
 class Spectral:
-    r"""A spectrally normalized weight :math:`W / (u^\top W v)`; the layer keeps the vectors as buffers.
+    r"""Estimate the vectors of a normalized weight :math:`W / (u^\top W v)`, which its layer keeps as buffers.
 
     The mean of unit vectors is not a unit vector, and not a singular vector of the mean of the weights.
 
@@ -63,7 +63,7 @@ class Spectral:
 
 
 class SpectralEstimates:
-    """Estimated vectors of all spectral normalizations of a model, for its averaged weights.
+    """Hold estimated vectors of all spectral normalizations of a model, for its averaged weights.
 
     The power iteration starts from the vectors that the model had at the last update, so that the result depends
     neither on when nor on how often it is computed.

@@ -1,1 +1,1 @@
-"""Policies that change gradients before the optimizer step, one technique a file."""
+"""Change gradients before the optimizer step: policies, one technique in each file."""

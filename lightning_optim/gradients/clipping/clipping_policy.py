@@ -1,4 +1,4 @@
-"""The base class of policies that change gradients before the optimizer step."""
+"""Define the base class of policies that change gradients before the optimizer step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base class of clipping by a bound on a norm."""
+"""Define the base class of clipping by a bound on a norm."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class ZClip(NormClipping):
         self.warmup = check_number("warmup", warmup, low=1, integer=True)
         self.release_after = check_number("release_after", release_after, low=1, integer=True)
         super().__init__(norm_type, scope, on, exclude)
-        # Norms seen, their mean, their variance, clips in a row.
+        # Rows: number of norms seen, their mean, their variance, number of clips in a row.
         self.add_state("statistics", per_unit(rows=4))
 
     def _bound(self, norms: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class ZClip(NormClipping):
         bound = torch.where(clips, mean + z_max**2 * deviation / score, torch.inf)
 
         entering = torch.where(clips, bound, norms)
-        # In the warm-up the exact mean and variance of what was seen, one norm at a time (Welford).
+        # In the warm-up: the exact mean and variance of all norms so far, updated with one norm at a time (Welford).
         weight = torch.where(warm, 1.0 - self.decay, 1.0 / (seen + 1.0))
         new_mean = mean + weight * (entering - mean)
         spread = torch.where(warm, (entering - new_mean).square(), (entering - mean) * (entering - new_mean))

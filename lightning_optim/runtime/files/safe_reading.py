@@ -25,7 +25,7 @@ from lightning_optim.runtime.lightning import get_filesystem
 _ZIP = b"PK\x03\x04"
 _OLD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the first number in a file from before torch 1.6
 _PIECE = 1 << 20
-_FOLDER = 0x10  # of a record's attributes, in the way of DOS
+_FOLDER = 0x10  # bit of a record's attributes by which DOS marks a folder
 _EXPANSION = 16  # weights of few digits are compressed to a third, those of a pruned model to a tenth
 _SMALL = 4 << 20
 
@@ -106,18 +106,18 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
     if os.path.isfile(path) or os.path.isdir(path):
-        with open(path, "rb") as file:  # of a folder the error says that it is one
+        with open(path, "rb") as file:  # the error for a folder says that it is one
             yield file
     elif os.path.exists(path):
         raise OSError(errno.EINVAL, "this is no regular file, and a checkpoint is read more than once", path)
     else:
         try:
             remote = get_filesystem(path).open(path, "rb")
-        except (ValueError, ImportError) as error:  # no such protocol, or its package is not there
+        except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
             kind = ImportError if isinstance(error, ImportError) else ValueError
             raise kind(f"{path}: {error}") from error
         with remote:
-            whole = io.BytesIO(remote.read())  # it is read twice, and comes over a network once
+            whole = io.BytesIO(remote.read())  # it is read twice, but transferred over a network once
         yield whole
 
 
@@ -187,7 +187,7 @@ def _check_sizes(path: str, records: Sequence[zipfile.ZipInfo], size: int, weigh
         is_stored = record.compress_type == zipfile.ZIP_STORED
         if not is_stored and record.compress_type != zipfile.ZIP_DEFLATED:
             raise ValueError(f"{path} is compressed in a way that torch does not read (its record {record.filename!r})")
-        # torch reads nothing of a record that is marked as a folder, and takes what lay in memory for its values.
+        # torch reads no bytes of a record that is marked as a folder, and returns uninitialized memory as its values.
         if record.file_size and (record.is_dir() or record.external_attr & _FOLDER):
             raise ValueError(f"{path} is damaged: its record {record.filename!r} is marked as a folder")
         is_larger = is_stored and record.file_size != record.compress_size
@@ -206,7 +206,7 @@ def _check_record(path: str, archive: zipfile.ZipFile, record: zipfile.ZipInfo) 
         with archive.open(record) as content:
             while content.read(_PIECE):
                 pass
-    except Exception as error:  # of any kind: zipfile and zlib have their own
+    except Exception as error:  # zipfile and zlib raise errors of their own
         raise ValueError(f"{path} is damaged in its record {record.filename!r} ({first_line(error)})") from error
 
 

@@ -109,7 +109,7 @@ def _check_descriptions(path: str, metadata: Metadata) -> None:
         for info in metadata.storage_data.values():
             if "\0" in info.relative_path or not 0 <= info.offset <= info.offset + info.length < _LARGEST:
                 raise ValueError(f"{info} is no place in a file")
-    except Exception as error:  # of any kind: each entry may be anything
+    except Exception as error:  # each entry may be anything, and raise anything
         raise ValueError(f"{path} is damaged, or hostile ({safe_reading.first_line(error)})") from error
 
 
@@ -139,7 +139,7 @@ def _read(path: str) -> Metadata:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Unpickler in Python: the one in C allocates memory for the largest index that a file names."""
+    """Unpickle in Python: the unpickler in C allocates memory for the largest index that a file names."""
 
     dispatch: ClassVar[dict[int, Any]] = {
         opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode != pickle.BYTEARRAY8[0]

@@ -21,7 +21,7 @@ _OPTIONS = list(inspect.signature(LightningModule.log).parameters)[3:]  # after 
 
 @dataclass(frozen=True)
 class LoggedValue:
-    """One value that a hook of a module logs, before Lightning has it.
+    """Hold one value that a hook of a module logs, before Lightning has it.
 
     Attributes:
         name: Name that was given to ``log``.

@@ -15,7 +15,7 @@ import torchmetrics
 
 
 class PrivateName(NamedTuple):
-    """A private name, the function of this folder that uses it, and what the function needs it for."""
+    """Describe a private name: the function of this folder that uses it, and the purpose."""
 
     name: str
     used_in: str
