@@ -76,6 +76,21 @@ def test_calls_in_the_text_have_arguments_of_the_code() -> None:
             pytest.fail(f"{page}: `{ast.unparse(call)}`: {error}")
 
 
+def test_files_and_tests_that_are_named_exist() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = [(page.name, name) for page in PAGES for name in re.findall(r"`([^`\n]+)`", page.read_text())]
+    tests = [(page, name) for page, name in named if re.fullmatch(r"test_\w+", name)]
+    assert tests
+    for page, name in tests:
+        assert f"def {name}(" in code, f"{page} names the test {name}"
+    paths = [
+        (page, name) for page, name in named if re.fullmatch(r"(tests|docs|examples|benchmarks|\.ci)/[\w./-]*", name)
+    ]
+    assert paths
+    for page, name in paths:
+        assert (ROOT / name).exists(), f"{page} names {name}"
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
