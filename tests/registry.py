@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -47,8 +48,10 @@ from lightning_optim import (
     Noise,
     NonFinite,
     OptimCallback,
+    Penalty,
     Piecewise,
     Plateau,
+    Policy,
     ProximalL1,
     ScheduledDropout,
     StochasticWeightAveraging,
@@ -58,8 +61,8 @@ from lightning_optim import (
     WeightRegularization,
     ZClip,
 )
-from lightning_optim.base import local_shards, per_weight
-from tests.harness import averaging_formulas, formulas, gradient_formulas, run
+from lightning_optim.base import local_shards, per_weight, shard_of, total_norm, whole
+from tests.harness import averaging_formulas, formulas, gradient_formulas, regularization_formulas, run
 from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
 from tests.harness.dropout_formulas import Dropout, fixed
 from tests.harness.reference_loop import Chain, Formula, Outcome
@@ -67,10 +70,6 @@ from tests.harness.schedule_formulas import Scheduled, cosine, exponential, line
 from tests.harness.stopping_formulas import Below, Enough, First, Matching, Patience, Rule, StopBy
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
-
-
-def _never(cell: Cell) -> str | None:
-    return None
 
 
 def _plain(cell: Cell) -> Formula:
@@ -90,7 +89,6 @@ class Entry:
         accumulates: True if the callbacks accumulate, so that :meth:`all_callbacks` adds nothing.
         scores: Values of ``val_score``, one for each validation; an epoch has two.
         epochs: Number of epochs.
-        refusal: Returns the message of the error that a cell raises, or ``None``.
         cells: Cells of the normal test run: ``"array"``, nine that hold every pair of levels; ``"all"``, for one entry
             of each slot; ``"strategies"``, one for each strategy, for techniques that read no tensor of the model.
             ``pytest --matrix`` runs all cells for every entry.
@@ -104,7 +102,6 @@ class Entry:
     accumulates: bool = False
     scores: tuple[float, ...] = ()
     epochs: int = EPOCHS
-    refusal: Callable[[Cell], str | None] = _never
     cells: Literal["array", "all", "strategies"] = "array"
 
     def all_callbacks(self, cell: Cell) -> list[Callback]:
@@ -113,6 +110,33 @@ class Entry:
         if cell.accumulation > 1 and not self.accumulates:
             callbacks.append(GradientAccumulation(cell.accumulation))
         return callbacks
+
+    def refusal(self, sharded: Sequence[int]) -> str | None:
+        """Return words of the error that it raises in a model with matrices sharded along these dimensions, if any."""
+        parts = [part for callback in self.callbacks(CELLS[0]) for part in parts_of(callback)]
+        needs = {part.needs for part in parts if isinstance(part, Policy) and not part.gathers}
+        matrices, rows = bool(sharded) and "matrices" in needs, any(sharded) and "rows" in needs
+        return "is computed on whole" if matrices or rows else None
+
+
+def refused(entry: Entry, sharded: Sequence[int], call: Callable[[], Any]) -> bool:
+    """Return whether a model that is sharded along these dimensions is refused; then assert that a call raises so."""
+    if (words := entry.refusal(sharded)) is None:
+        return False
+    with pytest.raises(Exception, match=words):
+        call()
+    return True
+
+
+def parts_of(thing: Any) -> list[Any]:
+    """Return a callback and the policies in it, and in these."""
+    if isinstance(thing, list | tuple):
+        return [part for item in thing for part in parts_of(item)]
+    if isinstance(thing, dict):
+        return parts_of(list(thing.values()))
+    if isinstance(thing, OptimCallback | Policy):
+        return [thing, *parts_of(list(vars(thing).values()))]
+    return []
 
 
 class Shrinking(OptimCallback):
@@ -138,6 +162,40 @@ class SlowGradients(Clipping):
         slow, shards = local_shards(self.slow.of(weights)), local_shards(grads)
         torch._foreach_lerp_(slow, shards, 1.0 - self.decay)
         torch._foreach_add_(shards, slow, alpha=self.strength)
+
+
+class Gram(Penalty):
+    """Penalize the squared products of all pairs of rows, of matrices that it gathers, as a policy of a user may."""
+
+    needs = "matrices"
+    gathers = True
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def _value(self, weights: Sequence[Tensor]) -> Tensor:
+        tall = [_tall(whole(weight)) for weight in weights]
+        return self.strength * total_norm([matrix.mT @ matrix for matrix in tall]).square()
+
+    def _add_grad_(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        for weight, grad in zip(weights, local_shards(grads), strict=True):
+            tall = _tall(whole(weight))
+            slope = tall @ (tall.mT @ tall)
+            slope = slope if len(slope) == len(weight) else slope.mT
+            grad.add_(shard_of(slope.reshape(weight.shape), weight), alpha=4.0 * self.strength)
+
+
+class LocalGram(Gram):
+    """The same without gathering: sharded matrices raise an error."""
+
+    gathers = False
+
+
+def _tall(weight: Tensor) -> Tensor:
+    """Return a weight as a matrix, transposed if it has more columns than rows, so that the products are few."""
+    matrix = weight.float().reshape(len(weight), -1)
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
 def _window(cell: Cell) -> int:
@@ -276,6 +334,15 @@ ENTRIES = (
         "gradients",
         lambda _: [WeightRegularization([ElasticNet(0.2, 0.2, on="*")])],
         lambda _: formulas.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
+    ),
+    *(
+        Entry(
+            name,
+            "gradients",
+            lambda _, kind=kind: [WeightRegularization(kind(0.2))],
+            lambda _, kind=kind: regularization_formulas.RowProducts(kind.__name__.lower(), 0.2),
+        )
+        for name, kind in (("gathered_matrices", Gram), ("whole_matrices", LocalGram))
     ),
     Entry(
         "dropout",

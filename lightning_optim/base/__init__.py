@@ -21,6 +21,7 @@ from lightning_optim.base.selection import Selectors as Selectors
 from lightning_optim.base.selection import select as select
 from lightning_optim.base.shards import local_shards as local_shards
 from lightning_optim.base.shards import shard_of as shard_of
+from lightning_optim.base.shards import whole as whole
 from lightning_optim.base.state import Nested as Nested
 from lightning_optim.base.state import PerUnit as PerUnit
 from lightning_optim.base.state import PerWeight as PerWeight

@@ -102,6 +102,19 @@ def copy_(target: Tensor, source: Tensor) -> None:
     ours.copy_(source.to_local() if isinstance(source, DTensor) else shard_of(source.to(ours.device), target))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole tensor: a sharded one is gathered, which every rank of its mesh must do; else the tensor itself.
+
+    Gather one tensor at a time, so that memory does not hold a whole model.
+
+    Example::
+
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_of(full: Tensor, like: Tensor) -> Tensor:
     """Return the part of a whole tensor that this process holds if it is placed as ``like``, without communication.
 

@@ -41,8 +41,8 @@ from lightning_optim import (
 from lightning_optim.base import PerOptimizer, local_shards, nested, per_unit, per_weight, ring
 from lightning_optim.stopping.improvement import Best
 from tests.harness.cells import CELLS
-from tests.registry import ALL_ENTRIES, SlowGradients
-from tests.test_matrix import BASES, parts
+from tests.registry import ALL_ENTRIES, SlowGradients, parts_of
+from tests.test_matrix import BASES
 
 # Beside those of the registry: so that what they remember counts within a few steps, and those in `EarlyStopping`.
 MORE: list[Policy] = [
@@ -59,7 +59,7 @@ MORE: list[Policy] = [
     AtLeast(1, [Plateau("acc", patience=2, mode="max"), AnyOf([Plateau("loss", patience=3)])]),
     Best(["acc", "loss"], mode=["max", "min"]),
 ]
-IN_REGISTRY = [p for e in ALL_ENTRIES for cb in e.all_callbacks(CELLS[0]) for p in parts(cb) if isinstance(p, Policy)]
+IN_REGISTRY = [p for entry in ALL_ENTRIES for p in parts_of(entry.all_callbacks(CELLS[0])) if isinstance(p, Policy)]
 POLICIES = list({repr(policy): policy for policy in [*IN_REGISTRY, *MORE]}.values())
 STEPS = 12
 WEIGHTS = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4, 3), (5,), (2, 3, 2))]

@@ -37,6 +37,11 @@ class Cell:
         return 1 if self.strategy == "single" else 2
 
     @property
+    def sharded(self) -> tuple[int, ...]:
+        """Dimensions along which tensors are sharded."""
+        return (0,) if self.strategy == "fsdp2" else ()
+
+    @property
     def accumulation(self) -> int:
         """Number of micro-batches in a full window."""
         return 1 if self.windows == "1" else 4

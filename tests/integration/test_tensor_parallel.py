@@ -23,7 +23,7 @@ from tests.harness import regression, run
 from tests.harness.process_group import Group
 from tests.integration import reference_variants
 from tests.integration.entry_fits import CELL, each_entry, fit
-from tests.registry import BY_NAME, Entry
+from tests.registry import BY_NAME, Entry, refused
 from tests.test_matrix import assert_effect, assert_equal
 
 HIDDEN = 8  # Each rank holds four features.
@@ -105,6 +105,8 @@ def job(name: str) -> Any:
 
 @each_entry
 def test_tensor_parallel(entry: Entry, group: Group) -> None:
+    if refused(entry, (0, 1), lambda: group.run(job, entry.name)):
+        return
     expected = Split(CELL, entry).run()
     for outcome, partial, plain in group.run(job, entry.name):
         assert partial == {"net.norm.weight", "net.norm.bias"}
