@@ -33,8 +33,8 @@ class ScheduledDropout(OptimCallback):
     Args:
         rates: Dictionary from a glob over module names to a rate in [0, 1], a number or a schedule. The first pattern
             that matches a module counts.
-        insert: True to add dropout to modules that have none: to every module with parameters of its own that a glob
-            matches, and to any module that a pattern names in full.
+        insert: True to add dropout to modules that have none: to every module that a glob matches and that has weights
+            of its own with two dimensions or more, and to any module that a pattern names in full.
         name: Distinguishes two such callbacks in checkpoints.
 
     Raises:
