@@ -33,6 +33,7 @@ from lightning_optim.runtime.lightning import (
     rank_zero_warn,
 )
 from lightning_optim.runtime.lightning.loops import logger_step
+from lightning_optim.runtime.lightning.strategies import writes_folders
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.raw_weights import RawWeights
 from lightning_optim.runtime.validation import validate
@@ -303,7 +304,7 @@ class _NotLogged(Exception):
 
 def _reader_of_checkpoints(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
     """Return a function that reads a checkpoint: full tensors from a file, this rank's shards from a folder."""
-    if not callback_state.is_distributed(trainer):
+    if not writes_folders(trainer.strategy):
         return lambda path: reading.weights_in(path, weights_only=path not in own)
 
     def read(path: str) -> StateDict:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from lightning_optim.gradients.accumulation_window import WeightBy, Window, micr
 from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.callback_state import from_each_rank
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.step import OptimizerStep
@@ -207,8 +207,9 @@ class GradientAccumulation(OptimCallback):
         return {
             "windows": {index: _plain(window) for index, window in open_windows.items()},
             "sharded": sharded,
-            "by_rank": _gather_ranks({name: grad.cpu() for name, grad in own.items()}, trainer.world_size),
-            "totals": _gather_ranks(_totals(open_windows), trainer.world_size),
+            # Under DDP the gradients of ranks differ until the window closes.
+            "by_rank": from_each_rank({name: grad.cpu() for name, grad in own.items()}, trainer.world_size),
+            "totals": from_each_rank(_totals(open_windows), trainer.world_size),
             **unit,
         }
 
@@ -265,14 +266,6 @@ def _plain(window: Window) -> dict[str, Any]:
 
 def _totals(windows: dict[int, Window]) -> dict[str, Tensor]:
     return {str(index): window.total.cpu() for index, window in windows.items() if window.total is not None}
-
-
-def _gather_ranks(own: dict[str, Tensor], world_size: int) -> list[dict[str, Tensor]]:
-    """Return the tensors of each rank: under DDP the ranks' gradients differ until the window closes."""
-    by_rank: list[Any] = [own] * world_size
-    if world_size > 1:
-        dist.all_gather_object(by_rank, own)
-    return by_rank
 
 
 def _mean(by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:

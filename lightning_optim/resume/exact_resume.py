@@ -6,13 +6,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_optim.resume import rank_state
 from lightning_optim.resume.loop_progress import Resume
 from lightning_optim.resume.unsaved_buffers import Buffers
 from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.callback_state import from_each_rank
 from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.lightning.modules import running_hook
 from lightning_optim.runtime.logged_values import logged_values, metric_updates
@@ -67,6 +67,7 @@ class ExactResume(OptimCallback):
 
     Example::
 
+        >>> import torch
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> trainer = Trainer(callbacks=[ExactResume()], max_epochs=1, limit_train_batches=2, limit_val_batches=1,
@@ -100,11 +101,7 @@ class ExactResume(OptimCallback):
         if trainer.validating:
             # The running hook tells it. A hook of this callback may come later than that of the callback that writes.
             validation = "done" if running_hook(trainer.lightning_module) == "on_validation_end" else "running"
-        mine = self._rank_state(trainer, validation)
-        ranks = [mine]
-        if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [mine] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, mine)
+        ranks = from_each_rank(self._rank_state(trainer, validation), trainer.world_size)
         unsaved = {} if self._buffers is None else self._buffers.unsaved()
         return {"validation": validation, "ranks": ranks, "buffers": unsaved}
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.runtime.lightning import LightningModule, Strategy, Trainer
 from lightning_optim.runtime.lightning.strategies import writes_folders
+from lightning_optim.runtime.lightning.torch_internals import tree_map_only
 from lightning_optim.runtime.patching import patched
 
 _ENTRY = "lightning_optim"
@@ -29,15 +30,13 @@ _SHARD = "sharded_dtype"  # key of a leaf that refers to a tensor in the folder
 
 
 def export(tree: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
-    """Return the state as rank 0 may store it: DTensors are gathered, or replaced by their dtype in a folder."""
-    folder = trainer is not None and is_distributed(trainer)
+    """Copy a state as rank 0 may store it: DTensors are gathered, or replaced by their dtype in a folder."""
+    folder = trainer is not None and writes_folders(trainer.strategy)
 
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        return {_SHARD: str(value.dtype).removeprefix("torch.")} if folder else shards.gather_to_cpu(value)
+    def stored(tensor: DTensor) -> Any:
+        return {_SHARD: str(tensor.dtype).removeprefix("torch.")} if folder else shards.gather_to_cpu(tensor)
 
-    return _mapped(tree, leaf)
+    return tree_map_only(DTensor, stored, tree)
 
 
 def save_shards(tree: Callable[[], dict[str, Any]], trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
@@ -46,7 +45,7 @@ def save_shards(tree: Callable[[], dict[str, Any]], trainer: Trainer, checkpoint
     Lightning writes ``checkpoint["optimizer_states"]`` shard by shard into the folder, under ``optimizer_0``,
     ``optimizer_1``, …: this is one more entry. A Trainer without callbacks of this package reads its own entries only.
     """
-    if not is_distributed(trainer) or "optimizer_states" not in checkpoint:
+    if not writes_folders(trainer.strategy) or "optimizer_states" not in checkpoint:
         return
     sharded = {path: value for path, value in _leaves(tree()) if isinstance(value, DTensor)}
     if sharded:
@@ -93,10 +92,9 @@ def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, 
         checkpoint: The checkpoint that is about to be written.
         key: The callback's.
     """
-    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+    if trainer.world_size == 1:
         return
-    digests: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(digests, {path: digest(tensor) for path, tensor in ours.items()})
+    digests = from_each_rank({path: digest(tensor) for path, tensor in ours.items()}, trainer.world_size)
     paths = {path for theirs in digests for path in theirs if any(theirs[path] != each.get(path) for each in digests)}
     if not paths:
         return
@@ -122,16 +120,19 @@ def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
         tree[name] = tensor if same else torch.stack([each.double() for each in found]).mean(0).to(tensor.dtype)
 
 
+def from_each_rank(value: Any, world_size: int) -> list[Any]:
+    """Return the value of each rank, in their order: a collective. Without a process group, that of this rank alone."""
+    if world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def digest(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
     """Return dtype, shape and a hash of a plain tensor's bits: equal for tensors that are equal bit for bit."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(data, digest_size=16).digest()
-
-
-def is_distributed(trainer: Trainer) -> bool:
-    """Return True if checkpoints of this run are folders, into which each rank writes its shards."""
-    strategy = trainer.strategy
-    return writes_folders(strategy)
 
 
 def leave_out(
@@ -190,14 +191,6 @@ def _drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set
         _, part, *name = path.split("/", 2)
         if part in parts and module_tensors.plain_name("".join(name)) in names:
             del shards[path]
-
-
-def _mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, dict):
-        return {name: _mapped(value, leaf) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [_mapped(value, leaf) for value in tree]
-    return leaf(tree)
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from lightning_optim.runtime.callback_state import from_each_rank
 from lightning_optim.runtime.lightning import EarlyStoppingReason
 from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
@@ -29,10 +28,7 @@ def reason_to_stop(criterion: Criterion, world_size: int) -> tuple[EarlyStopping
     candidates = criterion.criteria if isinstance(criterion, AnyOf) else [criterion]
     kind = next((type(one) for one in candidates if one.reason), Plateau)
     mine = (_REASONS.get(kind, EarlyStoppingReason.PATIENCE_EXHAUSTED).value, criterion.reason)
-    reasons = [mine]
-    if world_size > 1 and torch.distributed.is_initialized():
-        reasons = [mine] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(reasons, mine)
+    reasons = from_each_rank(mine, world_size)
     if mine[1]:
         return EarlyStoppingReason(mine[0]), mine[1]
     number, reason = next((one for one in reasons if one[1]), mine)

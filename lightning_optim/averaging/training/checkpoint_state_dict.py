@@ -20,9 +20,9 @@ from lightning_optim.averaging.training.averaged_weights import raw_weights_in
 from lightning_optim.averaging.training.evaluation import AveragedEvaluation
 from lightning_optim.base import shards
 from lightning_optim.base.module_tensors import plain_name
-from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer
 from lightning_optim.runtime.lightning.pruning import is_permanent_in_checkpoints
+from lightning_optim.runtime.lightning.strategies import writes_folders
 from lightning_optim.runtime.lightning.torch_internals import tree_map_only
 from lightning_optim.runtime.patching import patched
 
@@ -77,7 +77,7 @@ class AveragedCheckpoints(AveragedEvaluation):
             for source, raw, averaged in self._averaged.located():
                 value = averaged.to(raw.dtype)
                 if isinstance(value, DTensor):  # sharded model: whole tensors on rank 0, or each rank's shard
-                    value = value.cpu() if callback_state.is_distributed(trainer) else value.full_tensor().cpu()
+                    value = value.cpu() if writes_folders(trainer.strategy) else value.full_tensor().cpu()
                 for name in source.names:
                     name = name if name in saved else plain_name(name)
                     if name in saved:
