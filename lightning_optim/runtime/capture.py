@@ -13,7 +13,7 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.copied_state import copied_state
 from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning import Callback, Trainer, strategies
-from lightning_optim.runtime.lightning.loops import is_last_batch
+from lightning_optim.runtime.lightning.loops import window_is_open
 from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
 from lightning_optim.runtime.lightning.precision import scaler_of
 from lightning_optim.runtime.logged_values import epoch_sums, set_epoch_sums_
@@ -95,12 +95,12 @@ def capture(
         3
     """
     _check_moment(trainer)
-    listed = trainer.callbacks if callbacks is None else [cb for cb in trainer.callbacks if cb in callbacks]
+    listed = [callback for callback in trainer.callbacks if callbacks is None or callback in callbacks]
     ours = [callback for callback in listed if isinstance(callback, OptimCallback)]
     objects: dict[str, Any] = {"module": trainer.lightning_module}
     for index, optimizer in enumerate(trainer.optimizers):
-        objects |= {f"optimizers[{index}].state": optimizer.state}
-        objects |= {f"optimizers[{index}].param_groups": optimizer.param_groups}
+        objects[f"optimizers[{index}].state"] = optimizer.state
+        objects[f"optimizers[{index}].param_groups"] = optimizer.param_groups
     objects |= {f"callbacks[{trainer.callbacks.index(callback)}]": callback for callback in ours}
     stateful: list[_Stateful] = [*_counts(trainer), *(config.scheduler for config in trainer.lr_scheduler_configs)]
     stateful += [callback for callback in listed if callback not in ours]
@@ -162,10 +162,12 @@ def _running_hooks_kept(trainer: Trainer) -> Iterator[None]:
     hook = running_hook(trainer.lightning_module)
     ours = [callback for callback in trainer.callbacks if isinstance(callback, OptimCallback)]
     notes = [callback._package_results for callback in ours]
-    yield
-    set_running_hook(trainer.lightning_module, hook)
-    for callback, note in zip(ours, notes, strict=True):
-        callback._package_results = note
+    try:
+        yield
+    finally:
+        set_running_hook(trainer.lightning_module, hook)
+        for callback, note in zip(ours, notes, strict=True):
+            callback._package_results = note
 
 
 def _counts(trainer: Trainer) -> list[Any]:
@@ -186,17 +188,10 @@ def _check_moment(trainer: Trainer) -> None:
             "The state of a run is captured and restored between two steps of a fit: call it in `on_train_batch_start`,"
             " `on_train_batch_end`, `on_train_epoch_start` or `on_train_epoch_end`."
         )
-    if _window_is_open(trainer):
+    session = Session.find(trainer)
+    windows = session.windows if session is not None else None
+    if windows.is_open if windows is not None else window_is_open(trainer):
         raise RuntimeError(
             "The state of a run cannot be captured or restored while an accumulation window is open, since gradients"
             " are not part of it: call it at the end of a batch that has stepped."
         )
-
-
-def _window_is_open(trainer: Trainer) -> bool:
-    session = Session.find(trainer)
-    if session is not None and session.windows is not None:
-        return session.windows.is_open
-    count = trainer.fit_loop.epoch_loop.batch_progress.current
-    epoch_is_done = count.processed == count.ready and is_last_batch(trainer)
-    return count.processed % trainer.accumulate_grad_batches != 0 and not epoch_is_done

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.runtime.lightning import Trainer, isolate_rng, logger_connector
-from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
 from lightning_optim.runtime.patching import patched
 
 
@@ -36,30 +35,27 @@ def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str
 
 @contextlib.contextmanager
 def _without_callbacks_and_loggers(trainer: Trainer) -> Iterator[None]:
-    """Context manager: no callback or logger is called, nothing is saved; metrics and progress are restored."""
-    loop, metrics = trainer.fit_loop.epoch_loop.val_loop, logger_connector.shown_metrics(trainer)
+    """Context manager: no callback or logger is called, nothing is saved; the validation's progress is restored."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
     callbacks, loggers, progress = trainer.callbacks, trainer.loggers, copy.deepcopy(loop.batch_progress)
     trainer.callbacks, trainer.loggers = [], []
-    logger_connector.set_shown_metrics(trainer, {name: {} for name in metrics})
     try:
         # A hook of the module may save a checkpoint. It will do so again in the validation that callbacks see.
         with patched(trainer, "save_checkpoint", lambda *args, **kwargs: None):
             yield
     finally:
         trainer.callbacks, trainer.loggers, loop.batch_progress = callbacks, loggers, progress
-        logger_connector.set_shown_metrics(trainer, metrics)
 
 
 @contextlib.contextmanager
 def _in_validation_stage(trainer: Trainer) -> Iterator[None]:
-    """Context manager: the Trainer is validating, so that ``log`` sends values to the validation loop."""
-    stage, module = trainer.state.stage, trainer.lightning_module
-    position, hook = logger_connector.log_position(trainer), running_hook(module)
-    trainer.validating = True
-    logger_connector.set_log_position(trainer, None, None)
-    try:
-        yield
-    finally:
-        trainer.state.stage = stage
-        logger_connector.set_log_position(trainer, *position)
-        set_running_hook(module, hook)
+    """Context manager: the Trainer is validating, and has no metrics; ``log`` sends values to the validation loop."""
+    stage = trainer.state.stage
+    with logger_connector.keep_logging_state(trainer):
+        trainer.validating = True
+        logger_connector.set_log_position(trainer, None, None)
+        logger_connector.set_shown_metrics(trainer, {name: {} for name in logger_connector.SHOWN})
+        try:
+            yield
+        finally:
+            trainer.state.stage = stage

@@ -98,8 +98,9 @@ def set_log_position(trainer: Trainer, hook: str | None, in_first_batch: bool | 
 @contextlib.contextmanager
 def keep_logging_state(trainer: Trainer) -> Iterator[None]:
     """Context manager: metrics that are seen, the running hook and where ``self.log`` goes on are put back after it."""
-    shown = {name: dict(metrics) for name, metrics in shown_metrics(trainer).items()}
-    position, hook = log_position(trainer), modules.running_hook(trainer.lightning_module)
+    shown, position = shown_metrics(trainer), log_position(trainer)
+    hook = modules.running_hook(trainer.lightning_module)
+    set_shown_metrics(trainer, {name: dict(metrics) for name, metrics in shown.items()})
     try:
         yield
     finally:

@@ -19,10 +19,11 @@ def is_last_batch(trainer: Trainer) -> bool:
 
 
 def window_is_open(trainer: Trainer) -> bool:
-    """Return True if the window of ``accumulate_grad_batches`` needs more batches than those fetched so far."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    steps_at_end = is_last_batch(trainer) and not trainer.strategy.handles_gradient_accumulation
-    return progress.current.ready % trainer.accumulate_grad_batches != 0 and not steps_at_end
+    """Return True if batches of ``accumulate_grad_batches`` were processed, and their step was not taken yet."""
+    count = trainer.fit_loop.epoch_loop.batch_progress.current
+    epoch_is_done = count.processed == count.ready and is_last_batch(trainer)
+    steps_at_end = epoch_is_done and not trainer.strategy.handles_gradient_accumulation
+    return count.processed % trainer.accumulate_grad_batches != 0 and not steps_at_end
 
 
 def ends_epoch(trainer: Trainer) -> bool:
@@ -45,8 +46,10 @@ def logging_at_last_step(trainer: Trainer) -> Iterator[None]:
     """Context manager: values are logged at the step of the last batch, as those of an epoch's end are."""
     loop, step = trainer.fit_loop.epoch_loop, logger_step(trainer)
     write_private(loop, "_batches_that_stepped", step - 1)
-    yield
-    write_private(loop, "_batches_that_stepped", step)
+    try:
+        yield
+    finally:
+        write_private(loop, "_batches_that_stepped", step)
 
 
 def skip_next_validation(trainer: Trainer, skip: bool) -> None:
