@@ -205,7 +205,8 @@ class WeightAveraging(AveragedCheckpoints):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         assert self._averaged is not None
-        self._averaged.follow(self.current_step(optimizer).index)
+        index = self.current_step(optimizer).index
+        self._averaged.follow(index, trainer.optimizers[index])
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         index = self.current_step(optimizer).index

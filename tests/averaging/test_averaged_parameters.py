@@ -88,6 +88,22 @@ def test_what_never_trains_takes_no_memory() -> None:
     assert list(callback.averaged_state()) == ["net.4.weight", "net.4.bias", "net.2.weight", "net.2.bias"]
 
 
+@pytest.mark.parametrize("average", AVERAGES, ids=repr)
+def test_parameters_that_come_with_another_optimizer_are_averaged(average: Any) -> None:
+    class Unfreezes(Model):
+        """A model whose optimizer is replaced, in the second epoch, by one that trains all of its layers."""
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=0.05)]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net[2].parameters(), lr=0.05)
+
+    fit(model := Unfreezes(), [averaging(average=average)])
+    assert_close(snapshot(model), expected(model.trajectory, average))
+
+
 class NewHead(Model):
     """A model whose head is replaced at the start of the second epoch, also in the parameter group."""
 

@@ -17,7 +17,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, GradientAccumulation, WeightAveraging
+from lightning_optim import (
+    EMA,
+    SWA,
+    CheckpointAveraging,
+    EarlyStopping,
+    GradientAccumulation,
+    WeightAveraging,
+    averaged_state_dict,
+)
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from tests.averaging.models import Model, assert_close, assert_equal, data, differ, ema, fit, mean, norm_net, snapshot
 
@@ -206,6 +214,42 @@ def test_a_checkpoint_holds_the_evaluated_average_whichever_the_module_holds(tmp
     assert_equal(exports.seen[0], saved["state_dict"])
     assert_equal(saved["current_model_state"], model.trajectory[-1])
     assert torch.equal(saved["callbacks"]["Exports"]["first"]["of"][0], model.trajectory[-1]["net.0.weight"])
+
+
+def test_a_checkpoint_holds_raw_weights_before_the_evaluated_average_begins(tmp_path) -> None:
+    """Also if the module holds another average then: training resumes from the raw weights."""
+    other = averaging(average=SWA(), evaluate=False, apply_at_end=False)
+
+    class Within(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            with other.averaged_weights(pl_module):
+                trainer.save_checkpoint(tmp_path / "one.ckpt")
+                assert_close(snapshot(pl_module), mean(pl_module.trajectory))
+
+    model = Model()
+    fit(model, [averaging(start=100), other, Within()], max_epochs=1)
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert_equal(saved["state_dict"], model.trajectory[-1])
+    assert_close(averaged_state_dict(tmp_path / "one.ckpt"), mean(model.trajectory))
+
+
+def test_a_checkpoint_that_is_made_while_the_module_holds_another_average() -> None:
+    """Statistics of the evaluated average are estimated for it, for which the other average goes out."""
+    one, other = averaging(average=SWA()), averaging(evaluate=False)
+
+    class Dumps(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            with other.averaged_weights(pl_module):
+                before = snapshot(pl_module)
+                made = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)["state_dict"]
+                self.made = copy.deepcopy(made)
+                assert_equal(snapshot(pl_module), before)
+            with one.averaged_weights(pl_module):
+                self.averaged = snapshot(pl_module)
+
+    dumps = Dumps()
+    fit(Model(make=norm_net), [one, other, dumps], max_epochs=1, limit_train_batches=3)
+    assert_equal(dumps.made, dumps.averaged)
 
 
 def test_a_module_holds_one_average_at_a_time() -> None:

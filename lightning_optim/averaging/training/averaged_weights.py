@@ -7,6 +7,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,8 +35,23 @@ from lightning_optim.runtime.interrupts import uninterrupted
 from lightning_optim.runtime.lightning.torch_internals import keep_versions
 from lightning_optim.runtime.object_state import same_objects
 
-_holding: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
-"""Each module that holds an average now, and that average."""
+_average_in: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
+"""The average that a module holds now, of any callback. It goes out before another one comes in."""
+
+
+@dataclass(eq=False)
+class _Exchange:
+    """A tensor of the model that holds its average now.
+
+    Attributes:
+        source: The tensor.
+        average: Storage of its average, which has the raw values unless ``raw`` has them.
+        raw: A copy of the raw values, where the two cannot be swapped.
+    """
+
+    source: Source
+    average: Tensor
+    raw: Tensor | None = None
 
 
 class AveragedWeights:
@@ -54,8 +70,6 @@ class AveragedWeights:
         sources: The averaged parameters of each optimizer. A parameter that is frozen later stays averaged: its value
             stands still, and the average moves towards it.
         buffers: The averaged buffers.
-        inside: True if the model holds the average now.
-        left: True if the average was left in the model at the end of the fit.
         fresh: True if the BatchNorm statistics in the average belong to its present weights.
         averages: The policy of each optimizer.
         optimizers: Weak references to the optimizers.
@@ -71,14 +85,13 @@ class AveragedWeights:
         self._lazy: list[nn.Parameter] = []
         self.buffers = AveragedBuffers(plan.averaged if optimizers else (), average)
         self.estimates = SpectralEstimates(plan.vectors)
-        self.inside = self.left = self.fresh = False
+        self.fresh = False
         self._pruning = Pruning()
-        self._raw: dict[tuple[int, str], Tensor] = {}
-        self._exchanged: list[tuple[Source, Tensor]] = []
-        self._versions: list[tuple[Tensor, int]] = []
-        _holding.pop(module, None)
-        for index in range(len(optimizers)):
-            self.follow(index)
+        self._exchanged: dict[tuple[int, str], _Exchange] = {}  # by place; empty while the average is not in the model
+        self._left: list[tuple[Tensor, int]] | None = None  # versions of the parameters in which the average was left
+        _average_in.pop(module, None)  # what an earlier fit has left there are the raw weights of this one
+        for index, optimizer in enumerate(optimizers):
+            self.follow(index, optimizer)
 
     @property
     def module(self) -> nn.Module | None:
@@ -103,10 +116,15 @@ class AveragedWeights:
 
     # ---- parameters and updates --------------------------------------------------------------------------------------
 
-    def follow(self, index: int) -> None:
-        """Add parameters that became trainable, and drop those that left the model. Call it before each step."""
-        optimizer = self.optimizers[index]()
-        now = [] if optimizer is None else trainable(optimizer)
+    def follow(self, index: int, optimizer: Optimizer) -> None:
+        """Add parameters that became trainable, and drop those that left the model. Call it before each step.
+
+        Args:
+            index: Index of the optimizer.
+            optimizer: The optimizer, which may have replaced another one.
+        """
+        self.optimizers[index] = weakref.ref(optimizer)
+        now = trainable(optimizer)
         if same_objects(now, self._trainable[index]) and all(map(is_lazy, self._lazy)):
             return
         self._trainable[index] = now
@@ -117,7 +135,8 @@ class AveragedWeights:
             if len(kept) < len(sources):
                 keep(sources, average, kept)
         for place, reference in enumerate(self.optimizers):
-            self.add(place, trainable(reference()) if reference() is not None else [], names)  # type: ignore[arg-type]
+            if (stepped := reference()) is not None:
+                self.add(place, trainable(stepped), names)
 
     def add(self, index: int, parameters: Sequence[nn.Parameter], names: dict[int, tuple[str, ...]]) -> None:
         """Average these parameters of the model with an optimizer from now on, unless they are averaged already."""
@@ -162,11 +181,11 @@ class AveragedWeights:
                 continue
             for position, source in enumerate(sources):
                 if (mask := masks.get(id(source.parameter))) is not None:
-                    held = [average.averaged[position], *(remembered[position] for remembered in average.memory)]
-                    if source.place in self._raw:
-                        held.append(self._raw[source.place])
-                    for tensor in held:
-                        tensor.mul_(mask.to(tensor))
+                    exchange = self._exchanged.get(source.place)
+                    copied = None if exchange is None else exchange.raw
+                    for tensor in (average.averaged[position], *(row[position] for row in average.memory), copied):
+                        if tensor is not None:
+                            tensor.mul_(mask.to(tensor))
 
     def look_up(self) -> None:
         """Look up the names of all tensors, which pruning and parametrizations change in the middle of a run."""
@@ -194,27 +213,21 @@ class AveragedWeights:
 
     def located(self) -> Iterator[tuple[Source, Tensor, Tensor]]:
         """Yield each tensor with its raw value and its average, in or out of the model."""
-        holder = self.holder
-        displaced = {} if holder is None else holder._displaced()
+        present = average_in(self.module)
+        displaced = {} if present is None else present._displaced()
         for source, average in self.pairs():
             place, live = source.place, source.tensor
-            if self.inside and place not in self._raw:
+            exchange = self._exchanged.get(place)
+            if exchange is not None and exchange.raw is None:
                 average = live
             yield source, displaced.get(place, live), self.buffers.used(place, average)
 
-    @property
-    def holder(self) -> AveragedWeights | None:
-        """The average that the model holds now, of this callback or of another one."""
-        module = self.module
-        return None if module is None else _holding.get(module)
-
     def _displaced(self) -> dict[tuple[int, str], Tensor]:
         """Return the raw tensors that this average has replaced in the model, by place."""
-        displaced = {}
-        for source, average in self._exchanged:
-            copied = self._raw.get(source.place)
-            displaced[source.place] = average if copied is None else shards.placed_as(copied, average)
-        return displaced
+        return {
+            place: exchange.average if exchange.raw is None else shards.placed_as(exchange.raw, exchange.average)
+            for place, exchange in self._exchanged.items()
+        }
 
     def raw(self) -> dict[str, Tensor]:
         """Return the raw values of the averaged tensors, under all their names."""
@@ -222,7 +235,7 @@ class AveragedWeights:
 
     def reduce_buffers(self, group: dist.ProcessGroup) -> None:
         """Compute the mean over ranks of the averaged buffers, for uses of the present average."""
-        if not self.inside:
+        if not self.in_model:
             self.buffers.reduce_over_ranks(group)
 
     def of_rank(self) -> dict[str, Tensor]:
@@ -232,47 +245,54 @@ class AveragedWeights:
 
     # ---- in and out of the model -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def exchange_(self) -> None:
-        """Exchange the average and the model's tensors: all of them, or none of them if an error is raised."""
-        with uninterrupted():
-            module = self.alive()
-            shards.reshard_(module)
-            self.follow_pruning()
-            moving, done = self._exchanged if self.inside else list(self.pairs()), []
-            try:
-                for source, average in moving:
-                    self._swap_(source, average, self.inside)
-                    done.append((source, average))
-                if not self.inside and not self.estimates.done:
-                    self.estimates.estimate_({source.place for source, _ in moving})
-            except BaseException:
-                for source, average in done:
-                    self._swap_(source, average, not self.inside)
-                if not self.inside:
-                    self._raw = {}
-                raise
-            self.inside = not self.inside
-            self._exchanged = moving if self.inside else []
-            self._pruning.exchange_products(module, self.inside)
-            if self.inside:
-                _holding[module] = self
-            else:
-                self._raw = {}
-                _holding.pop(module, None)
+    @property
+    def in_model(self) -> bool:
+        """True if the model holds the average now."""
+        return bool(self._exchanged)
 
-    def leave_in_model_(self) -> None:
-        """Put the average into the model to stay, and note the versions of the parameters (:attr:`lost`)."""
-        if not self.inside:
-            self.exchange_()
-        self.left = True
-        held = (source.tensor for source, _ in self._exchanged if source.owner is None)
-        self._versions = [(tensor, shards.version(tensor)) for tensor in held]
+    @property
+    def left_in_model(self) -> bool:
+        """True if the average was put into the model to stay, at the end of the fit."""
+        return self._left is not None
 
     @property
     def lost(self) -> bool:
         """True if the parameters were written to after the average was left in the model."""
-        return self.inside and any(shards.version(tensor) != version for tensor, version in self._versions)
+        return self.in_model and any(shards.version(tensor) != version for tensor, version in self._left or ())
+
+    def leave_in_model_(self) -> None:
+        """Put the average into the model to stay, and note the versions of the parameters (:attr:`lost`)."""
+        if not self.in_model:
+            self.exchange_()
+        held = (exchange.source.tensor for exchange in self._exchanged.values() if exchange.source.owner is None)
+        self._left = [(tensor, shards.version(tensor)) for tensor in held]
+
+    @torch.no_grad()
+    def exchange_(self) -> None:
+        """Exchange the average and the model's tensors: all of them, or none of them if an error is raised."""
+        with uninterrupted():
+            module, leaving = self.alive(), self.in_model
+            shards.reshard_(module)
+            self.follow_pruning()
+            pairs = () if leaving else self.pairs()
+            moving = list(self._exchanged.values()) if leaving else [_Exchange(*pair) for pair in pairs]
+            done = []
+            try:
+                for exchange in moving:
+                    self._swap_(exchange, leaving)
+                    done.append(exchange)
+                if not leaving and not self.estimates.done:
+                    self.estimates.estimate_({exchange.source.place for exchange in moving})
+            except BaseException:
+                for exchange in done:
+                    self._swap_(exchange, not leaving)
+                raise
+            self._exchanged = {} if leaving else {exchange.source.place: exchange for exchange in moving}
+            self._pruning.exchange_products(module, self.in_model)
+            if self.in_model:
+                _average_in[module] = self
+            else:
+                _average_in.pop(module, None)
 
     @property
     def estimated(self) -> bool:
@@ -281,32 +301,33 @@ class AveragedWeights:
 
     def estimate_(self) -> None:
         """Estimate the vectors of spectral normalization for the averaged weights, once after each update."""
-        if not self.estimated and not self.inside:
+        if not self.estimated and not self.in_model:
             with raw_weights_in(self.alive()), self.exchanged():
                 pass
 
     @contextlib.contextmanager
     def exchanged(self) -> Iterator[None]:
         """Context manager: average and model are exchanged; afterwards, also after an error, they are as before."""
-        before = self.inside
+        before = self.in_model
         # A graph that was built before may go backward afterwards, when the weights have their values again.
         with keep_versions(source.tensor for source, _ in self.pairs()):
             try:
                 self.exchange_()
                 yield
             finally:
-                if self.inside is not before:
+                if self.in_model is not before:
                     self.exchange_()
 
-    def _swap_(self, source: Source, average: Tensor, leaving: bool) -> None:
-        """Put one average into the model or, if ``leaving``, the raw tensor, of which a copy is kept until all are."""
-        live, place = source.live, source.place
+    def _swap_(self, exchange: _Exchange, leaving: bool) -> None:
+        """Put one average into the model or, if ``leaving``, the raw tensor."""
+        source, average = exchange.source, exchange.average
+        live = source.live
         if live is None or live.shape != average.shape:  # the model has changed while the average was in it
-            self._raw.pop(place, None)
             return
-        (ours,), (theirs,) = shards.local_shards([self.buffers.used(place, average)]), shards.local_shards([live])
-        if place in self._raw:
-            theirs.copy_(self._raw[place] if leaving else ours)
+        used = self.buffers.used(source.place, average)
+        (ours,), (theirs,) = shards.local_shards([used]), shards.local_shards([live])
+        if exchange.raw is not None:
+            theirs.copy_(exchange.raw if leaving else ours)
         elif source.owner is None and ours.dtype == theirs.dtype and ours.device == theirs.device:
             foreach.swap_(ours, theirs)
         elif leaving:  # the module was moved to another device meanwhile
@@ -315,23 +336,27 @@ class AveragedWeights:
             ours.copy_(kept)
         else:
             # Buffers are copied and never exchanged, so that what a validation writes to one stays out of the average.
-            self._raw[place] = theirs.clone()
+            exchange.raw = theirs.clone()
             theirs.copy_(ours)
 
     @torch.no_grad()
     def set_statistics_(self, layer: BatchNormBase, mean: Tensor, variance: Tensor) -> None:
         """Set estimated statistics in a layer of the model, which holds the average, and for later uses of it."""
-        places = {source.place: average for source, average in self._exchanged}
         for key, value in (("running_mean", mean), ("running_var", variance)):
             live = buffer_of(layer, key)
             assert live is not None
-            if (average := places.get((id(layer), key))) is not None:
-                shards.copy_(live, self.buffers.set_estimate((id(layer), key), average, value))
+            if (exchange := self._exchanged.get((id(layer), key))) is not None:
+                shards.copy_(live, self.buffers.set_estimate(exchange.source.place, exchange.average, value))
+
+
+def average_in(module: nn.Module | None) -> AveragedWeights | None:
+    """Return the average that ``module`` holds now, of any callback."""
+    return None if module is None else _average_in.get(module)
 
 
 @contextlib.contextmanager
 def raw_weights_in(module: nn.Module) -> Iterator[None]:
     """Context manager: ``module`` holds its raw weights; afterwards it holds the average again that it held before."""
-    holder = _holding.get(module)
-    with contextlib.nullcontext() if holder is None or holder.lost else holder.exchanged():
+    average = average_in(module)
+    with contextlib.nullcontext() if average is None or average.lost else average.exchanged():
         yield

@@ -34,7 +34,7 @@ class AveragedCheckpoints(AveragedEvaluation):
     def _saved_as_state_dict(self) -> bool:
         """True if a checkpoint that is written now holds this average as ``state_dict``."""
         evaluated = self.fit and self.fit.average
-        return evaluated is self or (evaluated is None and self._averaged is not None and self._averaged.inside)
+        return evaluated is self or (evaluated is None and self._averaged is not None and self._averaged.in_model)
 
     def _use_in_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._use_in_evaluation(trainer, pl_module)
@@ -52,11 +52,11 @@ class AveragedCheckpoints(AveragedEvaluation):
 
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
             average = self._averaged
-            if self.session.average is not self or average is None or not average.started:
+            if self.session.average is not self or average is None:
                 return save(filepath, weights_only, storage_options)
             with contextlib.ExitStack() as saving:
                 saving.enter_context(raw_weights_in(pl_module))
-                if not weights_only:
+                if average.started and not weights_only:
                     exchanged = shards.local_shards(source.tensor for source, _ in average.pairs())
                     saving.enter_context(_states_of_now(trainer, exchanged))
                 saving.enter_context(self.averaged_weights(pl_module))
@@ -70,7 +70,7 @@ class AveragedCheckpoints(AveragedEvaluation):
         """Return a function that returns the model's ``state_dict`` with the average in it."""
 
         def dump() -> dict[str, Any]:
-            if self.session.average is not self or self._averaged is None or self._averaged.inside:
+            if self.session.average is not self or self._averaged is None or self._averaged.in_model:
                 return state_dict()
             self._make_ready(pl_module)
             saved = state_dict()

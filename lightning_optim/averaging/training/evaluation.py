@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, data_group, in_training
 from lightning_optim.averaging.training import pruned_parameters
-from lightning_optim.averaging.training.averaged_weights import AveragedWeights, raw_weights_in
+from lightning_optim.averaging.training.averaged_weights import AveragedWeights, average_in, raw_weights_in
 from lightning_optim.averaging.training.buffer_plan import BufferModes
 from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.base import module_tensors, shards
@@ -69,7 +69,7 @@ class AveragedEvaluation(BatchNormRefresh):
         if average is None:
             with _copied_into(module, self._copied):
                 yield
-        elif not average.started or (module is average.module and average.inside):
+        elif not average.started or (module is average.module and average.in_model):
             yield
         elif module is not average.module:
             if average.module is not None:
@@ -77,7 +77,7 @@ class AveragedEvaluation(BatchNormRefresh):
             with _copied_into(module, average.named()):
                 yield
         else:
-            if average.holder is not None and not average.holder.left:
+            if (other := average_in(module)) is not None and not other.left_in_model:
                 raise nested_averages(self)
             self._reduce_over_ranks()
             with raw_weights_in(module), average.exchanged():
@@ -111,7 +111,7 @@ class AveragedEvaluation(BatchNormRefresh):
             self._reduce_over_ranks()
             self._averaged.estimate_()
             if self._needs_refresh:
-                with self.averaged_weights(pl_module):
+                with raw_weights_in(pl_module), self.averaged_weights(pl_module):
                     pass
 
     def _reduce_over_ranks(self) -> None:
@@ -174,7 +174,7 @@ class AveragedEvaluation(BatchNormRefresh):
 
     def displaced(self) -> dict[str, Tensor]:
         average = self._averaged
-        if average is None or not average.inside:
+        if average is None or not average.in_model:
             return {}
         return {plain_name(name): raw for name, raw in average.raw().items()}
 
