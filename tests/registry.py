@@ -477,8 +477,8 @@ ENTRIES = (
 )
 
 
-class TemporaryCheckpoints(ModelCheckpoint):
-    """Save in a temporary folder, which is removed after the fit."""
+class Kept(ModelCheckpoint):
+    """Save in a temporary folder, which is removed after the fit. The files of the first version have this name."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(tempfile.mkdtemp(prefix="kept-"))
@@ -494,7 +494,7 @@ ENTRIES_AT_END = tuple(
     Entry(
         f"checkpoint_averaging_{outcome}",
         "end",
-        lambda _: [CheckpointAveraging(top=2), TemporaryCheckpoints(monitor="val_score", save_top_k=2)],
+        lambda _: [CheckpointAveraging(top=2), Kept(monitor="val_score", save_top_k=2)],
         lambda _: averaging_formulas.BestMean(top=2),
         scores=(5.0, 2.0, 4.0, 3.0, score),  # the last is that of the mean; within a window nothing is saved
     )
