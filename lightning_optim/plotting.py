@@ -31,7 +31,7 @@ def canvas(axes: Axes | None = None) -> tuple[Figure, Axes]:
 
 
 def check_metric(metric: str | None, names: Collection[str]) -> str:
-    """Return the name of the metric to plot; raise a ValueError if there is no such metric."""
+    """Check that there is a metric of this name, and return the name."""
     if metric is None or metric not in names:
         raise ValueError(f"`metric_or_optimizer` must be one of {', '.join(map(repr, names))}, got {metric!r}")
     return metric

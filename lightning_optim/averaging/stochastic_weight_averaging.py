@@ -27,7 +27,7 @@ class StochasticWeightAveraging(WeightAveraging):
     * Validations and checkpoints use the average. The module ends with it also after an early stop and at
       ``max_steps``.
     * The learning-rate schedule stays the user's, unless ``swa_lrs`` is given.
-    * BatchNorm statistics are estimated without an optimizer step, a hook or an epoch more.
+    * BatchNorm statistics are estimated without an extra optimizer step, hook or epoch.
     * Several optimizers and sharded models work.
 
     Args:

@@ -20,7 +20,7 @@ def check_number(
     integer: bool = False,
     schedule: bool = False,
 ) -> T:
-    """Return an argument, unless it is not a number of its range; the message names it, its value and what is allowed.
+    """Check that an argument is a number in its range, and return it; the error names value and allowed range.
 
     A ``bool`` is not a number, and NaN is in no range. Without ``low`` and ``high`` a number must be finite; infinity
     is allowed where ``high=math.inf`` says so.
@@ -70,7 +70,7 @@ def check_number(
 
 
 def check_choice(name: str, value: T, choices: Any) -> T:
-    """Return an argument, unless it is not one of the values of a ``Literal``; the message names what is allowed.
+    """Check that an argument is one of the values of a ``Literal``, and return it; the error names what is allowed.
 
     Args:
         name: The argument's name, for the message.

@@ -36,7 +36,7 @@ class Ring:
         self._ring: Tensor | None = None
 
     def append(self, row: Tensor) -> None:
-        """Add a vector in place of the oldest one. If it is longer than those before, they are filled up with NaN."""
+        """Add a vector in place of the oldest row. If it is longer than the rows so far, these are padded with NaN."""
         if self._ring is None:
             self._ring = row.new_full((self.size, len(row)), torch.nan)
         elif self._ring.device != row.device:

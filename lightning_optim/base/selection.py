@@ -19,7 +19,7 @@ Selectors: TypeAlias = Selector | Sequence[Selector] | None
 
 
 def check_selectors(name: str, value: Selectors) -> Selectors:
-    """Return the argument ``name``, unless :func:`select` cannot choose parameters by it.
+    """Check that :func:`select` can choose parameters by the argument ``name``, and return it.
 
     Raises:
         ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``.

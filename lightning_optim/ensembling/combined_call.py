@@ -30,7 +30,7 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 def without_gradients(call: _Call) -> _Call:
     """Decorate a function so that it runs without gradients and its result needs none.
 
-    An exported program cannot be saved if one ``no_grad`` lies within another, and a member may have its own. While
+    An exported program cannot be saved if one ``no_grad`` is nested in another, and a member may have its own. While
     torch compiles or exports, the function therefore runs as it is, and its result is detached.
     """
 

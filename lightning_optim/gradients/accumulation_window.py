@@ -67,7 +67,7 @@ class Window:
 
 
 def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
-    """Return the weight of a micro-batch, a scalar on the device; a tensor that is there already is not waited for."""
+    """Return the weight of a micro-batch, a scalar on the device, without waiting for a tensor that is there."""
     weight = extract_batch_size(batch) if isinstance(weight_by, str) else weight_by(batch)
     if isinstance(weight, Tensor) and weight.numel() == 1:
         return weight.detach().to(device, torch.float32).reshape(())

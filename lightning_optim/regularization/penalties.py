@@ -88,7 +88,7 @@ class L1(Penalty):
     there; :class:`ProximalL1` makes them exactly zero.
 
     Args:
-        strength: The factor :math:`s \ge 0`; typical are 1e-6 to 1e-4, since it multiplies a sum over all weights.
+        strength: The factor :math:`s \ge 0`; 1e-6 to 1e-4 is typical, since it multiplies a sum over all weights.
         on: The parameters that are penalized: a glob over names, a module class, a predicate, or a list of these.
             Default: those with two dimensions or more, since biases and the scales of normalization layers do not
             overfit. ``"*"`` takes all, as the textbook does. In YAML the key needs quotes, ``"on": "*"``, since a bare
@@ -129,7 +129,7 @@ class L2(Penalty):
     Hutter, *Decoupled Weight Decay Regularization*, `arXiv:1711.05101 <https://arxiv.org/abs/1711.05101>`_).
 
     Args:
-        strength: The factor :math:`s \ge 0`; typical are 1e-5 to 1e-3.
+        strength: The factor :math:`s \ge 0`; 1e-5 to 1e-3 is typical.
         on: The parameters that are penalized: a glob over names, a module class, a predicate, or a list of these.
             Default: those with two dimensions or more, since biases and the scales of normalization layers do not
             overfit. ``"*"`` takes all, as the textbook does. In YAML the key needs quotes, ``"on": "*"``, since a bare

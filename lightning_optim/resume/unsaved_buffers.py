@@ -34,7 +34,7 @@ class Buffers:
         }
 
     def of_rank(self) -> dict[str, Tensor]:
-        """Return live storage of all buffers that a checkpoint must hold, wherever a callback has put them."""
+        """Return live storage of all buffers that a checkpoint must hold, also of those that a callback has moved."""
         trainer = self._trainer()
         if trainer is None:
             return {}

@@ -268,7 +268,10 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         missing = [name for name in needed if name not in metrics]
         if not missing:
             return True
-        message = f"Early stopping reads {missing}, which is not logged. Logged metrics: {sorted(metrics)}."
+        message = (
+            f"Early stopping reads {missing}, which is not logged: log it in `validation_step`, or pass `strict=False`"
+            f" to go on without it. Logged metrics: {sorted(metrics)}."
+        )
         if self.strict:
             raise RuntimeError(message)
         if self.verbose:

@@ -41,7 +41,7 @@ def initial_best(mode: Mode) -> float:
 
 
 def check_monitor(monitor: str) -> str:
-    """Return ``monitor``; raise a ValueError if it is not text."""
+    """Check that ``monitor`` is text, and return it."""
     if not isinstance(monitor, str):
         raise ValueError(f"`monitor={monitor!r}` must be a metric's name")
     return monitor

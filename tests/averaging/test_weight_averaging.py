@@ -356,7 +356,10 @@ def test_averaged_weights_in_the_users_own_code() -> None:
             assert_close(snapshot(module), ema(model.trajectory, DECAY))
         assert_equal(snapshot(module), before)
     stranger = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"has no .*, of which"), callback.averaged_weights(stranger):
+    with (
+        pytest.raises(ValueError, match=r"must have the parameters of the averaged .* has no"),
+        callback.averaged_weights(stranger),
+    ):
         pass
 
 

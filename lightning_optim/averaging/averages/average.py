@@ -44,7 +44,7 @@ class Average(Policy):
     smooths_statistics: ClassVar[bool] = False
     """True if running statistics may be averaged like weights: the weights taken in are close to one another."""
     keep_wide: bool = False
-    """True if no tensor is kept in a narrower dtype than its own, whatever :meth:`keep_in` says."""
+    """True if no tensor is kept in a narrower dtype than its own, even if :meth:`keep_in` asks for it."""
 
     _counters: dict[str, int]
 

@@ -130,7 +130,10 @@ def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
     views = {(value.data_ptr(), value.shape, value.stride(), value.dtype): value.numel() for value in values}
     total = sum(count * dtype.itemsize for (*_, dtype), count in views.items())
     if total > safe_reading.largest(path):
-        raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as the file has")
+        raise ValueError(
+            f"{path} holds tensors of {total:,} bytes, many times as many as the file has: their mean"
+            " would not fit into memory"
+        )
 
 
 def _weights_of_folder(path: str, weights_only: bool, key: str | None) -> dict[str, Tensor]:
@@ -140,7 +143,10 @@ def _weights_of_folder(path: str, weights_only: bool, key: str | None) -> dict[s
     described = {n: a for n, a in metadata.state_dict_metadata.items() if isinstance(a, TensorStorageMetadata)}
     total = sum(about.size.numel() * about.properties.dtype.itemsize for about in described.values())
     if weights_only and total > safe_reading.largest(path):
-        raise ValueError(f"{path} holds tensors of {total:,} bytes, many times as many as its files have")
+        raise ValueError(
+            f"{path} holds tensors of {total:,} bytes, many times as many as its files have: pass"
+            " `weights_only=False` if you trust it"
+        )
     # A folder holds {"state_dict": {"w": …}} as "state_dict.w".
     levels: dict[str, dict[str, Tensor]] = {}
     for name in described:

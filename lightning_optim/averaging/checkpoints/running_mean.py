@@ -172,11 +172,17 @@ def _check_values(path: Keys, value: Tensor, label: str) -> None:
 def _check_like(state: Mapping[Keys, Any], last: Mapping[Keys, Any], label: str, first_label: str) -> None:
     if state.keys() != last.keys():
         only = sorted(map(_dotted, state.keys() ^ last.keys()))
-        raise ValueError(f"{label} and {first_label} have different names: {only[:5]} are in one of them only")
+        raise ValueError(
+            f"{label} and {first_label} have different names: {only[:5]} are in one of them only. Average weights of"
+            " one architecture."
+        )
     for path, value in state.items():
         mine, wanted = getattr(value, "shape", None), getattr(last[path], "shape", None)
         if mine != wanted:
-            raise ValueError(f"{label} and {first_label} have different shapes of {_dotted(path)}: {mine} and {wanted}")
+            raise ValueError(
+                f"{label} and {first_label} have different shapes of {_dotted(path)}: {mine} and {wanted}. Average"
+                " weights of one architecture."
+            )
         if _kind(value) != _kind(last[path]):
             kinds = f"{_kind(value)} and {_kind(last[path])}"
             raise ValueError(f"{label} and {first_label} hold {_dotted(path)} as numbers of two kinds: {kinds}")

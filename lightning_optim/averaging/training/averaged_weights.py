@@ -57,8 +57,8 @@ class _Exchange:
 class AveragedWeights:
     """Average a model's parameters, those of each optimizer by itself, and its buffers with the first optimizer.
 
-    To use the average it is exchanged with the model's tensors: the raw weights then lie in the storage of the average,
-    or in a copy where dtype or device differ. Raw buffers always lie in a copy.
+    To use the average it is exchanged with the model's tensors: the raw weights are then in the storage of the average,
+    or in a copy if dtype or device differ. Raw buffers are always in a copy.
 
     Args:
         module: The model.

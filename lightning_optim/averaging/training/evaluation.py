@@ -186,7 +186,10 @@ def _copied_into(module: nn.Module, averaged: dict[str, Tensor]) -> Iterator[Non
     named = {plain_name(name): tensor for name, tensor in module_tensors.named_tensors(module).items()}
     live = {name: tensor for name, tensor in named.items() if name in averaged}
     if missing := sorted(averaged.keys() - live.keys()):
-        raise ValueError(f"`module`, a {type(module).__name__}, has no {missing[:3]}, of which there are averages")
+        raise ValueError(
+            f"`module` must have the parameters of the averaged module, and this {type(module).__name__} has no"
+            f" {missing[:3]}"
+        )
     raw = {name: tensor.detach().clone() for name, tensor in live.items()}
     try:
         for name, tensor in live.items():

@@ -22,9 +22,9 @@ class AGC(Clipping):
 
     Adaptive gradient clipping (Brock et al., *High-Performance Large-Scale Image Recognition Without Normalization*,
     `arXiv:2102.06171 <https://arxiv.org/abs/2102.06171>`_), which let networks train without batch normalization. A row
-    holds the weights of one output of a layer: all dimensions but the first; a vector is one row. So the bound follows
-    the weights, and is no number that depends on the model. Leave the last layer out with ``exclude=``, as the authors
-    do.
+    holds the weights of one output of a layer: all dimensions but the first; a vector is one row. So the bound is
+    relative to the weights, and no absolute number that depends on the model. Leave the last layer out with
+    ``exclude=``, as the authors do.
 
     Exact on shards: the sums of rows that are cut are taken over the ranks that hold the parts.
 

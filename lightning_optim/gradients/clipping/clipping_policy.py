@@ -36,7 +36,7 @@ class Clipping(ParameterPolicy):
 
     Args:
         on: The parameters on whose gradients it acts, for :func:`~lightning_optim.base.select`; ``None`` takes all. In
-            a hand-written loop, pass the gradients that you mean.
+            a hand-written loop, pass the gradients that it should act on.
         exclude: The parameters that are left out, in the same terms.
 
     Attributes:

@@ -1,8 +1,8 @@
 """Hold all that depends on Lightning, its version, or a private name of Lightning, torch or torchmetrics.
 
 Only this folder imports Lightning; the rest of the package imports Lightning's public names from here. A private name
-stands in one function of one of these files, and in the table of ``private_names.py``, by which a test of each says
-what a new version has renamed:
+is used in one function of one of these files, and is listed in the table of ``private_names.py``. A test of each says
+which name a new version has changed:
 
 * ``loops.py``: batches, windows and steps of a running fit; ``data_loading.py``: its loaders and their positions;
 * ``logger_connector.py``: what was logged; ``log_interception.py``: mute, tap or collect what a step logs;

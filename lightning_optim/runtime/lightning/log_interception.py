@@ -28,7 +28,7 @@ class LoggedValue:
         value: A number, a tensor, perhaps with a graph, or a metric of torchmetrics; of this rank alone.
         options: Other arguments of ``log``, by name, such as ``on_step`` and ``sync_dist``.
         module: The module whose ``log`` was called.
-        forward: Logs the value as if nobody had intercepted it.
+        forward: Function that logs the value as Lightning does.
     """
 
     name: str
