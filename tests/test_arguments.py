@@ -102,6 +102,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("EarlyStopping('x', patience=-1)", "patience", "-1", ">= 0"),
     ("EarlyStopping('x', patience=1.5)", "patience", "1.5", "an integer"),
     ("EarlyStopping('x', mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
+    ("EarlyStopping(Plateau('x'), mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
     ("EarlyStopping('x', min_delta=nan)", "min_delta", "nan", "must be a number"),
     ("EarlyStopping('x', stopping_threshold=nan)", "stopping_threshold", "nan", "must be a number that is finite"),
     ("EarlyStopping('x', divergence_threshold='a')", "divergence_threshold", "'a'", "must be a number that is finite"),

@@ -31,7 +31,10 @@ class BestWeights(RawWeights, abc.ABC):
 
     Attributes:
         left_out: Plain names of frozen parameters that checkpoints leave out; the best leaves them out too.
+        path: Path of the best checkpoint; empty for memory, and before the first.
     """
+
+    path: str = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,15 +197,11 @@ class BestInDirectory(BestWeights):
         directory: The directory; created if it does not exist.
         stem: The name of the checkpoint without ``.ckpt``.
         own_files: Checkpoints that this process wrote, which may be unpickled; any other is read as untrusted.
-
-    Attributes:
-        path: The checkpoint; empty before the first.
     """
 
     def __init__(self, directory: str, stem: str, own_files: OwnFiles) -> None:
         super().__init__()
         self.directory, self.stem, self._own_files = directory, stem, own_files
-        self.path = ""
 
     @property
     def location(self) -> str:

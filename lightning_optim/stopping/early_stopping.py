@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_optim.base.arguments import check_choice
 from lightning_optim.plotting import canvas, check_metric
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
@@ -158,6 +159,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self.check_on_train_epoch_end = check_on_train_epoch_end
         self.dirpath, self._before_fit = dirpath, {}
         self.best_by = best_by
+        if best_by is None:
+            check_choice("mode", mode, Mode)  # beside `best_by` it may be a list, which that has checked
         self.restore_best = restore_best
         self.reset()
 
@@ -198,7 +201,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self.history: list[dict[str, float]] = []
         self.best_check = -1
         self._own_files = OwnFiles() if self.fit is None else self.fit.own_files
-        self._best_weights = self._new_best_weights()
+        self._best_weights = self._new_best_weights(self.dirpath)
         self._left_out: set[str] = set()
         written, self._before_fit = self._before_fit, {}
         for attribute, value in written.items():
@@ -316,7 +319,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
     @property
     def best_path(self) -> str:
         """Path of the best checkpoint; empty without ``dirpath`` and before the first."""
-        return self._best_weights.path if isinstance(self._best_weights, BestInDirectory) else ""
+        return self._best_weights.path
 
     def restore_best_(self, module: nn.Module) -> None:
         """Write the best weights and buffers into ``module``, for instance after an exception.
@@ -369,13 +372,13 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             return False
         return True
 
-    def _new_best_weights(self) -> BestWeights:
-        if self.dirpath is None:
+    def _new_best_weights(self, directory: str | os.PathLike[str] | None) -> BestWeights:
+        if directory is None:
             return BestInMemory()
-        return BestInDirectory(os.fspath(self.dirpath), self.name or "best", self._own_files)
+        return BestInDirectory(os.fspath(directory), self.name or "best", self._own_files)
 
     def _store_best(self, trainer: Trainer, left_out: list[str]) -> None:
-        new = self._new_best_weights()
+        new = self._new_best_weights(self.dirpath)
         if self._best_weights.location != new.location:  # those that were loaded come from a run with another `dirpath`
             self._best_weights = new
         elif isinstance(self._best_weights, BestInDirectory) and isinstance(new, BestInDirectory):
@@ -445,10 +448,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self.stopping_reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
         self.stopping_reason_message = extra.get("stopping_reason_message")
         path = extra.get("best_path", "")
-        directory = os.path.dirname(path)
-        self._best_weights = (
-            BestInDirectory(directory, self.name or "best", self._own_files) if path else BestInMemory()
-        )
+        self._best_weights = self._new_best_weights(os.path.dirname(path) if path else None)
         self._best_weights.load_extra_state(extra)
         if self._training:  # after its trials a learning-rate finder restores the module, then the callbacks
             self._best_weights.resume_(self.session.trainer.lightning_module)

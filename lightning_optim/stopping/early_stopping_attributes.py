@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -61,16 +60,18 @@ class EarlyStoppingAttributes:
     def mode(self, value: Mode) -> None:
         if self._mode == value:
             return
-        plain = not isinstance(self._monitor, Criterion)
-        self._best_by = None if self._best_by is None else Best(self._best_by.by, value)
-        for one in self._alternatives() if plain or self._best_by is None else ():
+        best_by = None if self._best_by is None else Best(self._best_by.by, value)
+        of_criterion = best_by is None or not isinstance(self._monitor, Criterion)
+        if of_criterion:
+            check_choice("mode", value, Mode)
+        for one in self._alternatives() if of_criterion else ():
             if hasattr(one, "mode"):
-                one.mode = check_choice("mode", value, Mode)
+                one.mode = value
             if hasattr(one, "best"):
                 best = one.best
                 one.add_state("best", initial_best(value))
                 one.best = one.best if math.isinf(best) else best
-        self._mode = value
+        self._best_by, self._mode = best_by, value
 
     @property
     def best_by(self) -> str | dict[str, float] | list[str] | None:
@@ -157,7 +158,7 @@ class EarlyStoppingAttributes:
     @check_finite.setter
     def check_finite(self, value: bool) -> None:
         if bool(value) != self.check_finite:
-            self._put(NonFinite, "check_finite", value, lambda name: NonFinite(name))
+            self._add_or_remove(NonFinite, "check_finite", bool(value))
 
     @property
     def stopping_threshold(self) -> float | None:
@@ -167,7 +168,7 @@ class EarlyStoppingAttributes:
 
     @stopping_threshold.setter
     def stopping_threshold(self, value: float | None) -> None:
-        self._put(Threshold, "stopping_threshold", value, lambda name: Threshold(name, value, self.mode))  # type: ignore[arg-type]
+        self._set_bound(Threshold, "stopping_threshold", value)
 
     @property
     def divergence_threshold(self) -> float | None:
@@ -177,7 +178,7 @@ class EarlyStoppingAttributes:
 
     @divergence_threshold.setter
     def divergence_threshold(self, value: float | None) -> None:
-        self._put(Divergence, "divergence_threshold", value, lambda name: Divergence(name, value, self.mode))  # type: ignore[arg-type]
+        self._set_bound(Divergence, "divergence_threshold", value)
 
     # ---- parts of the criterion -------------------------------------------------------------------------------------
 
@@ -195,20 +196,26 @@ class EarlyStoppingAttributes:
             )
         return one
 
-    def _put(self, kind: type[C], argument: str, value: Any, make: Callable[[str], C]) -> None:
-        """Add a criterion of this kind, remove it, or change its bound."""
-        old = self._find(kind)
-        if kind is not NonFinite and value is not None:
+    def _set_bound(self, kind: type[Threshold | Divergence], argument: str, value: float | None) -> None:
+        """Set the bound of one kind of criterion; add it if it is missing, remove it for ``None``."""
+        if value is not None:
             check_number(argument, value)
-        new = make("any") if value is not None and value is not False else None
-        if isinstance(self._monitor, Criterion) and (old is None) != (new is None):
+        old = self._find(kind)
+        if old is not None and value is not None:
+            old.value = value
+        elif old is not None or value is not None:
+            self._add_or_remove(kind, argument, value, value, self.mode)
+
+    def _add_or_remove(
+        self, kind: type[NonFinite | Threshold | Divergence], argument: str, value: Any, *arguments: Any
+    ) -> None:
+        """Add a criterion of this kind, made from the metric and ``arguments``; remove it if ``value`` is off."""
+        if isinstance(self._monitor, Criterion) or not isinstance(self.criterion, AnyOf):
             raise ValueError(f"`{argument}={value!r}` belongs to the criterion: pass it to {self._monitor!r}")
-        if old is not None and new is not None:
-            old.value = value  # type: ignore[attr-defined]
-        elif isinstance(self.criterion, AnyOf) and isinstance(self._monitor, str):
-            others = [one for one in self.criterion.criteria if one is not old]
-            more = [make(self._monitor)] if new is not None else []
-            self.criterion.criteria = sorted([*others, *more], key=lambda one: _ORDER.index(type(one)))
+        criteria = [one for one in self.criterion.criteria if not isinstance(one, kind)]
+        if value is not None and value is not False:
+            criteria.append(kind(self._monitor, *arguments))
+        self.criterion.criteria = sorted(criteria, key=lambda one: _ORDER.index(type(one)))
 
 
 def check_best(criterion: Criterion, best_by: object, restore_best: bool) -> None:
