@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 20  # elements of the temporary in `swap_`: 4 MB in fp32, large enough to be bound by memory
-
 
 def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield pieces of two lists, of some MB each, for a formula that needs a temporary of their size.
@@ -57,10 +55,8 @@ def _flat(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
 
 @torch.no_grad()
 def swap_(left: Tensor, right: Tensor) -> None:
-    """Swap the values of two local tensors of one dtype, device and shape, with a temporary of a few MB at most."""
-    flat = _flat(left, right)
-    pairs = zip(*(torch.split(tensor, _CHUNK) for tensor in flat), strict=True) if flat else [(left, right)]
-    for a, b in pairs:
-        kept = a.clone()
-        a.copy_(b)
-        b.copy_(kept)
+    """Swap the values of two local tensors of one dtype and shape, with a temporary of some MB."""
+    for (some_left,), (some_right,) in chunks([left], [right]):
+        kept = some_left.clone()
+        some_left.copy_(some_right)
+        some_right.copy_(kept)

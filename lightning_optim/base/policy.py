@@ -200,7 +200,8 @@ class PerOptimizer(Generic[P]):
         return [[policy.state_dict() for policy in policies] for policies in self._copies]
 
     def load_state_dict(self, state: list[list[dict[str, Any]]]) -> None:
-        """Load what :meth:`state_dict` returned."""
+        """Load what :meth:`state_dict` returned. Copies of which it has no state begin anew."""
+        self._copies = []
         for index, states in enumerate(state):
             for policy, its_state in zip(self[index], states, strict=True):
                 policy.load_state_dict(its_state)
@@ -214,8 +215,6 @@ def _is_scheduled(value: Any) -> bool:
         value = list(value.values())
     if isinstance(value, list | tuple):
         return any(map(_is_scheduled, value))
-    if hasattr(value, "constant"):
-        return not value.constant
     return isinstance(value, Policy) and value.scheduled
 
 

@@ -45,6 +45,10 @@ class Schedule(Policy, abc.ABC):
         return False
 
     @property
+    def scheduled(self) -> bool:
+        return not self.constant
+
+    @property
     def bounds(self) -> tuple[float, float] | None:
         """Smallest and largest value, by which arguments are checked; ``None`` if they are unknown."""
         return None

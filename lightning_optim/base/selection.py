@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lightning_optim.base.arguments import similar_names
 from lightning_optim.base.module_tensors import dimensions, plain_name
 from lightning_optim.base.shards import reshard_
 
@@ -24,14 +24,17 @@ def check_selectors(name: str, value: Selectors) -> Selectors:
     Raises:
         ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``.
     """
-    selectors = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    for selector in selectors:
+    for selector in _listed(value):
         if not (isinstance(selector, str) or callable(selector) or value is None):
             raise ValueError(
                 f"`{name}` must be a glob over parameter names, a module class, a predicate (name, parameter) -> bool,"
                 f" a list of these or None, got {value!r}"
             )
     return value
+
+
+def _listed(selectors: Selectors) -> Sequence[Any]:
+    return selectors if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]
 
 
 def select(
@@ -77,8 +80,8 @@ def select(
         left_out = _matches(module, named, exclude, "exclude", required)
         out = {id(named[name]) for name in left_out}  # a tied parameter is left out under each of its names
         chosen = {name for name in chosen if id(named[name]) not in out}
-    unique = {id(p): (name, p) for name, p in reversed(named.items()) if name in chosen}
-    return {name: p for name, p in named.items() if unique.get(id(p), (None,))[0] == name}
+    first = {id(p): name for name, p in reversed(named.items()) if name in chosen}
+    return {name: p for name, p in named.items() if first.get(id(p)) == name}
 
 
 def _matches(
@@ -89,7 +92,7 @@ def _matches(
     required: bool,
 ) -> set[str]:
     found: set[str] = set()
-    for selector in selectors if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]:
+    for selector in _listed(selectors):
         if isinstance(selector, str):
             hits = set(fnmatch.filter(named, selector))
             known = list(named)
@@ -104,7 +107,7 @@ def _matches(
             continue
         if required and not hits:
             text = selector if isinstance(selector, str) else selector.__name__
-            near = difflib.get_close_matches(text, known, n=3, cutoff=0.3) or known[:3]
+            near = similar_names(text, known)
             raise ValueError(
                 f"`{argument}={text!r}` matches no parameter of {type(module).__name__}; similar names: {near}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_optim.base.arguments import similar_names
 from lightning_optim.base.module_registry import with_submodules
 from lightning_optim.ensembling.mean_prediction import Outputs, mean_prediction
 from lightning_optim.runtime.lightning import MisconfigurationException
@@ -175,10 +175,9 @@ def has_submodule(module: nn.Module, path: str) -> bool:
 def missing_submodule(member: nn.Module, index: int, on: str) -> ValueError:
     """Make the error for an ``on`` that a member does not have, with the most similar names that it has."""
     names = [name for name, _ in member.named_modules() if name]
-    similar = difflib.get_close_matches(on, names, n=3, cutoff=0.3) or names[:3]
     return ValueError(
         f"`on={on!r}` must name a submodule of each member, and is no submodule of member {index}, a"
-        f" {type(member).__name__}; similar: {similar}"
+        f" {type(member).__name__}; similar: {similar_names(on, names)}"
     )
 
 

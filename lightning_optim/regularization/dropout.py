@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_number, similar_names
 from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
+from lightning_optim.base.module_tensors import plain_name
 
 
 class DropPath(nn.Module):
@@ -108,7 +108,7 @@ def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) 
     # Attention calls its projection as a function, so a hook on it would never run.
     projections = {id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
     modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in projections)
-    named = {name.replace("_orig_mod.", ""): module for name, module in modules}
+    named = {plain_name(name): module for name, module in modules}
     found: dict[str, list[Site]] = {}
     set_before: set[int] = set()
     for pattern in patterns:
@@ -158,5 +158,5 @@ def _nothing(pattern: str, matched: list[str], named: dict[str, nn.Module], inse
             f"`rates[{pattern!r}]` matches {matched[:3]}, which have no dropout: pass `insert=True` to add it to them"
         )
     known = list(named) if insert else [name for name, module in named.items() if rate_attribute(module)]
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+    near = similar_names(pattern, known)
     return ValueError(f"`rates[{pattern!r}]` matches no module with dropout; similar names: {near}")

@@ -60,7 +60,7 @@ class ScheduledDropout(OptimCallback):
 
     @property
     def needs_total(self) -> bool:
-        return any(not getattr(rate, "constant", True) for rate in self.rates.values())
+        return any(isinstance(rate, Schedule) and rate.scheduled for rate in self.rates.values())
 
     def reset(self) -> None:
         self._setters: dict[str, list[Callable[[float], None]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -221,6 +222,14 @@ def test_state_of_copies_is_loaded_before_they_are_asked_for() -> None:
     loaded.load_state_dict(saved.state_dict())
     assert [loaded[index][0].best for index in (0, 1)] == [1.0, 2.0]
     assert loaded.state_dict() == saved.state_dict()
+
+
+def test_a_state_from_before_the_first_step_forgets_the_steps_since() -> None:
+    copies = PerOptimizer([Plateau("x")])
+    saved = copies.state_dict()
+    copies[0][0].update({"x": 1.0})
+    copies.load_state_dict(saved)
+    assert copies[0][0].best == math.inf
 
 
 def test_a_policy_without_memory_has_an_empty_state() -> None:

@@ -96,10 +96,10 @@ def test_value_at_resolves_both() -> None:
 
 
 def test_only_a_constant_needs_no_total() -> None:
-    assert Constant(1.0).constant
+    assert Constant(1.0).constant and not Constant(1.0).scheduled
     assert Constant(2.0)(step=5) == 2.0
     for schedule in (Linear(1.0, 0.0), Piecewise({0: 1.0})):
-        assert not schedule.constant
+        assert schedule.scheduled and not schedule.constant
         for total in (math.inf, math.nan, 0, -1):
             with pytest.raises(ValueError, match="`total` must be a finite number of optimizer steps >= 1"):
                 schedule(0, total)

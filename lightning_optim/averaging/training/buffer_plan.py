@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.averaging.training import spectral_norm_vectors
 from lightning_optim.averaging.training.averaged_buffers import can_be_averaged
 from lightning_optim.averaging.training.averaged_tensors import Names, Source, names_in
+from lightning_optim.base.arguments import similar_names
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_names, buffer_of, forward_pre_hooks
 from lightning_optim.base.module_tensors import plain_name
@@ -153,7 +153,7 @@ def _by_pattern(
                 hits += mode == "copy" or can_be_averaged(buffer)
         if not hits:
             known = [plain_name(names[id(b)][0]) for _, _, b in _saved(module, names) if can_be_averaged(b)]
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+            near = similar_names(pattern, known)
             raise MisconfigurationException(
                 f"{callback}(buffers=…): the pattern {pattern!r} matches no saved floating-point buffer of"
                 f" {type(module).__name__}; similar names: {near}. Integers and bools are always the latest."
