@@ -125,10 +125,9 @@ class GradientClipping(OptimCallback):
         self._copies.name_weights(pl_module)
         for policy in self.policies:
             on = "*" if policy.on is None else policy.on
-            chooses = policy.on is not None or policy.exclude is not None
-            self._selections.append(Selection(pl_module, on, policy.exclude) if chooses else None)
-            chosen = select(pl_module, on, policy.exclude).values() if chooses else pl_module.parameters()
-            refuse_split_units(policy, chosen)
+            refuse_split_units(policy, select(pl_module, on, policy.exclude).values())
+            takes_all = policy.on is None and policy.exclude is None
+            self._selections.append(None if takes_all else Selection(pl_module, on, policy.exclude))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
-from lightning_optim.base.norms import tensor_norms, total_norm
+from lightning_optim.base.norms import tensor_norms
 from lightning_optim.base.ring_buffer import Ring
 from lightning_optim.gradients.gradient_clipping import GradientClipping
 from lightning_optim.gradients.step_skipping import SkippedSteps
@@ -160,15 +160,14 @@ class GradientMonitor(OptimCallback):
     def _measure_update(self, found: _Measurement) -> Tensor:
         """Return the update ratio of all weights, and log those of modules or parameters."""
         weights, copies = found.weights, found.copies
-        before, sizes = total_norm(copies), tensor_norms(copies) if self.level != "total" else None
+        sizes = tensor_norms(copies)
         torch._foreach_sub_(shards.local_shards(copies), shards.local_shards([weight.detach() for weight in weights]))
-        if sizes is not None:
-            moved = _norms_by_label(found.labels, tensor_norms(copies), 2.0)
-            held = _norms_by_label(found.labels, sizes, 2.0)
-            found.values |= {f"gradients/update_ratio/{label}": _ratio(moved[label], held[label]) for label in moved}
-        ratio = _ratio(total_norm(copies), before)
+        moves = tensor_norms(copies)
         found.weights, found.copies = [], []
-        return ratio
+        if found.labels:
+            moved, held = (_norms_by_label(found.labels, norms, 2.0) for norms in (moves, sizes))
+            found.values |= {f"gradients/update_ratio/{label}": _ratio(moved[label], held[label]) for label in moved}
+        return _ratio(torch.linalg.vector_norm(moves), torch.linalg.vector_norm(sizes))
 
     def _by_label(self, prefix: str, step: OptimizerStep) -> dict[str, Tensor]:
         """Return the gradient norm of each module or parameter, by the name under which it is logged."""
@@ -259,8 +258,8 @@ class GradientMonitor(OptimCallback):
         return figure, axes
 
     def _rows(self, optimizer: int) -> Tensor:
-        rows = self._histories[optimizer].rows if optimizer < len(self._histories) else torch.zeros(0, 4)
-        return rows.cpu() if rows.numel() else torch.zeros(0, 4)
+        known = optimizer < len(self._histories) and self._histories[optimizer].count
+        return self._histories[optimizer].rows.cpu() if known else torch.zeros(0, 4)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

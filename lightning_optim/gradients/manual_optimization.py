@@ -63,7 +63,7 @@ class ManualOptimizationMixin(LightningModule):
         wrapped = _wrapped(trainer, optimizer)
         plain = wrapped.optimizer
         windows = _open_windows(trainer)
-        window = windows.window(trainer, trainer.optimizers.index(plain)) if windows else None
+        window = None if windows is None else windows.window(trainer, trainer.optimizers.index(plain))
         if window is None or window.count == 0:
             plain.zero_grad()
         if windows is not None and window is not None:

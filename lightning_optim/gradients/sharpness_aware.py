@@ -22,7 +22,7 @@ from lightning_optim.runtime.lightning import (
 )
 from lightning_optim.runtime.lightning.log_interception import intercept_log
 from lightning_optim.runtime.lightning.loops import keep_result
-from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.order import Slot, callbacks_in
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.step import gradients_of
 
@@ -141,11 +141,9 @@ class SharpnessAwareMixin(LightningModule):
 
     def _refuse(self, optimizer: Optimizer) -> None:
         self._refuse_manual()
-        accumulates = any(
-            getattr(callback, "slot", None) is Slot.ACCUMULATE or isinstance(callback, GradientAccumulationScheduler)
-            for callback in self.trainer.callbacks
-        )
-        if accumulates or self.trainer.accumulate_grad_batches != 1:
+        trainer = self.trainer
+        accumulates = callbacks_in(trainer, Slot.ACCUMULATE) or trainer.accumulate_grad_batches != 1
+        if accumulates or any(isinstance(other, GradientAccumulationScheduler) for other in trainer.callbacks):
             raise MisconfigurationException(
                 "SharpnessAwareMixin evaluates the batch of a step twice, and the earlier micro-batches of a window are"
                 " no longer there at the step: remove the accumulation, and make the batches larger."
@@ -167,17 +165,16 @@ def _generators(device: torch.device) -> list[tuple[Any, Tensor]]:
 @contextlib.contextmanager
 def _perturbed(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
     """Context manager: the weights are those of the worst point nearby; afterwards they are restored from a copy."""
-    ours, kept = shards.local_shards([weight.detach() for weight in weights]), []
-    with torch.no_grad():
-        kept = [weight.clone() for weight in ours]
-        _perturb_(weights, grads, rho, adaptive)
+    ours = shards.local_shards([weight.detach() for weight in weights])
+    kept = [weight.clone() for weight in ours]
     try:
+        _perturb_(weights, grads, rho, adaptive)
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(ours, kept)
+        torch._foreach_copy_(ours, kept)
 
 
+@torch.no_grad()
 def _perturb_(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool) -> None:
     rows, values = sparse.dense_rows(weights, grads)
     own, slopes = shards.local_shards(rows), shards.local_shards(values)

@@ -21,6 +21,7 @@ from lightning_optim import (
     EMA,
     L2,
     ClipByNorm,
+    Clipping,
     EarlyStopping,
     GradientAccumulation,
     GradientClipping,
@@ -271,3 +272,28 @@ def test_plain_parameters_under_fsdp2_are_warned_of_by_name(group: Group) -> Non
     assert len(said) == 1, said
     assert "['net.scale', 'net.outer.weight', 'net.outer.bias']" in said[0]
     assert silent == [], "rank 0 says it for all"
+
+
+class Whole(Clipping):
+    """Do nothing, on whole matrices only."""
+
+    needs = "matrices"
+
+    def _clip_(self, grads: Any, weights: Any) -> None:
+        pass
+
+
+def refused_under_fsdp2(policy: Clipping) -> str:
+    cell = Cell("automatic", "32-true", "fsdp2", "1")
+    trainer = run.make_trainer(cell, [GradientClipping(policy)], max_epochs=1)
+    try:
+        trainer.fit(models.build(cell))
+    except MisconfigurationException as refusal:
+        return str(refusal)
+    return ""
+
+
+def test_a_clipping_of_whole_matrices_is_refused_where_these_are_sharded(group: Group) -> None:
+    for said in group.run(refused_under_fsdp2, Whole()):
+        assert "Whole() is computed on whole matrices" in said and "leave it out with `exclude=`" in said
+    assert group.run(refused_under_fsdp2, Whole(exclude="*")) == ["", ""], "as the error says"

@@ -43,7 +43,6 @@ class NormClipping(Clipping):
 
     identity_args = ("on", "exclude", "norm_type", "scope")
     _factors: Tensor | None = None
-    _count: int = 0  # Number of units seen so far.
 
     def __init__(
         self, norm_type: float = 2.0, scope: Scope = "global", on: Selectors = None, exclude: Selectors = None
@@ -92,8 +91,8 @@ class NormClipping(Clipping):
             each = tensor_norms(grads, self.norm_type)
             norm = torch.linalg.vector_norm(each, self.norm_type) if norm is None else norm
             units = range(len(grads)) if self.scope == "tensor" and not units else units
-            self._count = max([self._count, self._known_units(), *(unit + 1 for unit in units)])
-            norms = _by_unit(each, units, self._count, self.norm_type)
+            count = max([self._known_units(), *(unit + 1 for unit in units)])
+            norms = _by_unit(each, units, count, self.norm_type)
         factors = torch.clamp(self.bound(norms, step=step, total=total) / (norms + 1e-6), max=1.0)
         self._factors = factors
         if self.scope == "global":
