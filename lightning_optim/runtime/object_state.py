@@ -12,9 +12,9 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ class _Record(Protocol):
         """Put back the value as it was; return True if that was possible."""
 
 
+_Kind = TypeVar("_Kind", bound=_Record)
+
+
 class ObjectState(LeftAlone):
     """Remember everything that some objects hold: tensors, plain attributes, and those of the objects within.
 
@@ -75,7 +78,8 @@ class ObjectState(LeftAlone):
         self._modules = [value for value in objects.values() if isinstance(value, nn.Module)]
         self._device, self._with_package = device, with_package
         self._reshard()
-        self._records: dict[int, tuple[str, _Record]] = {}
+        self._records: list[tuple[str, _Record]] = []
+        self._seen: set[int] = set()  # `id` of objects that are recorded
         self._plain: set[int] = set()  # `id` of objects that hold only values that can be put back
         # A queue and no recursion: objects that refer to one another like a linked list can be deeper than the stack.
         self._found: deque[tuple[Any, str]] = deque()
@@ -86,8 +90,8 @@ class ObjectState(LeftAlone):
                 self._record_attributes(value, name)
         while self._found:
             self._record(*self._found.popleft())
-        writable = [r for _, r in self._records.values() if isinstance(r, _TensorRecord) and r.writable]
-        self._written, self._values = [r.shard for r in writable], [r.values for r in writable]
+        writable = [record for record in self._of_kind(_TensorRecord) if record.writable]
+        self._written, self._values = [record.shard for record in writable], [record.values for record in writable]
 
     def watch(self) -> None:
         """Count, from here on, the items taken from iterators that are held as attributes: they cannot be put back."""
@@ -105,7 +109,7 @@ class ObjectState(LeftAlone):
                 # All of them: versions do not tell which changed, since `parameter.data = …` counts as no write, and to
                 # compare values would wait for the device.
                 torch._foreach_copy_(self._written, self._values)
-            return [name for name, record in self._records.values() if not record.restore_()]
+            return [name for name, record in self._records if not record.restore_()]
 
     def set_gradients_aside(self) -> None:
         """Take the gradients away, so that new ones can be accumulated."""
@@ -117,8 +121,8 @@ class ObjectState(LeftAlone):
         for record in self._of_kind(_TensorRecord):
             record.return_gradient()
 
-    def _of_kind(self, kind: type) -> list[Any]:
-        return [record for _, record in self._records.values() if isinstance(record, kind)]
+    def _of_kind(self, kind: type[_Kind]) -> list[_Kind]:
+        return [record for _, record in self._records if isinstance(record, kind)]
 
     def _reshard(self) -> None:
         for module in self._modules:
@@ -127,7 +131,7 @@ class ObjectState(LeftAlone):
     # ---- finding -----------------------------------------------------------------------------------------------------
 
     def _record(self, value: Any, name: str) -> None:
-        if _is_constant(value) or id(value) in self._records:
+        if _is_constant(value) or id(value) in self._seen:
             return
         if isinstance(value, Tensor):
             if not is_lazy(value) and not value.is_meta:
@@ -147,7 +151,8 @@ class ObjectState(LeftAlone):
             self._add(value, f"{name} ({type(value).__name__})", _ObjectRecord(value))
 
     def _add(self, value: Any, name: str, record: _Record) -> None:
-        self._records[id(value)] = name, record
+        self._seen.add(id(value))
+        self._records.append((name, record))
 
     def _record_container(self, value: Any, name: str) -> None:
         self._add(value, name, _ContainerRecord(value))
@@ -160,8 +165,7 @@ class ObjectState(LeftAlone):
 
     def _record_attributes(self, owner: Any, name: str) -> None:
         attributes = vars(owner)
-        if not isinstance(owner, _CONTAINERS):
-            self._add(owner, name, _NOTHING)
+        self._seen.add(id(owner))
         self._add(attributes, name, _ContainerRecord(attributes))
         for key, item in list(attributes.items()):
             if isinstance(owner, nn.Module) and key in REGISTRIES:
@@ -243,14 +247,6 @@ def _is_file(array: Any) -> bool:
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
-
-
-class _Nothing:
-    def restore_(self) -> bool:
-        return True
-
-
-_NOTHING = _Nothing()
 
 
 class _TensorRecord:
@@ -365,8 +361,7 @@ class _ObjectRecord:
 
     @staticmethod
     def _look(value: Any) -> dict[str, tuple[Any, int]]:
-        sized: Callable[[Any], int] = lambda item: len(item) if isinstance(item, _CONTAINERS) else 0  # noqa: E731
-        return {name: (item, sized(item)) for name, item in vars(value).items()}
+        return {name: (item, len(item) if isinstance(item, _CONTAINERS) else 0) for name, item in vars(value).items()}
 
     def restore_(self) -> bool:
         now = self._look(self.value)
