@@ -279,7 +279,7 @@ class OptimCallback(OverridableHooks):
         not change it.
         """
         if self.fit is not None and (not self.fit.running or (stage == "fit" and self.fit.trainer is trainer)):
-            self.fit.close()  # of an earlier fit, in which an exception kept the Trainer from its teardown
+            self.fit.close()  # an earlier fit, in which an exception kept the Trainer from its teardown
         if self._is_in_another_fit(trainer):
             if stage == "fit":
                 raise in_another_fit(self)

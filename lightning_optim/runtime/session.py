@@ -105,7 +105,7 @@ class Session:
         """Return the session of a fit whose ``setup`` is running; the first callback opens it."""
         session = Session.find(trainer)
         if session is not None and session.state is not SessionState.SETUP:
-            session.close()  # of an earlier fit, in which an exception kept the Trainer from its teardown
+            session.close()  # that of an earlier fit, in which an exception kept the Trainer from its teardown
         return Session.find(trainer) or Session(trainer)
 
     @staticmethod

@@ -41,7 +41,7 @@ _average_in: WeakKeyDictionary[nn.Module, AveragedWeights] = WeakKeyDictionary()
 
 @dataclass(eq=False)
 class _Exchange:
-    """A tensor of the model that holds its average now.
+    """Record that a tensor of the model holds its average now.
 
     Attributes:
         source: The tensor.
@@ -89,7 +89,7 @@ class AveragedWeights:
         self._pruning = Pruning()
         self._exchanged: dict[tuple[int, str], _Exchange] = {}  # by place; empty while the average is not in the model
         self._left: list[tuple[Tensor, int]] | None = None  # versions of the parameters in which the average was left
-        _average_in.pop(module, None)  # what an earlier fit has left there are the raw weights of this one
+        _average_in.pop(module, None)  # an average that an earlier fit has left there is this fit's raw weights
         for index, optimizer in enumerate(optimizers):
             self.follow(index, optimizer)
 
