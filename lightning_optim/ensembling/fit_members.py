@@ -22,12 +22,12 @@ from lightning_optim.runtime.lightning import (
     ModelCheckpoint,
     Trainer,
     TrainerStatus,
-    isolate_rng,
     rank_zero_info,
     seed_everything,
 )
 from lightning_optim.runtime.lightning.strategies import writing_one_file
 from lightning_optim.runtime.lightning.torch_internals import tree_leaves
+from lightning_optim.runtime.random_state import isolated_random_state
 
 
 def fit_members(
@@ -130,13 +130,15 @@ def member_seed(seed: int, index: int) -> int:
 def _preserved_random_state() -> Iterator[None]:
     """Context manager: afterwards the random generators, and the seed for loaders' workers, are as before."""
     before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
-    with isolate_rng():
-        yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    try:
+        with isolated_random_state():
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _fit_member(

@@ -5,9 +5,11 @@ States are tensors and plain values, so that a checkpoint that holds them loads 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +53,19 @@ def set_random_state_(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, device_state in zip(range(torch.cuda.device_count()), state.get("cuda", []), strict=False):
             torch.cuda.set_rng_state(device_state.cpu(), device)
+
+
+@contextlib.contextmanager
+def isolated_random_state() -> Iterator[None]:
+    """Context manager: afterwards, also after an error, the global generators have their states from before.
+
+    Lightning's ``isolate_rng`` leaves them as they are after an error, and a checkpoint may still be written then.
+    """
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state_(before)
 
 
 def rank_random_state(trainer: Trainer) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.runtime.lightning import Trainer, isolate_rng, logger_connector
+from lightning_optim.runtime.lightning import Trainer, logger_connector
 from lightning_optim.runtime.patching import patched
+from lightning_optim.runtime.random_state import isolated_random_state
 
 
 def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str, Tensor]:
@@ -28,7 +29,7 @@ def validate(trainer: Trainer, run: Callable[[], Any] | None = None) -> dict[str
         The logged metrics by name; an empty dictionary if there is no validation set.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    with isolate_rng(), _without_callbacks_and_loggers(trainer), _in_validation_stage(trainer):
+    with isolated_random_state(), _without_callbacks_and_loggers(trainer), _in_validation_stage(trainer):
         (run or (lambda: type(loop).run(loop)))()
         return dict(trainer.callback_metrics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -153,12 +154,14 @@ def test_the_seeds() -> None:
     assert abs(np.mean(seeds) / 2**32 - 0.5) < 0.02
 
 
-def test_the_rest_of_the_program_draws_as_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_rest_of_the_program_draws_as_before(fails: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
     environment = dict(os.environ)
-    fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path)
+    with pytest.raises(RuntimeError, match="out of luck") if fails else contextlib.nullcontext():
+        fit_members(make_member, 1, Makes(Interrupted) if fails else Makes(), shuffling(), dirpath=tmp_path)
     assert torch.equal(torch.rand(3), expected)
     assert dict(os.environ) == environment
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_optim.runtime.random_state import random_state, set_random_state_
+from lightning_optim.runtime.random_state import isolated_random_state, random_state, set_random_state_
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,13 @@ def test_random_state_is_plain_and_whole(draw: Callable[[], Any], tmp_path: Path
     expected = draw()
     set_random_state_(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == expected
+
+
+def test_an_isolated_draw_changes_nothing_even_if_it_fails() -> None:
+    before = random_state()
+    expected = torch.rand(3).tolist(), random.random(), np.random.standard_normal(3).tolist()
+    set_random_state_(before)
+    with pytest.raises(ValueError, match="as planned"), isolated_random_state():
+        draws = torch.rand(3), random.random(), np.random.standard_normal(3)
+        raise ValueError(f"as planned, after {draws}")
+    assert (torch.rand(3).tolist(), random.random(), np.random.standard_normal(3).tolist()) == expected

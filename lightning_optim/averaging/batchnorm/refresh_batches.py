@@ -13,9 +13,14 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.runtime.lightning import CombinedLoader, Trainer, isolate_rng
+from lightning_optim.runtime.lightning import CombinedLoader, Trainer
 from lightning_optim.runtime.lightning.data_loading import combined_loader, copy_without_iterator
-from lightning_optim.runtime.random_state import generator_state, is_generator, set_generator_state_
+from lightning_optim.runtime.random_state import (
+    generator_state,
+    is_generator,
+    isolated_random_state,
+    set_generator_state_,
+)
 
 
 @contextlib.contextmanager
@@ -34,7 +39,7 @@ def separate_batches(
     """
     if loader is None:
         loader, count = _training_data(trainer), _limit(trainer, count)
-    with isolate_rng(), _generators_kept(loader) as generators:
+    with isolated_random_state(), _generators_kept(loader) as generators:
         # Ranks outside of `group` hold shards of the same data-parallel replica and need the same batches.
         _seed(seed + (0 if group is None else dist.get_rank(group)), generators)
         with contextlib.closing(_take(loader, count, group)) as batches:
