@@ -106,7 +106,8 @@ def _average(options: argparse.Namespace) -> int:
         content, left_out = _content(options.files[-1], mean, options.key, safe)
         with write_atomically(options.output) as beside, open(beside, "wb") as file:
             torch.save(content, file)
-    print(f"{options.output}: the mean of {len(options.files)} files" + _on_one_line(_left_out_note(left_out)))
+    note = f"; other tensors of the last file are left out: {', '.join(left_out)}" if left_out else ""
+    print(f"{options.output}: the mean of {len(options.files)} files" + _on_one_line(note))
     return 0
 
 
@@ -130,8 +131,9 @@ def _content(last: str, mean: dict[Any, Any], key: str | None, weights_only: boo
     """
     loaded = {} if safe_reading.is_safetensors(last) else reading.load_checkpoint(last, weights_only)
     is_lightning = "pytorch-lightning_version" in loaded
-    where = key or reading.STATE_DICT if os.path.isdir(last) else reading.weights_key(loaded, last, key)
-    if where is None or (os.path.isdir(last) and not is_lightning):
+    is_folder = os.path.isdir(last)
+    where = (key or reading.STATE_DICT) if is_folder else reading.weights_key(loaded, last, key)
+    if where is None or (is_folder and not is_lightning):
         return mean, []
     kept, left_out = {}, []
     for name, value in loaded.items():
@@ -148,10 +150,6 @@ def _content(last: str, mean: dict[Any, Any], key: str | None, weights_only: boo
 
 def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
-
-
-def _left_out_note(left_out: Sequence[str]) -> str:
-    return f"; other tensors of the last file are left out: {', '.join(left_out)}" if left_out else ""
 
 
 def _inspect(options: argparse.Namespace) -> int:

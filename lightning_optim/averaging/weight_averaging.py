@@ -31,7 +31,7 @@ from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.loops import ends_epoch
 from lightning_optim.runtime.order import Slot
-from lightning_optim.runtime.overridden_hooks import is_overridden
+from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
 from lightning_optim.runtime.spawned_processes import check_not_lost
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ class WeightAveraging(AveragedCheckpoints):
     @property
     def _user_decides(self) -> bool:
         """True if the user's override of :meth:`should_update` decides."""
-        return is_overridden(self, "should_update")
+        return is_overridden_by_user(self, "should_update")
 
     def _due_after_step(self, step: int) -> bool:
         """Return True if an update is due after this step of an optimizer, counted from 1."""

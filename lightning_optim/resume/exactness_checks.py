@@ -7,7 +7,7 @@ from typing import Any
 from lightning_optim.runtime.lightning import Trainer
 from lightning_optim.runtime.lightning.data_loading import saves_position, training_loaders
 from lightning_optim.runtime.lightning.loops import is_last_batch, window_is_open
-from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.order import Slot, callbacks_in
 
 
 def resumes_exactly_from_here(trainer: Trainer) -> bool:
@@ -65,8 +65,8 @@ def _inexact_within_epoch(trainer: Trainer) -> list[str]:
 
 def _window_is_saved(trainer: Trainer) -> bool:
     """Return True if a callback of this package saves an open window, and its gradients are here."""
-    saves = any(getattr(callback, "slot", None) is Slot.ACCUMULATE for callback in trainer.callbacks)
-    return saves and any(parameter.grad is not None for parameter in trainer.lightning_module.parameters())
+    saves = callbacks_in(trainer, Slot.ACCUMULATE)
+    return bool(saves) and any(parameter.grad is not None for parameter in trainer.lightning_module.parameters())
 
 
 def _has_length(loader: Any) -> bool:

@@ -65,10 +65,10 @@ def set_buffers_(trainer: Trainer, saved: dict[str, Tensor]) -> None:
     """Set buffers by plain name, in place where the shape is the same."""
     present = {name: (owner, key) for name, owner, key in module_tensors.buffer_places(trainer.lightning_module)}
     for name, value in saved.items():
-        owner, key = present.get(name, (None, ""))
-        live = None if owner is None else buffer_of(owner, key)
-        if owner is None:
+        if name not in present:
             continue
+        owner, key = present[name]
+        live = buffer_of(owner, key)
         if live is None or live.shape != value.shape:
             device = trainer.strategy.root_device if live is None else live.device
             set_buffer(owner, key, value.to(device, copy=True))

@@ -107,7 +107,7 @@ class TwoPartHook:
         return {**result, **(returned or {})} if isinstance(result, dict) else returned
 
 
-def is_overridden(callback: OverridableHooks, name: str) -> bool:
+def is_overridden_by_user(callback: OverridableHooks, name: str) -> bool:
     """Return True if a user's class, or the callback object itself, overrides a method of this package."""
     return name in vars(callback) or not _is_of_package(
         next(cls for cls in type(callback).__mro__ if name in vars(cls))
