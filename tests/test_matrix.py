@@ -136,6 +136,17 @@ def test_nine_arrays_hold_all_cells() -> None:
     assert {cell for turn in range(9) for cell in orthogonal_array(turn)} == set(CELLS)
 
 
+def test_arrays_of_the_entries_hold_all_cells() -> None:
+    entries = [entry for entry in ALL_ENTRIES if entry.cells == "array"]
+    assert {cell for entry in entries for cell in chosen_cells(entry)} == set(CELLS)
+
+
+def test_a_new_entry_leaves_the_cells_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {entry.name: chosen_cells(entry) for entry in ALL_ENTRIES}
+    monkeypatch.setattr(registry, "ALL_ENTRIES", (dataclasses.replace(ALL_ENTRIES[0], name="new"), *ALL_ENTRIES))
+    assert {entry.name: chosen_cells(entry) for entry in ALL_ENTRIES} == before
+
+
 def test_one_entry_of_each_slot_is_in_all_cells() -> None:
     everywhere = [entry for entry in ALL_ENTRIES if entry.cells == "all"]
     slots = [callback.slot for entry in everywhere for callback in entry.callbacks(CELLS[0])]

@@ -201,7 +201,7 @@ def reference_fit(entry: Entry, cell: Cell = CELL) -> Fitted:
 
 def choice_for(entry: Entry, *choices: Any) -> Any:
     """Return one of several choices for an entry; over all entries, each choice occurs."""
-    return choices[ENTRIES.index(entry) % len(choices)]
+    return choices[entry.turn % len(choices)]
 
 
 def states(callbacks: Any) -> dict[str, Any]:
