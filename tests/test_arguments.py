@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from lightning.pytorch import LightningModule
 
 import lightning_optim
-from lightning_optim import SharpnessAwareMixin
+from lightning_optim import Policy, SharpnessAwareMixin
+from tests.harness.cells import CELLS
+from tests.registry import ALL_ENTRIES, parts_of
 
 
 class Sharp(SharpnessAwareMixin, LightningModule):
@@ -179,8 +182,7 @@ OF_BASES = {
     "scope": ("'all'", "must be one of 'global', 'group', 'tensor'"),
 }
 REQUIRED = {
-    **{"ClipByNorm": "1.0, ", "ClipByValue": "1.0, ", "EarlyStopping": "'x', ", "ElasticNet": "0.1, 0.1, "},
-    **{"GradientAccumulation": "2, ", "GradientClipping": "1.0, ", "L1": "0.1, ", "L2": "0.1, ", "ProximalL1": "0.1, "},
+    **{"EarlyStopping": "'x', ", "GradientAccumulation": "2, ", "GradientClipping": "1.0, "},
     **{"ScheduledDropout": "{'a.*': 0.1}, ", "WeightAveraging": "EMA(0.9), ", "WeightRegularization": "L2(0.1), "},
 }
 
@@ -194,25 +196,28 @@ def arguments_of(name: str) -> set[str]:
 
 CLASSES = {name for name in lightning_optim.__all__ if inspect.isclass(getattr(lightning_optim, name))}
 ENSEMBLE_ON = {"Ensemble": {"on"}}  # the name of a submodule, and no selection of parameters
+
+# A policy of each public class, as the registry makes it. Its arguments need no row above, except for a sentence or a
+# bound that shall not change.
+PARTS = [part for entry in ALL_ENTRIES for part in parts_of(entry.all_callbacks(CELLS[0]))]
+POLICIES = {type(part).__name__: part for part in PARTS if isinstance(part, Policy)}
+POLICIES = {name: policy for name, policy in POLICIES.items() if name in CLASSES}
+ARGUMENTS = [(name, argument) for name in sorted(POLICIES) for argument in sorted(arguments_of(name))]
+
 WRONG += [
     (f"{name}({REQUIRED.get(name, '')}{argument}={value})", argument, value, allowed)
-    for name in sorted(CLASSES)
+    for name in sorted(CLASSES - POLICIES.keys())
     for argument, (value, allowed) in OF_BASES.items()
     if argument in arguments_of(name) - ENSEMBLE_ON.get(name, set())
 ]
 
-# Arguments that no value makes wrong: they are true or false.
-CANNOT_BE_WRONG = {
-    "CheckpointAveraging": {"greedy"},
-    "EMAWeightAveraging": {"use_buffers", "evaluate", "apply_at_end"},
-    "EarlyStopping": {
-        *("verbose", "strict", "check_finite", "check_on_train_epoch_end", "log_rank_zero_only", "restore_best"),
-    },
-    "ScheduledDropout": {"insert"},
-    "SharpnessAwareMixin": {"adaptive"},
-    "StochasticWeightAveraging": {"evaluate", "apply_at_end"},
-    "WeightAveraging": {"evaluate", "apply_at_end"},
-}
+
+def without_wrong_values(name: str) -> set[str]:
+    """Return the names of the arguments that are true or false, so that no value is wrong."""
+    parameters = inspect.signature(getattr(lightning_optim, name)).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.annotation in ("bool", "bool | None")}
+
+
 # The package makes a step for each optimizer step, and a slot is the member of an enum.
 NOT_MADE_BY_USERS = {"OptimizerStep", "Slot"}
 
@@ -232,7 +237,60 @@ def test_each_argument_of_each_public_class_is_here() -> None:
     refused: dict[str, set[str]] = {name: set() for name in CLASSES}
     for made, argument, *_ in WRONG:
         refused[made.split("(")[0]].add(re.findall(r"\w+", argument.removeprefix("fraction in "))[0])
-    for name in CLASSES - NOT_MADE_BY_USERS:
-        free = CANNOT_BE_WRONG.get(name, set())
-        assert refused[name] | free == arguments_of(name), f"{name} has an argument without a wrong value in this file"
-        assert not refused[name] & free
+    for name in CLASSES - NOT_MADE_BY_USERS - POLICIES.keys():
+        told = f"{name} has an argument without a wrong value in this file"
+        assert refused[name] | without_wrong_values(name) == arguments_of(name), told
+
+
+# ---- policies, from their entries ------------------------------------------------------------------------------------
+
+
+def error(name: str, argument: str, value: Any) -> str:
+    """Return the message if an argument of a policy has another value than in the registry; empty if there is no error.
+
+    Of two arguments of which exactly one is given, the other one is left out.
+    """
+    parameters = inspect.signature(kind := type(POLICIES[name])).parameters
+    given = {one: getattr(POLICIES[name], one) for one in parameters}
+    needed = {one: held for one, held in given.items() if parameters[one].default is not None}
+    told = []
+    for arguments in (needed, given):
+        try:
+            kind(**(arguments | {argument: value}))
+        except ValueError as caught:
+            told.append(str(caught))
+        else:
+            return ""
+    return next((one for one in told if one.startswith(f"`{argument}")), told[-1])
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_each_argument_of_a_policy_is_checked(name: str, argument: str) -> None:
+    """NaN is a wrong value of every argument; a number is refused outside its range, and not at a bound within it."""
+    told = error(name, argument, math.nan)
+    assert f"`{argument}" in told
+    assert "nan" in told, "the value is not told"
+    integer = " must be an integer" in told
+    if integer:
+        assert error(name, argument, 1.5), "a fraction is allowed"
+    for sign, bound in re.findall(r"([<>]=?) (-?[\d.]+),", told):
+        assert_bound(name, argument, float(bound), below=sign[0] == "<", closed="=" in sign, integer=integer)
+    for left, low, high, right in re.findall(r" in ([\[(])(-?[\d.]+), (-?[\d.]+)([\])]),", told):
+        assert_bound(name, argument, float(low), below=False, closed=left == "[", integer=integer)
+        assert_bound(name, argument, float(high), below=True, closed=right == "]", integer=integer)
+    if "finite" in told:
+        assert error(name, argument, math.inf)
+        assert error(name, argument, -math.inf)
+
+
+def assert_bound(name: str, argument: str, bound: float, *, below: bool, closed: bool, integer: bool) -> None:
+    number: Any = int(bound) if integer else bound
+    outside = number + (1 if below else -1) if integer else math.nextafter(number, math.inf if below else -math.inf)
+    assert error(name, argument, outside).startswith(f"`{argument}`")
+    assert bool(error(name, argument, number)) != closed
+
+
+@pytest.mark.parametrize(("name", "argument"), [pair for pair in ARGUMENTS if pair[1] in OF_BASES])
+def test_an_argument_of_a_base_class_is_passed_on(name: str, argument: str) -> None:
+    value, allowed = OF_BASES[argument]
+    assert allowed in error(name, argument, eval(value))
