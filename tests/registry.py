@@ -17,58 +17,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim import (
-    AGC,
-    EMA,
-    L1,
-    L2,
-    LAWA,
-    SWA,
-    AllOf,
-    AnyOf,
-    AtLeast,
-    AutoClip,
-    Centralize,
-    CheckpointAveraging,
-    ClipByNorm,
-    ClipByValue,
-    Clipping,
-    Constant,
-    Cosine,
-    Criterion,
-    Divergence,
-    EarlyStopping,
-    ElasticNet,
-    EMAWeightAveraging,
-    ExactResume,
-    Exponential,
-    GradientAccumulation,
-    GradientClipping,
-    GradientMonitor,
-    Linear,
-    Noise,
-    NonFinite,
-    OptimCallback,
-    Penalty,
-    Piecewise,
-    Plateau,
-    Policy,
-    ProximalL1,
-    ScheduledDropout,
-    StochasticWeightAveraging,
-    TargetBatchSize,
-    Threshold,
-    WeightAveraging,
-    WeightRegularization,
-    ZClip,
-)
+import lightning_optim as lo
 from lightning_optim.base import local_shards, per_weight, shard_of, total_norm, whole
-from tests.harness import averaging_formulas, formulas, gradient_formulas, regularization_formulas, run
+from tests.harness import averaging_formulas as averaging
+from tests.harness import gradient_formulas as gradients
+from tests.harness import regularization_formulas as regularization
+from tests.harness import run
+from tests.harness import stopping_formulas as stopping
 from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
 from tests.harness.dropout_formulas import Dropout, fixed
 from tests.harness.reference_loop import Chain, Formula, Outcome
 from tests.harness.schedule_formulas import Scheduled, cosine, exponential, linear
-from tests.harness.stopping_formulas import Below, Enough, First, Matching, Patience, Rule, StopBy
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
 
@@ -114,13 +73,13 @@ class Entry:
         """Return the callbacks for the Trainer, with the accumulation of the cell."""
         callbacks = self.callbacks(cell)
         if cell.accumulation > 1 and not self.accumulates:
-            callbacks.append(GradientAccumulation(cell.accumulation))
+            callbacks.append(lo.GradientAccumulation(cell.accumulation))
         return callbacks
 
     def refusal(self, sharded: Sequence[int]) -> str | None:
         """Return words of the error that it raises in a model with matrices sharded along these dimensions, if any."""
         parts = [part for callback in self.callbacks(CELLS[0]) for part in parts_of(callback)]
-        needs = {part.needs for part in parts if isinstance(part, Policy) and not part.gathers}
+        needs = {part.needs for part in parts if isinstance(part, lo.Policy) and not part.gathers}
         matrices, rows = bool(sharded) and "matrices" in needs, any(sharded) and "rows" in needs
         return "is computed on whole" if matrices or rows else None
 
@@ -140,12 +99,12 @@ def parts_of(thing: Any) -> list[Any]:
         return [part for item in thing for part in parts_of(item)]
     if isinstance(thing, dict):
         return parts_of(list(thing.values()))
-    if isinstance(thing, OptimCallback | Policy):
+    if isinstance(thing, lo.OptimCallback | lo.Policy):
         return [thing, *parts_of(list(vars(thing).values()))]
     return []
 
 
-class Shrinking(OptimCallback):
+class Shrinking(lo.OptimCallback):
     """Multiply the weights after each step, in the public hook, as a callback of a user may."""
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -154,7 +113,7 @@ class Shrinking(OptimCallback):
                 weight.mul_(0.98)
 
 
-class SlowGradients(Clipping):
+class SlowGradients(lo.Clipping):
     """Add the exponential mean of the gradients so far, a tensor beside each weight, as a policy of a user may."""
 
     limits = False
@@ -170,7 +129,7 @@ class SlowGradients(Clipping):
         torch._foreach_add_(shards, slow, alpha=self.strength)
 
 
-class Gram(Penalty):
+class Gram(lo.Penalty):
     """Penalize the squared products of all pairs of rows, of matrices that it gathers, as a policy of a user may."""
 
     needs = "matrices"
@@ -211,69 +170,78 @@ def _window(cell: Cell) -> int:
 
 def _several(cell: Cell) -> list[Callback]:
     return [
-        EarlyStopping("val_score", patience=2),
-        GradientClipping([ClipByNorm(0.5), ClipByValue(0.1)]),
-        WeightAveraging(EMA(0.9)),
-        GradientAccumulation(_window(cell)),
-        WeightRegularization(ElasticNet(0.2, 0.2)),
+        lo.EarlyStopping("val_score", patience=2),
+        lo.GradientClipping([lo.ClipByNorm(0.5), lo.ClipByValue(0.1)]),
+        lo.WeightAveraging(lo.EMA(0.9)),
+        lo.GradientAccumulation(_window(cell)),
+        lo.WeightRegularization(lo.ElasticNet(0.2, 0.2)),
     ]
 
 
 def _several_formula(cell: Cell) -> Formula:
     return Chain(
-        formulas.Accumulate({0: _window(cell)}),
-        formulas.Penalize("elasticnet", l1=0.2, l2=0.2),
-        formulas.ClipNorm(0.5),
-        formulas.ClipValue(0.1, logs=False),
-        formulas.Average(0.9),
-        formulas.Stop(patience=2),
+        gradients.Accumulate({0: _window(cell)}),
+        regularization.Penalize("elasticnet", l1=0.2, l2=0.2),
+        gradients.ClipNorm(0.5),
+        gradients.ClipValue(0.1, logs=False),
+        averaging.Average(0.9),
+        stopping.Stop(patience=2),
     )
 
 
 def _spike() -> list[Callback]:
     """Make gradient norms rise suddenly, so that policies that follow the norms have something to clip."""
-    return [WeightRegularization(L2(Piecewise({0.0: 0.0, 0.6: 8.0})))]
+    return [lo.WeightRegularization(lo.L2(lo.Piecewise({0.0: 0.0, 0.6: 8.0})))]
 
 
 def _spike_formula() -> Formula:
-    return gradient_formulas.Spike(8.0, start=0.6)
+    return gradients.Spike(8.0, start=0.6)
 
 
 def _criteria() -> list[Entry]:
     """Return the entries of criteria, which read scores and no tensor of the model."""
     nan = math.nan
-    table: tuple[tuple[str, Callable[[], Criterion], Callable[[], Rule], tuple[float, ...]], ...] = (
-        ("threshold", lambda: Threshold("val_score", 2.5), lambda: Below(2.5), _SCORES),
+    table: tuple[tuple[str, Callable[[], lo.Criterion], Callable[[], stopping.Rule], tuple[float, ...]], ...] = (
+        ("threshold", lambda: lo.Threshold("val_score", 2.5), lambda: stopping.Below(2.5), _SCORES),
         (
             "divergence",
-            lambda: Divergence("val_score", 4.5),
-            lambda: Matching(lambda score: score > 4.5),
+            lambda: lo.Divergence("val_score", 4.5),
+            lambda: stopping.Matching(lambda score: score > 4.5),
             (3.0, 4.0, 4.5, 5.0, 3.0, 3.0),
         ),
         (
             "nonfinite",
-            lambda: NonFinite("val_score"),
-            lambda: Matching(lambda score: not math.isfinite(score)),
+            lambda: lo.NonFinite("val_score"),
+            lambda: stopping.Matching(lambda score: not math.isfinite(score)),
             (3.0, 4.0, nan, 5.0, 3.0, 3.0),
         ),
         (
             "any_of",
-            lambda: AnyOf([NonFinite("val_score"), Divergence("val_score", 9.0), Plateau("val_score", patience=2)]),
-            lambda: First(
-                Matching(lambda score: not math.isfinite(score)), Matching(lambda score: score > 9.0), Patience(2)
+            lambda: lo.AnyOf([lo.NonFinite("val_score"), lo.Divergence("val_score", 9.0), lo.Plateau("val_score", 2)]),
+            lambda: stopping.First(
+                stopping.Matching(lambda score: not math.isfinite(score)),
+                stopping.Matching(lambda score: score > 9.0),
+                stopping.Patience(2),
             ),
             _SCORES,
         ),
         (
             "all_of",
-            lambda: AllOf([Plateau("val_score", patience=1), Divergence("val_score", 3.5)]),
-            lambda: Enough(2, Patience(1), Matching(lambda score: score > 3.5)),
+            lambda: lo.AllOf([lo.Plateau("val_score", patience=1), lo.Divergence("val_score", 3.5)]),
+            lambda: stopping.Enough(2, stopping.Patience(1), stopping.Matching(lambda score: score > 3.5)),
             _SCORES,
         ),
         (
             "at_least",
-            lambda: AtLeast(2, [Plateau("val_score", patience=1), Threshold("val_score", 3.5), NonFinite("val_score")]),
-            lambda: Enough(2, Patience(1), Below(3.5), Matching(lambda score: not math.isfinite(score))),
+            lambda: lo.AtLeast(
+                2, [lo.Plateau("val_score", patience=1), lo.Threshold("val_score", 3.5), lo.NonFinite("val_score")]
+            ),
+            lambda: stopping.Enough(
+                2,
+                stopping.Patience(1),
+                stopping.Below(3.5),
+                stopping.Matching(lambda score: not math.isfinite(score)),
+            ),
             _SCORES,
         ),
     )
@@ -281,8 +249,8 @@ def _criteria() -> list[Entry]:
         Entry(
             name,
             "run",
-            lambda _, made=made: [EarlyStopping(made())],
-            lambda _, rule=rule: StopBy(rule()),
+            lambda _, made=made: [lo.EarlyStopping(made())],
+            lambda _, rule=rule: stopping.StopBy(rule()),
             scores=scores,
             epochs=3,
             cells="strategies",
@@ -296,184 +264,191 @@ _SCORES = (5.0, 4.0, 2.0, 3.0, 4.0, 1.0)
 
 ENTRIES = (
     Entry("plain", "nothing", lambda _: [], _plain),
-    Entry("after_step", "weights", lambda _: [Shrinking()], lambda _: formulas.Shrink(0.98)),
+    Entry("after_step", "weights", lambda _: [Shrinking()], lambda _: regularization.Shrink(0.98)),
     Entry(
         "tensor_beside_each_weight",
         "gradients",
-        lambda _: [GradientClipping(SlowGradients(decay=0.8, strength=2.0))],
-        lambda _: gradient_formulas.AddMean(decay=0.8, strength=2.0),
+        lambda _: [lo.GradientClipping(SlowGradients(decay=0.8, strength=2.0))],
+        lambda _: gradients.AddMean(decay=0.8, strength=2.0),
     ),
     Entry(
         "accumulation",
         "windows",
-        lambda cell: [GradientAccumulation(_window(cell))],
-        lambda cell: formulas.Accumulate({0: _window(cell)}),
-        without=lambda _: formulas.Accumulate({0: 1}),
+        lambda cell: [lo.GradientAccumulation(_window(cell))],
+        lambda cell: gradients.Accumulate({0: _window(cell)}),
+        without=lambda _: gradients.Accumulate({0: 1}),
         accumulates=True,
         cells="all",
     ),
     Entry(
         "accumulation_by_epoch",
         "windows",
-        lambda cell: [GradientAccumulation({0: cell.accumulation, 1: 2})],
-        lambda cell: formulas.Accumulate({0: cell.accumulation, 1: 2}),
+        lambda cell: [lo.GradientAccumulation({0: cell.accumulation, 1: 2})],
+        lambda cell: gradients.Accumulate({0: cell.accumulation, 1: 2}),
         accumulates=True,
     ),
     Entry(
         "target_batch_size",
         "windows",
         # A micro-batch has eight samples; two processes take four each.
-        lambda cell: [GradientAccumulation(TargetBatchSize(16, micro_batch_size=8 // cell.processes))],
-        lambda cell: formulas.Accumulate({0: 2}),
-        without=lambda _: formulas.Accumulate({0: 1}),
+        lambda cell: [lo.GradientAccumulation(lo.TargetBatchSize(16, micro_batch_size=8 // cell.processes))],
+        lambda cell: gradients.Accumulate({0: 2}),
+        without=lambda _: gradients.Accumulate({0: 1}),
         accumulates=True,
     ),
     Entry(
         "l1_l2",
         "gradients",
-        lambda _: [WeightRegularization([L1(0.2), L2(0.2)])],
-        lambda _: Chain(formulas.Penalize("l1", l1=0.2), formulas.Penalize("l2", l2=0.2)),
+        lambda _: [lo.WeightRegularization([lo.L1(0.2), lo.L2(0.2)])],
+        lambda _: Chain(regularization.Penalize("l1", l1=0.2), regularization.Penalize("l2", l2=0.2)),
         cells="all",
     ),
     Entry(
         "elastic_net_on_all",
         "gradients",
-        lambda _: [WeightRegularization([ElasticNet(0.2, 0.2, on="*")])],
-        lambda _: formulas.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
+        lambda _: [lo.WeightRegularization([lo.ElasticNet(0.2, 0.2, on="*")])],
+        lambda _: regularization.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
     ),
     *(
         Entry(
             name,
             "gradients",
-            lambda _, kind=kind: [WeightRegularization(kind(0.2))],
-            lambda _, kind=kind: regularization_formulas.RowProducts(kind.__name__.lower(), 0.2),
+            lambda _, kind=kind: [lo.WeightRegularization(kind(0.2))],
+            lambda _, kind=kind: regularization.RowProducts(kind.__name__.lower(), 0.2),
         )
         for name, kind in (("gathered_matrices", Gram), ("whole_matrices", LocalGram))
     ),
     Entry(
         "dropout",
         "gradients",
-        lambda _: [fixed(ScheduledDropout({"*inner": Linear(0.5, 0.0)}, insert=True))],
+        lambda _: [fixed(lo.ScheduledDropout({"*inner": lo.Linear(0.5, 0.0)}, insert=True))],
         lambda _: Dropout(0.5, "regularization/dropout/*inner"),
     ),
     Entry(
         "proximal_l1",
         "weights",
-        lambda _: [WeightRegularization(ProximalL1(2.0))],
-        lambda _: formulas.SoftThreshold(2.0),
+        lambda _: [lo.WeightRegularization(lo.ProximalL1(2.0))],
+        lambda _: regularization.SoftThreshold(2.0),
     ),
     Entry(
         "scheduled_terms",
         "gradients",
         lambda _: [
-            WeightRegularization(
+            lo.WeightRegularization(
                 [
-                    L1(Linear(0.4, 0.0)),
-                    L2(Cosine(0.0, 0.3)),
-                    ElasticNet(Constant(0.1), 0.0),
-                    ProximalL1(Exponential(2.0, 0.2)),
+                    lo.L1(lo.Linear(0.4, 0.0)),
+                    lo.L2(lo.Cosine(0.0, 0.3)),
+                    lo.ElasticNet(lo.Constant(0.1), 0.0),
+                    lo.ProximalL1(lo.Exponential(2.0, 0.2)),
                 ]
             )
         ],
         lambda _: Chain(
-            Scheduled(lambda l1: formulas.Penalize("l1", l1=l1), linear(0.4, 0.0)),
-            Scheduled(lambda l2: formulas.Penalize("l2", l2=l2), cosine(0.0, 0.3)),
-            formulas.Penalize("elasticnet", l1=0.1),
-            Scheduled(formulas.SoftThreshold, exponential(2.0, 0.2)),
+            Scheduled(lambda l1: regularization.Penalize("l1", l1=l1), linear(0.4, 0.0)),
+            Scheduled(lambda l2: regularization.Penalize("l2", l2=l2), cosine(0.0, 0.3)),
+            regularization.Penalize("elasticnet", l1=0.1),
+            Scheduled(regularization.SoftThreshold, exponential(2.0, 0.2)),
         ),
     ),
     Entry(
         "scheduled_clipping",
         "gradients",
-        lambda _: [GradientClipping([ClipByNorm(Exponential(0.5, 0.2)), ClipByValue(Linear(0.1, 0.05))])],
+        lambda _: [
+            lo.GradientClipping([lo.ClipByNorm(lo.Exponential(0.5, 0.2)), lo.ClipByValue(lo.Linear(0.1, 0.05))])
+        ],
         lambda _: Chain(
-            Scheduled(formulas.ClipNorm, exponential(0.5, 0.2)),
-            Scheduled(lambda value: formulas.ClipValue(value, logs=False), linear(0.1, 0.05)),
+            Scheduled(gradients.ClipNorm, exponential(0.5, 0.2)),
+            Scheduled(lambda value: gradients.ClipValue(value, logs=False), linear(0.1, 0.05)),
         ),
     ),
-    Entry("exact_resume", "nothing", lambda _: [ExactResume()], _plain),
+    Entry("exact_resume", "nothing", lambda _: [lo.ExactResume()], _plain),
     Entry(
         "clip_norm",
         "gradients",
-        lambda _: [GradientClipping(ClipByNorm(0.5))],
-        lambda _: formulas.ClipNorm(0.5),
+        lambda _: [lo.GradientClipping(lo.ClipByNorm(0.5))],
+        lambda _: gradients.ClipNorm(0.5),
         cells="all",
     ),
     Entry(
         "clip_norm_inf",
         "gradients",
-        lambda _: [GradientClipping(ClipByNorm(0.3, norm_type=math.inf))],
-        lambda _: formulas.ClipNorm(0.3, norm_type=math.inf),
+        lambda _: [lo.GradientClipping(lo.ClipByNorm(0.3, norm_type=math.inf))],
+        lambda _: gradients.ClipNorm(0.3, norm_type=math.inf),
     ),
-    Entry("clip_value", "gradients", lambda _: [GradientClipping(ClipByValue(0.1))], lambda _: formulas.ClipValue(0.1)),
+    Entry(
+        "clip_value",
+        "gradients",
+        lambda _: [lo.GradientClipping(lo.ClipByValue(0.1))],
+        lambda _: gradients.ClipValue(0.1),
+    ),
     Entry(
         "monitor",
         "gradients",
-        lambda _: [GradientMonitor(), GradientClipping(0.5)],
-        lambda _: gradient_formulas.Measure(formulas.ClipNorm(0.5)),
+        lambda _: [lo.GradientMonitor(), lo.GradientClipping(0.5)],
+        lambda _: gradients.Measure(gradients.ClipNorm(0.5)),
         cells="all",
     ),
     Entry(
         "rows",
         "gradients",
-        lambda _: [GradientClipping([Centralize(), AGC(0.6)])],
-        lambda _: Chain(gradient_formulas.RowMean(), gradient_formulas.RowClip(0.6)),
+        lambda _: [lo.GradientClipping([lo.Centralize(), lo.AGC(0.6)])],
+        lambda _: Chain(gradients.RowMean(), gradients.RowClip(0.6)),
         # Against the second policy alone, so that the effect is that of the first.
-        without=lambda _: gradient_formulas.RowClip(0.6),
+        without=lambda _: gradients.RowClip(0.6),
     ),
     Entry(
         "noise",
         "gradients",
-        lambda _: [GradientClipping(Noise(eta=10.0))],
-        lambda _: gradient_formulas.Draw(eta=10.0, gamma=0.55),
+        lambda _: [lo.GradientClipping(lo.Noise(eta=10.0))],
+        lambda _: gradients.Draw(eta=10.0, gamma=0.55),
     ),
     Entry(
         "auto_clip",
         "gradients",
-        lambda _: [*_spike(), GradientClipping(AutoClip(percentile=50.0, scope="tensor"))],
-        lambda _: Chain(_spike_formula(), gradient_formulas.PercentileClip(50.0)),
+        lambda _: [*_spike(), lo.GradientClipping(lo.AutoClip(percentile=50.0, scope="tensor"))],
+        lambda _: Chain(_spike_formula(), gradients.PercentileClip(50.0)),
         without=lambda _: _spike_formula(),
     ),
     Entry(
         "zclip",
         "gradients",
-        lambda _: [*_spike(), GradientClipping(ZClip(z=2.0, decay=0.9, warmup=2))],
-        lambda _: Chain(_spike_formula(), gradient_formulas.ScoreClip(z=2.0, decay=0.9, warmup=2)),
+        lambda _: [*_spike(), lo.GradientClipping(lo.ZClip(z=2.0, decay=0.9, warmup=2))],
+        lambda _: Chain(_spike_formula(), gradients.ScoreClip(z=2.0, decay=0.9, warmup=2)),
         without=lambda _: _spike_formula(),
     ),
     Entry(
         "ema",
         "evaluation",
-        lambda _: [WeightAveraging(EMA(0.9))],
-        lambda _: formulas.Average(0.9),
+        lambda _: [lo.WeightAveraging(lo.EMA(0.9))],
+        lambda _: averaging.Average(0.9),
         cells="all",
     ),
     Entry(
         "ema_every_2",
         "evaluation",
         # A decay that the warm-up reaches within the few steps of a cell.
-        lambda _: [WeightAveraging(EMA(0.5), every=2)],
-        lambda _: formulas.Average(0.5, every=2),
+        lambda _: [lo.WeightAveraging(lo.EMA(0.5), every=2)],
+        lambda _: averaging.Average(0.5, every=2),
     ),
     Entry(
         "ema_drop_in",
         "evaluation",
-        lambda _: [EMAWeightAveraging(decay=0.8, update_every_n_steps=2)],
-        lambda _: averaging_formulas.Constant(0.8, every=2),
+        lambda _: [lo.EMAWeightAveraging(decay=0.8, update_every_n_steps=2)],
+        lambda _: averaging.Constant(0.8, every=2),
     ),
-    Entry("swa", "evaluation", lambda _: [WeightAveraging(SWA())], lambda _: averaging_formulas.Mean()),
+    Entry("swa", "evaluation", lambda _: [lo.WeightAveraging(lo.SWA())], lambda _: averaging.Mean()),
     Entry(
         "swa_drop_in",
         "evaluation",
-        lambda _: [StochasticWeightAveraging(swa_epoch_start=1)],
-        lambda _: averaging_formulas.Mean(by_epoch=True),
+        lambda _: [lo.StochasticWeightAveraging(swa_epoch_start=1)],
+        lambda _: averaging.Mean(by_epoch=True),
     ),
-    Entry("lawa", "evaluation", lambda _: [WeightAveraging(LAWA(3))], lambda _: averaging_formulas.Mean(size=3)),
+    Entry("lawa", "evaluation", lambda _: [lo.WeightAveraging(lo.LAWA(3))], lambda _: averaging.Mean(size=3)),
     Entry(
         "stop",
         "run",
-        lambda _: [EarlyStopping("val_score", patience=2)],
-        lambda _: formulas.Stop(patience=2),
+        lambda _: [lo.EarlyStopping("val_score", patience=2)],
+        lambda _: stopping.Stop(patience=2),
         scores=_SCORES,
         epochs=3,
         cells="all",
@@ -500,8 +475,8 @@ ENTRIES_AT_END = tuple(
     Entry(
         f"checkpoint_averaging_{outcome}",
         "end",
-        lambda _: [CheckpointAveraging(top=2), Kept(monitor="val_score", save_top_k=2)],
-        lambda _: averaging_formulas.BestMean(top=2),
+        lambda _: [lo.CheckpointAveraging(top=2), Kept(monitor="val_score", save_top_k=2)],
+        lambda _: averaging.BestMean(top=2),
         scores=(5.0, 2.0, 4.0, 3.0, score),  # the last is that of the mean; within a window nothing is saved
     )
     for outcome, score in (("wins", 1.0), ("loses", 2.5))

@@ -13,9 +13,8 @@ import pytest
 import lightning_optim
 from tests import registry
 from tests.harness.cells import CELLS, LEVELS, Cell, orthogonal_array
-from tests.harness.formulas import deviation
 from tests.harness.process_group import Group
-from tests.harness.reference_loop import Loop, Outcome
+from tests.harness.reference_loop import Loop, Outcome, deviation
 from tests.registry import ALL_ENTRIES, Entry, chosen_cells, parts_of, refused
 
 EFFECT = 20  # Least effect of a technique in a cell, in tolerances, so that a wrong factor is seen.

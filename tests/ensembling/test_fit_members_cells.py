@@ -17,9 +17,8 @@ from lightning_optim import fit_members
 from lightning_optim.ensembling.fit_members import member_seed
 from tests.harness import models, regression
 from tests.harness.cells import Cell, Precision, Strategy
-from tests.harness.formulas import deviation
 from tests.harness.process_group import Group, JobFailed
-from tests.harness.reference_loop import Formula, Loop, Weights
+from tests.harness.reference_loop import Formula, Loop, Weights, deviation
 from tests.harness.run import make_trainer
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]

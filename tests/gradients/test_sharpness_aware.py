@@ -18,10 +18,9 @@ from torch.nn.functional import mse_loss
 from lightning_optim import ClipByNorm, GradientAccumulation, GradientClipping, SharpnessAwareMixin
 from tests.harness import models, regression, run
 from tests.harness.cells import CELLS, Cell
-from tests.harness.formulas import deviation
 from tests.harness.process_group import Group
 from tests.harness.reference_loop import Formula as Plain
-from tests.harness.reference_loop import Loop, Outcome, autocast
+from tests.harness.reference_loop import Loop, Outcome, autocast, deviation
 
 RHO = 0.5
 BY_HAND = "set `automatic_optimization = True`"

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_optim import GradientAccumulation, TargetBatchSize
 from tests.harness import models, regression, run
 from tests.harness.cells import Cell
-from tests.harness.formulas import deviation
 from tests.harness.process_group import Group
+from tests.harness.reference_loop import deviation
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from lightning_optim import GradientAccumulation, ManualOptimizationMixin
 from lightning_optim.gradients.accumulation_window import weight_of
 from tests.harness import models, regression, run
 from tests.harness.cells import Cell
-from tests.harness.formulas import deviation
 from tests.harness.process_group import Group
+from tests.harness.reference_loop import deviation
 
 COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
 """Number of samples that count, in each micro-batch, on each of two ranks."""

@@ -5,6 +5,32 @@ from __future__ import annotations
 from tests.harness.reference_loop import Formula, Step, Weights
 
 
+class Average(Formula):
+    """Update ``average += (1 - d) * (w - average)`` with ``d = min(decay, 1 - (1 + t)^(-2/3))^every``.
+
+    ``t`` counts the steps since the first update, so that the first update copies.
+    """
+
+    def __init__(self, decay: float, every: int = 1) -> None:
+        self.decay = decay
+        self.every = every
+        self.average: Weights = {}
+
+    def after_step(self, step: Step) -> None:
+        if step.step % self.every:
+            return
+        decay = min(self.decay, 1.0 - (1.0 + step.step) ** (-2.0 / 3.0)) ** self.every
+        for name, weight in zip(step.names, step.weights, strict=True):
+            before = self.average.get(name, weight)
+            self.average[name] = before + (1.0 - decay) * (weight - before)
+
+    def evaluated(self, weights: Weights) -> Weights:
+        return self.average or weights
+
+    def final(self, weights: Weights) -> Weights:
+        return self.evaluated(weights)
+
+
 class Mean(Formula):
     """Average the weights after each step, or after the last ``size`` steps.
 

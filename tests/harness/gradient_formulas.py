@@ -10,6 +10,50 @@ from torch import Tensor
 from tests.harness.reference_loop import Formula, Step
 
 
+class Accumulate(Formula):
+    """Accumulate windows of ``n`` micro-batches, or of ``schedule[epoch]`` from that epoch on."""
+
+    def __init__(self, schedule: dict[int, int]) -> None:
+        self.schedule = schedule
+
+    def window(self, accumulation: int, epoch: int) -> int:
+        return [n for first, n in sorted(self.schedule.items()) if first <= epoch][-1]
+
+
+class ClipNorm(Formula):
+    """Multiply gradients by ``min(1, max_norm / (norm + 1e-6))``; the norm is over all of this optimizer."""
+
+    def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+
+    def before_step(self, step: Step) -> None:
+        values = torch.cat([grad.flatten() for grad in step.grads]).abs()
+        if math.isinf(self.norm_type):
+            norm = float(values.max())
+        else:
+            norm = float((values**self.norm_type).sum() ** (1.0 / self.norm_type))
+        for grad in step.grads:
+            grad *= min(1.0, self.max_norm / (norm + 1e-6))
+        step.logged["gradients/norm"] = norm
+
+
+class ClipValue(Formula):
+    """Clamp every element of a gradient to ``[-value, value]``."""
+
+    def __init__(self, value: float, logs: bool = True) -> None:
+        self.value = value
+        self.logs = logs
+
+    def before_step(self, step: Step) -> None:
+        if self.logs:
+            values = torch.cat([grad.flatten() for grad in step.grads])
+            step.logged["gradients/norm"] = float((values * values).sum().sqrt())
+        for grad in step.grads:
+            grad[grad > self.value] = self.value
+            grad[grad < -self.value] = -self.value
+
+
 class Spike(Formula):
     """Add the penalty ``strength * sum(w^2)`` on matrices late in the run, so that gradient norms rise suddenly."""
 

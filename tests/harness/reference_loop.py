@@ -5,6 +5,7 @@ The loop imports neither lightning nor lightning_optim, so that it shares no err
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -243,3 +244,14 @@ def autocast(precision: Precision) -> AbstractContextManager[object]:
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
     return torch.autocast("cpu", dtype=dtype, cache_enabled=False)
+
+
+def deviation(one: Weights, other: Weights) -> dict[str, float]:
+    """Return the largest ``|a - b| / (1 + |b|)`` of each name; infinity if there is a NaN."""
+    assert one.keys() == other.keys(), f"names differ: {sorted(one.keys() ^ other.keys())}"
+    return {name: _deviation(one[name], other[name]) for name in one}
+
+
+def _deviation(a: Tensor, b: Tensor) -> float:
+    largest = float(((a - b).abs() / (1.0 + b.abs())).max())
+    return math.inf if math.isnan(largest) else largest

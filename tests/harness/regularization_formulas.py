@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests.harness.reference_loop import Formula, Step
+
+
+class Penalize(Formula):
+    """Add the penalty ``l1 * sum(|w|) + l2 * sum(w^2)``, whose gradient is ``l1 * sign(w) + 2 * l2 * w``."""
+
+    def __init__(self, name: str, l1: float = 0.0, l2: float = 0.0, everything: bool = False) -> None:
+        self.name = name
+        self.l1 = l1
+        self.l2 = l2
+        self.everything = everything
+
+    def before_step(self, step: Step) -> None:
+        value = 0.0
+        for weight, grad in zip(step.weights, step.grads, strict=True):
+            if weight.ndim < 2 and not self.everything:
+                continue
+            value += float(self.l1 * weight.abs().sum() + self.l2 * (weight * weight).sum())
+            grad += self.l1 * torch.sign(weight) + 2.0 * self.l2 * weight
+        step.logged[f"regularization/{self.name}"] = value
 
 
 class RowProducts(Formula):
@@ -23,3 +44,26 @@ class RowProducts(Formula):
                     value += self.strength * product**2
                     slope += 4.0 * self.strength * product * other
         step.logged[f"regularization/{self.name}"] = value
+
+
+class SoftThreshold(Formula):
+    """Move each element of a matrix towards zero by ``lr * strength`` after each step, and not beyond zero."""
+
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def after_step(self, step: Step) -> None:
+        for weight in step.weights:
+            if weight.ndim >= 2:
+                weight.copy_(torch.sign(weight) * torch.clamp(weight.abs() - step.lr * self.strength, min=0.0))
+
+
+class Shrink(Formula):
+    """Multiply the weights by ``factor`` after each step, as a user's callback in the registry does."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def after_step(self, step: Step) -> None:
+        for weight in step.weights:
+            weight *= self.factor

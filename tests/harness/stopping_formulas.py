@@ -101,3 +101,23 @@ class StopBy(Formula):
 
     def final(self, weights: Weights) -> Weights:
         return self.kept or weights
+
+
+class Stop(Formula):
+    """Stop when the score was not below its best for ``patience`` validations, and end with the best weights."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best = math.inf
+        self.waited = 0
+        self.kept: Weights = {}
+
+    def stop(self, score: float, weights: Weights) -> bool:
+        self.waited += 1
+        if score < self.best:
+            self.best, self.waited = score, 0
+            self.kept = {name: weight.clone() for name, weight in weights.items()}
+        return self.waited >= self.patience
+
+    def final(self, weights: Weights) -> Weights:
+        return self.kept or weights

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.harness.cells import Cell
-from tests.harness.formulas import deviation
-from tests.harness.reference_loop import Outcome, Weights
+from tests.harness.reference_loop import Outcome, Weights, deviation
 from tests.integration import reference_variants
 from tests.integration.entry_fits import CELL, FusedWithInfinity, choice_for, each_entry, fit
 from tests.registry import BY_NAME, Entry
