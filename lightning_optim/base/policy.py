@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from torch import Tensor, nn
 
 from lightning_optim.base.selection import Selectors, check_selectors
-from lightning_optim.base.state import State, Value, WeightStates
+from lightning_optim.base.state import State, Value
 
 
 class Policy:
@@ -122,9 +122,8 @@ class Policy:
 
         A callback does it for its policies. The module is not kept alive.
         """
-        for name in self._states:
-            if isinstance(held := getattr(self, name), WeightStates):
-                held.name_weights(module)
+        for name, kind in self._states.items():
+            kind.name_weights(getattr(self, name), module)
 
     def _known_units(self) -> int:
         """Return the number of units of which there is a state."""

@@ -130,7 +130,4 @@ def shard_of(full: Tensor, like: Tensor) -> Tensor:
 
 def gather_to_cpu(tensor: Tensor) -> Tensor:
     """Copy the whole tensor to the CPU. For a DTensor this is a collective: every rank of its mesh must call it."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()  # a replicated tensor is returned as live storage
-    return tensor.to("cpu", copy=True)
+    return whole(tensor.detach()).to("cpu", copy=True)  # a replicated tensor is returned as live storage

@@ -45,6 +45,9 @@ class State(abc.ABC):
         """Return ``held`` with so many columns, on the device of ``like``."""
         return held
 
+    def name_weights(self, held: Any, module: nn.Module) -> None:  # noqa: B027 most kinds hold no such tensors
+        """Save and load tensors beside weights in ``held`` by the names of ``module``."""
+
 
 class Value(State):
     """Hold a plain value: a number, text, ``None``, infinity, a list or a dictionary of these, or a tensor.
@@ -132,6 +135,9 @@ class PerWeight(State):
         held.load(saved)
         return held
 
+    def name_weights(self, held: WeightStates, module: nn.Module) -> None:
+        held.name_weights(module)
+
 
 class Nested(State):
     """Hold the states of other policies; see :func:`nested`."""
@@ -158,6 +164,10 @@ class Nested(State):
                 left.remove(found)
                 policy.load_state_dict(found[1])
         return held
+
+    def name_weights(self, held: list[Any], module: nn.Module) -> None:
+        for policy in held:
+            policy.name_weights(module)
 
 
 def per_unit(fill: float = 0.0, rows: int | None = None) -> State:

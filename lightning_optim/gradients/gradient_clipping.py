@@ -183,7 +183,7 @@ class GradientClipping(OptimCallback):
                 continue
             weights, (rows, values), chosen = step.weights, step.dense, None
             if selection is not None:
-                selection.follow(weights)
+                selection.follow(step.parameters)
                 chosen = selection.ids
                 kept = [place for place, weight in enumerate(weights) if id(weight) in chosen]
                 weights, rows, values = ([tensors[place] for place in kept] for tensors in (weights, rows, values))

@@ -296,6 +296,18 @@ def test_one_copy_for_each_optimizer_with_names() -> None:
     assert not resumed._template[0].state_dict()["beside"]
 
 
+def test_nested_policies_have_tensors_by_the_names_of_weights() -> None:
+    class Holds(Policy):
+        def __init__(self) -> None:
+            self.add_state("parts", nested([Remembers()]))
+
+    model, policy = nn.Linear(2, 2), Holds()
+    policy.name_weights(model)
+    policy.parts[0].beside.of([model.bias])
+    (((_, state),),) = policy.state_dict().values()
+    assert list(state["beside"]) == ["bias"]
+
+
 def test_nested_policies_are_found_by_identity() -> None:
     class Holds(Policy):
         def __init__(self, parts: list[Policy]) -> None:
