@@ -63,9 +63,10 @@ class EMAWeightAveraging(WeightAveraging):
         name: str | None = None,
     ) -> None:
         check_number("update_every_n_steps", update_every_n_steps, low=1, integer=True)
-        for argument in ("update_starting_at_step", "update_starting_at_epoch"):
-            if locals()[argument] is not None:
-                check_number(argument, locals()[argument], low=0, integer=True)
+        if update_starting_at_step is not None:
+            check_number("update_starting_at_step", update_starting_at_step, low=0, integer=True)
+        if update_starting_at_epoch is not None:
+            check_number("update_starting_at_epoch", update_starting_at_epoch, low=0, integer=True)
         super().__init__(
             EMA(decay, warmup=None),
             start=update_starting_at_step or 0,

@@ -53,9 +53,9 @@ def checked_members(members: Any) -> list[LightningModule]:
                 f"`members` must be whole, and this {type(member).__name__} is sharded: make a new one, load its"
                 " weights, and let `configure_model` shard it in the Trainer that evaluates the ensemble."
             )
-    if taken := [name for name in _NAMES if hasattr(given[0], name)]:
+    if clashing := [name for name in _NAMES if hasattr(given[0], name)]:
         raise ValueError(
-            f"`members` must not have the attributes {taken}, whose names an Ensemble uses: rename them in"
+            f"`members` must not have the attributes {clashing}, whose names an Ensemble uses: rename them in"
             f" {type(given[0]).__name__}."
         )
     return given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -38,7 +39,10 @@ def separate_batches(
         group: Ranks that train on different data. Each gets as many batches as the rank with the fewest has.
     """
     if loader is None:
-        loader, count = _training_data(trainer), _limit(trainer, count)
+        loader = combined_loader(trainer.fit_loop)
+        assert loader is not None, "the loader exists before the first step"
+        limit = min(math.inf if count is None else count, trainer.num_training_batches)
+        count = None if limit == math.inf else int(limit)
     with isolated_random_state(), _generators_kept(loader) as generators:
         # Ranks outside of `group` hold shards of the same data-parallel replica and need the same batches.
         _seed(seed + (0 if group is None else dist.get_rank(group)), generators)
@@ -99,19 +103,6 @@ def _copy_of(data: Any) -> Any:
         except TypeError as error:
             raise refused from error
     return copy.copy(data)
-
-
-def _training_data(trainer: Trainer) -> Iterable[Any]:
-    combined = combined_loader(trainer.fit_loop)
-    assert combined is not None, "the loader exists before the first step"
-    return combined
-
-
-def _limit(trainer: Trainer, batches: int | None) -> int | None:
-    available = trainer.num_training_batches
-    if batches is None:
-        return None if available == float("inf") else int(available)
-    return int(min(batches, available))
 
 
 def _take(loader: Iterable[Any], batches: int | None, group: dist.ProcessGroup | None) -> Generator[Any, None, None]:

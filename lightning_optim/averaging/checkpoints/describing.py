@@ -26,14 +26,15 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
         yield from _describe_plain(path, reading.weights_key(checkpoint, path, key), weights)
         return
     kind = "a distributed checkpoint" if os.path.isdir(path) else "a checkpoint"
-    if "callbacks" not in checkpoint:
+    is_bare = "callbacks" not in checkpoint  # such a checkpoint does not say if its weights are averaged
+    if is_bare:
         kind = f"{kind} with weights only"
     yield f"{path}: {kind} of Lightning {checkpoint['pytorch-lightning_version']}"
     yield f"epoch {checkpoint.get('epoch', 'unknown')}, global step {checkpoint.get('global_step', 'unknown')}"
     found = averages_in(checkpoint)
     evaluated = next((one for one in found if one.evaluated), None)
     theirs = isinstance(checkpoint.get("averaging_state"), Mapping) and not _holds_ours(checkpoint)
-    what = "averaged" if evaluated or theirs else "unknown whether raw or averaged" if _bare(checkpoint) else "raw"
+    what = "averaged" if evaluated or theirs else "unknown whether raw or averaged" if is_bare else "raw"
     yield f"{key}: weights, {_size(weights)}" if key else f"state_dict: {what} weights, {_size(weights)}"
     if theirs:
         count = int(checkpoint["averaging_state"].get("n_averaged", 0))
@@ -52,11 +53,6 @@ def _describe_plain(path: str, key: str | None, weights: Mapping[Any, Any]) -> I
 
 def _holds_ours(checkpoint: Mapping[str, Any]) -> bool:
     return any("counters" in state for state in callback_states(checkpoint).values() if isinstance(state, dict))
-
-
-def _bare(checkpoint: Mapping[str, Any]) -> bool:
-    """Return True for a weights-only checkpoint, which does not say if its weights are averaged."""
-    return "callbacks" not in checkpoint
 
 
 def _size(weights: Mapping[str, Any]) -> str:

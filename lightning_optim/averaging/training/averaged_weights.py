@@ -58,7 +58,8 @@ class AveragedWeights:
     """Average a model's parameters, those of each optimizer by itself, and its buffers with the first optimizer.
 
     To use the average it is exchanged with the model's tensors: the raw weights are then in the storage of the average,
-    or in a copy if dtype or device differ. Raw buffers are always in a copy.
+    or in a copy if dtype or device differ. Raw buffers are always in a copy. This object records what it has exchanged,
+    also when the module has a new average or is gone; :func:`average_in` tells which average a module holds.
 
     Args:
         module: The model.
@@ -294,14 +295,9 @@ class AveragedWeights:
             else:
                 _average_in.pop(module, None)
 
-    @property
-    def estimated(self) -> bool:
-        """True if the vectors of spectral normalization belong to the present average, or there are no vectors."""
-        return self.estimates.done or not self.started
-
     def estimate_(self) -> None:
         """Estimate the vectors of spectral normalization for the averaged weights, once after each update."""
-        if not self.estimated and not self.in_model:
+        if self.started and not self.estimates.done and not self.in_model:
             with raw_weights_in(self.alive()), self.exchanged():
                 pass
 

@@ -53,7 +53,7 @@ def load_state_(weights: AveragedWeights, state: dict[str, Any]) -> None:
     An average that is not in the state is that of ``state_dict``, which the model holds.
     """
     module = weights.alive()
-    named = {plain_name(name): tensor for name, tensor in module_tensors.named_tensors(module).items()}
+    named = by_plain_name(module_tensors.named_tensors(module))
     raw, averaged = by_plain_name(state["raw"]), by_plain_name(state["averaged"])
     own = by_plain_name(state.get("own", {}))
     recorded = _add_recorded(weights, state, raw, averaged, named)

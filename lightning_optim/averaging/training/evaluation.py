@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lightning_optim.averaging.batchnorm.refresh import BatchNormRefresh, data_group, in_training
 from lightning_optim.averaging.training import pruned_parameters
+from lightning_optim.averaging.training.averaged_tensors import by_plain_name
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights, average_in, raw_weights_in
 from lightning_optim.averaging.training.buffer_plan import BufferModes
 from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.layer_classes import BatchNormBase
-from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.lightning.strategies import share_buffers_
 from lightning_optim.runtime.refusals import nested_averages
@@ -176,14 +176,13 @@ class AveragedEvaluation(BatchNormRefresh):
         average = self._averaged
         if average is None or not average.in_model:
             return {}
-        return {plain_name(name): raw for name, raw in average.raw().items()}
+        return by_plain_name(average.raw())
 
 
 @contextlib.contextmanager
 def _copied_into(module: nn.Module, averaged: dict[str, Tensor]) -> Iterator[None]:
     """Context manager: ``module``, compiled or not, holds a copy of the tensors of these names."""
-    averaged = {plain_name(name): average for name, average in averaged.items()}
-    named = {plain_name(name): tensor for name, tensor in module_tensors.named_tensors(module).items()}
+    averaged, named = by_plain_name(averaged), by_plain_name(module_tensors.named_tensors(module))
     live = {name: tensor for name, tensor in named.items() if name in averaged}
     if missing := sorted(averaged.keys() - live.keys()):
         raise ValueError(

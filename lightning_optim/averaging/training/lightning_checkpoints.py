@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from lightning_optim.averaging.averages.average import Average
 from lightning_optim.averaging.averages.lawa import LAWA
 from lightning_optim.averaging.training import pruned_parameters
+from lightning_optim.averaging.training.averaged_tensors import by_plain_name
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.callback import OptimCallback
@@ -30,15 +31,11 @@ def add_for_lightning(checkpoint: dict[str, Any], average: AveragedWeights, mask
         average: The average in its ``state_dict``.
         masks: Masks of weights whose pruning is permanent in checkpoints.
     """
-    saved, raw = (
-        pruned_parameters.permanent(named, masks) for named in (checkpoint.get("state_dict", {}), average.raw())
-    )
     if any(isinstance(source.parameter, DTensor) for sources in average.sources for source in sources):
         return
-    by_plain_name = {plain_name(name): value for name, value in raw.items()}
-    checkpoint["current_model_state"] = {
-        name: by_plain_name.get(plain_name(name), value) for name, value in saved.items()
-    }
+    saved = pruned_parameters.permanent(checkpoint.get("state_dict", {}), masks)
+    raw = by_plain_name(pruned_parameters.permanent(average.raw(), masks))
+    checkpoint["current_model_state"] = {name: raw.get(plain_name(name), value) for name, value in saved.items()}
     checkpoint["averaging_state"] = {"n_averaged": torch.tensor(average.updates)}
 
 
