@@ -18,16 +18,17 @@ class Criterion(Policy):
     Numbers that a user tunes, such as ``patience``, are not in the state: a resumed run uses those passed to it.
 
     A new criterion is a subclass with :meth:`update`. It keeps the metric's name in ``self.monitor`` (or overrides
-    :attr:`monitors`), and declares with ``add_state`` what it remembers::
+    :attr:`monitors`), declares with ``add_state`` what it remembers, and sets ``improved`` and ``reason`` each time::
 
         >>> class Worse(Criterion):
-        ...     '''Stop as soon as a metric is worse than at the validation before.'''
+        ...     '''Stop as soon as a metric is worse than its best value.'''
         ...     def __init__(self, monitor):
         ...         self.monitor = monitor
-        ...         self.add_state("last", math.inf)
+        ...         self.add_state("best", math.inf)
         ...     def update(self, metrics):
         ...         value = self.read(metrics).item()
-        ...         stop, self.last = value > self.last, value
+        ...         stop, self.improved = value > self.best, value < self.best
+        ...         self.best = min(value, self.best)
         ...         self.reason = f"{self.monitor} got worse." if stop else ""
         ...         return stop
         >>> worse = Worse("loss")

@@ -93,7 +93,8 @@ class Average(Policy):
         """Return the share of the way, in [0, 1], by which to move from the average to the weights; to be overridden.
 
         Args:
-            step: Number of optimizer steps made so far, larger than ``self.counters["last"]``.
+            step: Number of optimizer steps made so far, larger than ``self.counters["last"]``. The counters are those
+                before this update, which is never the first one.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `_share(self, step)`")
 

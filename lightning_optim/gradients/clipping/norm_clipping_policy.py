@@ -55,12 +55,13 @@ class NormClipping(Clipping):
         """Return the bound on each of ``norms``; to be overridden.
 
         Args:
-            norms: A vector with one entry for each unit of the scope; NaN for a unit that has no gradient in this step.
-                It grows when the optimizer gets more parameters, and with it each state
-                :func:`~lightning_optim.base.per_unit`.
+            norms: A vector with one entry for each unit of the scope; NaN for a unit that has no gradient in
+                this step, and infinite or NaN where a gradient is: a state should not take these in. It grows when
+                the optimizer gets more parameters, and with it each state :func:`~lightning_optim.base.per_unit`.
 
         Returns:
-            A vector as long as ``norms``, or a number; ``inf`` for no bound.
+            A vector as long as ``norms``, or a number; ``inf`` for no bound. A bound equal to the norm still makes the
+            gradients a little smaller, since they are divided by the norm plus 1e-6.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `_bound(self, norms)`")
 
