@@ -14,8 +14,8 @@ def publish(namespace: dict[str, Any]) -> list[str]:
     Args:
         namespace: The package's ``globals()``.
     """
-    found = {name: thing for name, thing in namespace.items() if name[0] != "_" and hasattr(thing, "__qualname__")}
-    public = {name: thing for name, thing in found.items() if thing is not publish}
+    public = {name: thing for name, thing in namespace.items() if name[0] != "_" and hasattr(thing, "__qualname__")}
+    public.pop("publish", None)
     for thing in public.values():
         thing.__module__ = namespace["__name__"]
     return sorted(public)

@@ -20,7 +20,6 @@ from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
 
-_TERMS = (Penalty, Proximal)
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -63,8 +62,8 @@ class WeightRegularization(OptimCallback):
 
     def __init__(self, terms: Penalty | Proximal | list[Penalty | Proximal], name: str | None = None) -> None:
         super().__init__(name)
-        self.terms = [terms] if isinstance(terms, Penalty | Proximal) else terms
-        if not isinstance(self.terms, list) or not self.terms or not all(isinstance(t, _TERMS) for t in self.terms):
+        self.terms = list(terms) if isinstance(terms, list | tuple) else [terms]
+        if not self.terms or not all(isinstance(term, Penalty | Proximal) for term in self.terms):
             raise ValueError(
                 f"`terms={terms!r}` must be a penalty, a proximal term or a list of them, such as L2(1e-4)"
             )
