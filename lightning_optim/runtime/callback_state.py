@@ -8,7 +8,9 @@ the folder of a distributed checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,7 +49,7 @@ def save_shards(tree: Callable[[], dict[str, Any]], trainer: Trainer, checkpoint
     """
     if not writes_folders(trainer.strategy) or "optimizer_states" not in checkpoint:
         return
-    sharded = {path: value for path, value in _leaves(tree()) if isinstance(value, DTensor)}
+    sharded = {_entry(path): value for path, value in _leaves(tree()) if isinstance(value, DTensor)}
     if sharded:
         states = checkpoint["optimizer_states"]
         if not (states and _ENTRY in states[-1]):
@@ -61,7 +63,7 @@ def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[s
     The last part of a tensor's path is its name in the model, which says how it is sharded now.
     """
     state = checkpoint.get("callbacks", {}).get(key)
-    noted = [path for path, _ in _leaves(state or {}) if path.endswith(f"/{_SHARD}")]
+    noted = {path[:-1]: getattr(torch, dtype) for path, dtype in _leaves(state or {}) if path[-1] == _SHARD}
     if not noted:
         return
     shards.reshard_(pl_module)
@@ -69,16 +71,14 @@ def load_shards(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[s
         module_tensors.plain_name(name): tensor.detach()
         for name, tensor in module_tensors.named_tensors(pl_module).items()
     }
-    found = {}
-    for note in noted:
-        path = note.removesuffix(f"/{_SHARD}")
-        dtype = getattr(torch, _at(state, note))
-        found[path] = torch.empty_like(live[module_tensors.plain_name(path.rsplit("/", 1)[1])], dtype=dtype)
+    found = {
+        _entry(path): torch.empty_like(live[module_tensors.plain_name(path[-1])], dtype=dtype)
+        for path, dtype in noted.items()
+    }
     entry = f"optimizer_{len(trainer.optimizers)}"
     dcp.load({entry: {_ENTRY: {key: found}}}, checkpoint_id=str(trainer.ckpt_path))
-    for path, value in found.items():
-        parent, name = path.rsplit("/", 1)
-        _at(state, parent)[name] = value
+    for *parents, name in noted:
+        functools.reduce(operator.getitem, parents, state)[name] = found[_entry((*parents, name))]
 
 
 def save_ranks(ours: dict[str, Tensor], trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
@@ -112,10 +112,7 @@ def load_ranks(trainer: Trainer, checkpoint: dict[str, Any], key: str) -> None:
         return
     same = len(by_rank) == trainer.world_size
     for path, tensor in by_rank[trainer.global_rank if same else 0].items():
-        *parents, name = path.split("/")
-        tree = state
-        for parent in parents:
-            tree = tree.setdefault(parent, {})
+        tree, name = _place_of(state, path)
         found = [theirs[path] for theirs in by_rank if path in theirs and theirs[path].shape == tensor.shape]
         tree[name] = tensor if same else torch.stack([each.double() for each in found]).mean(0).to(tensor.dtype)
 
@@ -193,16 +190,25 @@ def _drop(checkpoint: dict[str, Any], key: str, parts: Sequence[str], names: set
             del shards[path]
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path, with slashes, and the value of every leaf of nested dictionaries and lists."""
+def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the path and the value of every leaf of nested dictionaries and lists."""
     if isinstance(tree, dict | list):
         for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{path}/{name}")
+            yield from _leaves(value, (*path, name))
     else:
         yield path, tree
 
 
-def _at(tree: Any, path: str) -> Any:
-    for name in path.split("/")[1:]:
-        tree = tree[int(name)] if isinstance(tree, list) else tree[name]
-    return tree
+def _entry(path: tuple[Any, ...]) -> str:
+    """Return the name of a leaf in the folder of a distributed checkpoint."""
+    return "".join(f"/{name}" for name in path)
+
+
+def _place_of(state: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Return the dictionary of ``state`` to which a path leads, and its key there: a tensor's name may have slashes."""
+    parent, name = path.split("/", 1) if "/" in path else ("", path)
+    tree = state.setdefault(parent, {}) if parent else state
+    while "/" in name and name not in tree and isinstance(tree.get(name.split("/", 1)[0]), dict):
+        parent, name = name.split("/", 1)
+        tree = tree[parent]
+    return tree, name

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim import EMA, OptimCallback, WeightAveraging, evaluated_state
+from lightning_optim.runtime import callback_state
 from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
@@ -98,6 +103,48 @@ def test_subclass_resumes_in_two_processes(strategy: Any, distributed: bool, gro
         assert folder == (distributed and strategy == "fsdp2")
         assert steps == [8]
         assert not differences(then, whole)
+
+
+# ---- names with slashes ----------------------------------------------------------------------------------------------
+
+
+def saved_shards(folder: Path) -> tuple[Tensor, Tensor]:
+    """Return a shard of a module whose name has a slash as a checkpoint brings it back, and as it was saved."""
+    module = nn.ModuleDict({"a/b": nn.Linear(3, 4)})
+    torch.distributed.fsdp.fully_shard(module["a/b"])
+    (weight, _) = module.parameters()
+    state = {"last": {"a/b.weight": weight.detach() * 2}}
+    trainer: Any = SimpleNamespace(strategy=ModelParallelStrategy(), optimizers=[None], ckpt_path=folder)
+    checkpoint: dict[str, Any] = {"optimizer_states": [{}]}
+    callback_state.save_shards(lambda: state, trainer, checkpoint, "key")
+    dcp.save({f"optimizer_{i}": saved for i, saved in enumerate(checkpoint["optimizer_states"])}, checkpoint_id=folder)
+    loaded = {"callbacks": {"key": callback_state.export(state, trainer)}}
+    callback_state.load_shards(trainer, module, loaded, "key")  # type: ignore[arg-type]
+    back = loaded["callbacks"]["key"]["last"]["a/b.weight"]
+    return back.to_local().clone(), (weight.detach() * 2).to_local().clone()
+
+
+def test_a_shard_of_a_module_whose_name_has_a_slash(group: Group, tmp_path: Path) -> None:
+    for back, saved in group.run(saved_shards, tmp_path):
+        assert torch.equal(back, saved)
+
+
+def test_tensors_of_ranks_of_modules_whose_names_have_slashes() -> None:
+    """As ``nn.ModuleDict({"a/b": …})`` makes them; dictionaries in the state may be nested, or not be there."""
+    first, second = (
+        {path: torch.full((), float(rank)) for path in ("buffers/a/b.mean", "memory/0/1/a/b.mean", "own/c/d.mean")}
+        for rank in (0, 1)
+    )
+    state: dict[str, Any] = {"buffers": {"x": torch.ones(())}, "memory": {"0": {"1": {}}}}
+    checkpoint = {"callbacks": {"key": {**state, "of_each_rank": [first, second]}}}
+    trainer: Any = SimpleNamespace(world_size=2, global_rank=1)
+    callback_state.load_ranks(trainer, checkpoint, "key")
+    one = torch.ones(())
+    assert checkpoint["callbacks"]["key"] == {
+        "buffers": {"x": one, "a/b.mean": one},
+        "memory": {"0": {"1": {"a/b.mean": one}}},
+        "own": {"c/d.mean": one},
+    }
 
 
 # ---- saving takes no step --------------------------------------------------------------------------------------------
