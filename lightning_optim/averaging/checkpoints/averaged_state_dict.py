@@ -23,7 +23,6 @@ class SavedAverage:
     """Describe an average in a checkpoint.
 
     Attributes:
-        key: Key of the callback's state in the checkpoint.
         kind: Identity of the policy, such as ``EMA()``.
         name: The callback's ``name=``, if it has one.
         evaluated: True if ``state_dict`` is this average, and the callback's state has the raw weights.
@@ -33,7 +32,6 @@ class SavedAverage:
         tensors: The averaged tensors in the callback's state.
     """
 
-    key: str
     kind: str
     name: str | None
     evaluated: bool
@@ -67,7 +65,6 @@ def _found(key: str, state: Any) -> SavedAverage | None:
         return None
     identity = _identity(key)
     return SavedAverage(
-        key,
         str(identity.get("average", "")),
         identity.get("name"),
         is_evaluated,
