@@ -22,14 +22,15 @@ def check_selectors(name: str, value: Selectors) -> Selectors:
     """Check that :func:`select` can choose parameters by the argument ``name``, and return it.
 
     Raises:
-        ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``.
+        ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``, or an empty list ``on``.
     """
-    for selector in _listed(value):
-        if not (isinstance(selector, str) or callable(selector) or value is None):
-            raise ValueError(
-                f"`{name}` must be a glob over parameter names, a module class, a predicate (name, parameter) -> bool,"
-                f" a list of these or None, got {value!r}"
-            )
+    listed = _listed(value)
+    known = value is None or all(isinstance(selector, str) or callable(selector) for selector in listed)
+    if not known or (name == "on" and not listed):
+        raise ValueError(
+            f"`{name}` must be a glob over parameter names, a module class, a predicate (name, parameter) -> bool,"
+            f" a list of {'' if name == 'exclude' else 'one or more of '}these or None, got {value!r}"
+        )
     return value
 
 

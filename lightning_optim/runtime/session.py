@@ -254,7 +254,7 @@ class Session:
                 callback.steps[step.index] += 1
             for callback in callbacks:
                 callback.on_after_optimizer_step(self.trainer, self.trainer.lightning_module, optimizer)
-        del self._steps[optimizer]
+        self._steps.pop(optimizer, None)  # a callback may have stepped it again in the hook above
 
     def current_step(self, optimizer: Optimizer) -> OptimizerStep:
         """Return the step of an optimizer that is under way. It is made at the first call, and read anew at each."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import Policy
-from lightning_optim.stopping.improvement import Metrics, Mode, check_monitor, initial_best, is_better, read
+from lightning_optim.stopping.improvement import Metrics, Mode, check_monitor, initial_best, read
 
 
 class Criterion(Policy):
@@ -77,6 +77,13 @@ class Criterion(Policy):
         """
         return read(metrics, self.monitor)
 
+    def better(self, value: Tensor, than: float) -> bool:
+        """Return True if a value is strictly better; compared in its dtype, as Lightning does, and False for NaN.
+
+        A subclass of :class:`Plateau`, :class:`Threshold` or :class:`Divergence` may override it.
+        """
+        return bool(value < than if self.mode == "min" else value > than)
+
     def reset(self) -> None:
         """Forget everything, as before the first validation."""
         super().reset()
@@ -128,7 +135,7 @@ class Plateau(Criterion):
     def update(self, metrics: Metrics) -> bool:
         value = self.read(metrics)
         delta = self.min_delta if self.mode == "min" else -self.min_delta
-        self.improved = is_better(value + delta, self.best, self.mode)
+        self.improved = self.better(value + delta, self.best)
         self.best, self.wait = (value.item(), 0) if self.improved else (self.best, self.wait + 1)
         stop = not self.improved and self.wait >= self.patience
         told = f"{self.monitor!r} did not improve in the last {self.wait} checks. Best score: {self.best:.3f}."
@@ -166,9 +173,9 @@ class Threshold(Criterion):
 
     def update(self, metrics: Metrics) -> bool:
         value = self.read(metrics)
-        stop = is_better(value, self.value, self.mode)
+        stop = self.better(value, self.value)
         # The first value beyond the threshold is better than all before; a run that must go on may see worse ones.
-        self.improved = stop and is_better(value, self.best, self.mode)
+        self.improved = stop and self.better(value, self.best)
         self.best = value.item() if self.improved else self.best
         told = f"{self.monitor!r} = {value.item()} {'<' if self.mode == 'min' else '>'} {self.value}."
         self.reason = f"Stopping threshold reached: {told}" if stop else ""
@@ -200,7 +207,7 @@ class Divergence(Criterion):
 
     def update(self, metrics: Metrics) -> bool:
         value = self.read(metrics)
-        stop = is_better(-value, -self.value, self.mode)
+        stop = self.better(-value, -self.value)
         told = f"{self.monitor!r} = {value.item()} {'>' if self.mode == 'min' else '<'} {self.value}."
         self.reason = f"Divergence threshold reached: {told}" if stop else ""
         return stop

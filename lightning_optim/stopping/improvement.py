@@ -30,11 +30,6 @@ def read(metrics: Metrics, name: str) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def is_better(value: Tensor, than: float, mode: Mode) -> bool:
-    """Return True if a value is strictly better; compared in its dtype, as Lightning does, and False for NaN."""
-    return bool(value < than if mode == "min" else value > than)
-
-
 def initial_best(mode: Mode) -> float:
     """Return the initial best value: +inf for "min", -inf for "max"."""
     return math.inf if mode == "min" else -math.inf

@@ -79,6 +79,8 @@ def test_stacked_members_do_not_count_as_a_dimension() -> None:
         (None, "heads.bias", r"`exclude='heads.bias'` matches no parameter of Model; similar names: \['head.bias'"),
         (nn.Conv2d, None, "`on='Conv2d'` matches no parameter of Model; similar names: "),
         (["*.bias", "nothing"], None, "`on='nothing'` matches no parameter"),
+        ([], None, r"`on` must be a glob .* a list of one or more of these or None, got \[\]"),
+        ((), None, r"`on` must be a glob .* got \(\)"),
     ],
 )
 def test_select_refuses_what_matches_nothing(on: object, exclude: object, sentence: str) -> None:

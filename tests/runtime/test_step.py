@@ -386,6 +386,23 @@ def test_a_step_that_raises_leaves_nothing() -> None:
     assert failing.fit is None
 
 
+def test_a_callback_that_steps_again_after_a_step() -> None:
+    """Both steps are counted, by all callbacks."""
+
+    class Again(Seeing):
+        again = False
+
+        def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+            self.again = not self.again
+            if self.again:
+                optimizer.step()
+
+    again, left = Again(), Left()
+    run.make_trainer(CELL, [again, counting := OptimCallback(), left]).fit(models.build(CELL))
+    assert again.steps == counting.steps == [2 * len(again.before)]
+    assert set(left.left) == {0}
+
+
 def test_outside_of_a_fit_there_is_no_step() -> None:
     with pytest.raises(RuntimeError, match="in no fit"):
         OptimCallback().current_step(SGD(_parameters([1.0, 2.0]), lr=0.1))

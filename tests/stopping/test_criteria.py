@@ -124,6 +124,25 @@ def test_divergence_is_strict() -> None:
     assert _feed(Divergence("x", 0.1, mode="max"), [0.5, 0.1, 0.05]) == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("kind", "scores", "wanted"),
+    [
+        (Plateau, [1.0, 0.9, 0.8, 0.4], [False, False, True, False]),
+        (Threshold, [1.0, 0.9, 0.4, 0.6], [False, False, True, False]),
+        (Divergence, [1.0, 1.4, 1.6, 1.2], [False, False, True, False]),
+    ],
+)
+def test_a_subclass_overrides_what_is_better(kind: type, scores: list[float], wanted: list[bool]) -> None:
+    """Each criterion that compares asks `better`; here a value must be a half below the other to be better."""
+
+    class Half(kind):  # type: ignore[misc]
+        def better(self, value: torch.Tensor, than: float) -> bool:
+            return bool(value < than - 0.5)
+
+    criterion = Half("x", 2 if kind is Plateau else 1.0)
+    assert _feed(criterion, scores) == wanted
+
+
 def test_non_finite() -> None:
     assert _feed(NonFinite("x"), [1.0, INF, -INF, NAN, 0.0]) == [False, True, True, True, False]
 

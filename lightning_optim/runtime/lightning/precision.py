@@ -50,7 +50,8 @@ def agree_on_overflow(trainer: Trainer, optimizer: Optimizer, overflow: bool) ->
     """Tell this rank's scaler the verdict of all ranks: whether the step that is about to be dropped had infinities.
 
     A rank that found infinities alone would lower its scale alone. Then the scales of the ranks would differ, and DDP
-    averages gradients while they are scaled.
+    averages gradients while they are scaled. Where Lightning unscales nothing, since `training_step` returned ``None`` on
+    the last batch of a window, the scaler checks no gradient, and there is nothing to tell it.
 
     Raises:
         RuntimeError: If the scaler keeps nothing by which it could be told.
@@ -59,7 +60,7 @@ def agree_on_overflow(trainer: Trainer, optimizer: Optimizer, overflow: bool) ->
     if scaler is None:
         return
     found = read_private(scaler, "_per_optimizer_states")[id(optimizer)].get("found_inf_per_device")
-    if not found:
+    if found is None:
         raise RuntimeError(
             f"The scaler has no `found_inf_per_device` for this step: {entry_of('_per_optimizer_states').message()}."
         )

@@ -198,6 +198,8 @@ def test_ranks_agree_on_an_overflow() -> None:
     optimizer = torch.optim.SGD([weight], 0.0)
     with pytest.raises(RuntimeError, match=r"found_inf_per_device.*is gone.*torch"):
         precision.agree_on_overflow(trainer, optimizer, True)
+    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {}
+    precision.agree_on_overflow(trainer, optimizer, True)  # nothing was unscaled, and so nothing is told
     one: Any = SimpleNamespace(precision_plugin=SimpleNamespace())
     precision.agree_on_overflow(one, optimizer, True)
     assert precision.scale_of(one) == 1.0 and precision.scale_of(trainer) == 4.0
