@@ -36,7 +36,7 @@ def metric_updates(trainer: Trainer) -> dict[str, int]:
     return {name: module.update_count for name, module in modules if isinstance(module, Metric)}
 
 
-def logged_values(trainer: Trainer, without_metrics: Collection[str] = ()) -> dict[str, Any]:
+def logged_values(trainer: Trainer, without_metrics: Collection[str]) -> dict[str, Any]:
     """Copy to the CPU what was logged so far in this epoch, the metrics that callbacks see, and those of torchmetrics.
 
     Args:

@@ -72,7 +72,7 @@ def check(path: str | os.PathLike[str], weights_only: bool = True) -> None:
         _check(path, file, weights_only)
 
 
-def check_archive(path: str, file: IO[bytes], weights_only: bool = True) -> None:
+def check_archive(path: str, file: IO[bytes], weights_only: bool) -> None:
     """Check a file object if it is an archive; ``path`` names it in the ValueError if it is damaged."""
     if file.read(len(_ZIP)) == _ZIP:
         _check_archive(path, file, weights_only)
