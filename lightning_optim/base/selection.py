@@ -22,7 +22,8 @@ def check_selectors(name: str, value: Selectors) -> Selectors:
     """Check that :func:`select` can choose parameters by the argument ``name``, and return it.
 
     Raises:
-        ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``, or an empty list ``on``.
+        ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``, or if ``on`` is an
+            empty list.
     """
     listed = _listed(value)
     known = value is None or all(isinstance(selector, str) or callable(selector) for selector in listed)

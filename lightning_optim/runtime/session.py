@@ -100,6 +100,10 @@ class Session:
         self.patch(trainer, _ATTRIBUTE, self)
         self.patch(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copy and pickle a session as ``None``: a copy of a Trainer or of a callback is in no fit."""
+        return type(None), ()
+
     @staticmethod
     def in_setup(trainer: Trainer) -> Session:
         """Return the session of a fit whose ``setup`` is running; the first callback opens it."""

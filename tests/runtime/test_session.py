@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import weakref
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_optim import L2, ExactResume, GradientClipping, OptimCallback, WeightRegularization
 from lightning_optim.runtime.session import Session, SessionState
@@ -179,6 +182,39 @@ def test_an_own_attribute_comes_back(session: Session) -> None:
     assert vars(owner) == {"value": "of the instance"}
 
 
+def test_what_a_module_registers_comes_back(session: Session) -> None:
+    """A submodule, a parameter and a buffer are registered again: the same object, in the same order, as persistent."""
+    module = nn.BatchNorm1d(2)
+    module.layer, module.note = nn.Linear(2, 2), None
+    module.register_buffer("hidden", torch.ones(2), persistent=False)
+    before = {name: getattr(module, name) for name in ("layer", "weight", "running_mean", "hidden", "note")}
+    keys = list(module.state_dict())
+    new = {name: torch.zeros(2) for name in ("running_mean", "hidden")}
+    new |= {"layer": nn.Linear(2, 2), "weight": nn.Parameter(torch.ones(2)), "note": nn.Linear(1, 1)}
+    for name, value in new.items():
+        session.patch(module, name, value)
+        assert getattr(module, name) is value
+    session.patch(module, "bias", None)
+    session.patch(module, "fresh", nn.Linear(2, 2))
+    session.close()
+    assert all(getattr(module, name) is value for name, value in before.items())
+    assert list(module.state_dict()) == keys
+    assert not hasattr(module, "fresh")
+    assert module.bias is not None
+
+
+def test_what_cannot_be_patched_is_refused(session: Session) -> None:
+    module = nn.BatchNorm1d(2)
+    with pytest.raises(
+        TypeError, match="`running_mean` of BatchNorm1d is a Tensor, and can be patched only by another"
+    ):
+        session.patch(module, "running_mean", nn.Parameter(torch.ones(2)))
+    with pytest.raises(TypeError, match="`a` of dict cannot be patched"):
+        session.patch({}, "a", 1)
+    session.close()
+    assert isinstance(module.running_mean, torch.Tensor)
+
+
 def test_an_exception_while_undoing_leaves_nothing_installed(session: Session) -> None:
     owner, done = Owner(), []  # type: ignore[var-annotated]
     session.patch(owner, "value", "patched")
@@ -305,6 +341,24 @@ def test_a_nested_validation_with_the_same_callbacks() -> None:
     nesting, fitted = nested("validate", callbacks, callbacks)
     assert nesting.error is None
     assert_same(fitted, fit(BY_NAME["several"], STEPS))
+
+
+def test_a_copy_of_a_trainer_in_the_middle_of_a_fit_has_no_session() -> None:
+    """The copy is in no fit, and the fit goes on."""
+
+    class Copying(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                self.copies = [copy.deepcopy(trainer), copy.deepcopy(trainer.fit_loop).trainer]
+
+    copying, clipping = Copying(), GradientClipping(0.1)
+    options: dict[str, Any] = {"limit_train_batches": 4, "enable_checkpointing": False, "logger": False}
+    Trainer(accelerator="cpu", max_epochs=1, callbacks=[copying, clipping], **options).fit(BoringModel())
+    assert clipping.steps == [4]
+    for trainer in copying.copies:
+        assert Session.find(trainer) is None
+        (copied,) = (callback for callback in trainer.callbacks if isinstance(callback, OptimCallback))
+        assert (copied.fit, copied.steps) == (None, [2])
 
 
 class FailingTwice(Callback):

@@ -50,8 +50,8 @@ def agree_on_overflow(trainer: Trainer, optimizer: Optimizer, overflow: bool) ->
     """Tell this rank's scaler the verdict of all ranks: whether the step that is about to be dropped had infinities.
 
     A rank that found infinities alone would lower its scale alone. Then the scales of the ranks would differ, and DDP
-    averages gradients while they are scaled. Where Lightning unscales nothing, since `training_step` returned ``None`` on
-    the last batch of a window, the scaler checks no gradient, and there is nothing to tell it.
+    averages gradients while they are scaled. If ``training_step`` returned ``None`` on the last batch of a window,
+    nothing is unscaled, the scaler checks no gradient, and there is nothing to tell it.
 
     Raises:
         RuntimeError: If the scaler keeps nothing by which it could be told.
