@@ -25,7 +25,7 @@ WALL = "runtime/lightning"
 
 
 def folder_of(name: str) -> str:
-    """Return the folder that a module of the package belongs to, of which the one with Lightning's names is one of its own."""
+    """Return the folder of a module of the package; the one with Lightning's names is a folder of its own."""
     parts = name.split(".")[1:]
     if parts[:2] == WALL.split("/"):
         return WALL

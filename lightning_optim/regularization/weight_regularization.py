@@ -35,7 +35,8 @@ class WeightRegularization(OptimCallback):
     A term acts on the trainable parameters of the optimizer that steps. A penalty creates the gradient of a parameter
     that has none, except if no parameter has one: then the step was cancelled. Where a gradient is sparse
     (``Embedding(sparse=True)``), a penalty acts on the rows that have a gradient, and so on a row as often as it is
-    looked up; the logged value is the penalty of all rows. A penalty that is computed on whole matrices raises an error.
+    looked up; the logged value is the penalty of all rows. A penalty that is computed on whole matrices raises an
+    error.
 
     Args:
         terms: One term, or a list of terms: penalties are added, proximal terms act in turn. Each term chooses its own
