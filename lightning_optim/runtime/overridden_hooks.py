@@ -7,7 +7,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning_optim.runtime.lightning import Callback
 
@@ -28,8 +28,6 @@ class OverridableHooks(Callback):
     run, before its first hook, when every override is in place.
     """
 
-    replaceable_hooks: ClassVar[frozenset[str]] = frozenset()
-    """Names of hooks that an override replaces, as it does in Lightning, unless it calls ``super()``."""
     _package_results: Mapping[str, Any] = MappingProxyType({})  # results of the parts that have run
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -52,7 +50,7 @@ class OverridableHooks(Callback):
     @log.setter
     def log(self, log: Callable[..., None]) -> None:
         self.__dict__["log"] = log
-        for name in _HOOKS - self.replaceable_hooks:
+        for name in _HOOKS:
             package_part, override = _parts(type(self), name)
             on_object = self.__dict__.get(name)
             if package_part is not None and not isinstance(on_object, TwoPartHook) and (on_object or override):

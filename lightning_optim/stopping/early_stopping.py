@@ -63,8 +63,9 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
     * ``min_delta`` is positive, as it was passed; Lightning's attribute has a sign.
     * An attribute may be changed at any time, before a fit or in it, and a wrong value raises.
 
-    As with Lightning's class, a subclass that overrides ``on_validation_end`` and ``on_train_epoch_end`` chooses the
-    moment itself, and calls ``self._run_early_stopping_check(trainer)`` there.
+    A subclass that overrides ``on_validation_end`` or ``on_train_epoch_end`` needs no ``super()``: the metric is read
+    all the same, before, and a call of ``self._run_early_stopping_check(trainer)`` in the same hook reads it no second
+    time. To choose the moment, override ``_should_skip_check`` to return True, and make that call in another hook.
 
     Without ``dirpath`` the best weights are a copy on the CPU, and part of the callback's state: each checkpoint grows
     by one model. Frozen weights that the module leaves out of its checkpoints are left out here too. With ``dirpath``
@@ -127,7 +128,6 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     slot = Slot.STOP
     final_rank = 1
-    replaceable_hooks = frozenset({"on_train_epoch_end", "on_validation_end"})
 
     def __init__(
         self,
@@ -198,6 +198,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self._requested_stop = False
         self._stop_is_external = False  # requested by something else than an early stopping callback
         self._training = False
+        self._checked_in = ""  # hook in which the metric was read last, by this class
         self.history: list[dict[str, float]] = []
         self.best_check = -1
         self._own_files = OwnFiles() if self.fit is None else self.fit.own_files
@@ -229,11 +230,15 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
     # ---- reading the metric ------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._checks_at_epoch_end(trainer) and not self._should_skip_check(trainer):
-            self._run_early_stopping_check(trainer)
+        self._check_in("on_train_epoch_end", trainer, self._checks_at_epoch_end(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._checks_at_epoch_end(trainer) and not self._should_skip_check(trainer):
+        self._check_in("on_validation_end", trainer, not self._checks_at_epoch_end(trainer))
+
+    def _check_in(self, hook: str, trainer: Trainer, chosen: bool) -> None:
+        self._checked_in = ""
+        if chosen and not self._should_skip_check(trainer):
+            self._checked_in = hook
             self._run_early_stopping_check(trainer)
 
     def _checks_at_epoch_end(self, trainer: Trainer) -> bool:
@@ -250,6 +255,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
         Subclasses of Lightning's class override this method, or call it in a hook of theirs.
         """
+        if self._checked_in in self._package_results:  # a subclass calls it in the same hook, as it must in Lightning
+            return
         metrics = trainer.callback_metrics
         if trainer.fast_dev_run or not self._available(metrics):
             return

@@ -56,8 +56,7 @@ def overridden(callbacks: list[Any], make: Any) -> list[Any]:
             kind = type(callback)
             callback.__class__ = type(kind.__name__, (kind,), {"__qualname__": kind.__qualname__})
             for name in OVERRIDDEN:
-                if make is calling or name not in kind.replaceable_hooks:
-                    setattr(callback.__class__, name, make(name))
+                setattr(callback.__class__, name, make(name))
     return callbacks
 
 

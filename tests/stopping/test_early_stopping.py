@@ -112,13 +112,21 @@ class EveryOther:
 
 
 class AtBatchEnd:
-    """Read the metric in another hook."""
+    """Read the metric in another hook, and only there."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._run_early_stopping_check(trainer)
 
+    def _should_skip_check(self, trainer: Trainer) -> bool:
+        return True
+
+
+class InHook:
+    """Read the metric in the hook itself, without `super()`."""
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pass
+        if not trainer.sanity_checking:
+            self._run_early_stopping_check(trainer)
 
 
 class Chosen:
@@ -136,6 +144,7 @@ class Chosen:
         (EveryOther, {"patience": 1}, 5),
         (AtBatchEnd, {"patience": 2, "strict": False, "check_on_train_epoch_end": False}, 1),
         (Chosen, {"patience": 2}, 5),
+        (InHook, {"patience": 2, "check_on_train_epoch_end": False}, 5),
     ],
 )
 def test_subclasses_of_lightnings_class_do_the_same_here(mixin: Any, arguments: Any, stopped_epoch: int) -> None:
@@ -144,6 +153,14 @@ def test_subclasses_of_lightnings_class_do_the_same_here(mixin: Any, arguments: 
         for base in (EarlyStopping, theirs.EarlyStopping)
     ]
     assert found[0] == found[1] and found[0]["stopped_epoch"] == stopped_epoch
+
+
+@pytest.mark.parametrize("at_epoch_end", [True, False])
+def test_an_overridden_hook_needs_no_super(at_epoch_end: bool) -> None:
+    hooks = {name: lambda *_: None for name in ("on_train_epoch_end", "on_validation_end")}
+    kind = type("Own", (EarlyStopping,), hooks)
+    arguments: Any = {"patience": 2, "check_on_train_epoch_end": at_epoch_end}
+    assert outcome(kind("val_loss", **arguments), DIPS) == outcome(EarlyStopping("val_loss", **arguments), DIPS)
 
 
 @pytest.mark.parametrize("name", ["_evaluate_stopping_criteria", "_validate_condition_metric"])
