@@ -193,13 +193,15 @@ class OptimCallback(OverridableHooks):
         """Return the step of ``optimizer`` that is under way: its number, learning rates, weights, gradients and norm.
 
         To be called in ``on_before_optimizer_step`` and :meth:`on_after_optimizer_step`, anew in each. All callbacks of
-        a fit share one object, so that a norm that one of them has computed is at hand for the next.
+        a fit share one object, so that a norm that one of them has computed is at hand for the next. In a hook between
+        two steps it is the next step, as it is now.
 
         Args:
             optimizer: One of ``trainer.optimizers``, or the wrapper that ``pl_module.optimizers()`` returns for it.
 
         Raises:
-            RuntimeError: Outside of a fit.
+            RuntimeError: Outside of a fit, before ``on_train_start``, or for an optimizer that is not in
+                ``trainer.optimizers``.
         """
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return self.session.current_step(plain)

@@ -96,7 +96,7 @@ class Session:
         self._watched: WeakSet[Optimizer] = WeakSet()
         # No `SessionState`, since a checkpoint may be written in each of them.
         self._saving_optimizer = False
-        self._steps: dict[Optimizer, OptimizerStep] = {}
+        self._steps: dict[Optimizer, OptimizerStep | None] = {}  # the optimizers that are stepping now
         self.patch(trainer, _ATTRIBUTE, self)
         self.patch(trainer.strategy, "save_checkpoint", self.own_files.recording(trainer.strategy.save_checkpoint))
 
@@ -252,6 +252,7 @@ class Session:
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if self.state is not SessionState.TRAINING or self._saving_optimizer:
             return  # before training, torch (FSDP2) makes the state that it restores by a step with learning rate 0
+        self._steps.setdefault(optimizer, None)  # a user may call `step` of torch's optimizer itself
         step, callbacks = self.current_step(optimizer), self._acting()
         if not step.dropped:  # torch calls the hook although nothing moved
             for callback in callbacks:
@@ -261,20 +262,30 @@ class Session:
         self._steps.pop(optimizer, None)  # a callback may have stepped it again in the hook above
 
     def current_step(self, optimizer: Optimizer) -> OptimizerStep:
-        """Return the step of an optimizer that is under way. It is made at the first call, and read anew at each."""
-        step = self._steps.get(optimizer)
-        if step is None:
-            index = self.trainer.optimizers.index(optimizer)
-            step = self._steps[optimizer] = OptimizerStep(
-                optimizer,
-                index=index,
-                number=self.callbacks[0].steps[index],
-                total=lambda: self.total,
-                logs=logs_in_this_step(self.trainer),
-                module=self.trainer.lightning_module,
-            )
+        """Return the step of an optimizer that is under way: one object, which is read anew at each call.
+
+        Between two steps, return the next one, as it is now: a new object at each call.
+        """
+        step = self._steps.get(optimizer) or self._next_step(optimizer)
+        if optimizer in self._steps:
+            self._steps[optimizer] = step
+        step.logs = logs_in_this_step(self.trainer)
         step.refresh()
         return step
+
+    def _next_step(self, optimizer: Optimizer) -> OptimizerStep:
+        if optimizer not in self.trainer.optimizers:
+            raise RuntimeError(f"There is no step of {type(optimizer).__name__}: it is not in `trainer.optimizers`.")
+        if self.state in (SessionState.SETUP, SessionState.STARTED):
+            raise RuntimeError("There is no step before `on_train_start`, since the count of steps is restored then.")
+        index = self.trainer.optimizers.index(optimizer)
+        return OptimizerStep(
+            optimizer,
+            index=index,
+            number=self.callbacks[0].steps[index],
+            total=lambda: self.total,
+            module=self.trainer.lightning_module,
+        )
 
     def _acting(self) -> list[SessionCallback]:
         """Return the callbacks in the order of the Trainer's list.
@@ -297,6 +308,7 @@ class Session:
                 if self.state is SessionState.TRAINING:
                     refuse_more_optimizers(self.callbacks, self.trainer)
                 self._watch(optimizer)
+            self._steps[optimizer] = None
             try:
                 return optimizer_step(optimizer, *args, **kwargs)
             finally:

@@ -408,6 +408,52 @@ def test_outside_of_a_fit_there_is_no_step() -> None:
         OptimCallback().current_step(SGD(_parameters([1.0, 2.0]), lr=0.1))
 
 
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_after_backward", "on_train_batch_end", "on_validation_end"]
+)
+def test_a_step_asked_for_between_two_steps_changes_nothing(hook: str) -> None:
+    """It is the next one, and each later step has its own number and `logs`."""
+
+    class Asking(OptimCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers: list[bool] = []
+
+    def ask(self: Asking, trainer: Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            step = self.current_step(trainer.optimizers[0])
+            self.numbers.append(step.number == self.steps[0] and step.norm() is not None)
+
+    setattr(Asking, hook, ask)
+    cell = Cell("automatic", "32-true", "single", "4")
+    plain, seeing, asking, left = Seeing(), Seeing(), Asking(), Left()
+    for callbacks in ([plain], [seeing, asking, left]):
+        run.make_trainer(cell, callbacks, max_epochs=2, log_every_n_steps=3).fit(models.build(cell))
+    assert seeing.said == plain.said
+    assert {said[5] for said in plain.said} == {True, False}
+    assert asking.numbers and all(asking.numbers)
+    assert set(left.left) == {0}
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_sanity_check_start"])
+def test_before_training_there_is_no_step(hook: str) -> None:
+    class Early(OptimCallback):
+        pass
+
+    setattr(Early, hook, lambda self, trainer, *_: self.current_step(trainer.optimizers[0]))
+    with pytest.raises(RuntimeError, match="no step before `on_train_start`"):
+        run.make_trainer(CELL, [Early()], num_sanity_val_steps=1).fit(models.build(CELL))
+
+
+def test_a_foreign_optimizer_has_no_step() -> None:
+    class Foreign(OptimCallback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.current_step(SGD(_parameters([1.0, 2.0]), lr=0.1))
+
+    with pytest.raises(RuntimeError, match=r"no step of SGD: it is not in `trainer.optimizers`"):
+        run.make_trainer(CELL, [Foreign()]).fit(models.build(CELL))
+
+
 def test_a_wrapped_optimizer_is_the_same() -> None:
     class Wrapped(OptimCallback):
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
