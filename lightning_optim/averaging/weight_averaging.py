@@ -126,6 +126,7 @@ class WeightAveraging(AveragedCheckpoints):
         super().__init__(name)
         if not isinstance(average, Average):
             raise ValueError(f"`average={average!r}` must be an average, such as EMA(0.999)")
+        average.check_complete()
         if isinstance(start, float):
             check_number("start", start, low=0.0, high=1.0)
         else:

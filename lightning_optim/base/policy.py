@@ -41,6 +41,8 @@ class Policy:
     Attributes:
         identity_args: Names of the constructor arguments that make up :attr:`identity`. Numbers that a user tunes are
             left out, so that a resumed run finds its state although they were changed.
+        formulas: Methods that a base class leaves to its subclasses, each followed by those that call it. A subclass
+            overrides at least one of them.
         needs: The smallest part of a tensor that the formula can be computed on. Shards hold any elements, but not
             whole rows or matrices; the looked-up rows of a sparse gradient are not a matrix.
         gathers: True if the formula gathers sharded tensors itself, so that a sharded model has what it needs.
@@ -48,6 +50,7 @@ class Policy:
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("on", "exclude")
+    formulas: ClassVar[tuple[tuple[str, ...], ...]] = ()
     needs: ClassVar[Literal["elements", "rows", "matrices"]] = "elements"
     gathers: ClassVar[bool] = False
     copy_index: int = 0
@@ -62,6 +65,18 @@ class Policy:
             name: _stable(value) for name in self.identity_args if (value := getattr(self, name, None)) is not None
         }
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in chosen.items())})"
+
+    def check_complete(self) -> None:
+        """Check that a subclass has overridden each of its base class's :attr:`formulas`.
+
+        Raises:
+            NotImplementedError: If one is missing.
+        """
+        kind = type(self)
+        for base in kind.__mro__:
+            for names in vars(base).get("formulas", ()):
+                if all(getattr(kind, name) is vars(base)[name] for name in names):
+                    raise NotImplementedError(f"{kind.__name__} must override `{names[0]}` of {base.__name__}")
 
     # ---- schedules ---------------------------------------------------------------------------------------------------
 

@@ -93,6 +93,8 @@ class GradientClipping(OptimCallback):
         super().__init__(name)
         listed = policy if isinstance(policy, list | tuple) else [policy]
         self.policies = [one if isinstance(one, Clipping) else _from_number(one) for one in listed]
+        for one in self.policies:
+            one.check_complete()
         if not self.policies:
             raise ValueError(f"`policy={policy!r}` must be a number > 0, a clipping policy or a list of them")
         self.nonfinite = check_choice("nonfinite", nonfinite, OnNonFinite)

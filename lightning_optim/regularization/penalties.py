@@ -43,6 +43,8 @@ class Penalty(ParameterPolicy):
         exclude: The parameters that are left out, in the same terms.
     """
 
+    formulas = (("_value", "value"), ("_add_grad_", "add_grad_"))
+
     @without_autocast
     def value(self, weights: Sequence[Tensor], *, step: int = 0, total: float = math.inf) -> Tensor:
         """Return the penalty: a scalar in fp32 or better on the device of the first weight, the same on all ranks.

@@ -41,6 +41,8 @@ class Proximal(ParameterPolicy):
         exclude: The parameters that are left out, in the same terms.
     """
 
+    formulas = (("_project_", "project_"),)
+
     @torch.no_grad()
     @without_autocast
     def project_(self, weights: Sequence[Tensor], *, lr: float, step: int = 0, total: float = math.inf) -> None:

@@ -68,6 +68,8 @@ class WeightRegularization(OptimCallback):
             raise ValueError(
                 f"`terms={terms!r}` must be a penalty, a proximal term or a list of them, such as L2(1e-4)"
             )
+        for term in self.terms:
+            term.check_complete()
         self._labels = _labels(self.terms)
         self.reset()
 

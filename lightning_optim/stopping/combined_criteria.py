@@ -110,4 +110,6 @@ def _listed(criteria: object) -> list[Criterion]:
     listed = isinstance(criteria, list | tuple) and len(criteria) > 0
     if not listed or not all(isinstance(criterion, Criterion) for criterion in criteria):  # type: ignore[attr-defined]
         raise ValueError(f"`criteria` must be a list of at least one criterion, got {criteria!r}")
+    for criterion in criteria:  # type: ignore[attr-defined]
+        criterion.check_complete()
     return list(criteria)  # type: ignore[call-overload]

@@ -45,6 +45,7 @@ class Criterion(Policy):
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("monitor", "mode")
+    formulas = (("update",),)
     monitor: str
     mode: Mode
     improved: bool = False

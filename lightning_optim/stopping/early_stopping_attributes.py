@@ -42,6 +42,7 @@ class EarlyStoppingAttributes:
     @monitor.setter
     def monitor(self, value: str | Criterion) -> None:
         if isinstance(value, Criterion):
+            value.check_complete()
             check_best(value, self.best_by, self.restore_best)
             self.criterion = value
         elif isinstance(self._monitor, Criterion):
@@ -237,6 +238,7 @@ def criterion_of(
             a bound is not a finite number.
     """
     if isinstance(monitor, Criterion):
+        monitor.check_complete()
         defaults = {"patience": 3, "min_delta": 0.0, "stopping_threshold": None, "divergence_threshold": None}
         for argument, value in {**plateau, **bounds}.items():
             if value != defaults[argument]:

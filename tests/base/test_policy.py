@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from lightning_optim import (
     Cosine,
     Criterion,
     Divergence,
+    EarlyStopping,
     ElasticNet,
     Exponential,
+    GradientClipping,
     Linear,
     NonFinite,
     NormClipping,
@@ -34,6 +37,8 @@ from lightning_optim import (
     Policy,
     Proximal,
     Threshold,
+    WeightAveraging,
+    WeightRegularization,
 )
 from lightning_optim.base import PerOptimizer
 from lightning_optim.stopping.improvement import Best
@@ -176,6 +181,38 @@ def test_a_base_class_says_which_formula_is_missing(kind: type[Policy]) -> None:
     }
     with pytest.raises(NotImplementedError, match=r"Empty has no `_?\w+\(self, "):
         calls[kind](Empty())
+
+
+@pytest.mark.parametrize(
+    ("kind", "callback", "methods"),
+    [
+        (Clipping, GradientClipping, ["_clip_"]),
+        (Clipping, GradientClipping, ["clip_"]),
+        (NormClipping, GradientClipping, ["_bound"]),
+        (NormClipping, GradientClipping, ["bound"]),
+        (NormClipping, GradientClipping, ["clip_"]),
+        (Penalty, WeightRegularization, ["_value", "_add_grad_"]),
+        (Penalty, lambda one: WeightRegularization([one]), ["value", "add_grad_"]),
+        (Proximal, WeightRegularization, ["_project_"]),
+        (Proximal, WeightRegularization, ["project_"]),
+        (Average, WeightAveraging, ["_share"]),
+        (Average, WeightAveraging, ["update_"]),
+        (Criterion, lambda one: EarlyStopping(one, restore_best=False), ["update"]),
+        (Criterion, lambda one: EarlyStopping(AnyOf([one]), restore_best=False), ["update"]),
+    ],
+)
+def test_a_callback_refuses_a_policy_without_its_formula(kind: type, callback: Any, methods: list[str]) -> None:
+    """The formula, or the public method around it, may also be in a class between."""
+
+    class Between(kind):
+        monitor = "x"
+
+    for count in range(len(methods)):
+        own = {name: lambda self, *args, **kwargs: None for name in methods[:count]}
+        with pytest.raises(NotImplementedError, match=rf"Own must override `\w+` of {kind.__name__}"):
+            callback(type("Own", (Between,), own)())
+    whole = type("Own", (Between,), {name: lambda self, *args, **kwargs: None for name in methods})
+    callback(type("Later", (whole,), {})())
 
 
 @pytest.mark.parametrize("method", ["value", "add_grad_", "project_", "clip_", "clip_ by norm", "update_"])

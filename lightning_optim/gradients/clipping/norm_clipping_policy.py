@@ -42,6 +42,7 @@ class NormClipping(Clipping):
     """
 
     identity_args = ("on", "exclude", "norm_type", "scope")
+    formulas = (("_bound", "bound", "clip_"),)
     _factors: Tensor | None = None
 
     def __init__(
