@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.optim import Optimizer
 
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.copied_state import copied_state
 from lightning_optim.runtime.interrupts import uninterrupted
-from lightning_optim.runtime.lightning import Callback, Trainer, strategies
+from lightning_optim.runtime.lightning import Callback, Trainer, TrainerStatus, strategies
 from lightning_optim.runtime.lightning.loops import window_is_open
 from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
 from lightning_optim.runtime.lightning.precision import scaler_of
 from lightning_optim.runtime.logged_values import epoch_sums, set_epoch_sums_
 from lightning_optim.runtime.object_state import LeftAlone, ObjectState
 from lightning_optim.runtime.random_state import rank_random_state, set_rank_random_state_
-from lightning_optim.runtime.session import Session
+from lightning_optim.runtime.session import Session, SessionState
 
 
 class _Stateful(Protocol):
@@ -36,7 +38,9 @@ class RunState(LeftAlone):
 
     Attributes:
         global_step: ``trainer.global_step`` at that moment.
+        owners: The module, the optimizers and what else lasts as long as the fit, by which the fit is known.
         callbacks: The callbacks whose state is in it.
+        optimizers: Each optimizer with its ``state`` and ``param_groups``; ``load_state_dict`` binds new ones.
         objects: Contents of the module, the optimizers and callbacks of this package; of sharded tensors the shards.
         stateful: Learning-rate schedulers, the GradScaler, Lightning's counts of steps and other callbacks, each with a
             copy of its ``state_dict()``.
@@ -46,7 +50,9 @@ class RunState(LeftAlone):
     """
 
     global_step: int
+    owners: list[Any]
     callbacks: list[Callback]
+    optimizers: list[tuple[Optimizer, Any, Any]]
     objects: ObjectState
     stateful: list[tuple[_Stateful, dict[str, Any]]]
     random: dict[str, Any]
@@ -78,7 +84,7 @@ def capture(
 
     Raises:
         RuntimeError: In a validation, where the module may hold averaged weights, within a step, while an accumulation
-            window is open, or outside of a fit.
+            window is open, after an exception, or outside of a fit.
 
     Example::
 
@@ -108,7 +114,9 @@ def capture(
         stateful.append(scaler)
     return RunState(
         trainer.global_step,
+        [trainer.lightning_module, *trainer.optimizers, *(each for each in stateful if each not in listed)],
         listed,
+        [(optimizer, optimizer.state, optimizer.param_groups) for optimizer in trainer.optimizers],
         ObjectState(objects, device, with_package=True),
         [(each, copied_state(each.state_dict(), device)) for each in stateful],
         rank_random_state(trainer),
@@ -134,9 +142,15 @@ def restore_(trainer: Trainer, state: RunState) -> list[str]:
         The names of attributes that changed since and cannot be put back, such as an open connection.
 
     Raises:
-        RuntimeError: As :func:`capture`.
+        RuntimeError: As :func:`capture`, or if the state is of another fit, or an optimizer or a scheduler was replaced
+            since.
     """
     before = capture(trainer, "cpu", state.callbacks)
+    if len(before.owners) != len(state.owners) or not all(map(operator.is_, before.owners, state.owners)):
+        raise RuntimeError(
+            "The state cannot be restored: it was captured in another fit, or before an optimizer or a learning-rate"
+            " scheduler was replaced. Capture a new one."
+        )
     with uninterrupted():
         try:
             return _restore_(trainer, state)
@@ -146,6 +160,8 @@ def restore_(trainer: Trainer, state: RunState) -> list[str]:
 
 
 def _restore_(trainer: Trainer, state: RunState) -> list[str]:
+    for optimizer, its_state, groups in state.optimizers:
+        optimizer.state, optimizer.param_groups = its_state, groups
     with _running_hooks_kept(trainer):
         changed = state.objects.restore_()
     for each, saved in state.stateful:
@@ -183,12 +199,13 @@ def _counts(trainer: Trainer) -> list[Any]:
 def _check_moment(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     steps = loop.automatic_optimization.optim_progress.optimizer.step, loop.manual_optimization.optim_step_progress
-    if not trainer.training or any(step.total.ready != step.total.completed for step in steps):
+    session = Session.find(trainer)
+    is_over = trainer.state.status is not TrainerStatus.RUNNING or (session and session.state is SessionState.ENDED)
+    if not trainer.training or is_over or any(step.total.ready != step.total.completed for step in steps):
         raise RuntimeError(
             "The state of a run is captured and restored between two steps of a fit: call it in `on_train_batch_start`,"
             " `on_train_batch_end`, `on_train_epoch_start` or `on_train_epoch_end`."
         )
-    session = Session.find(trainer)
     windows = session.windows if session is not None else None
     if windows.is_open if windows is not None else window_is_open(trainer):
         raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -405,3 +406,75 @@ def test_refuses_open_windows(ours: bool) -> None:
 def test_refuses_a_trainer_that_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="between two steps of a fit"):
         capture(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+
+
+class Momentum(BoringModel):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Between(Callback):
+    """Capture after the second batch, change something after the third, and restore after the fourth."""
+
+    def __init__(self, change: Callable[[Trainer], Any] = lambda trainer: None) -> None:
+        self.change, self.states, self.seen = change, [], []  # type: ignore[var-annotated]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and not self.states:
+            self.states = [capture(trainer)]
+        if batch_idx == 2:
+            self.change(trainer)
+        if batch_idx == 3:
+            restore_(trainer, self.states[0])
+        if batch_idx in (1, 3):
+            momentum = [trainer.optimizers[0].state[p]["momentum_buffer"].clone() for p in pl_module.parameters()]
+            self.seen.append([*(p.detach().clone() for p in pl_module.parameters()), *momentum])
+
+
+def fit(*callbacks: Callback, module: BoringModel | None = None) -> Trainer:
+    trainer = Trainer(callbacks=list(callbacks), accelerator="cpu", max_epochs=1, limit_train_batches=5, barebones=True)
+    trainer.fit(module or Momentum())
+    return trainer
+
+
+def test_goes_back_also_if_the_state_of_an_optimizer_was_loaded_since() -> None:
+    """Then the optimizer holds new tensors, in a new dictionary."""
+
+    def load(trainer: Trainer) -> None:
+        (optimizer,) = trainer.optimizers
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    between = Between(load)
+    assert fit(between).global_step == 3
+    assert all(map(torch.equal, *between.seen))
+
+
+def replace_optimizer(trainer: Trainer) -> None:
+    trainer.strategy.optimizers = [torch.optim.SGD(trainer.lightning_module.parameters(), lr=0.1, momentum=0.9)]
+
+
+def test_refuses_a_state_from_before_an_optimizer_was_replaced() -> None:
+    with pytest.raises(RuntimeError, match="before an optimizer or a learning-rate scheduler was replaced"):
+        fit(Between(replace_optimizer))
+
+
+@pytest.mark.parametrize("same_module", [True, False])
+def test_refuses_the_state_of_another_fit(same_module: bool) -> None:
+    module, first, second = Momentum(), Between(), Between()
+    fit(first, module=module)
+    second.states = first.states
+    with pytest.raises(RuntimeError, match="captured in another fit"):
+        fit(second, module=module if same_module else Momentum())
+
+
+def test_refuses_after_an_exception() -> None:
+    class Failing(Between):
+        def on_exception(self, trainer: Trainer, *_: Any) -> None:
+            with pytest.raises(RuntimeError, match="between two steps of a fit"):
+                restore_(trainer, self.states[0])
+            self.refused = True
+
+    failing = Failing(lambda trainer: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(failing)
+    assert failing.refused
