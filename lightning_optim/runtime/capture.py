@@ -83,8 +83,8 @@ def capture(
             back, such as a ``ModelCheckpoint``, which remembers the checkpoints that it wrote.
 
     Raises:
-        RuntimeError: In a validation, where the module may hold averaged weights, within a step, while an accumulation
-            window is open, after an exception, or outside of a fit.
+        RuntimeError: In a validation or in ``averaged_weights``, where the module may hold an average, within a step,
+            while an accumulation window is open, after an exception, or outside of a fit.
 
     Example::
 
@@ -205,6 +205,11 @@ def _check_moment(trainer: Trainer) -> None:
         raise RuntimeError(
             "The state of a run is captured and restored between two steps of a fit: call it in `on_train_batch_start`,"
             " `on_train_batch_end`, `on_train_epoch_start` or `on_train_epoch_end`."
+        )
+    if any(callback.displaced() for callback in trainer.callbacks if isinstance(callback, OptimCallback)):
+        raise RuntimeError(
+            "The state of a run cannot be captured or restored while the module holds averaged weights: call it outside"
+            " of `averaged_weights`."
         )
     windows = session.windows if session is not None else None
     if windows.is_open if windows is not None else window_is_open(trainer):

@@ -458,6 +458,17 @@ def test_refuses_a_state_from_before_an_optimizer_was_replaced() -> None:
         fit(Between(replace_optimizer))
 
 
+def test_refuses_while_the_module_holds_an_average() -> None:
+    average = WeightAveraging(EMA(0.9))
+
+    def within(trainer: Trainer) -> None:
+        with average.averaged_weights(trainer.lightning_module):
+            capture(trainer)
+
+    with pytest.raises(RuntimeError, match="while the module holds averaged weights"):
+        fit(Between(within), average)
+
+
 @pytest.mark.parametrize("same_module", [True, False])
 def test_refuses_the_state_of_another_fit(same_module: bool) -> None:
     module, first, second = Momentum(), Between(), Between()
