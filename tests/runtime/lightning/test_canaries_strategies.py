@@ -196,10 +196,10 @@ def test_ranks_agree_on_an_overflow() -> None:
         scaler.update()
         assert bool(stepped) is not overflow and scaler.get_scale() == (2.0 if overflow else 4.0)
     optimizer = torch.optim.SGD([weight], 0.0)
+    precision.agree_on_overflow(trainer, optimizer, True)  # nothing was unscaled, and so nothing is told
+    del scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     with pytest.raises(RuntimeError, match=r"found_inf_per_device.*is gone.*torch"):
         precision.agree_on_overflow(trainer, optimizer, True)
-    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {}
-    precision.agree_on_overflow(trainer, optimizer, True)  # nothing was unscaled, and so nothing is told
     one: Any = SimpleNamespace(precision_plugin=SimpleNamespace())
     precision.agree_on_overflow(one, optimizer, True)
     assert precision.scale_of(one) == 1.0 and precision.scale_of(trainer) == 4.0
