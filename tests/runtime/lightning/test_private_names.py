@@ -249,7 +249,9 @@ def strangers_in(path: str) -> set[str]:
 
 def _inherited(path: str, tree: ast.AST) -> set[str]:
     """Return the private names of Lightning's, torch's and torchmetrics' classes that ours use, define or override."""
-    module = importlib.import_module("lightning_optim." + path.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module(
+        ("lightning_optim." + path.removesuffix(".py").replace("/", ".")).removesuffix(".__init__")
+    )
     found = set()
     for node in ast.walk(tree):
         kind = getattr(module, node.name, None) if isinstance(node, ast.ClassDef) else None
