@@ -67,8 +67,11 @@ class Hooks:
         self.callbacks: Any = self.trainer.callbacks
 
     def __call__(self) -> None:
+        sessions = {callback.session for callback in self.callbacks if isinstance(callback, OptimCallback)}
+        for session in sessions:
+            session._steps[self.optimizer] = None  # as within `strategy.optimizer_step`: the step is under way
         call._call_callback_hooks(self.trainer, "on_before_optimizer_step", self.optimizer)
-        for session in {callback.session for callback in self.callbacks if isinstance(callback, OptimCallback)}:
+        for session in sessions:
             session._stepped(self.optimizer)
         call._call_callback_hooks(self.trainer, "on_train_batch_end", None, 0, 0)
 
