@@ -36,13 +36,10 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if not had:
+        # A plain attribute in whose place a module has registered the value is no longer in its `__dict__`.
+        if not registered and (not had or name not in vars(owner)):
             delattr(owner, name)
-        else:
-            if not registered and name not in vars(
-                owner
-            ):  # a plain attribute of a module, replaced by a registered one
-                delattr(owner, name)
+        if had:
             setattr(owner, name, before)
 
 
