@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,6 +26,7 @@ from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
 from tests.harness.dropout_formulas import Dropout, fixed
 from tests.harness.reference_loop import Chain, Formula, Outcome
 from tests.harness.schedule_formulas import Scheduled, cosine, exponential, linear
+from tests.lightning import Callback, LightningModule, ModelCheckpoint, Trainer
 
 Acts = Literal["gradients", "weights", "windows", "evaluation", "run", "end", "nothing"]
 

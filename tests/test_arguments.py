@@ -8,11 +8,11 @@ import re
 from typing import Any
 
 import pytest
-from lightning.pytorch import LightningModule
 
 import lightning_optim
 from lightning_optim import Policy, SharpnessAwareMixin
 from tests.harness.cells import CELLS
+from tests.lightning import LightningModule
 from tests.registry import ALL_ENTRIES, parts_of
 
 

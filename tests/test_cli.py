@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
 from lightning_optim import EMA, LAWA, WeightAveraging, average_checkpoints, cli
 from tests.averaging.models import Model, assert_equal, fit, snapshot
+from tests.lightning import EMAWeightAveraging as TheirEMA
+from tests.lightning import ModelCheckpoint
 
 
 class Given(Model):

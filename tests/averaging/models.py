@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.harness.run import LivingEnvironment
+from tests.lightning import Callback, DDPStrategy, LightningModule, ModelParallelStrategy, Strategy, Trainer
 
 
 def data(count: int = 8, size: int = 4, features: int = 6, seed: int = 0) -> DataLoader:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -38,6 +36,7 @@ from tests.averaging.models import (
     two_processes,
 )
 from tests.harness.process_group import Group
+from tests.lightning import MisconfigurationException, ModelCheckpoint
 
 
 def _models(count: int, make=plain_net) -> list[nn.Module]:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.callbacks import WeightAveraging as TheirAveraging
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, WeightAveraging
 from tests.averaging.models import Model, Moving, assert_close, assert_equal, ema, fit, mean, norm_net, snapshot
+from tests.lightning import Callback, ModelCheckpoint
+from tests.lightning import WeightAveraging as TheirAveraging
 
 DECAY = 0.8
 AVERAGES = [EMA(DECAY, warmup=None), SWA(), LAWA(12)]

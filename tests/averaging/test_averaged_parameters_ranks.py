@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_optim import EMA, SWA, WeightAveraging
@@ -15,6 +14,7 @@ from tests.averaging.models import Model, assert_equal, data, differ, snapshot, 
 from tests.harness.cells import Cell
 from tests.harness.models import build, full_weights
 from tests.harness.process_group import Group, JobFailed
+from tests.lightning import ModelCheckpoint
 
 
 def _sharded(folder: str, whole_files: bool, plan: str) -> list[Any]:

@@ -12,9 +12,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
@@ -22,6 +19,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_optim import LAWA, SWA, WeightAveraging, refresh_batchnorm_
 from tests.averaging.models import Model, assert_close, assert_equal, data, norm_net, snapshot, trainer
+from tests.lightning import Callback, CombinedLoader, Logger
 
 
 def _named(name: str) -> DataLoader:

@@ -10,9 +10,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, IterableDataset
@@ -26,6 +23,7 @@ from lightning_optim import (
     refresh_batchnorm_,
 )
 from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, snapshot
+from tests.lightning import Callback, MisconfigurationException, ModelCheckpoint
 
 
 class Steps(Callback):

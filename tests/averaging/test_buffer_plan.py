@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from lightning_optim import EMA, LAWA, SWA, WeightAveraging
 from tests.averaging.models import Model, Moving, assert_close, assert_equal, ema, fit, norm_net, snapshot
+from tests.lightning import Callback, MisconfigurationException
 
 DECAY = 0.8
 

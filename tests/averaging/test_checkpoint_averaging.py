@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from torch.nn.utils import spectral_norm as hooked
@@ -17,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_optim import CheckpointAveraging
 from tests.averaging.models import Model, assert_close, assert_equal, data, fit, snapshot
+from tests.lightning import PACKAGE, ModelCheckpoint
 
 
 class Scripted(Model):
@@ -68,7 +68,7 @@ def test_an_error_of_the_users_validation_comes_out(tmp_path: Path, greedy: bool
     model = Scripted([1.0, 2.0, 5.0], 0.0, _raises(error))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", module="lightning.pytorch")
+        warnings.filterwarnings("ignore", module=PACKAGE.replace(".", r"\."))
         with pytest.raises(type(error)) as raised:
             _fit(tmp_path, model, greedy=greedy)
     assert raised.value is error

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_optim import CheckpointAveraging
+from tests.lightning import ModelCheckpoint
 from tests.stopping.scripted_fits import Scripted, fit, same, weights
 
 SCORES = [3.0, 1.0, 2.0, 2.5, 0.5]

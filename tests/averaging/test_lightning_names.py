@@ -5,17 +5,15 @@ from __future__ import annotations
 import jsonargparse
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
-from lightning.pytorch.callbacks import StochasticWeightAveraging as TheirSWA
-from lightning.pytorch.callbacks import WeightAveraging as TheirAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.swa_utils import SWALR
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from tests.averaging.models import Model, assert_close, assert_equal, differ, ema, fit, mean, norm_net, snapshot
+from tests.lightning import Callback, EarlyStopping, MisconfigurationException, ModelCheckpoint
+from tests.lightning import EMAWeightAveraging as TheirEMA
+from tests.lightning import StochasticWeightAveraging as TheirSWA
+from tests.lightning import WeightAveraging as TheirAveraging
 
 DECAY = 0.8
 PARAMETERS = [name for name, _ in Model().named_parameters()]

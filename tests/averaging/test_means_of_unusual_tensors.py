@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from lightning_optim import EMA, WeightAveraging, average_checkpoints, average_weights, averaged_state_dict
 from tests.harness.process_group import Group
+from tests.lightning import BoringModel, Trainer
 
 
 def _net(seed: int, dtype: torch.dtype) -> nn.Sequential:

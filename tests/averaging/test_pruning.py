@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils import prune
 
 from lightning_optim import EMA, LAWA, SWA, EarlyStopping, WeightAveraging, averaged_state_dict
 from tests.averaging.models import Model, assert_close, assert_equal, differ, ema, fit, mean, snapshot
+from tests.lightning import Callback, MisconfigurationException, ModelCheckpoint, ModelPruning
 
 DECAY = 0.8
 PRUNED = ("net.0.weight", "net.2.weight")

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 
 from lightning_optim import EMA, ExactResume, WeightAveraging
 from tests.averaging.models import Model, fit
+from tests.lightning import Callback, Logger, ModelCheckpoint
 
 
 def comparing() -> WeightAveraging:

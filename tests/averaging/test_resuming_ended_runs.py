@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_optim import EMA, SWA, CheckpointAveraging, EarlyStopping, WeightAveraging
 from tests.averaging.models import Model, assert_equal, fit, norm_net, plain_net, snapshot
+from tests.lightning import ModelCheckpoint
 
 
 def saver(path: Path, top: int = 2) -> ModelCheckpoint:

@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +24,7 @@ from lightning_optim import (
 )
 from lightning_optim.averaging.training.averaged_weights import AveragedWeights
 from tests.averaging.models import Model, assert_close, assert_equal, data, differ, ema, fit, mean, norm_net, snapshot
+from tests.lightning import AsyncCheckpointIO, Callback, MisconfigurationException, ModelCheckpoint
 
 DECAY = 0.8
 

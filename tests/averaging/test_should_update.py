@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
-from lightning.pytorch.callbacks import WeightAveraging as TheirAveraging
 from torch import Tensor
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, WeightAveraging
 from tests.averaging.models import Model, assert_close, assert_equal, ema, fit, mean, norm_net, snapshot
+from tests.lightning import Callback
+from tests.lightning import EMAWeightAveraging as TheirEMA
+from tests.lightning import WeightAveraging as TheirAveraging
 
 DECAY = 0.8
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_optim import EMA, CheckpointAveraging, WeightAveraging
 from lightning_optim.runtime.files.own_files import OwnFiles
 from tests.averaging.models import Model, assert_equal, data, snapshot, trainer
 from tests.averaging.test_average_checkpoints import Scripted
+from tests.lightning import Callback, ModelCheckpoint
 
 VALUES = [9.0, 4.0, 1.0, 2.0]
 

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optim import (
@@ -39,6 +36,7 @@ from tests.averaging.models import (
     snapshot,
     trainer,
 )
+from tests.lightning import Callback, MisconfigurationException, ModelCheckpoint
 
 DECAY = 0.8
 

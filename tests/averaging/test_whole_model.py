@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, WeightAveraging, refresh_batchnorm_
@@ -31,6 +30,7 @@ from tests.harness.cells import Cell
 from tests.harness.models import build, full_weights
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
+from tests.lightning import BackboneFinetuning, ModelCheckpoint
 
 DECAY = 0.8
 

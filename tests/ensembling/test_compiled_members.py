@@ -9,14 +9,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_optim import Ensemble
 from tests.ensembling.models import FEATURES, Classifier, loader, mean_probabilities, members, trainer
 from tests.ensembling.test_ensemble import X, expected_metrics
+from tests.lightning import LightningModule, MisconfigurationException
 
 
 @pytest.mark.parametrize("compiled", ["member", "submodule", "in place"])

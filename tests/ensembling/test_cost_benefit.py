@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import nll_loss
 
 from lightning_optim import Ensemble, cost_benefit
 from lightning_optim.ensembling.cost_benefit import _windows
 from tests.ensembling.models import Classifier, data, loader, mean_probabilities, members, trainer
+from tests.lightning import MisconfigurationException
 
 X, Y = data().tensors
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, nll_loss
 from torch.utils.data import DataLoader
@@ -18,6 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_optim import Ensemble
 from tests.ensembling.models import FEATURES, Classifier, data, loader, mean_probabilities, members, trainer
+from tests.lightning import LightningModule, MisconfigurationException
 
 X, Y = data().tensors
 

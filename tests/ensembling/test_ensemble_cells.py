@@ -8,8 +8,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
@@ -20,6 +18,7 @@ from tests.harness.cells import Cell, Precision, Strategy
 from tests.harness.process_group import Group, JobFailed
 from tests.harness.reference_loop import autocast
 from tests.harness.run import make_trainer
+from tests.lightning import LightningModule, ModelParallelStrategy
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]
 SEEDS = (1, 5, 6)

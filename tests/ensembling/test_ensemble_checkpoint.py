@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_optim import Ensemble
 from tests.ensembling.models import CLASSES, FEATURES, Classifier, data, loader, trainer
 from tests.ensembling.models import members as build
+from tests.lightning import LightningModule
 
 X = data().tensors[0]
 NAMES = ("weight", "bias")

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_optim import Ensemble
 from tests.ensembling.models import FEATURES, Classifier, data, members
+from tests.lightning import LightningModule, MisconfigurationException
 
 X = data(8).tensors[0]
 

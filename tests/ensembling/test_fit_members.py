@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,6 +24,7 @@ from lightning_optim.ensembling.fit_members import member_seed
 from lightning_optim.ensembling.member_files import FinishedMembers
 from tests.ensembling.models import QUIET
 from tests.integration.forked_processes import killed
+from tests.lightning import Callback, LightningDataModule, LightningModule, ModelCheckpoint, Trainer, seed_everything
 
 SIZE, BATCHES, EPOCHS = 3, 4, 3
 

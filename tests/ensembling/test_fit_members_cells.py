@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_optim import fit_members
@@ -20,6 +19,7 @@ from tests.harness.cells import Cell, Precision, Strategy
 from tests.harness.process_group import Group, JobFailed
 from tests.harness.reference_loop import Formula, Loop, Weights, deviation
 from tests.harness.run import make_trainer
+from tests.lightning import Callback, LightningModule, Trainer
 
 CELLS = [Cell("automatic", p, s, "1") for p, s in product(get_args(Precision), get_args(Strategy))]
 SIZE = 2

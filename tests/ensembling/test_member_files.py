@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_optim import Ensemble, fit_members
 from lightning_optim.ensembling.fit_members import member_seed
 from tests.ensembling.test_fit_members import Makes, Net, make_member, same, shuffling, weights
+from tests.lightning import AsyncCheckpointIO, Callback, Trainer
 
 
 def fit(folder: Path, makes: Makes, size: int = 2) -> list[str]:

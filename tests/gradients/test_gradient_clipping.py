@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from lightning_utilities.core import rank_zero
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from lightning_optim import (
 )
 from tests.harness import models, run
 from tests.harness.cells import Cell
+from tests.lightning import Callback, LightningModule, MixedPrecision, Trainer
 
 CELL = Cell("automatic", "32-true", "single", "1")
 

@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim import AGC, Centralize, ClipByNorm, ClipByValue, GradientClipping, GradientMonitor, drop_step
 from lightning_optim.base import norms
@@ -17,6 +16,7 @@ from tests.gradients.test_gradient_clipping import CELL, Bad
 from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
+from tests.lightning import Callback, LightningModule, Trainer
 
 matplotlib.use("Agg")
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim import AGC, AutoClip, ClipByNorm, GradientClipping, GradientMonitor, ZClip
 from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
+from tests.lightning import Callback, LightningModule, Trainer
 
 FAULTS = 250  # in each of four runs
 VALUES = (float("nan"), float("inf"), float("-inf"))

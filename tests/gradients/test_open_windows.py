@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_optim import GradientAccumulation, ManualOptimizationMixin
 from tests.harness.models import Batches
 from tests.harness.run import SaveAfterBatch
+from tests.lightning import Callback, LightningModule, Trainer
 
 
 class Lines(LightningModule):

@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.loops.optimization.automatic import Closure
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_optimizer import SAM
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -21,6 +17,7 @@ from tests.harness.cells import CELLS, Cell
 from tests.harness.process_group import Group
 from tests.harness.reference_loop import Formula as Plain
 from tests.harness.reference_loop import Loop, Outcome, autocast, deviation
+from tests.lightning import Closure, GradientAccumulationScheduler, LightningModule, MisconfigurationException
 
 RHO = 0.5
 BY_HAND = "set `automatic_optimization = True`"

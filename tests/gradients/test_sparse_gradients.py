@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optim import (
@@ -38,6 +36,7 @@ from lightning_optim import (
 from tests.harness.models import Batches
 from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment, Recorder, SaveAfterBatch
+from tests.lightning import Callback, LightningModule, MisconfigurationException, Trainer
 
 Index = list[list[int]]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim import (
     AGC,
@@ -22,6 +21,7 @@ from lightning_optim import (
 from tests.gradients.test_gradient_clipping import CELL, _fit
 from tests.harness import models, run
 from tests.harness.operators import Operators
+from tests.lightning import Callback, LightningModule, Trainer
 
 
 class Counting(Callback):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +14,7 @@ from tests.harness import models, regression, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
 from tests.harness.reference_loop import deviation
+from tests.lightning import MisconfigurationException
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +18,7 @@ from tests.harness import models, regression, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
 from tests.harness.reference_loop import deviation
+from tests.lightning import LightningModule, MixedPrecision
 
 COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
 """Number of samples that count, in each micro-batch, on each of two ranks."""

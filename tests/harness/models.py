@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import SGD
 
@@ -14,6 +13,7 @@ from lightning_optim import ManualOptimizationMixin
 from tests.harness import regression
 from tests.harness.cells import MOMENTUM, Cell
 from tests.harness.regression import Batch
+from tests.lightning import LightningModule
 
 
 class Batches:

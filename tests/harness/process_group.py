@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from typing import Any
 
+from tests.lightning import PACKAGE
+
 _context = multiprocessing.get_context("forkserver")
 _GRACE = 2.0  # Seconds that the other processes get to finish after one of them has failed.
 
@@ -31,7 +33,7 @@ _GRACE = 2.0  # Seconds that the other processes get to finish after one of them
 def start_server() -> None:
     """Start the imports of the server in the background, so that they overlap with those of the tests."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when the server imports it
-    _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torchmetrics", "lightning.pytorch"])
+    _context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torchmetrics", PACKAGE])
     forkserver.ensure_running()
 
 
@@ -176,10 +178,11 @@ def _answer(job: bytes) -> bytes:
 def settle() -> None:
     """Use one thread, silence Lightning, and do once what each fit would do again."""
     import torch
-    from lightning.pytorch.trainer.connectors import callback_connector
+
+    from tests.lightning import callback_connector
 
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     # Each Trainer reads the metadata of all installed packages to look for callbacks.
     callback_connector._load_external_callbacks = functools.cache(callback_connector._load_external_callbacks)
     # The objects that exist now stay: the garbage collector need not walk through all of torch again and again.

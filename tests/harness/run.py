@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, model_parallel
 
 from tests.harness import models
 from tests.harness.cells import EPOCHS, INIT_SCALE, Cell
 from tests.harness.reference_loop import Outcome
+from tests.lightning import (
+    Callback,
+    Checkpoint,
+    DDPStrategy,
+    LightningEnvironment,
+    Logger,
+    MixedPrecision,
+    ModelParallelStrategy,
+    Strategy,
+    Trainer,
+    model_parallel,
+)
 
 
 class LivingEnvironment(LightningEnvironment):

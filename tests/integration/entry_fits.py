@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,6 +19,7 @@ from tests.harness import models, regression, run
 from tests.harness.cells import MOMENTUM, Cell
 from tests.harness.models import Batch, Model
 from tests.harness.reference_loop import Outcome
+from tests.lightning import Callback, LightningModule, Trainer
 from tests.registry import ENTRIES, Entry
 
 CELL = Cell("automatic", "32-true", "single", "4short")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from tests.integration.entry_fits import Fitted
+from tests.lightning import Trainer
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",

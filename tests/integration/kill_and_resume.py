@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
-
 from lightning_optim import GradientAccumulation
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness.cells import Cell
 from tests.harness.run import fsdp2
 from tests.integration.entry_fits import Fitted, KeepsHistory, differences, fit
 from tests.integration.forked_processes import die_together
+from tests.lightning import Callback, Checkpoint, ModelCheckpoint, ModelParallelStrategy, Trainer
 from tests.registry import BY_NAME
 
 KILLED = 10  # The micro-batch in which the process is killed, in the middle of the second epoch.

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import models
@@ -15,6 +14,7 @@ from tests.harness.cells import EPOCHS, Cell
 from tests.harness.process_group import Group
 from tests.harness.run import fsdp2
 from tests.integration.entry_fits import KeepsHistory, choice_for, differences, each_entry, each_entry_by, fit, prepare
+from tests.lightning import ModelCheckpoint
 from tests.registry import BY_NAME, Entry, refused
 
 STEPS = Cell("automatic", "32-true", "single", "1")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.harness import regression
 from tests.harness.cells import Cell
@@ -22,6 +21,7 @@ from tests.integration.entry_fits import (
     prepare,
     reference_fit,
 )
+from tests.lightning import ModelCheckpoint
 from tests.registry import Entry
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_optim import EarlyStopping
 from lightning_optim.resume.exact_resume import ExactResume
@@ -28,6 +27,7 @@ from tests.integration.entry_fits import (
     reference_fit,
 )
 from tests.integration.installed import installed
+from tests.lightning import ModelCheckpoint, OnExceptionCheckpoint
 from tests.registry import BY_NAME, Entry
 
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.tuner.lr_finder import _LRCallback
 
 from lightning_optim import OptimCallback
 from tests.harness import models
@@ -25,6 +21,7 @@ from tests.integration.entry_fits import (
     states,
 )
 from tests.integration.installed import installed
+from tests.lightning import LearningRateFinder, Trainer, Tuner, _LRCallback
 from tests.registry import BY_NAME, Entry
 
 STEPS = 5

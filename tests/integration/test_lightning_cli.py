@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.demos.boring_classes import BoringModel
 
 import lightning_optim
 from lightning_optim import (
@@ -36,6 +33,7 @@ from lightning_optim import (
     WeightRegularization,
 )
 from tests.integration.entry_fits import CELL, assert_same, each_entry, fit
+from tests.lightning import BoringModel, Callback, LightningCLI
 from tests.registry import Entry
 
 

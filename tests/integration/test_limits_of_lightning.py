@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group, JobFailed
 from tests.integration.entry_fits import StatelessOptimizer, fit
+from tests.lightning import MisconfigurationException, ModelCheckpoint, ModelParallelStrategy
 from tests.registry import BY_NAME
 
 STEPS = Cell("automatic", "32-true", "single", "1")

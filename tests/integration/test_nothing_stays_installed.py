@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim import L2, GradientAccumulation, Linear, WeightRegularization
 from lightning_optim.runtime.session import Session
@@ -24,6 +23,7 @@ from tests.integration.entry_fits import (
     reference_fit,
 )
 from tests.integration.installed import installed, settings
+from tests.lightning import MisconfigurationException
 from tests.registry import BY_NAME, Entry
 
 

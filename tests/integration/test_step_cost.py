@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 
 from lightning_optim import (
     EMA,
@@ -23,6 +22,7 @@ from tests.harness import regression
 from tests.harness.cells import Cell
 from tests.harness.operators import Operators
 from tests.integration.entry_fits import TENSOR_ENTRIES, Fitted, each_entry, prepare
+from tests.lightning import LightningModule
 from tests.registry import BY_NAME, Entry
 
 SILENT: dict[str, Any] = {"limit_val_batches": 0, "log_every_n_steps": 10**6, "logger": False}

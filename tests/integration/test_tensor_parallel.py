@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -23,6 +22,7 @@ from tests.harness import regression, run
 from tests.harness.process_group import Group
 from tests.integration import reference_variants
 from tests.integration.entry_fits import CELL, each_entry, fit
+from tests.lightning import ModelParallelStrategy
 from tests.registry import BY_NAME, Entry, refused
 from tests.test_matrix import assert_effect, assert_equal
 

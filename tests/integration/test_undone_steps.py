@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim.runtime.capture import RunState, capture, restore_
 from tests.harness import models
 from tests.harness.cells import Cell
 from tests.harness.models import Batches
 from tests.integration.entry_fits import TENSOR_ENTRIES, KeepsHistory, differences, fit
+from tests.lightning import Callback, LightningModule, Trainer
 from tests.registry import Entry
 
 CELL = Cell("automatic", "32-true", "single", "1")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.harness import models, regression
 from tests.harness.cells import Cell
@@ -24,6 +23,7 @@ from tests.integration.entry_fits import (
     reference_fit,
     states,
 )
+from tests.lightning import ModelCheckpoint
 from tests.registry import BY_NAME, Entry
 
 VERBS = ("validate", "test", "predict")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_optim import (
@@ -26,6 +25,7 @@ from lightning_optim import (
 from lightning_optim.base import selection
 from tests.harness.models import Batches
 from tests.harness.run import Recorder
+from tests.lightning import Callback, LightningModule, Trainer
 
 
 class Net(LightningModule):

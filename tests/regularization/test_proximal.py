@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_optim import L2, Linear, ProximalL1, WeightRegularization
+from tests.lightning import BoringModel, Trainer
 
 
 def test_soft_threshold_on_a_few_numbers() -> None:

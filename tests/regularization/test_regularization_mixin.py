@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_optim import GradientAccumulation, RegularizationMixin
+from tests.lightning import LightningModule, Trainer
 
 DATA = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 

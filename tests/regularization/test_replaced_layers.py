@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optim import L1, L2, ClipByNorm, GradientClipping, ProximalL1, WeightRegularization
 from lightning_optim.base.selection import Selection
+from tests.lightning import Callback, LightningModule, Trainer
 
 
 class Replaces(LightningModule):

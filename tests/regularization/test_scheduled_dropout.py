@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_optim import DropPath, Linear, Piecewise, ScheduledDropout
 from lightning_optim.regularization.dropout import find_sites, mask
+from tests.lightning import LightningModule, MisconfigurationException, Trainer
 
 
 class Net(LightningModule):

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness.run import LivingEnvironment
+from tests.lightning import Checkpoint, Logger, ModelParallelStrategy, Trainer, seed_everything
 from tests.resume.models import Net, PositionLoader, ShardedNet
 
 

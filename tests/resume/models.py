@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
+
+from tests.lightning import LightningModule
 
 BATCHES, SAMPLES = 6, 4
 

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_optim.gradients.gradient_accumulation import GradientAccumulation
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.harness.process_group import Group, JobFailed
 from tests.integration.forked_processes import killed
+from tests.lightning import (
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    SIGTERMException,
+    Trainer,
+)
 from tests.resume.killed_runs import WriteAndDie, difference, fit, fit_of_two
 from tests.resume.models import (
     LazyLoader,

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optim import GradientAccumulation
 from lightning_optim.resume.exactness_checks import resumes_exactly_from_here
+from tests.lightning import Callback, LightningModule, Trainer
 from tests.resume.killed_runs import fit
 from tests.resume.models import BATCHES, ManualNet, Net, PositionLoader, data, shuffling
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_optim import EMA, SWA, EarlyStopping, GradientClipping, WeightAveraging
 from lightning_optim.resume.exact_resume import ExactResume
 from tests.integration.forked_processes import killed
+from tests.lightning import LightningModule
 from tests.resume.killed_runs import WriteAndDie, difference, fit
 from tests.resume.models import NormNet, data
 

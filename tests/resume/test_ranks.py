@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.utils.data import DataLoader
 
 from lightning_optim import (
@@ -29,6 +26,7 @@ from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime import callback_state
 from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment, fsdp2, share_mesh
+from tests.lightning import Callback, Checkpoint, DDPStrategy, Strategy, Trainer
 from tests.resume.killed_runs import difference, fit
 from tests.resume.models import SAMPLES, NormNet, PositionLoader, ShardedNormNet, data
 

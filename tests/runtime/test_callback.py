@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,6 +24,7 @@ from tests.integration.entry_fits import (
     prepare,
     reference_fit,
 )
+from tests.lightning import Callback, LightningModule, Trainer
 from tests.registry import BY_NAME
 
 

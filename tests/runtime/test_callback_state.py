@@ -10,9 +10,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,6 +19,7 @@ from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
 from tests.integration.entry_fits import Fitted, StatelessOptimizer, copied, differences, each_entry, fit
+from tests.lightning import LightningModule, ModelCheckpoint, ModelParallelStrategy, Trainer
 from tests.registry import BY_NAME, Entry
 
 STEPS = Cell("automatic", "32-true", "single", "1")

@@ -10,10 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,6 +27,15 @@ from lightning_optim import (
 from lightning_optim.runtime.capture import capture, restore_
 from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment, share_mesh
+from tests.lightning import (
+    BoringModel,
+    Callback,
+    DDPStrategy,
+    LightningModule,
+    MixedPrecision,
+    ModelParallelStrategy,
+    Trainer,
+)
 
 BATCHES = 16
 CAPTURED, RESTORED = 5, 11  # the batches at whose end; each ends a window of two

@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback
 
 from lightning_optim import OptimCallback
 from lightning_optim.runtime.order import Slot
@@ -21,6 +20,7 @@ from tests.integration.entry_fits import (
     reference_fit,
     states,
 )
+from tests.lightning import Callback
 from tests.registry import BY_NAME, Entry
 
 SEVERAL = BY_NAME["several"]

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from lightning_optim import AutoClip, GradientClipping, OptimCallback
 from lightning_optim.resume.exact_resume import ExactResume
@@ -28,6 +26,7 @@ from tests.integration.entry_fits import (
     states,
 )
 from tests.integration.installed import installed
+from tests.lightning import Callback, LightningModule, ModelCheckpoint, Timer, Trainer
 from tests.registry import BY_NAME, Entry
 
 HOOKS = sorted(name for name in dir(Callback) if not name.startswith("_") and callable(getattr(Callback, name)))

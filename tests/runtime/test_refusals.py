@@ -8,12 +8,6 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.callbacks import StochasticWeightAveraging as LightningSWA
-from lightning.pytorch.callbacks import WeightAveraging as LightningWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, XLAStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.distributed.fsdp import fully_shard
 
@@ -38,6 +32,17 @@ from tests.harness.process_group import Group
 from tests.integration.entry_fits import CELL, Fitted, build, differences, each_entry, each_slot, prepare
 from tests.integration.forked_processes import results
 from tests.integration.installed import settings
+from tests.lightning import (
+    Callback,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    GradientAccumulationScheduler,
+    MisconfigurationException,
+    Trainer,
+    XLAStrategy,
+)
+from tests.lightning import StochasticWeightAveraging as LightningSWA
+from tests.lightning import WeightAveraging as LightningWeightAveraging
 from tests.registry import BY_NAME, Entry
 
 # Once it is imported, Lightning's messages are its own.

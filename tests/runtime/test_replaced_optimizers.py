@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_optim import EMA, GradientClipping, GradientMonitor, OptimCallback, WeightAveraging
+from tests.lightning import BoringModel, MisconfigurationException, Trainer
 
 EPOCHS, BATCHES = 3, 4
 

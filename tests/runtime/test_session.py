@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optim import L2, ExactResume, GradientClipping, OptimCallback, WeightRegularization
 from lightning_optim.runtime.session import Session, SessionState
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import Fitted, assert_same, fit, prepare
+from tests.lightning import BoringModel, Callback, LightningModule, MisconfigurationException, Trainer
 from tests.registry import BY_NAME
 
 STEPS = Cell("automatic", "32-true", "single", "1")

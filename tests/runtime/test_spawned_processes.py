@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_optim import (
     EMA,
@@ -24,6 +22,7 @@ from lightning_optim import (
     WeightRegularization,
 )
 from tests.averaging.models import Model, assert_close, assert_equal, data, fit, norm_net, snapshot
+from tests.lightning import Callback, ModelCheckpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),

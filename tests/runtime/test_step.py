@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Optimizer
@@ -39,6 +38,7 @@ from tests.harness import models, regression, run
 from tests.harness.cells import MOMENTUM, Cell
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
+from tests.lightning import Callback, LightningModule, Trainer
 
 CELL = Cell("automatic", "32-true", "single", "1")
 STRENGTH, MAX_NORM = 0.1, 0.5

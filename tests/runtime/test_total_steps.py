@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_optim import GradientAccumulation, OptimCallback, total_steps
 from tests.harness import models
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import RestartedLoader, fit
+from tests.lightning import GradientAccumulationScheduler
 from tests.registry import BY_NAME
 
 RUNS: dict[str, tuple[Any, list[Any], dict[str, Any], float]] = {

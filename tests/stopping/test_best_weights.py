@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
 
 from lightning_optim import EarlyStopping
 from lightning_optim.stopping import best_weights
+from tests.lightning import AsyncCheckpointIO, ModelPruning, TorchCheckpointIO
 from tests.stopping.scripted_fits import Scripted, after, fit, same, weights
 
 WORSE = [1.0, 2.0, 3.0]

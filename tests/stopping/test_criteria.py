@@ -6,13 +6,13 @@ import math
 import pickle
 
 import jsonargparse
-import lightning.pytorch.callbacks as theirs
 import pytest
 import torch
 
 from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.improvement import Best, read
+from tests.lightning import callbacks as theirs
 
 NAN, INF = math.nan, math.inf
 SCRIPTS = [

@@ -7,15 +7,13 @@ import math
 import re
 from typing import Any
 
-import lightning.pytorch.callbacks as theirs
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optim import AllOf, AnyOf, EarlyStopping, Plateau, Threshold
 from lightning_optim.stopping.criteria import Criterion
+from tests.lightning import Callback, EarlyStoppingReason, LightningModule, MisconfigurationException, Trainer
+from tests.lightning import callbacks as theirs
 from tests.stopping.scripted_fits import Scripted, fit, same, trainer, weights
 
 NAN = math.nan

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import lightning.pytorch.callbacks as theirs
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optim import AllOf, AnyOf, Divergence, EarlyStopping, NonFinite, Plateau, Threshold
+from tests.lightning import Callback, LightningModule, Trainer
+from tests.lightning import callbacks as theirs
 from tests.stopping.scripted_fits import Scripted, fit
 
 NAN = math.nan

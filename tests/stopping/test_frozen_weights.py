@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
+from tests.lightning import ModelCheckpoint
 from tests.stopping.scripted_fits import Scripted, after, fit, same, weights
 
 WORSE = [1.0, 2.0, 3.0]

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_optim import EMA, EarlyStopping, WeightAveraging
 from tests.harness import run
 from tests.harness.process_group import Group
+from tests.lightning import DDPStrategy, ModelCheckpoint, Strategy, Trainer
 from tests.stopping.scripted_fits import Scripted, fit, same
 
 

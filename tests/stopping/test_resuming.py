@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.callbacks.early_stopping import EarlyStopping as LightningEarlyStopping
 
 from lightning_optim import EMA, SWA, EarlyStopping, Plateau, WeightAveraging
 from tests.harness.cells import Cell
 from tests.integration import entry_fits
+from tests.lightning import Callback, LightningModule, ModelCheckpoint, Trainer
+from tests.lightning import EarlyStopping as LightningEarlyStopping
 from tests.registry import BY_NAME
 from tests.stopping.scripted_fits import Scripted, fit, same, weights
 

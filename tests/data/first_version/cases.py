@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_optim import (
@@ -48,6 +47,7 @@ from lightning_optim import (
 from tests import registry
 from tests.data.first_version import models
 from tests.data.first_version.models import Model
+from tests.lightning import Callback
 
 CELL = registry.Cell("automatic", "32-true", "single", "1")
 """Cell for the entries of the registry, which read the size of its windows alone."""

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_optim import EMA, Ensemble, WeightAveraging, fit_members
 from tests.data.first_version import runs
 from tests.data.first_version.cases import AFTER
 from tests.data.first_version.models import VALIDATE_EVERY, Batch, Member, RandomModel, make_batches
+from tests.lightning import ModelCheckpoint, Trainer
 
 SEED = 3
 OF_ENSEMBLE = {"outputs": "logits", "on": "net", "dim": 1}

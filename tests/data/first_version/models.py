@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import gelu, mse_loss
 from torch.optim import SGD
 
 from lightning_optim import ManualOptimizationMixin, RegularizationMixin, SharpnessAwareMixin
+from tests.lightning import LightningModule
 
 FEATURES, HIDDEN, TARGETS = 4, 3, 2
 BATCHES = 6  # in an epoch

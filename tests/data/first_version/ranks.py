@@ -17,9 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -47,6 +44,7 @@ from tests.data.first_version.models import (
     make_batches,
     weights_of,
 )
+from tests.lightning import DDPStrategy, ModelParallelStrategy, Trainer, isolate_rng
 
 KINDS = ("ddp", "fsdp2", "folder")
 EPOCHS = 3

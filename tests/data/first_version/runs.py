@@ -14,11 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_optim import (
@@ -34,6 +29,7 @@ from lightning_optim import (
 )
 from tests.data.first_version.cases import Case
 from tests.data.first_version.models import VALIDATE_EVERY, weights_of
+from tests.lightning import Callback, Checkpoint, LightningModule, Logger, MixedPrecision, Trainer, isolate_rng
 
 HERE = Path(__file__).parent
 CHECKPOINT, END = ".ckpt.xz", ".end.xz"

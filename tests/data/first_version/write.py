@@ -24,10 +24,10 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # as in the tests, before torch starts: threads add in another order
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from tests.data.first_version import ensembles, ranks, runs
 from tests.data.first_version.cases import CASES, Case
+from tests.lightning import isolate_rng
 
 
 def write(case: Case) -> None:

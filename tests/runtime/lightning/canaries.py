@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_optim.runtime.lightning.private_names import entry_of
+from tests.lightning import Callback, LightningModule, Logger, Trainer
 
 CANARIES: dict[str, Callable[[], None]] = {}
 """The test of each name."""

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_optim.runtime.lightning import data_loading
+from tests.lightning import CombinedLoader, Trainer
 from tests.runtime.lightning.canaries import At, Model, Written, canary, fit, numbers
 
 

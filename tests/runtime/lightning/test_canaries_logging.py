@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from lightning_optim.runtime.lightning import logger_connector
+from tests.lightning import Trainer
 from tests.runtime.lightning.canaries import At, Model, Written, canary, fit, numbers
 
 

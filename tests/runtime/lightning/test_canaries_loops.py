@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lightning_optim.runtime.lightning import loops
+from tests.lightning import Callback, Trainer
 from tests.runtime.lightning.canaries import At, Model, Written, canary, fit, numbers
 
 

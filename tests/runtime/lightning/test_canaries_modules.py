@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import MeanMetric
 
 from lightning_optim.runtime.lightning import metrics, modules
+from tests.lightning import LightningModule, Trainer
 from tests.runtime.lightning.canaries import At, Model, canary, fit, numbers
 
 

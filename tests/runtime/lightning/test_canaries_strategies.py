@@ -8,10 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint import state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +16,7 @@ from torch.nn.utils import prune
 from lightning_optim.runtime.lightning import precision, pruning, strategies
 from lightning_optim.runtime.patching import patched
 from tests.harness.process_group import Group
+from tests.lightning import DDPStrategy, MixedPrecision, ModelParallelStrategy, ModelPruning, Trainer
 from tests.runtime.lightning.canaries import At, Model, canary, fit, numbers
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_optim.runtime.lightning.log_interception import LoggedValue, intercept_log
 from tests.harness.process_group import Group
 from tests.harness.run import LivingEnvironment
+from tests.lightning import Callback, LightningModule, Trainer
 from tests.runtime.lightning.canaries import Model, fit, numbers
 
 

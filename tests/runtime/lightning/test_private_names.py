@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -25,6 +23,7 @@ import lightning_optim
 from lightning_optim.runtime.files import sharded_reading
 from lightning_optim.runtime.lightning import private_names
 from lightning_optim.runtime.lightning.private_names import PRIVATE_NAMES, entry_of
+from tests.lightning import EarlyStopping, LightningModule
 from tests.runtime.lightning import (
     test_canaries_data_loading,
     test_canaries_logging,
