@@ -32,7 +32,7 @@ from lightning_optim.runtime.lightning import LightningModule, MisconfigurationE
 from lightning_optim.runtime.lightning.loops import ends_epoch
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
-from lightning_optim.runtime.spawned_processes import check_not_lost
+from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_lost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -397,6 +397,8 @@ class WeightAveraging(AveragedCheckpoints):
             ModuleNotFoundError: If matplotlib is not installed.
         """
         check_not_lost(self)
+        if not self.comparison.points:
+            check_no_copy_ran(self)
         return self.comparison.plot(metric_or_optimizer, ax=ax)
 
 

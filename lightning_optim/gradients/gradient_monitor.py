@@ -20,6 +20,7 @@ from lightning_optim.plotting import canvas
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
 from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran
 from lightning_optim.runtime.step import OptimizerStep
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ class GradientMonitor(OptimCallback):
         norms = self._rows(optimizer)[:, _BEFORE].double()
         norms = norms[norms.isfinite()]
         if not len(norms):
+            check_no_copy_ran(self)
             raise RuntimeError("The history holds no finite norm yet: train some steps first.")
         return float(torch.quantile(norms, percentile / 100.0))
 

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_optim.runtime import callback_state, spawned_processes
+from lightning_optim.runtime import callback_state, ran_elsewhere
 from lightning_optim.runtime.lightning import LightningModule, LightningOptimizer, Trainer
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.order import Slot, arrange
 from lightning_optim.runtime.overridden_hooks import OverridableHooks
+from lightning_optim.runtime.ran_elsewhere import RanIn
 from lightning_optim.runtime.refusals import in_another_fit, refuse_setup, refuse_start, refuse_unknown_length
 from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.state_versions import converted, with_version
@@ -97,8 +98,9 @@ class OptimCallback(OverridableHooks):
 
     name: str | None = None
     fit: Session | None = None
-    launcher_id: int | None = None  # the `id` of the callback of which this is a copy, in the process that copied it
-    ran_elsewhere: bool = False  # the last fit ran in processes that a launcher started
+    token: str = ""  # names this object, and no copy of it
+    ancestors: tuple[str, ...] = ()  # the tokens of the objects that this one is a copy of, the oldest first
+    ran_in: RanIn = ""  # where the last fit ran, if it did not run in this object
     not_returned: str = ""  # the reason why the attributes of such a fit did not come back
     _stage: str | None = None
 
@@ -120,7 +122,7 @@ class OptimCallback(OverridableHooks):
             raise ValueError(f"`name` must be text that tells two callbacks of one class apart, or None, got {name!r}")
         self.name = name
         self.steps: list[int] = []
-        spawned_processes.remember(self)
+        ran_elsewhere.register(self)
 
     # ---- to override -------------------------------------------------------------------------------------------------
 
@@ -263,11 +265,11 @@ class OptimCallback(OverridableHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the running fit, its Trainer and its module: a copy is in no fit."""
-        return {**super().__getstate__(), "fit": None, "launcher_id": id(self)}
+        return {**super().__getstate__(), "fit": None, "ancestors": ran_elsewhere.ancestors_of_copy(self)}
 
     def __setstate__(self, held: dict[str, Any]) -> None:
         self.__dict__.update(held)
-        spawned_processes.remember(self)
+        ran_elsewhere.register(self)
 
     def __repr__(self) -> str:
         return self.state_key
@@ -293,7 +295,8 @@ class OptimCallback(OverridableHooks):
         self.fit = Session.in_setup(trainer)
         self.fit.callbacks.append(self)
         self.fit.on_close(self._leave_fit)
-        self.steps, self.ran_elsewhere, self.not_returned = [], False, ""
+        ran_elsewhere.begins_fit(self)
+        self.steps = []
         self.reset()
         arrange(trainer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -48,8 +48,10 @@ class SessionCallback(Protocol):
     """Callback as the session of a fit sees it: every ``OptimCallback``."""
 
     steps: list[int]
-    launcher_id: int | None
-    ran_elsewhere: bool
+    fit: Any
+    token: str
+    ancestors: tuple[str, ...]
+    ran_in: Literal["", "a copy", "other processes"]
     not_returned: str
 
     @property

@@ -16,22 +16,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from lightning_optim.runtime.lightning import Trainer, rank_zero_warn
-from lightning_optim.runtime.lightning.strategies import forks, launches_processes
+from lightning_optim.runtime.lightning.strategies import launches_processes
 from lightning_optim.runtime.order import SessionCallback
-
-_callbacks: WeakValueDictionary[int, SessionCallback] = WeakValueDictionary()
-"""Callbacks of this process, by their ``id``."""
-
-
-def remember(callback: SessionCallback) -> None:
-    """Register a new callback, so that it is found when its attributes come back from other processes."""
-    _callbacks[id(callback)] = callback
+from lightning_optim.runtime.ran_elsewhere import begins_fit, find, reason_lost
 
 
 def send_back(trainer: Trainer, callbacks: list[SessionCallback]) -> None:
@@ -40,12 +32,10 @@ def send_back(trainer: Trainer, callbacks: list[SessionCallback]) -> None:
     if not launches_processes(trainer):
         return
     collect: Callable[[Trainer], dict[str, Any]] = launcher.get_extra_results
-    forked = forks(trainer)  # a fork leaves each object where it was
 
     def get_extra_results(trainer: Trainer) -> dict[str, Any]:
-        origins = [id(callback) if forked else callback.launcher_id for callback in callbacks]
         folder = Path(tempfile.mkdtemp(prefix="lightning_optim-"))
-        returned = [_write(callback, origin, folder) for callback, origin in zip(callbacks, origins, strict=True)]
+        returned = [_write(callback, folder) for callback in callbacks]
         return {**collect(trainer), "lightning_optim": _ReturnedCallbacks(str(folder), returned)}
 
     launcher.get_extra_results = get_extra_results  # for the rest of this process, which ends with it
@@ -56,13 +46,13 @@ class _ReturnedCallback:
     """Describe one callback that is sent back.
 
     Attributes:
-        origin: Its ``id`` in the launching process.
+        tokens: Its token, which it has in the launching process too if that was forked, and those of its ancestors.
         kind: The name of its class.
         path: The file with its attributes.
         failure: The reason why there is no such file.
     """
 
-    origin: int | None
+    tokens: tuple[str, ...]
     kind: str
     path: str
     failure: str
@@ -78,28 +68,29 @@ class _ReturnedCallbacks:
         return _receive, (self.folder, self.returned)
 
 
-def _write(callback: SessionCallback, origin: int | None, folder: Path) -> _ReturnedCallback:
-    out = {*callback.stays, "launcher_id", "ran_elsewhere", "not_returned"}
+def _write(callback: SessionCallback, folder: Path) -> _ReturnedCallback:
+    out = {*callback.stays, "token", "ancestors", "ran_in", "not_returned"}
     # A Trainer or a module of this process is useless in the other.
     sent = {
         name: value
         for name, value in callback.__getstate__().items()
         if name not in out and not isinstance(value, Trainer | nn.Module)
     }
-    path, failure = folder / f"{origin}.pt", ""
+    path, failure = folder / f"{callback.token}.pt", ""
     try:
         torch.save(sent, path)
     except Exception as error:  # pickling runs code of the user's attributes, which may raise anything
         failure = f"{type(error).__name__}: {error}"
-    return _ReturnedCallback(origin, type(callback).__qualname__, str(path), failure)
+    return _ReturnedCallback((*callback.ancestors, callback.token), type(callback).__qualname__, str(path), failure)
 
 
 def _receive(folder: str, returned: Iterable[_ReturnedCallback]) -> None:
     for one in returned:
-        callback = _callbacks.get(one.origin or 0)
+        callback = find(one.tokens)
         if callback is None or type(callback).__qualname__ != one.kind:
             continue
-        callback.ran_elsewhere = True
+        begins_fit(callback)
+        callback.ran_in = "other processes"
         try:
             if one.failure:
                 raise RuntimeError(one.failure)
@@ -107,7 +98,7 @@ def _receive(folder: str, returned: Iterable[_ReturnedCallback]) -> None:
         except Exception as error:
             callback.not_returned = str(error)
             rank_zero_warn(
-                f"{_reason(callback)} Its attributes here are those from before the fit. Remove the attribute that"
+                f"{reason_lost(callback)} Its attributes here are those from before the fit. Remove the attribute that"
                 ' cannot be pickled, or train with `strategy="ddp"`.'
             )
     shutil.rmtree(folder, ignore_errors=True)
@@ -123,36 +114,3 @@ def _read(path: str) -> dict[str, Any]:
     finally:
         if before is None:
             del sys.modules["__mp_main__"]
-
-
-def check_not_lost(callback: SessionCallback) -> None:
-    """Raise if the callback's last fit ran in other processes, and its attributes did not come back.
-
-    Raises:
-        RuntimeError: It names the reason, and what to do instead.
-    """
-    if callback.not_returned:
-        raise RuntimeError(f'{_reason(callback)} Train with `strategy="ddp"`, or load a checkpoint of that fit.')
-
-
-def check_weights_are_here(callback: SessionCallback, what: str, remedy: str) -> None:
-    """Raise if the callback's last fit ran in other processes, in which its weights have stayed.
-
-    Args:
-        callback: The callback that is asked for weights.
-        what: The weights, for the message: ``"the average"``.
-        remedy: A sentence that says where else they are, or what to change.
-
-    Raises:
-        RuntimeError: It names the remedy.
-    """
-    if callback.ran_elsewhere:
-        raise RuntimeError(
-            f"The fit ran in other processes (a strategy such as `ddp_spawn`), and {what} of {type(callback).__name__}"
-            f" stayed there: only the module's weights come back. {remedy}"
-        )
-
-
-def _reason(callback: SessionCallback) -> str:
-    name = type(callback).__name__
-    return f"The fit ran in other processes, and {name} could not be sent back from there: {callback.not_returned}."

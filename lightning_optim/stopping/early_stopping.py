@@ -26,8 +26,8 @@ from lightning_optim.runtime.lightning import (
     rank_zero_warn,
 )
 from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_lost, check_weights_are_here
 from lightning_optim.runtime.refusals import hides_weights
-from lightning_optim.runtime.spawned_processes import check_not_lost, check_weights_are_here
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
 from lightning_optim.stopping.criteria import Criterion, Plateau
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
@@ -349,6 +349,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
                 " a checkpoint.",
             )
         if not self._best_weights.has_best:
+            check_no_copy_ran(self)
             raise RuntimeError(
                 "There are no best weights: no validation has improved yet, or EarlyStopping has `restore_best=False`."
             )
@@ -407,6 +408,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             ModuleNotFoundError: If matplotlib is not installed.
         """
         check_not_lost(self)
+        if not self.history:
+            check_no_copy_ran(self)
         names = self.criterion.monitors
         if metric_or_optimizer is not None:
             names = (check_metric(metric_or_optimizer, names),)

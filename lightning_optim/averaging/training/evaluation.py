@@ -18,8 +18,8 @@ from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.lightning.strategies import share_buffers_
+from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_weights_are_here
 from lightning_optim.runtime.refusals import nested_averages
-from lightning_optim.runtime.spawned_processes import check_weights_are_here
 from lightning_optim.runtime.validation import validate
 
 
@@ -55,7 +55,8 @@ class AveragedEvaluation(BatchNormRefresh):
             module: The module that is or was trained, or another one with the same parameter names, such as a copy.
 
         Raises:
-            RuntimeError: If the fit ran in other processes (``ddp_spawn``), where the average stayed.
+            RuntimeError: If the fit ran in other processes (``ddp_spawn``), where the average stayed, or in a copy of
+                this callback, as where a package copies the Trainer.
             MisconfigurationException: If ``module`` is in training and holds the average of another callback, as it
                 does during a validation with ``evaluate=True``. Pass a copy of the module instead.
 
@@ -101,6 +102,8 @@ class AveragedEvaluation(BatchNormRefresh):
             " with `averaged_state_dict(path)`."
         )
         check_weights_are_here(self, "the average", remedy)
+        if not self.started:
+            check_no_copy_ran(self)
 
     # ---- buffers and statistics that belong to the averaged weights --------------------------------------------------
 
