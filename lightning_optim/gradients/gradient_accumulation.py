@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,8 @@ from lightning_optim.gradients.manual_optimization import ManualOptimizationMixi
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.callback_state import from_each_rank
-from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning.loops import is_last_batch
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.step import OptimizerStep
 
@@ -95,6 +97,8 @@ class GradientAccumulation(OptimCallback):
         self._weight: Tensor | None = None
         self._unit: Tensor | None = None
         self._loaded: dict[str, Any] | None = None
+        self._largest: int | None = None  # micro-batches that a step of this epoch had, if it was seen from its start
+        self._warned = False
 
     # ---- the window --------------------------------------------------------------------------------------------------
 
@@ -144,6 +148,29 @@ class GradientAccumulation(OptimCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set_size(trainer, pl_module)
+        self._largest = 0
+        # Under manual optimization a module may add several micro-batches to a window in one batch.
+        if pl_module.automatic_optimization and not math.isinf(trainer.num_training_batches):
+            self._warn_if_short(trainer, int(trainer.num_training_batches))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._largest and is_last_batch(trainer):  # and nothing has ended the epoch before
+            self._warn_if_short(trainer, self._largest)
+
+    def _saw(self, count: int) -> None:
+        """Note that a step of this epoch may have so many micro-batches, also of those without a loss."""
+        self._largest = None if self._largest is None else max(self._largest, count)
+
+    def _warn_if_short(self, trainer: Trainer, largest: int) -> None:
+        """Warn once if no step of this epoch can have as many micro-batches as it should."""
+        size = self.batches_per_step(trainer.current_epoch)
+        if largest < size and not self._warned and not trainer.fast_dev_run:
+            self._warned = True
+            rank_zero_warn(
+                f"{type(self).__name__} accumulates {size} micro-batches for a step, and in epoch"
+                f" {trainer.current_epoch} no step has more than {largest}, since the epoch ends before: its steps are"
+                f" those of smaller batches. Choose a size of at most {largest}, or make the epoch longer."
+            )
 
     def _set_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.automatic_optimization:
@@ -152,6 +179,8 @@ class GradientAccumulation(OptimCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
             self._windows.clear()  # Lightning zeroes the gradients here, also if the window before never closed
+        if pl_module.automatic_optimization:
+            self._saw(batch_idx + 1)
         if self.weight_by != "batch":
             self._weight = weight_of(batch, self.weight_by, pl_module.device)
             if self._unit is None or not self.is_open:
@@ -177,6 +206,7 @@ class GradientAccumulation(OptimCallback):
         window = self._windows.pop(step.index, None)
         if window is None or window.count == 0:
             return
+        self._saw(window.count)
         factor = window.correction(trainer.world_size)
         if window.unit is not None:
             # The mean weight is the unit of a next window that begins with a weight of 0.

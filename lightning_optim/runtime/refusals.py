@@ -65,6 +65,7 @@ def _refuse_second_clipping(name: str, trainer: Trainer) -> None:
     if trainer.gradient_clip_val:
         raise MisconfigurationException(
             f"{name} and `Trainer(gradient_clip_val={trainer.gradient_clip_val})` both clip: remove the argument."
+            f" {_if_a_package_sets('gradient_clip_val=None')}"
         )
 
 
@@ -80,8 +81,15 @@ def _refuse_second_accumulation(name: str, trainer: Trainer) -> None:
     if trainer.accumulate_grad_batches != 1:
         raise MisconfigurationException(
             f"{name} and `Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` both accumulate: remove"
-            " the argument."
+            f" the argument. {_if_a_package_sets('accumulate_grad_batches=1')}"
         )
+
+
+def _if_a_package_sets(argument: str) -> str:
+    return (
+        f"If a package makes the Trainer and sets it, pass `{argument}` to the package, with the arguments that it"
+        " hands to its Trainer (often called `trainer_kwargs`)."
+    )
 
 
 def _refuse_second_average(callback: SessionCallback, trainer: Trainer) -> None:
@@ -125,7 +133,8 @@ def refuse_unknown_length(callback: SessionCallback, total: int | float) -> None
 def _unknown_length(callback: SessionCallback) -> MisconfigurationException:
     return MisconfigurationException(
         f"{type(callback).__name__} has a schedule, or a start given as a fraction of the run, and the length of this"
-        " run is unknown: set `Trainer(max_steps=…)`, or `max_epochs` with data that have a length."
+        " run is unknown: set `Trainer(max_steps=…)`, or `max_epochs` with data that have a length or with"
+        " `limit_train_batches=…`, the number of batches of an epoch."
     )
 
 

@@ -26,6 +26,7 @@ from lightning_optim.runtime.lightning import (
     rank_zero_warn,
 )
 from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
 from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_lost, check_weights_are_here
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
@@ -199,6 +200,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self._stop_is_external = False  # requested by something else than an early stopping callback
         self._training = False
         self._checked_in = ""  # hook in which the metric was read last, by this class
+        self._checks = 0  # number of checks in this fit
+        self._missing: list[str] = []  # metrics that a check did not find
         self.history: list[dict[str, float]] = []
         self.best_check = -1
         self._own_files = OwnFiles() if self.fit is None else self.fit.own_files
@@ -240,6 +243,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         if chosen and not self._should_skip_check(trainer):
             self._checked_in = hook
             self._run_early_stopping_check(trainer)
+            self._checks += is_overridden_by_user(self, "_run_early_stopping_check")
 
     def _checks_at_epoch_end(self, trainer: Trainer) -> bool:
         if self.check_on_train_epoch_end is not None:
@@ -260,6 +264,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         metrics = trainer.callback_metrics
         if trainer.fast_dev_run or not self._available(metrics):
             return
+        self._checks += 1
         stop = self.criterion.update(metrics)
         better = self.criterion.improved if self._best_by is None else self._best_by.better(metrics)
         # Ranks may have logged different values, and shards of different validations would not be one model.
@@ -276,6 +281,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
     def _available(self, metrics: dict[str, Tensor]) -> bool:
         needed = [*self.criterion.monitors, *(self._best_by.monitors if self._best_by else ())]
         missing = [name for name in needed if name not in metrics]
+        self._missing = missing
         if not missing:
             return True
         message = (
@@ -320,6 +326,31 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         if rank in (None, 0) or not log_rank_zero_only:
             # Lightning's logger is used, since users have configured it.
             logging.getLogger(LightningEarlyStopping.__module__).info(rank_prefixed_message(message, rank))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        OptimCallback.on_train_end(self, trainer, pl_module)
+        if not self._checks and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"EarlyStopping read no value of {list(self.criterion.monitors)} in the whole fit, and so neither"
+                f" stopped it nor kept weights of it as the best: {self._why_no_check(trainer)}"
+            )
+
+    def _why_no_check(self, trainer: Trainer) -> str:
+        if self._missing:
+            return (
+                f"{self._missing} was never logged. Log it in `validation_step`; logged metrics:"
+                f" {sorted(trainer.callback_metrics)}."
+            )
+        if not trainer.enable_validation:
+            return (
+                "no validation ran. Give the Trainer validation data and the module a `validation_step`, with"
+                " `limit_val_batches` above 0, or monitor a metric of training with `check_on_train_epoch_end=True`."
+            )
+        return (
+            "the fit ended before its first validation. It is due by"
+            f" `Trainer(val_check_interval={trainer.val_check_interval},"
+            f" check_val_every_n_epoch={trainer.check_val_every_n_epoch})`: choose less, or train longer."
+        )
 
     # ---- the best weights --------------------------------------------------------------------------------------------
 

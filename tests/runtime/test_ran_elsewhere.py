@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback
 from matplotlib import pyplot
 
 from lightning_optim import EMA, EarlyStopping, GradientMonitor, OptimCallback, WeightAveraging
 from lightning_optim.runtime import ran_elsewhere
 from tests.averaging.models import Model, assert_equal, data, fit, snapshot, trainer
+from tests.lightning import Callback
 
 
 @pytest.fixture(autouse=True)

@@ -182,6 +182,36 @@ def test_the_same_job_twice(what: str, backwards: bool) -> None:
     assert_refused(prepare(BY_NAME["plain"], STEPS, callbacks=ordered, **options), sentence)
 
 
+class Estimator:
+    """Makes its Trainer with arguments of its own, which the user's replace, as estimators of other packages do."""
+
+    def __init__(self, **trainer_kwargs: Any) -> None:
+        self.trainer_kwargs = {"gradient_clip_val": 10.0, "accumulate_grad_batches": 3, **trainer_kwargs}
+
+    def fitted(self) -> Fitted:
+        fitted = prepare(BY_NAME["plain"], STEPS, **self.trainer_kwargs)
+        fitted.trainer.fit(fitted.module)
+        return fitted
+
+
+@pytest.mark.parametrize(
+    ("argument", "off", "make"),
+    [
+        ("gradient_clip_val", None, lambda: GradientClipping(1.0)),
+        ("accumulate_grad_batches", 1, lambda: GradientAccumulation(2)),
+    ],
+)
+def test_the_same_job_is_set_by_a_package(argument: str, off: Any, make: Any) -> None:
+    way_out = (
+        rf"`Trainer\({argument}=.*If a package makes the Trainer.*pass `{argument}={off}` to the package.*trainer_k"
+    )
+    with pytest.raises(MisconfigurationException, match=way_out):
+        Estimator(callbacks=[make()]).fitted()
+    callback = make()
+    Estimator(callbacks=[callback], **{argument: off}).fitted()  # as the sentence says
+    assert callback.steps
+
+
 def test_an_average_that_is_not_evaluated_may_be_there_twice() -> None:
     one, other = averages()[0], WeightAveraging(EMA(0.5), evaluate=False, name="fast")
     fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[one, other])
@@ -236,11 +266,30 @@ def test_a_schedule_needs_an_end(callback: Any, known_before: bool) -> None:
     fitted.module.train_dataloader = lambda: iter(models.Model.train_dataloader(fitted.module))
     assert_refused(
         fitted,
-        r"length of this run is unknown: set `Trainer\(max_steps=…\)`, or `max_epochs` with data that have a length",
+        r"length of this run is unknown: set `Trainer\(max_steps=…\)`, or `max_epochs` with data that have a length or"
+        " with `limit_train_batches=…`",
     )
     finite = prepare(BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=-1, max_steps=4)
     finite.trainer.fit(finite.module)
     assert callback.steps == [4]
+
+
+class Stream:
+    """A loader without a length."""
+
+    def __init__(self, loader: models.Batches) -> None:
+        self.batches = loader.batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("callback", ENDLESS, ids=lambda callback: type(callback).__name__)
+def test_a_number_of_batches_gives_data_without_a_length_an_end(callback: Any) -> None:
+    fitted = prepare(BY_NAME["plain"], STEPS, callbacks=[callback], max_epochs=2, limit_train_batches=3)
+    fitted.module.train_dataloader = lambda: Stream(models.Model.train_dataloader(fitted.module))
+    fitted.trainer.fit(fitted.module)
+    assert callback.steps == [6]
 
 
 @each_entry

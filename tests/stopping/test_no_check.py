@@ -1,0 +1,118 @@
+"""EarlyStopping that read its metric in no validation says so once, at the end, and what to look at."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+
+from lightning_optim import EarlyStopping, Plateau
+from tests.lightning import Callback
+from tests.stopping.scripted_fits import Scripted, data, fit, trainer
+
+
+def said(module: Any, *callbacks: Callback, **options: Any) -> list[str]:
+    """Return the warnings of a fit that are about early stopping."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, *callbacks, **options)
+    return [str(one.message) for one in caught if "EarlyStopping" in str(one.message)]
+
+
+class NeverLogs(Scripted):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("accuracy", 1.0)
+
+
+NO_CHECK: dict[str, Any] = {
+    "no validation": (
+        Scripted,
+        {},
+        {"limit_val_batches": 0, "check_val_every_n_epoch": 2},
+        "no validation ran.*`limit_val_batches` above 0.*`check_on_train_epoch_end=True`",
+    ),
+    "a validation that is never due": (
+        Scripted,
+        {},
+        {"check_val_every_n_epoch": 9},
+        r"ended before its first validation.*val_check_interval=1.0, check_val_every_n_epoch=9\)`: choose less",
+    ),
+    "a metric that is not logged": (
+        NeverLogs,
+        {"strict": False},
+        {},
+        r"\['val_loss'\] was never logged. Log it in `validation_step`; logged metrics: \['accuracy'",
+    ),
+    "only after validations": (
+        Scripted,
+        {"check_on_train_epoch_end": False},
+        {"limit_val_batches": 0},
+        "no validation ran",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NO_CHECK)
+def test_no_check_is_told_once(what: str) -> None:
+    module, arguments, options, reason = NO_CHECK[what]
+    stop = EarlyStopping("val_loss", **arguments)
+    (sentence,) = said(module(), stop, **options)
+    assert sentence.startswith("EarlyStopping read no value of ['val_loss'] in the whole fit, and so neither")
+    assert re.search(reason, sentence), sentence
+    assert not stop.history
+
+
+class ChecksLater(EarlyStopping):
+    """Makes its check in another hook."""
+
+    def _should_skip_check(self, trainer: Any) -> bool:
+        return True
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.callback_metrics.get("val_loss") is not None:
+            self._run_early_stopping_check(trainer)
+
+
+class ChecksByItself(EarlyStopping):
+    """Decides by itself, without the check of the class."""
+
+    def _run_early_stopping_check(self, trainer: Any) -> None:
+        pass
+
+
+CHECKED: dict[str, Any] = {
+    "one check": (EarlyStopping("val_loss"), {"max_epochs": 1}),
+    "a criterion": (EarlyStopping(Plateau("val_loss")), {}),
+    "another hook": (ChecksLater("val_loss"), {}),
+    "an override of the check": (ChecksByItself("val_loss"), {}),
+    "a metric of training": (
+        EarlyStopping("train_loss", check_on_train_epoch_end=True),
+        {"limit_val_batches": 0},
+    ),
+    "a trial run": (EarlyStopping("val_loss"), {"fast_dev_run": True, "check_val_every_n_epoch": 9}),
+    "nothing to train": (EarlyStopping("val_loss"), {"max_epochs": 0}),
+}
+
+
+@pytest.mark.parametrize("what", CHECKED)
+def test_nothing_is_said_where_nothing_is_wrong(what: str) -> None:
+    stop, options = CHECKED[what]
+    assert said(Scripted(), stop, **options) == []
+
+
+def test_each_fit_is_told_of_by_itself() -> None:
+    stop = EarlyStopping("val_loss")
+    assert said(Scripted(), stop) == []
+    assert len(said(Scripted(), stop, check_val_every_n_epoch=9)) == 1
+
+
+def test_a_resumed_run_without_a_check(tmp_path: Any) -> None:
+    """The checks before the interruption are in the history; this fit made none all the same."""
+    first = trainer(EarlyStopping("val_loss"), max_epochs=2)
+    first.fit(Scripted(), data(), data(seed=1))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    stop = EarlyStopping("val_loss")
+    sentences = said(Scripted(), stop, ckpt_path=tmp_path / "last.ckpt", max_epochs=3, check_val_every_n_epoch=9)
+    assert len(stop.history) == 2 and len(sentences) == 1
