@@ -81,10 +81,11 @@ def _checked_step(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
             with self._combined.layers_outside() as outside:
                 result = run(*args, **kwargs)
         if outside:
+            called = "" if self._combined.on is None else ", or to None if the step calls `self(…)`"
             rank_zero_warn(
                 f"`{name}` also used layers of the first member outside of the combined call"
-                f" (`on={self._combined.on!r}`): {sorted(outside)}. Their output is one member's. Set `on` to a"
-                " submodule that holds them, or to None if the step calls `self(…)`."
+                f" (`on={self._combined.on!r}`): {sorted(outside)}. Metrics computed from their output are one"
+                f" member's: use others, or set `on` to a submodule that holds these layers{called}."
             )
         return result
 

@@ -19,6 +19,7 @@ from lightning_optim.base.dtypes import accumulation_dtype, has_mean
 from lightning_optim.runtime.lightning.torch_internals import (
     assert_in_graph,
     is_exporting,
+    structure_of,
     tree_flatten,
     tree_unflatten,
 )
@@ -52,6 +53,7 @@ def mean_prediction(outputs: Iterable[Any], kind: Outputs, dim: int | None = Non
 def mean_values(outputs: Iterable[Any]) -> Any:
     r"""Average the members' outputs, :math:`\frac{1}{M} \sum_i y_i`, leaf by leaf in tuples, lists and dictionaries.
 
+    Named tuples of different classes are averaged if they have the same fields; the mean is of the first one's class.
     Half precision is summed, and returned, in fp32. A leaf that cannot be averaged (an integer, a boolean, a string,
     ``None``) must be the same in all outputs, and is passed through.
 
@@ -64,13 +66,14 @@ def mean_values(outputs: Iterable[Any]) -> Any:
         {'y': tensor([1.5000]), 'n': 3}
     """
     sums: list[Any] = []
-    first, count = None, 0
+    first, expected, count = None, None, 0
     for output in outputs:
         leaves, structure = tree_flatten(output)
         count += 1
         if first is None:
-            first, sums = structure, [_upcast(leaf) if has_mean(leaf) else leaf for leaf in leaves]
-        elif structure != first:
+            first, expected = structure, structure_of(output)
+            sums = [_upcast(leaf) if has_mean(leaf) else leaf for leaf in leaves]
+        elif structure_of(output) != expected:
             raise ValueError(f"The members' outputs differ in structure and have no mean: {first} and {structure}")
         else:
             sums = [_add(total, leaf) for total, leaf in zip(sums, leaves, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 import pytest
@@ -155,6 +156,18 @@ def test_values_are_combined_leaf_by_leaf() -> None:
     assert result["n"] == 3 and torch.equal(result["mask"], torch.tensor([True]))
 
 
+def named(y: object, **fields: object) -> object:
+    """Return a named tuple of a class of its own, as models do that make the class of their output at run time."""
+    return collections.namedtuple("Output", ["y", *fields])(y, *fields.values())
+
+
+def test_named_tuples_are_averaged_by_their_fields() -> None:
+    outputs = [{"out": named(torch.full((2,), v), more=[torch.full((1,), -v)])} for v in (1.0, 2.0)]
+    result = mean_values(outputs)["out"]
+    assert type(result) is type(outputs[0]["out"]) is not type(outputs[1]["out"])
+    assert torch.equal(result.y, torch.full((2,), 1.5)) and torch.equal(result.more[0], torch.tensor([-1.5]))
+
+
 def test_values_in_half_precision_are_summed_in_fp32() -> None:
     outputs = torch.tensor([60000.0, 60000.0, 1.0]).half()
     assert mean_values(outputs) == pytest.approx((2 * float(outputs[0]) + 1) / 3)
@@ -175,6 +188,9 @@ def test_the_members_outputs_are_not_changed() -> None:
         ([torch.zeros(4), torch.zeros(4, 1)], "binary_logits", "differ in shape"),
         ([torch.zeros(4, 2), torch.zeros(4, 3)], "logits", "differ in shape"),
         ([(torch.zeros(4),), torch.zeros(4)], "values", "differ in structure"),
+        ([named(torch.zeros(4), a=torch.zeros(1)), named(torch.zeros(4), b=torch.zeros(1))], "values", "in structure"),
+        ([named((torch.zeros(4),)), named([torch.zeros(4)])], "values", "differ in structure"),
+        ([named(torch.zeros(4)), (torch.zeros(4),)], "values", "differ in structure"),
         ([torch.tensor([1]), torch.tensor([2])], "values", "cannot be averaged"),
         ([{"n": 1}, {"n": 2}], "values", "cannot be averaged"),
         ([torch.tensor([1.0]), torch.tensor([1])], "values", "cannot be averaged"),

@@ -20,6 +20,7 @@ __all__ = [
     "keep_versions",
     "set_state_metadata",
     "state_metadata",
+    "structure_of",
     "tree_flatten",
     "tree_leaves",
     "tree_map_only",
@@ -58,6 +59,19 @@ def uncompiled(module: Any) -> Any:
 def is_compiled(module: nn.Module) -> bool:
     """Return True if a module was compiled, by ``torch.compile(module)`` or by ``module.compile()``."""
     return uncompiled(module) is not module or read_private(module, "_compiled_call_impl") is not None
+
+
+def structure_of(output: Any) -> Any:
+    """Return the structure of an output without its leaves; two that are equal have their leaves in the same places.
+
+    Named tuples are equal if their fields are: their class may be made at run time, by each model anew.
+    """
+    leaves, structure = tree_flatten(output, is_leaf=_is_named_tuple)
+    return structure, [(leaf._fields, structure_of(tuple(leaf))) if _is_named_tuple(leaf) else None for leaf in leaves]
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
 def state_metadata(state: Any) -> dict[str, Any] | None:

@@ -129,3 +129,5 @@ def test_trees() -> None:
     again = torch_internals.tree_unflatten(leaves, structure)
     assert isinstance(again["out"], Output) and again["out"].logits is tree["out"].logits
     assert len(torch_internals.tree_leaves(tree)) == len(leaves)
+    structure = torch_internals.structure_of(tree)
+    assert structure == torch_internals.structure_of(doubled) != torch_internals.structure_of({**tree, "out": 1})
