@@ -19,6 +19,7 @@ from lightning_optim.averaging.training.buffer_plan import BufferPlan, plan_buff
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.runtime import callback_state
+from lightning_optim.runtime.files.checkpoint_io import finish_writing
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.files.saved_weights import load_weights_
 from lightning_optim.runtime.files.sharded_reading import load_folder
@@ -28,6 +29,7 @@ from lightning_optim.runtime.lightning import (
     MisconfigurationException,
     ModelCheckpoint,
     Trainer,
+    get_filesystem,
     logger_connector,
     rank_zero_info,
     rank_zero_warn,
@@ -121,6 +123,7 @@ class CheckpointAveraging(BatchNormRefresh):
         self.path = self.best_path = ""
         self.score: float | None = None
         self.kept: list[str] = []
+        self._ranked: list[str] = []  # the checkpoints with which the fit may end, the best first
         self._raw_weights = RawWeights()
 
     # ---- life --------------------------------------------------------------------------------------------------------
@@ -154,7 +157,8 @@ class CheckpointAveraging(BatchNormRefresh):
         checkpoint = self._model_checkpoint(trainer)
         sign = 1.0 if checkpoint.mode == "max" else -1.0
         scores = {path: float(score) for path, score in checkpoint.best_k_models.items()}
-        ranked = sorted(scores, key=lambda path: -sign * scores[path])[: self.top]
+        usable = self._usable(trainer, sorted(scores, key=lambda path: -sign * scores[path]))
+        self._ranked = ranked = usable[: self.top]
         if not ranked:
             return
         self.best_path = ranked[0]
@@ -172,6 +176,7 @@ class CheckpointAveraging(BatchNormRefresh):
             trainer.save_checkpoint(self.path, weights_only=True)
         if sign * score > sign * scores[ranked[0]]:
             self.best_path = self.path
+            self._ranked = [self.path, *ranked]
 
     def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._raw_weights.resume_(pl_module)
@@ -180,10 +185,14 @@ class CheckpointAveraging(BatchNormRefresh):
     def write_final_(self, pl_module: LightningModule) -> bool:
         if not self.best_path:
             return False
-        is_own = self.best_path in self.session.own_files
+        # Callbacks that come later may have removed checkpoints, such as the one of the average.
+        usable = self._usable(self.session.trainer, self._ranked)
+        self.best_path = usable[0] if usable else ""
+        if not usable:
+            return False
         self._raw_weights.keep_raw(pl_module)
         try:
-            load_weights_(pl_module, self.best_path, weights_only=not is_own)
+            load_weights_(pl_module, self.best_path, weights_only=self.best_path not in self.session.own_files)
         except (OSError, ValueError) as error:
             rank_zero_warn(
                 f"CheckpointAveraging leaves the module as it is, since it cannot read a checkpoint: {error}"
@@ -192,6 +201,23 @@ class CheckpointAveraging(BatchNormRefresh):
             self._raw_weights.resume_(pl_module)
             return False
         return True
+
+    def _usable(self, trainer: Trainer, paths: Iterable[str]) -> list[str]:
+        """Return the checkpoints that can be read, the same on all ranks, and name the others in a warning."""
+        finish_writing(trainer.strategy)
+        folders = writes_folders(trainer.strategy)
+        found = {path: _why_unusable(path, folders) for path in paths}
+        found = trainer.strategy.broadcast(found)
+        reasons = [f"{path} {reason}" for path, reason in found.items() if reason]
+        if reasons:
+            none_left = (
+                "" if len(reasons) < len(found) else " None is left, and CheckpointAveraging changes no weights."
+            )
+            rank_zero_warn(
+                "CheckpointAveraging leaves out checkpoints that were saved in this run, and that something else has"
+                f" removed or replaced since: {'; '.join(reasons)}.{none_left}"
+            )
+        return [path for path, reason in found.items() if not reason]
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -221,7 +247,9 @@ class CheckpointAveraging(BatchNormRefresh):
         wanted = self.monitor or "…"
         raise MisconfigurationException(
             f'CheckpointAveraging(top={self.top}) averages the checkpoints of a `ModelCheckpoint(monitor="{wanted}",'
-            f" save_top_k={self.top})`, and no such callback keeps that many: add one to the callbacks."
+            f" save_top_k={self.top})`, and no such callback keeps that many: add one to the callbacks. If a package"
+            " adds one that monitors the same metric, Lightning wants yours to be of another class:"
+            " `class BestFew(ModelCheckpoint): pass`."
         )
 
     def _buffer_plan(self, pl_module: LightningModule) -> BufferPlan:
@@ -296,6 +324,21 @@ class CheckpointAveraging(BatchNormRefresh):
         for logger in trainer.loggers:
             logger.log_metrics({name: score}, step=logger_step(trainer))
         return score
+
+
+def _why_unusable(path: str, folders: bool) -> str:
+    """Return why a checkpoint cannot be read, to follow its path in a sentence; empty if it can.
+
+    Args:
+        path: Path of the checkpoint.
+        folders: True if the strategy writes, and so reads, folders alone.
+    """
+    filesystem = get_filesystem(path)
+    if not filesystem.exists(path):
+        return "is not there"
+    if filesystem.isdir(path):
+        return "" if filesystem.exists(os.path.join(path, ".metadata")) else "is a folder now, and no checkpoint"
+    return "is a file, and this strategy reads folders" if folders else ""
 
 
 class _NotLogged(Exception):
