@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,9 +16,16 @@ from lightning_optim.base.policy import PerOptimizer
 from lightning_optim.base.selection import Selection, select
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
 from lightning_optim.gradients.clipping.clipping_policy import Clipping, Scope
+from lightning_optim.gradients.module_clipping import watch_clipping
 from lightning_optim.gradients.step_skipping import NormCheck, Reason, SkippedSteps
 from lightning_optim.runtime.callback import OptimCallback
-from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
+from lightning_optim.runtime.lightning import (
+    LightningModule,
+    LightningOptimizer,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_optim.runtime.lightning.precision import agree_on_overflow, scale_of
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
@@ -117,6 +125,7 @@ class GradientClipping(OptimCallback):
         self._pending = SkippedSteps()
         self._checks: list[NormCheck] = []
         self._batch_idx = 0
+        self._warned_of_module = False
         self.skipped: list[int] = []
         self.skipped_at: list[list[int]] = []
         self._skipped_in_a_row: list[int] = []
@@ -130,6 +139,24 @@ class GradientClipping(OptimCallback):
             refuse_split_units(policy, select(pl_module, on, policy.exclude).values())
             takes_all = policy.on is None and policy.exclude is None
             self._selections.append(None if takes_all else Selection(pl_module, on, policy.exclude))
+        watch_clipping(self.session, trainer, pl_module, self._warn_of_module)
+
+    def _warn_of_module(self, optimizer: Optimizer | LightningOptimizer, method: str) -> None:
+        """Warn once that the module clips too, if the policies do."""
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if self._warned_of_module or self.fit is None or plain not in self.fit.trainer.optimizers:
+            return
+        step = self.current_step(plain)
+        when: dict[str, Any] = {"step": step.number, "total": step.total}
+        if all(policy.is_idle(sys.float_info.max, **when) or not policy.limits for policy in self.policies):
+            return
+        self._warned_of_module = True
+        ours, module = type(self).__name__, type(self.fit.trainer.lightning_module).__name__
+        rank_zero_warn(
+            f"{module} clips its gradients itself, by `{method}`, and {ours} clips them too. Turn off the clipping of"
+            f" {module}, by an argument or a setting of its own; or write `{ours}(float('inf'))`, which does not clip,"
+            " and skips steps that are not finite."
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -1,0 +1,69 @@
+"""Notice that a module clips its gradients itself, beside GradientClipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_optim.base import shards
+from lightning_optim.runtime.lightning import LightningModule, Trainer, is_overridden
+from lightning_optim.runtime.session import Session
+from lightning_optim.runtime.step import parameters_of
+
+Notice = Callable[[Optimizer, str], Any]
+
+
+def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModule, notice: Notice) -> None:
+    """Call ``notice`` each time that the module itself has clipped gradients, in this fit.
+
+    Many modules override ``configure_gradient_clipping`` and do nothing there without a ``gradient_clip_val`` of the
+    Trainer, as in the example of Lightning's docs. So an override is taken for clipping only if it writes to the
+    gradients. A module may also call ``self.clip_gradients`` in any other place, as under manual optimization.
+
+    Args:
+        session: The session of the fit, at whose end the watch ends.
+        trainer: Its Trainer.
+        pl_module: Its module.
+        notice: Called with the optimizer, and the name of the method by which its gradients were clipped.
+    """
+    plugin = trainer.strategy.precision_plugin
+    clip_gradients = plugin.clip_gradients
+
+    def clip_and_notice(optimizer: Optimizer, clip_val: float = 0.0, *args: Any, **kwargs: Any) -> None:
+        clip_gradients(optimizer, clip_val, *args, **kwargs)
+        if clip_val > 0:
+            notice(optimizer, "clip_gradients")
+
+    session.patch(plugin, "clip_gradients", clip_and_notice)
+    if is_overridden("configure_gradient_clipping", pl_module):
+        hook = _WatchedHook(pl_module.configure_gradient_clipping, notice)
+        session.patch(pl_module, "configure_gradient_clipping", hook)
+
+
+class _WatchedHook:
+    """Stand in for ``configure_gradient_clipping`` of a module. A copy of the module has the hook itself."""
+
+    def __init__(self, hook: Callable[..., Any], notice: Notice) -> None:
+        self._hook, self._notice = hook, notice
+
+    def __call__(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        before = _state_of_gradients(optimizer)
+        result = self._hook(optimizer, *args, **kwargs)
+        if _state_of_gradients(optimizer) != before:
+            self._notice(optimizer, "configure_gradient_clipping")
+        return result
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _itself, (self._hook,)
+
+
+def _itself(hook: Any) -> Any:
+    return hook
+
+
+def _state_of_gradients(optimizer: Optimizer) -> tuple[list[int], list[int]]:
+    """Return what changes when a gradient is replaced or written to."""
+    grads = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    return [id(grad) for grad in grads], shards.versions(grads)
