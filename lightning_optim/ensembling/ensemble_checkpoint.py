@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import io
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,16 +184,18 @@ def build_members(path: Any, checkpoint: dict[str, Any], classes: list[type[Ligh
     """Build the members that a checkpoint holds, each with the ``load_from_checkpoint`` of its own class."""
     members = []
     for index, member_class in enumerate(classes):
-        part = io.BytesIO()
-        torch.save(_checkpoint_of(checkpoint, index), part)
-        part.seek(0)
-        try:
-            members.append(_load_from_checkpoint(member_class, part, kwargs))
-        except TypeError as error:
-            raise ValueError(
-                f"{path}: member {index}, a {member_class.__name__}, cannot be built from the saved hyper-parameters"
-                f" ({error}): pass its arguments here as keywords, or the members themselves, `members=[…]`."
-            ) from error
+        with tempfile.TemporaryDirectory() as folder:
+            # A file with a path, and no file object: a class may read it twice, or ask for its name.
+            part = os.path.join(folder, f"member-{index}.ckpt")
+            torch.save(_checkpoint_of(checkpoint, index), part)
+            try:
+                members.append(_load_from_checkpoint(member_class, part, kwargs))
+            except TypeError as error:
+                raise ValueError(
+                    f"{path}: member {index}, a {member_class.__name__}, cannot be built from the saved"
+                    f" hyper-parameters ({error}): pass its arguments here as keywords, or the members themselves,"
+                    " `members=[…]`."
+                ) from error
     return members
 
 

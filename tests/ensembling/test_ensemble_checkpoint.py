@@ -94,6 +94,16 @@ class Whole(Adapter):
         return {name: value for name, value in state.items() if "base" not in name}
 
 
+class ReadsTwice(Wide):
+    """Reads its checkpoint before Lightning does, as chemprop's models do."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str, **kwargs: Any) -> Any:
+        read = torch.load(checkpoint_path, weights_only=kwargs.get("weights_only", True))
+        assert Path(checkpoint_path).suffix == ".ckpt" and read["hyper_parameters"]["dim"] == 5
+        return super().load_from_checkpoint(checkpoint_path, **kwargs)
+
+
 def saved(ensemble: Ensemble, folder: Path, **how: Any) -> Path:
     of = trainer()
     of.test(ensemble, loader(), verbose=False)
@@ -107,6 +117,7 @@ MEMBERS = {
     "hyper-parameters": lambda: [Wide(5, seed=1), Wide(7, seed=2)],
     "two classes": lambda: [Wide(5), Plain(3), Classifier(seed=4)],
     "parts": lambda: [Adapter(1), Adapter(2)],
+    "read twice": lambda: [ReadsTwice(5, seed=1), ReadsTwice(5, seed=2)],
     "other names": lambda: [Renames(1), Plain(2)],
 }
 
