@@ -125,7 +125,7 @@ def test_imports_are_installed_with_the_package(module: str) -> None:
     """At the top of a file: torch, lightning, torchmetrics and the standard library; the rest where it is used."""
     tops = {name.split(".")[0] for name in imports_of(module, lazy=False)}
     # Lightning and torchmetrics bring numpy, but neither jsonargparse nor matplotlib: these are extras.
-    allowed = {"torch", "lightning", "torchmetrics", "lightning_optim", *sys.stdlib_module_names}
+    allowed = {"torch", "torchmetrics", "lightning_utilities", "fsspec", "lightning_optim", *sys.stdlib_module_names}
     assert tops <= allowed, tops - allowed
 
 

@@ -18,7 +18,7 @@ from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.plotting import canvas, check_metric
 from lightning_optim.runtime.lightning import (
-    Callback,
+    CallbackBase,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -218,7 +218,7 @@ def _bytes(members: list[nn.Module]) -> int:
     return sum(storages.values())
 
 
-class _ValidationTimer(Callback):
+class _ValidationTimer(CallbackBase):
     """Measure the seconds from the first to the last hook of a validation."""
 
     seconds = 0.0

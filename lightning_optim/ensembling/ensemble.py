@@ -21,26 +21,27 @@ from lightning_optim.ensembling.combined_call import (
     with_replacement,
     without_gradients,
 )
-from lightning_optim.ensembling.ensemble_class import STEPS, ensemble_class, instance_method
-from lightning_optim.ensembling.ensemble_members import Members, checked_members, undo_compilation_
+from lightning_optim.ensembling.ensemble_class import STEPS, ClassMethodOnly, ensemble_class, instance_method
+from lightning_optim.ensembling.ensemble_members import Members, checked_members, uncompile_
 from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.runtime.lightning import (
     LightningModule,
     MisconfigurationException,
     ModelParallelStrategy,
-    is_overridden,
+    ModuleMixin,
 )
 from lightning_optim.runtime.lightning.modules import (
     detach_trainer,
     is_attached,
-    restricted_classmethod,
+    is_overridden,
+    lightning_module_class,
     share_device_mesh,
 )
 
 _TORCH = frozenset(vars(nn.Module()))  # attributes in which torch keeps submodules, parameters and hooks
 
 
-class Ensemble(LightningModule):
+class Ensemble(ModuleMixin):
     r"""Combine several models into one module for ``trainer.validate``, ``test`` and ``predict``, and for plain calls.
 
     The ensemble runs the steps, hooks, metrics and loaders of its first member, unchanged. Only the one call that turns
@@ -151,7 +152,7 @@ class Ensemble(LightningModule):
         members = [ensemble_checkpoint.load_member(member_class, path, kwargs) for path in files]
         return cls._without_copies(members, outputs, on, dim)
 
-    @restricted_classmethod  # type: ignore[untyped-decorator]
+    @ClassMethodOnly  # type: ignore[arg-type]
     def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
@@ -218,10 +219,13 @@ class Ensemble(LightningModule):
         return ensemble
 
     def _assemble(self, members: list[LightningModule], outputs: Any, on: str | None, dim: int | None) -> None:
-        super().__init__()
         for member in members:
-            undo_compilation_(member)
+            uncompile_(member)
         first = members[0]
+        instance_steps = tuple(name for name in STEPS if name in vars(first))
+        self.__class__ = ensemble_class(type(self), type(first), instance_steps, Ensemble.forward)
+        # A LightningModule of the first member's package, without a call of the constructor of the member's class.
+        self.__dict__.update(vars(lightning_module_class(first)()))
         # Copy what the steps find on `self`. Modules and tensors are looked up in the first member, where they have a
         # name; so are steps that it has on the instance, since they must reach the combined call as those of a class.
         for name, value in vars(first).items():
@@ -236,8 +240,6 @@ class Ensemble(LightningModule):
             if isinstance(module, Metric):
                 module.reset()
         self.requires_grad_(False)
-        instance_steps = tuple(name for name in STEPS if name in vars(first))
-        self.__class__ = ensemble_class(type(self), type(first), instance_steps, Ensemble.forward)
         self.eval()
 
     def _insert_combined_call(self) -> None:

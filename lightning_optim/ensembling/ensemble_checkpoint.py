@@ -20,15 +20,10 @@ from torch import nn
 
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.lightning import LightningModule
-from lightning_optim.runtime.lightning.modules import hparams_name
+from lightning_optim.runtime.lightning.modules import HPARAMS, HPARAMS_NAME, HPARAMS_TYPE, hparams_name
 
 _KEY = "ensemble"
 _PREFIX = "members."
-_HPARAMS, _HPARAMS_NAME, _HPARAMS_TYPE = (
-    LightningModule.CHECKPOINT_HYPER_PARAMS_KEY,
-    LightningModule.CHECKPOINT_HYPER_PARAMS_NAME,
-    LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE,
-)
 
 
 class IncompatibleKeys(NamedTuple):
@@ -262,12 +257,12 @@ def _with_hyper_parameters(member: LightningModule, part: dict[str, Any]) -> dic
     part = _without_hyper_parameters(part)
     if not member.hparams:
         return part
-    part[_HPARAMS] = dict(member.hparams) if isinstance(member.hparams, dict) else member.hparams
+    part[HPARAMS] = dict(member.hparams) if isinstance(member.hparams, dict) else member.hparams
     part |= hparams_name(member)
     if not isinstance(member.hparams, dict):
-        part[_HPARAMS_TYPE] = type(member.hparams)
+        part[HPARAMS_TYPE] = type(member.hparams)
     return part
 
 
 def _without_hyper_parameters(part: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if key not in (_HPARAMS, _HPARAMS_NAME, _HPARAMS_TYPE)}
+    return {key: value for key, value in part.items() if key not in (HPARAMS, HPARAMS_NAME, HPARAMS_TYPE)}

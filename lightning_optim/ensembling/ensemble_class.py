@@ -7,9 +7,22 @@ import inspect
 import re
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_optim.runtime.lightning import LightningModule, rank_zero_warn
+from lightning_optim.runtime.lightning.modules import lightning_module_class
+
+
+class ClassMethodOnly(classmethod):
+    """Make a class method that raises an error when it is called on an object, which it would not change."""
+
+    def __get__(self, instance: Any, owner: type | None = None, /) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+            name = f"{type(instance).__name__}.{self.__func__.__name__}"
+            raise TypeError(f"`{name}` makes a new object: call it on the class, not on an object.")
+
+        return super().__get__(instance, owner) if instance is None else refuse
+
 
 STEPS = ("validation_step", "test_step", "predict_step")
 _classes: dict[tuple[type, type, tuple[str, ...]], type] = {}
@@ -45,9 +58,10 @@ def _class_body(
     base: Any, member_class: type[LightningModule], instance_steps: tuple[str, ...], forward: Callable[..., Any]
 ) -> dict[str, Any]:
     body: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
+    theirs = lightning_module_class(member_class)
     for name in STEPS:
         step = getattr(member_class, name)
-        if name == "predict_step" or name in instance_steps or step is not getattr(LightningModule, name):
+        if name == "predict_step" or name in instance_steps or step is not getattr(theirs, name):
             body[name] = _checked_step(name, step)
         if name in instance_steps:
             del body[name].__wrapped__  # Lightning would find its own step there, and take the step for not overridden

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_optim.ensembling.combined_call import CombinedCall
-from lightning_optim.runtime.lightning import LightningModule, to_uncompiled
+from lightning_optim.runtime.lightning import LightningModule
+from lightning_optim.runtime.lightning.modules import undo_compilation_
 from lightning_optim.runtime.lightning.torch_internals import set_state_metadata, state_metadata, uncompiled
 
 _NAMES = ("members", "member_outputs", "from_checkpoints")  # attributes that only an ensemble has
@@ -61,13 +62,13 @@ def checked_members(members: Any) -> list[LightningModule]:
     return given
 
 
-def undo_compilation_(member: LightningModule) -> None:
+def uncompile_(member: LightningModule) -> None:
     """Give a member back the methods that a fit of ``torch.compile(member)`` replaced.
 
     Lightning leaves methods on the instance that call the module that was fitted; a copy's would not call the copy.
     """
     try:
-        to_uncompiled(member)
+        undo_compilation_(member)
     except ValueError:  # it is not compiled
         return
     for name, method in list(vars(member).items()):

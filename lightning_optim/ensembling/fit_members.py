@@ -21,13 +21,11 @@ from lightning_optim.runtime.lightning import (
     LightningModule,
     ModelCheckpoint,
     Trainer,
-    TrainerStatus,
     rank_zero_info,
-    seed_everything,
 )
 from lightning_optim.runtime.lightning.strategies import writing_one_file
 from lightning_optim.runtime.lightning.torch_internals import tree_leaves
-from lightning_optim.runtime.random_state import isolated_random_state
+from lightning_optim.runtime.random_state import isolated_random_state, seed_everything
 
 
 def fit_members(
@@ -149,19 +147,19 @@ def _fit_member(
     finished: FinishedMembers,
 ) -> None:
     own_seed = member_seed(finished.seed, index)
-    seed_everything(own_seed, workers=True, verbose=False)
+    seed_everything(own_seed)
     member, trainer = make_member(index), make_trainer(index)
     if not isinstance(member, LightningModule):
         raise ValueError(f"`make_member` must return a LightningModule, got a {type(member).__name__}")
     if not isinstance(trainer, Trainer) or trainer.state.fn is not None:
         got = "one that was used already" if isinstance(trainer, Trainer) else f"a {type(trainer).__name__}"
-        raise ValueError(f"`make_trainer` must return a new `lightning.pytorch.Trainer` for each member, got {got}")
+        raise ValueError(f"`make_trainer` must return a new Trainer for each member, got {got}")
     label = LabelCheckpoints(finished.seed, index)
     _add_callbacks(trainer, label, finished.folder / f"member-{index}")
     label.resume_from = last_checkpoint(trainer, label)
     start = time.monotonic()
     trainer.fit(member, _data_of(data, index), ckpt_path=label.resume_from)
-    if trainer.state.status is not TrainerStatus.FINISHED:
+    if trainer.state.status != "finished":
         raise RuntimeError(f"The fit of member {index} was interrupted: call `fit_members` again to go on from there.")
     reshard_(member)
     path = finished.path(index)

@@ -10,7 +10,7 @@ from lightning_optim.resume.exactness_checks import resumes_exactly_from_here
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.runtime.files.safe_reading import check, first_line, load
 from lightning_optim.runtime.lightning import (
-    Callback,
+    CallbackBase,
     LightningModule,
     MisconfigurationException,
     ModelCheckpoint,
@@ -86,7 +86,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-class LabelCheckpoints(Callback):
+class LabelCheckpoints(CallbackBase):
     """Label a Trainer's checkpoints with the member they belong to, and with whether a resume from them is exact.
 
     Args:

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.gradients.accumulation_window import Window
 from lightning_optim.runtime.lightning import (
-    LightningModule,
     LightningOptimizer,
+    ModuleMixin,
     Trainer,
 )
 from lightning_optim.runtime.lightning.precision import scaler_of
@@ -22,7 +22,7 @@ from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.step import parameters_of
 
 
-class ManualOptimizationMixin(LightningModule):
+class ManualOptimizationMixin(ModuleMixin):
     """Accumulate, clip and average in manual optimization as in automatic optimization, with ``self.optimize``.
 
     ``self.optimize(loss, optimizer)`` does the backward pass, the accumulation window, the step and ``zero_grad``. It

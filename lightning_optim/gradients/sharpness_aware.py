@@ -16,9 +16,9 @@ from lightning_optim.base.layer_classes import RunningNormBase
 from lightning_optim.base.norms import tensor_norms
 from lightning_optim.runtime.lightning import (
     GradientAccumulationScheduler,
-    LightningModule,
     LightningOptimizer,
     MisconfigurationException,
+    ModuleMixin,
 )
 from lightning_optim.runtime.lightning.log_interception import intercept_log
 from lightning_optim.runtime.lightning.loops import keep_result
@@ -27,7 +27,7 @@ from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.step import gradients_of
 
 
-class SharpnessAwareMixin(LightningModule):
+class SharpnessAwareMixin(ModuleMixin):
     r"""Step with the gradient at the worst point nearby, which finds flat minima: SAM, or ASAM with ``adaptive``.
 
     SAM takes the gradient at :math:`w + \rho \, g / \lVert g \rVert`; ASAM takes it at

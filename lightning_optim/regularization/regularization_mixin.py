@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_optim.runtime.lightning import LightningModule
+from lightning_optim.runtime.lightning import ModuleMixin
 from lightning_optim.runtime.lightning.modules import is_attached
 
 
-class RegularizationMixin(LightningModule):
+class RegularizationMixin(ModuleMixin):
     r"""Add a term to the loss that depends on the batch or the outputs: :math:`L = L_{task} + R(batch, outputs)`.
 
     A callback does not see these before the backward pass. A module overrides :meth:`regularization` and adds

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.copied_state import copied_state
 from lightning_optim.runtime.interrupts import uninterrupted
-from lightning_optim.runtime.lightning import Callback, Trainer, TrainerStatus, strategies
+from lightning_optim.runtime.lightning import Callback, Trainer, strategies
 from lightning_optim.runtime.lightning.loops import window_is_open
 from lightning_optim.runtime.lightning.modules import running_hook, set_running_hook
 from lightning_optim.runtime.lightning.precision import scaler_of
@@ -88,6 +88,7 @@ def capture(
 
     Example::
 
+        >>> from lightning.pytorch import Callback, Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class GoBackOnce(Callback):
         ...     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -200,7 +201,7 @@ def _check_moment(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     steps = loop.automatic_optimization.optim_progress.optimizer.step, loop.manual_optimization.optim_step_progress
     session = Session.find(trainer)
-    is_over = trainer.state.status is not TrainerStatus.RUNNING or (session and session.state is SessionState.ENDED)
+    is_over = trainer.state.status != "running" or (session and session.state is SessionState.ENDED)
     if not trainer.training or is_over or any(step.total.ready != step.total.completed for step in steps):
         raise RuntimeError(
             "The state of a run is captured and restored between two steps of a fit: call it in `on_train_batch_start`,"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lightning_optim.runtime.lightning import Callback
+from lightning_optim.runtime.lightning import CallbackBase
 
 _PACKAGE = __name__.partition(".")[0]
-_OF_LIGHTNING = {name for name, value in vars(Callback).items() if inspect.isfunction(value) and name[0] != "_"}
 # The hooks of a step are left out: a subclass that overrides one changes the step itself, and decides by `super()`.
-_HOOKS = _OF_LIGHTNING - {"on_before_optimizer_step"} | {"reset", "extra_state", "load_extra_state", "rank_state"}
+_HOOKS_OF_A_STEP = {"on_before_optimizer_step", "on_after_optimizer_step"}
+_OTHER_HOOKS = {"setup", "teardown", "state_dict", "load_state_dict"}
+_OTHER_HOOKS |= {"reset", "extra_state", "load_extra_state", "rank_state"}
 
 
-class OverridableHooks(Callback):
+class OverridableHooks(CallbackBase):
     """Run the hooks of a callback in two parts: the package's own, then that of a user's class, mixin or object.
 
     So a user's subclass that forgets ``super()`` keeps the callback's own work, one that calls it does not do that work
@@ -33,7 +33,7 @@ class OverridableHooks(Callback):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if _is_of_package(cls):
-            for name in _HOOKS & vars(cls).keys():
+            for name in filter(_is_hook, list(vars(cls))):
                 setattr(cls, name, _once(name, vars(cls)[name]))
 
     @property
@@ -50,7 +50,7 @@ class OverridableHooks(Callback):
     @log.setter
     def log(self, log: Callable[..., None]) -> None:
         self.__dict__["log"] = log
-        for name in _HOOKS:
+        for name in _hooks_of_package(type(self)):
             package_part, override = _parts(type(self), name)
             on_object = self.__dict__.get(name)
             if package_part is not None and not isinstance(on_object, TwoPartHook) and (on_object or override):
@@ -120,6 +120,15 @@ def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         return self._package_results[name] if name in self._package_results else hook(self, *args, **kwargs)
 
     return once
+
+
+def _is_hook(name: str) -> bool:
+    return name in _OTHER_HOOKS or (name.startswith("on_") and name not in _HOOKS_OF_A_STEP)
+
+
+def _hooks_of_package(kind: type) -> set[str]:
+    """Return the names of the hooks that classes of this package define, among a class and its bases."""
+    return {name for cls in kind.__mro__ if _is_of_package(cls) for name in vars(cls) if _is_hook(name)}
 
 
 def _parts(kind: type, name: str) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,20 @@ def set_random_state_(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, device_state in zip(range(torch.cuda.device_count()), state.get("cuda", []), strict=False):
             torch.cuda.set_rng_state(device_state.cpu(), device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators and loaders' workers, as Lightning's ``seed_everything(seed, workers=True)`` does.
+
+    It can be called before the user has imported one of Lightning's packages.
+    """
+    os.environ.update(PL_GLOBAL_SEED=str(seed), PL_SEED_WORKERS="1")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    with contextlib.suppress(ModuleNotFoundError):
+        import numpy
+
+        numpy.random.seed(seed)
 
 
 @contextlib.contextmanager

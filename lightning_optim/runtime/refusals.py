@@ -40,11 +40,6 @@ def hides_weights(strategy: Strategy) -> str | None:
 def refuse_setup(callback: SessionCallback, trainer: Trainer) -> None:
     """Raise in ``setup``, before anything is installed, if the Trainer or another callback cannot go with this one."""
     name = type(callback).__name__
-    if not isinstance(trainer, Trainer):
-        raise MisconfigurationException(
-            f"{name} got a Trainer of `{type(trainer).__module__.split('.')[0]}`, which is another class than that of"
-            " `lightning`: write `from lightning.pytorch import Trainer`, and not `from pytorch_lightning`."
-        )
     if callback.touches and (sentence := hides_weights(trainer.strategy)):
         raise MisconfigurationException(f"{name} acts on {' and '.join(sorted(callback.touches))}: {sentence}.")
     if callback.slot is Slot.CLIP:

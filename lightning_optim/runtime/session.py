@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.final_weights import write_final_weights_
-from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer, TrainerStatus
+from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.lightning.precision import unscale_before_hooks
 from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot
@@ -73,6 +73,7 @@ class Session:
 
     Example::
 
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> model, session = BoringModel(), Session(Trainer(barebones=True))
         >>> session.patch(model, "note", "there for the length of the fit")
@@ -145,7 +146,7 @@ class Session:
     @property
     def running(self) -> bool:
         """True while the fit goes on: it has not failed, and its Trainer is running."""
-        return not self.failed and self.trainer.state.status is TrainerStatus.RUNNING
+        return not self.failed and self.trainer.state.status == "running"
 
     @property
     def collectives_allowed(self) -> bool:

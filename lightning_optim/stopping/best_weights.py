@@ -18,11 +18,12 @@ from lightning_optim.base import module_tensors, shards
 from lightning_optim.runtime.cpu_copies import copy_to_cpu, from_checkpoint, matching_names, swap_, with_local_shards
 from lightning_optim.runtime.evaluated_weights import evaluated_state
 from lightning_optim.runtime.files.checkpoint_io import using_checkpoint_io
+from lightning_optim.runtime.files.filesystems import filesystem_of
 from lightning_optim.runtime.files.own_files import OwnFiles, resolved
 from lightning_optim.runtime.files.saved_weights import SavedWeights
 from lightning_optim.runtime.files.unused_path import unused_path
 from lightning_optim.runtime.interrupts import uninterrupted
-from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, get_filesystem, rank_zero_warn
+from lightning_optim.runtime.lightning import AsyncCheckpointIO, Strategy, Trainer, rank_zero_warn
 from lightning_optim.runtime.raw_weights import RawWeights
 
 
@@ -213,7 +214,7 @@ class BestInDirectory(BestWeights):
 
     def store(self, trainer: Trainer, left_out: Iterable[str] = ()) -> None:
         if not self._may_replace(self.path):
-            get_filesystem(self.directory).makedirs(self.directory, exist_ok=True)
+            filesystem_of(self.directory).makedirs(self.directory, exist_ok=True)
             self.path = unused_path(self.directory, self.stem)
         self.path = trainer.strategy.broadcast(self.path)
         new = f"{self.path}.new"
@@ -240,7 +241,7 @@ class BestInDirectory(BestWeights):
         _warn_of_mismatches(module, live, saved.shapes, fits)
 
     def _open(self, live: dict[str, Tensor]) -> tuple[SavedWeights, list[str]]:
-        path = self.path if get_filesystem(self.path).exists(self.path) else f"{self.path}.new"
+        path = self.path if filesystem_of(self.path).exists(self.path) else f"{self.path}.new"
         prune = partial(with_pruning_applied, live=live)
         saved = SavedWeights.open(path, path not in self._own_files, prune)
         return saved, [name for name, shape in saved.shapes.items() if name in live and live[name].shape == shape]
@@ -312,7 +313,7 @@ def _synchronous_writing(strategy: Strategy) -> contextlib.AbstractContextManage
 
 
 def _rename(new: str, path: str) -> None:
-    filesystem = get_filesystem(path)
+    filesystem = filesystem_of(path)
     if filesystem.isdir(path):
         # A folder cannot be replaced in one operation; a kill in between leaves the new one, complete.
         filesystem.rm(path, recursive=True)

@@ -17,14 +17,14 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.lightning import EarlyStopping as LightningEarlyStopping
 from lightning_optim.runtime.lightning import (
-    EarlyStoppingReason,
+    EarlyStoppingBase,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    TrainerFn,
     rank_prefixed_message,
     rank_zero_warn,
 )
+from lightning_optim.runtime.lightning.packages import overrides, package_of
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
 from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_lost, check_weights_are_here
@@ -33,7 +33,7 @@ from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory,
 from lightning_optim.stopping.criteria import Criterion, Plateau
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
-from lightning_optim.stopping.stopping_reason import reason_to_stop
+from lightning_optim.stopping.stopping_reason import EarlyStoppingReason, as_lightnings, reason_to_stop
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _NOT_CALLED = ("_evaluate_stopping_criteria", "_validate_condition_metric")  # methods of Lightning's class
 
 
-class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStopping):
+class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
     r"""Stop training when a metric stops improving, and restore the best weights.
 
     ``EarlyStopping("val_loss", patience=5)`` stops after five validations in a row without an improvement. A value
@@ -129,6 +129,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     slot = Slot.STOP
     final_rank = 1
+    _package: str | None = None  # of the Trainer that ran last
 
     def __init__(
         self,
@@ -175,14 +176,19 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self._check_on_train_epoch_end = value
 
     @property
+    def stopping_reason(self) -> Any:
+        """Reason to stop: a member of the ``EarlyStoppingReason`` of the package whose Trainer ran last."""
+        return as_lightnings(self._reason, self._package)
+
+    @property
     def touches(self) -> frozenset[str]:  # type: ignore[override]
         """``"weights"`` if the module's own are copied at the best validation and written at the end."""
         return frozenset({"weights"} if self.restore_best and self.dirpath is None else ())
 
     @property
     def identity(self) -> dict[str, Any]:
-        if isinstance(self.monitor, Criterion):
-            return {"monitor": self.monitor.identity}
+        if isinstance(self._monitor, Criterion):
+            return {"monitor": self._monitor.identity}
         return {"monitor": self.monitor, "mode": self.mode}  # as in Lightning, so that its checkpoints resume here
 
     @property
@@ -194,7 +200,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         if self._best_by is not None:
             self._best_by.reset()
         self.stopped_epoch = 0
-        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        self._reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
         self._requested_stop = False
         self._stop_is_external = False  # requested by something else than an early stopping callback
@@ -213,7 +219,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         OptimCallback.setup(self, trainer, pl_module, stage)
-        overridden = [name for name in _NOT_CALLED if _is_overridden(type(self), name)]
+        self._package = package_of(trainer)
+        overridden = [name for name in _NOT_CALLED if overrides(type(self), name, LightningEarlyStopping)]
         if overridden:
             raise MisconfigurationException(
                 f"{type(self).__name__} overrides {overridden} of Lightning's EarlyStopping, which this EarlyStopping"
@@ -252,7 +259,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
 
     def _should_skip_check(self, trainer: Trainer) -> bool:
         """Return True outside of training. Subclasses of Lightning's class override this method."""
-        return trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking
+        return trainer.state.fn != "fit" or trainer.sanity_checking
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
         """Read the metrics, decide whether to stop, and store the best weights.
@@ -299,13 +306,13 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         requested = self._requested_stop and trainer.should_stop
         if stop:
             self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason, self.stopping_reason_message = reason_to_stop(self.criterion, trainer.world_size)
+            self._reason, self.stopping_reason_message = reason_to_stop(self.criterion, trainer.world_size)
             external = trainer.should_stop and not requested and not any(map(_requested_stop, others))
             self._stop_is_external = self._stop_is_external or external
             trainer.should_stop = True
         elif requested and improved:
             # The stop was requested before `min_epochs` or `min_steps`, and the metric has improved since.
-            self.stopped_epoch, self.stopping_reason = 0, EarlyStoppingReason.NOT_STOPPED
+            self.stopped_epoch, self._reason = 0, EarlyStoppingReason.NOT_STOPPED
             self.stopping_reason_message = None
             external = any(getattr(callback, "_stop_is_external", False) for callback in [self, *others])
             trainer.should_stop = external or any(map(_requested_stop, others))
@@ -325,7 +332,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         rank = trainer.global_rank if trainer.world_size > 1 else None
         if rank in (None, 0) or not log_rank_zero_only:
             # Lightning's logger is used, since users have configured it.
-            logging.getLogger(LightningEarlyStopping.__module__).info(rank_prefixed_message(message, rank))
+            logger = logging.getLogger(f"{package_of(trainer)}.callbacks.early_stopping")
+            logger.info(rank_prefixed_message(message, rank))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         OptimCallback.on_train_end(self, trainer, pl_module)
@@ -463,8 +471,16 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
             "history": [dict(values) for values in self.history],
             "best_check": self.best_check,
         }
-        # Lightning's keys too: the state key is that of its class, which fails to load a state without them.
-        return {**LightningEarlyStopping.state_dict(self), **ours, **self._best_weights.extra_state()}
+        # The state key is that of Lightning's class, which fails to load a state without these.
+        lightnings = {
+            "wait_count": self.wait_count,
+            "stopped_epoch": self.stopped_epoch,
+            "best_score": self.best_score,
+            "patience": self.patience,
+            "stopping_reason": self._reason.value,
+            "stopping_reason_message": self.stopping_reason_message,
+        }
+        return {**lightnings, **ours, **self._best_weights.extra_state()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         OptimCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
@@ -486,7 +502,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, LightningEarlyStoppi
         self._requested_stop = extra.get("asked_to_stop", False)
         self.history, self.best_check = list(extra.get("history", [])), extra.get("best_check", -1)
         self.stopped_epoch = extra["stopped_epoch"]
-        self.stopping_reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
+        self._reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
         self.stopping_reason_message = extra.get("stopping_reason_message")
         path = extra.get("best_path", "")
         self._best_weights = self._new_best_weights(os.path.dirname(path) if path else None)
@@ -499,7 +515,3 @@ def _requested_stop(callback: LightningEarlyStopping) -> bool:
     if isinstance(callback, EarlyStopping):
         return callback._requested_stop
     return callback.stopping_reason_message is not None
-
-
-def _is_overridden(kind: type, name: str) -> bool:
-    return getattr(kind, name, None) is not getattr(LightningEarlyStopping, name, None)

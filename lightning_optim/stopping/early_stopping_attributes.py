@@ -35,9 +35,12 @@ class EarlyStoppingAttributes:
     # ---- the metric and its direction -------------------------------------------------------------------------------
 
     @property
-    def monitor(self) -> str | Criterion:
-        """Name of the metric, or the criterion that was passed."""
-        return self._monitor
+    def monitor(self) -> str:
+        """Name of the metric; of a criterion, the first that it reads, since other packages read this attribute.
+
+        A criterion can be assigned too, and is then :attr:`criterion`.
+        """
+        return self._monitor if isinstance(self._monitor, str) else self.criterion.monitors[0]
 
     @monitor.setter
     def monitor(self, value: str | Criterion) -> None:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 from lightning_optim.runtime.callback_state import from_each_rank
-from lightning_optim.runtime.lightning import EarlyStoppingReason
+from lightning_optim.runtime.lightning.packages import found, package_of
 from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
+
+
+class EarlyStoppingReason(Enum):
+    """Reason why training stopped, with the names and values of Lightning's enum, which is another in each package."""
+
+    NOT_STOPPED = 0
+    STOPPING_THRESHOLD = 1
+    DIVERGENCE_THRESHOLD = 2
+    PATIENCE_EXHAUSTED = 3
+    NON_FINITE_METRIC = 4
+
 
 _REASONS = {
     NonFinite: EarlyStoppingReason.NON_FINITE_METRIC,
@@ -33,3 +46,15 @@ def reason_to_stop(criterion: Criterion, world_size: int) -> tuple[EarlyStopping
         return EarlyStoppingReason(mine[0]), mine[1]
     number, reason = next((one for one in reasons if one[1]), mine)
     return EarlyStoppingReason(number), f"Another rank decided to stop. {reason}".strip()
+
+
+def as_lightnings(reason: EarlyStoppingReason, package: str | None) -> Enum:
+    """Return the member of Lightning's enum for a reason; the reason itself if the version has no such enum.
+
+    Args:
+        reason: The reason.
+        package: Name of the package whose enum is used. ``None``: the first that is imported.
+    """
+    kinds = found("EarlyStoppingReason", "callbacks.early_stopping")
+    kind = next((kind for kind in kinds if package in (None, package_of(kind))), EarlyStoppingReason)
+    return kind[reason.name]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
-import pytorch_lightning
 import torch
-from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.distributed.fsdp import fully_shard
 
 from lightning_optim import (
@@ -29,7 +26,7 @@ from lightning_optim.runtime.refusals import refuse_setup
 from tests.harness import models, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
-from tests.integration.entry_fits import CELL, Fitted, build, differences, each_entry, each_slot, prepare
+from tests.integration.entry_fits import CELL, Fitted, build, differences, each_entry, prepare
 from tests.integration.forked_processes import results
 from tests.integration.installed import settings
 from tests.lightning import (
@@ -46,7 +43,6 @@ from tests.lightning import WeightAveraging as LightningWeightAveraging
 from tests.registry import BY_NAME, Entry
 
 # Once it is imported, Lightning's messages are its own.
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 STEPS = Cell("automatic", "32-true", "single", "1")
 
@@ -75,19 +71,6 @@ def test_lbfgs(entry: Entry) -> None:
     else:
         fitted.trainer.fit(fitted.module)
         assert all(callback.steps == [fitted.trainer.global_step] for callback in fitted.ours)
-
-
-@each_slot
-def test_trainer_of_pytorch_lightning(entry: Entry) -> None:
-    callbacks = entry.all_callbacks(CELL)
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pytorch_lightning.Trainer(callbacks=callbacks, max_epochs=1, accelerator="cpu", **quiet)
-    module = BoringModel()
-    before = {name: weight.clone() for name, weight in module.state_dict().items()}
-    sentence = "got a Trainer of `pytorch_lightning`.* write `from lightning.pytorch import Trainer`"
-    with pytest.raises(Exception, match=sentence):
-        trainer.fit(module)
-    assert not differences(dict(module.state_dict()), before)
 
 
 @each_entry

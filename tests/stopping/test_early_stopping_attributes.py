@@ -95,12 +95,13 @@ def test_another_metric() -> None:
         stop.monitor = "other"
         assert fit(Scripted(scores), stop, max_epochs=7).current_epoch == 7
         assert stop.state_key == EarlyStopping("other").state_key
-    stop.monitor = Plateau("one", patience=1)
-    assert stop.criterion is stop.monitor
+    stop.monitor = plateau = Plateau("one", patience=1)
+    assert stop.criterion is plateau
+    assert stop.monitor == "one"
     assert fit(Scripted(scores), stop, max_epochs=7).current_epoch == 2
     with pytest.raises(ValueError, match="best_by"):
         stop.monitor = AllOf([Plateau("one"), Plateau("other")])
-    assert stop.monitor is stop.criterion
+    assert stop.criterion is plateau
 
 
 def test_best_by_can_be_set_later() -> None:

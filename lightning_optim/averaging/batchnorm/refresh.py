@@ -20,9 +20,9 @@ from lightning_optim.runtime.lightning import (
     MisconfigurationException,
     ModelParallelStrategy,
     Trainer,
-    is_param_in_hook_signature,
 )
 from lightning_optim.runtime.lightning.data_loading import to_device, training_step_arguments
+from lightning_optim.runtime.lightning.modules import takes_argument
 
 
 class BatchNormRefresh(OptimCallback):
@@ -113,7 +113,7 @@ class BatchNormRefresh(OptimCallback):
         own = getattr(self.forward_batch, "__func__", None) is not BatchNormRefresh.forward_batch
         if not own and not pl_module.automatic_optimization:
             raise self._not_possible(pl_module, "under manual optimization that would take optimizer steps")
-        if not own and is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        if not own and takes_argument(pl_module, "training_step", "dataloader_iter", explicit=True):
             raise self._not_possible(pl_module, "its `dataloader_iter` would take batches from training")
         failed: Exception | None = None
         try:

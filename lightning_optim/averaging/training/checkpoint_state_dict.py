@@ -21,6 +21,7 @@ from lightning_optim.averaging.training.evaluation import AveragedEvaluation
 from lightning_optim.base import shards
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.runtime.lightning import Callback, LightningModule, Trainer
+from lightning_optim.runtime.lightning.packages import overrides
 from lightning_optim.runtime.lightning.pruning import is_permanent_in_checkpoints
 from lightning_optim.runtime.lightning.strategies import writes_folders
 from lightning_optim.runtime.lightning.torch_internals import tree_map_only
@@ -117,7 +118,7 @@ def _states_of_now(trainer: Trainer, exchanged: list[Tensor]) -> Iterator[None]:
 
     with contextlib.ExitStack() as patches:
         for callback in trainer.callbacks:
-            has_state = "state_dict" in vars(callback) or type(callback).state_dict is not Callback.state_dict
+            has_state = "state_dict" in vars(callback) or overrides(type(callback), "state_dict", Callback)
             if has_state and not isinstance(callback, AveragedEvaluation):
                 state = tree_map_only(Tensor, copied, callback.state_dict())
                 patches.enter_context(patched(callback, "state_dict", lambda state=state: state))

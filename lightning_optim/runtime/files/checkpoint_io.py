@@ -32,7 +32,7 @@ def finish_writing(strategy: Strategy) -> None:
             strategy.checkpoint_io.teardown()  # ends its thread; the next checkpoint starts another
 
 
-class AtomicCheckpointIO(CheckpointIO):
+class AtomicCheckpointIO:
     """Write a checkpoint with ``torch.save``, completely or not at all, before ``save_checkpoint`` returns."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.runtime.lightning import get_filesystem
+from lightning_optim.runtime.files.filesystems import filesystem_of
 
 _ZIP = b"PK\x03\x04"
 _OLD = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the first number in a file from before torch 1.6
@@ -87,7 +87,7 @@ def largest(path: str | os.PathLike[str]) -> int:
     if os.path.isdir(path):
         size = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
     else:
-        size = os.path.getsize(path) if os.path.exists(path) else get_filesystem(path).size(path)
+        size = os.path.getsize(path) if os.path.exists(path) else filesystem_of(path).size(path)
     return max(_EXPANSION * size, _SMALL)
 
 
@@ -112,7 +112,7 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
         raise OSError(errno.EINVAL, "this is no regular file, and a checkpoint is read more than once", path)
     else:
         try:
-            remote = get_filesystem(path).open(path, "rb")
+            remote = filesystem_of(path).open(path, "rb")
         except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
             kind = ImportError if isinstance(error, ImportError) else ValueError
             raise kind(f"{path}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lightning_optim.runtime.lightning import get_filesystem
+from lightning_optim.runtime.files.filesystems import filesystem_of
 
 
 def unused_path(directory: str | os.PathLike[str], stem: str) -> str:
@@ -22,7 +22,7 @@ def unused_path(directory: str | os.PathLike[str], stem: str) -> str:
         'best-v2.ckpt'
     """
     path, version = os.path.join(directory, f"{stem}.ckpt"), 0
-    filesystem = get_filesystem(path)
+    filesystem = filesystem_of(path)
     while any(filesystem.exists(name) for name in (path, f"{path}.new")):
         version += 1
         path = os.path.join(directory, f"{stem}-v{version}.ckpt")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-
+from lightning_optim.runtime.lightning import CombinedLoader, LightningModule, Trainer
+from lightning_optim.runtime.lightning.modules import takes_argument
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
 
 
@@ -116,7 +114,7 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 def training_step_arguments(pl_module: LightningModule, batch: Any, batch_idx: int) -> list[Any]:
     """Return the arguments with which Lightning calls ``training_step``: its second one is optional."""
-    with_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    with_index = takes_argument(pl_module, "training_step", "batch_idx", min_args=2)
     return [batch, batch_idx] if with_index else [batch]
 
 

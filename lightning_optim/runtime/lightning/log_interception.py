@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.data import extract_batch_size
-
+from lightning_optim.runtime.lightning import LightningModule
+from lightning_optim.runtime.lightning.batches import batch_size_of
 from lightning_optim.runtime.lightning.logger_connector import results_of_loop
 from lightning_optim.runtime.lightning.modules import running_hook
+from lightning_optim.runtime.lightning.packages import of_same_package
 from lightning_optim.runtime.patching import patched
-
-_OPTIONS = list(inspect.signature(LightningModule.log).parameters)[3:]  # after the module, the name and the value
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class LoggedValue:
         if given is not None or results is None or results.batch is None:
             return 1 if given is None else int(given)
         if results.batch_size is None:
-            results.batch_size = extract_batch_size(results.batch)  # once a batch, as Lightning does
+            results.batch_size = batch_size_of(results.batch)  # once a batch, as Lightning does
         return results.batch_size
 
     @property
@@ -107,10 +105,19 @@ def _drop(*args: Any, **options: Any) -> None:
 
 def _handing(module: LightningModule, handler: Callable[[LoggedValue], Any]) -> Callable[..., None]:
     log = module.log
+    options_in_order = _options_of(of_same_package(module, "LightningModule"))
 
     @functools.wraps(log)
     def hand(name: str, value: Any, *args: Any, **options: Any) -> None:
         forward = functools.partial(log, name, value, *args, **options)
-        handler(LoggedValue(name, value, {**dict(zip(_OPTIONS, args, strict=False)), **options}, module, forward))
+        handler(
+            LoggedValue(name, value, {**dict(zip(options_in_order, args, strict=False)), **options}, module, forward)
+        )
 
     return hand
+
+
+@functools.cache
+def _options_of(module_class: type[LightningModule]) -> list[str]:
+    """Return the names of ``log``'s arguments after the module, the name and the value, in their order."""
+    return list(inspect.signature(module_class.log).parameters)[3:]

@@ -6,9 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-
-from lightning_optim.runtime.lightning import modules
+from lightning_optim.runtime.lightning import Trainer, modules
 from lightning_optim.runtime.lightning.loops import logging_at_last_step
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
 from lightning_optim.runtime.patching import patched

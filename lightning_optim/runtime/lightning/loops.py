@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loops.optimization.closure import AbstractClosure
-
+from lightning_optim.runtime.lightning import Trainer
+from lightning_optim.runtime.lightning.packages import stand_in
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
+
+_AbstractClosure = stand_in("AbstractClosure", "loops.optimization.closure")
 
 
 def is_last_batch(trainer: Trainer) -> bool:
@@ -63,7 +64,7 @@ def keep_result(closure: Callable[[], Any]) -> Iterator[None]:
 
     A function that a user has put around Lightning's closure has no result, and nothing is kept.
     """
-    result = read_private(closure, "_result") if isinstance(closure, AbstractClosure) else None
+    result = read_private(closure, "_result") if isinstance(closure, _AbstractClosure) else None
     yield
     if result is not None:
         write_private(closure, "_result", result)

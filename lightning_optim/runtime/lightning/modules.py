@@ -1,24 +1,15 @@
-"""Read and set private state of a LightningModule: its Trainer, device mesh, running hook and hyper-parameters."""
+"""Ask a LightningModule what it overrides, and read and set its Trainer, running hook and hyper-parameters."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod as restricted_classmethod
-
+from lightning_optim.runtime.lightning import LightningModule
+from lightning_optim.runtime.lightning.packages import of_same_package
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
 
-__all__ = [
-    "detach_trainer",
-    "hparams_name",
-    "is_attached",
-    "restricted_classmethod",
-    "running_hook",
-    "set_running_hook",
-    "share_device_mesh",
-]
-
+HPARAMS, HPARAMS_NAME, HPARAMS_TYPE = "hyper_parameters", "hparams_name", "hparams_type"
+"""Keys of a checkpoint under which Lightning writes hyper-parameters, the name of their argument and their class."""
 
 _NO_NAME = object()
 
@@ -54,4 +45,31 @@ def hparams_name(pl_module: LightningModule) -> dict[str, Any]:
     It is empty for a module that has hyper-parameters without having called ``save_hyperparameters``.
     """
     name = vars(pl_module).get("_hparams_name", _NO_NAME)
-    return {} if name is _NO_NAME else {LightningModule.CHECKPOINT_HYPER_PARAMS_NAME: name}
+    return {} if name is _NO_NAME else {HPARAMS_NAME: name}
+
+
+def lightning_module_class(module: LightningModule | type[LightningModule]) -> type[LightningModule]:
+    """Return the ``LightningModule`` of the package that a module, or its class, comes from."""
+    return of_same_package(module, "LightningModule")
+
+
+def is_overridden(name: str, module: LightningModule) -> bool:
+    """Return True if a module overrides a hook of LightningModule."""
+    return of_same_package(module, "is_overridden", "utilities.model_helpers")(
+        name, module, parent=lightning_module_class(module)
+    )
+
+
+def takes_argument(module: LightningModule, hook: str, name: str, **options: Any) -> bool:
+    """Return True if a hook takes an argument of this name, by which Lightning decides what to pass."""
+    asks = of_same_package(module, "is_param_in_hook_signature", "utilities.signature_utils")
+    return asks(getattr(module, hook), name, **options)
+
+
+def undo_compilation_(module: LightningModule) -> None:
+    """Undo what ``torch.compile(module)`` changed in a module.
+
+    Raises:
+        ValueError: If it is not compiled.
+    """
+    of_same_package(module, "to_uncompiled", "utilities.compile")(module)

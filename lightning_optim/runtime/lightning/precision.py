@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_optim.runtime.lightning import Trainer
 from lightning_optim.runtime.lightning.private_names import entry_of, read_private
 
 

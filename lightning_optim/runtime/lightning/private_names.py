@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import lightning
 import torch
 import torchmetrics
+
+from lightning_optim.runtime.lightning.packages import imported_versions
 
 
 class PrivateName(NamedTuple):
@@ -25,7 +26,7 @@ class PrivateName(NamedTuple):
         """Return a sentence that says what is broken if the name is gone, and where to mend it."""
         module, function = self.used_in.split(".")
         return (
-            f"`{self.name}` is gone, or means something else, in lightning {lightning.__version__}, torch"
+            f"`{self.name}` is gone, or means something else, in {imported_versions()}, torch"
             f" {torch.__version__} and torchmetrics {torchmetrics.__version__}: `{function}` in"
             f" lightning_optim/runtime/lightning/{module}.py needs it to {self.purpose}. Install an earlier version of"
             " the package that has changed, or mend the function"
@@ -72,7 +73,6 @@ PRIVATE_NAMES = (
     PrivateName("_trainer", "modules.is_attached", "know whether a module is in a Trainer"),
     PrivateName("_device_mesh", "modules.share_device_mesh", "shard the members of an ensemble"),
     PrivateName("_hparams_name", "modules.hparams_name", "save the hyper-parameters of an ensemble's members"),
-    PrivateName("_restricted_classmethod", "modules.restricted_classmethod", "refuse the call on an instance"),
     # ---- Lightning: strategies, precision and callbacks ----
     PrivateName("_ddp_kwargs", "strategies.broadcasts_buffers", "know whether each rank has buffers of its own"),
     PrivateName(

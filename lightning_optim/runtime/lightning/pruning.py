@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.callbacks import Callback, ModelPruning
 from torch.nn.utils.prune import BasePruningMethod
 
+from lightning_optim.runtime.lightning import Callback, ModelPruning
 from lightning_optim.runtime.lightning.private_names import read_private
 
 

@@ -6,13 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_optim.runtime.lightning import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy, Trainer
+from lightning_optim.runtime.lightning.packages import found
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
 from lightning_optim.runtime.lightning.torch_internals import uncompiled
 
@@ -42,7 +41,7 @@ def writing_one_file(strategy: Strategy) -> Iterator[None]:
 
 def launches_processes(trainer: Trainer) -> bool:
     """Return True if the fit runs in new processes that only send results back (``ddp_spawn``, ``ddp_fork``)."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return isinstance(trainer.strategy.launcher, found("_MultiProcessingLauncher", "strategies.launchers"))
 
 
 def forks(trainer: Trainer) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from lightning_optim.runtime.lightning import metrics, modules
-from tests.lightning import LightningModule, Trainer
+from tests.lightning import Trainer
 from tests.runtime.lightning.canaries import At, Model, canary, fit, numbers
 
 
@@ -65,19 +65,6 @@ def test_name_of_hyper_parameters() -> None:
     assert modules.hparams_name(model) == {"hparams_name": "settings"}
     assert saved.seen[0]["hparams_name"] == "settings"
     assert modules.hparams_name(Model()) == {}
-
-
-@canary("_restricted_classmethod")
-def test_restricted_class_methods() -> None:
-    class Loading(LightningModule):
-        @modules.restricted_classmethod
-        def made(cls) -> str:
-            return cls.__name__
-
-    assert Loading.made() == "Loading"
-    with pytest.raises(TypeError, match="cannot be called on an instance"):
-        Loading().made()
-    assert isinstance(vars(LightningModule)["load_from_checkpoint"], modules.restricted_classmethod)
 
 
 @canary("_update_count", "_computed")
