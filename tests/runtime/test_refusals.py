@@ -42,8 +42,6 @@ from tests.lightning import StochasticWeightAveraging as LightningSWA
 from tests.lightning import WeightAveraging as LightningWeightAveraging
 from tests.registry import BY_NAME, Entry
 
-# Once it is imported, Lightning's messages are its own.
-
 STEPS = Cell("automatic", "32-true", "single", "1")
 
 

@@ -1,0 +1,306 @@
+"""Both of Lightning's packages in one process: each script runs in a process of its own, which imports what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import lightning_optim
+from lightning_optim import Ensemble, ManualOptimizationMixin, RegularizationMixin, SharpnessAwareMixin
+from lightning_optim.runtime import random_state
+from lightning_optim.runtime.lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_optim.runtime.lightning.modules import HPARAMS, HPARAMS_NAME, HPARAMS_TYPE
+from lightning_optim.runtime.lightning.packages import package_of
+from tests import lightning
+from tests.lightning import PACKAGE, BoringModel, seed_everything
+
+ROOT = Path(lightning_optim.__file__).parents[1]
+needs_both = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("lightning", "pytorch_lightning")),
+    reason="only one of the packages is installed",
+)
+
+
+def run(script: str, *arguments: str) -> str:
+    """Run a script and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_package_imports_neither() -> None:
+    run(
+        """
+        import importlib, pkgutil, sys
+        import lightning_optim
+
+        for module in pkgutil.walk_packages(lightning_optim.__path__, "lightning_optim."):
+            importlib.import_module(module.name)
+        found = {name.partition(".")[0] for name in sys.modules}
+        assert not found & {"lightning", "pytorch_lightning", "lightning_fabric"}, found
+        """
+    )
+
+
+ORDERS = [
+    ("lightning_optim", "lightning.pytorch", "pytorch_lightning"),
+    ("pytorch_lightning", "lightning_optim", "lightning.pytorch"),
+    ("lightning.pytorch", "pytorch_lightning", "lightning_optim"),
+]
+
+
+YAML = """
+seed_everything: false
+trainer:
+  logger: false
+  callbacks:
+  - class_path: lightning_optim.EarlyStopping
+    init_args: {monitor: val_loss, patience: 7}
+  - class_path: lightning_optim.WeightAveraging
+    init_args: {average: {class_path: lightning_optim.EMA, init_args: {decay: 0.9}}}
+"""
+
+
+@needs_both
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_one_class_belongs_to_both_packages_in_any_order_of_imports(order: tuple[str, ...], tmp_path: Path) -> None:
+    """Objects that were made before a package is imported are instances of its classes too."""
+    (tmp_path / "config.yaml").write_text(YAML)
+    run(
+        """
+        import copy, importlib, pickle, sys
+
+        made = []
+        for name in sys.argv[2:]:
+            importlib.import_module(name)
+            if ours := sys.modules.get("lightning_optim"):
+                made += [ours.EarlyStopping("loss", patience=7), ours.GradientClipping(1.0)]
+        import lightning.pytorch as first, pytorch_lightning as second
+
+        for package in (first, second):
+            # The command line comes first: its parser knows only the classes.
+            boring = importlib.import_module(package.__name__ + ".demos.boring_classes")
+            CLI = importlib.import_module(package.__name__ + ".cli").LightningCLI
+            cli = CLI(boring.BoringModel, run=False, args=["--config", sys.argv[1]])
+            assert cli.trainer.early_stopping_callback.patience == 7
+
+            quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+            for callback in made:
+                assert isinstance(callback, package.Callback)
+                twin = pickle.loads(pickle.dumps(copy.deepcopy(callback)))
+                assert type(twin) is type(callback) and twin.state_key == callback.state_key
+            for stop in made[::2]:
+                assert isinstance(stop, package.callbacks.EarlyStopping)
+                assert package.Trainer(callbacks=[stop], **quiet).early_stopping_callback is stop
+            theirs = package.utilities.exceptions.MisconfigurationException
+            from lightning_optim.runtime.lightning import MisconfigurationException
+            try:
+                raise MisconfigurationException("a sentence")
+            except theirs as error:
+                assert str(error) == "a sentence"
+        """,
+        str(tmp_path / "config.yaml"),
+        *order,
+    )
+
+
+FITS = """
+import importlib, tempfile, torch
+from torch import nn
+import lightning_optim as lo
+import lightning.pytorch, pytorch_lightning
+
+PACKAGES = (lightning.pytorch, pytorch_lightning)
+
+def data(seed):
+    x = torch.randn(48, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), 4)
+
+def callbacks():
+    return [
+        lo.GradientAccumulation(2), lo.WeightRegularization([lo.L2(1e-3), lo.ProximalL1(1e-4)]), lo.GradientMonitor(),
+        lo.GradientClipping(0.5), lo.ScheduledDropout({"*": lo.Linear(0.1, 0.3)}), lo.WeightAveraging(lo.EMA(0.9)),
+        lo.EarlyStopping("val_loss", patience=9), lo.ExactResume(),
+    ]
+
+def module_of(package):
+    class Net(lo.RegularizationMixin, package.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
+        def forward(self, x):
+            return self.net(x)
+        def regularization(self, batch, outputs):
+            return 1e-3 * outputs.abs().mean()
+        def training_step(self, batch, batch_idx):
+            outputs = self(batch[0])
+            return (outputs - batch[1]).square().mean() + self.regularization_loss(batch, outputs)
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", (self(batch[0]) - batch[1]).square().mean())
+        def test_step(self, batch, batch_idx):
+            self.log("test_loss", (self(batch[0]) - batch[1]).square().mean())
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-2)
+    return Net()
+
+def trainer_of(package, folder=None, ours=(), **options):
+    saver = [package.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)] if folder else []
+    return package.Trainer(callbacks=[*ours, *saver], logger=False, accelerator="cpu", devices=1,
+        enable_checkpointing=bool(folder), enable_progress_bar=False, enable_model_summary=False, **options)
+
+def fit(package, folder=None, resume=None):
+    torch.manual_seed(0)
+    module, ours = module_of(package), callbacks()
+    trainer = trainer_of(package, folder, ours, max_epochs=3)
+    trainer.fit(module, data(0), data(1), ckpt_path=resume)
+    assert trainer.early_stopping_callback is ours[-2]
+    assert ours[-2].stopping_reason is package.callbacks.early_stopping.EarlyStoppingReason.NOT_STOPPED
+    return {name: value.clone() for name, value in module.state_dict().items()}, module
+
+def same(ones, others):
+    assert ones.keys() == others.keys()
+    assert all(torch.equal(one, other) for one, other in zip(ones.values(), others.values()))
+"""
+
+
+@needs_both
+def test_techniques_give_the_same_numbers_runs_resume_in_the_other_package_and_mixins_work() -> None:
+    run(
+        FITS
+        + """
+whole = [fit(package)[0] for package in PACKAGES]
+same(*whole)
+for package, other in (PACKAGES, PACKAGES[::-1]):
+    with tempfile.TemporaryDirectory() as folder:
+        fit(package, folder)
+        same(fit(package, resume=folder + "/epoch=1.ckpt")[0], whole[0])
+        same(fit(other, resume=folder + "/epoch=1.ckpt")[0], whole[0])
+
+class Twice(lo.ManualOptimizationMixin):
+    automatic_optimization = False
+    def training_step(self, batch, batch_idx):
+        self.optimize(self.layer(batch).square().mean(), self.optimizers())
+
+for package in PACKAGES:
+    Boring = importlib.import_module(package.__name__ + ".demos.boring_classes").BoringModel
+    for mixin in (lo.SharpnessAwareMixin, lo.RegularizationMixin, Twice):
+        module = type("Module", (mixin, Boring), {"automatic_optimization": mixin is not Twice})()
+        trainer = trainer_of(package, max_steps=3, limit_val_batches=0)
+        trainer.fit(module)
+        assert trainer.global_step == 3
+"""
+    )
+
+
+@needs_both
+def test_ensembles_of_each_package() -> None:
+    """Members are fitted, combined, tested and measured."""
+    run(
+        FITS
+        + """
+for package in PACKAGES:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = lo.fit_members(
+            lambda index: module_of(package), 2, lambda index: trainer_of(package, max_epochs=1), data(0),
+            dirpath=folder, seed=3)
+        ensemble = lo.Ensemble.from_checkpoints(type(module_of(package)), paths, outputs="values")
+        assert isinstance(ensemble, package.LightningModule) and isinstance(ensemble, lo.Ensemble)
+        (tested,) = trainer_of(package).test(ensemble, data(1), verbose=False)
+        mean = sum(member(data(1).dataset.tensors[0]) for member in ensemble.members) / 2
+        assert torch.allclose(ensemble(data(1).dataset.tensors[0]), mean)
+        table = lo.cost_benefit(ensemble, trainer_of(package), data(1), monitor="val_loss")
+        assert [row.members for row in table.rows] == [1, 2]
+"""
+    )
+
+
+@needs_both
+def test_a_subclass_of_a_user_may_derive_from_a_package_too() -> None:
+    run(
+        """
+        import lightning_optim as lo
+        import lightning.pytorch as first
+
+        class Timed(lo.EMAWeightAveraging, first.callbacks.Timer):
+            def __init__(self):
+                lo.EMAWeightAveraging.__init__(self)
+                first.callbacks.Timer.__init__(self, duration="00:01:00:00")
+
+        timed = Timed()
+        import pytorch_lightning as second
+        assert isinstance(timed, second.Callback) and isinstance(timed, first.callbacks.Timer)
+        assert isinstance(Timed(), second.Callback)
+        """
+    )
+
+
+# ---- in the package of the tests -------------------------------------------------------------------------------------
+
+
+def test_the_tests_import_one_package() -> None:
+    assert package_of(lightning.Trainer) == PACKAGE
+    assert lightning.OTHER not in sys.modules
+
+
+def test_a_class_that_stands_for_both_is_asked_and_not_derived_from() -> None:
+    module = BoringModel()
+    assert isinstance(module, LightningModule)
+    assert issubclass(BoringModel, LightningModule)
+    assert not isinstance(module, Trainer)
+    assert issubclass(lightning.MisconfigurationException, Exception)
+    assert issubclass(MisconfigurationException, lightning.MisconfigurationException)
+    with pytest.raises(TypeError, match="only stands for those of Lightning's packages"):
+
+        class Mine(Callback):
+            pass
+
+    with pytest.raises(TypeError, match=r"^list has no base class in lightning\.pytorch or pytorch_lightning$"):
+        package_of([])
+
+
+@pytest.mark.parametrize("mixin", [SharpnessAwareMixin, ManualOptimizationMixin, RegularizationMixin])
+def test_a_mixin_that_is_listed_last_is_refused(mixin: type) -> None:
+    """Its methods would be hidden by those of LightningModule: the technique would be off, in silence."""
+    sentence = rf"^Module lists {mixin.__name__} after its LightningModule.*write `class Module\({mixin.__name__}, …\)`"
+    with pytest.raises(TypeError, match=sentence):
+        type("Module", (BoringModel, mixin), {})
+    assert type("Module", (mixin, BoringModel), {})
+
+
+def test_the_class_ensemble_is_a_module_of_no_package() -> None:
+    assert not issubclass(Ensemble, LightningModule)
+    assert isinstance(Ensemble([BoringModel()], outputs="values"), lightning.LightningModule)
+
+
+def test_keys_of_hyper_parameters_are_lightnings() -> None:
+    theirs = lightning.LightningModule
+    keys = (
+        theirs.CHECKPOINT_HYPER_PARAMS_KEY,
+        theirs.CHECKPOINT_HYPER_PARAMS_NAME,
+        theirs.CHECKPOINT_HYPER_PARAMS_TYPE,
+    )
+    assert keys == (HPARAMS, HPARAMS_NAME, HPARAMS_TYPE)
+
+
+def test_seeds_are_those_of_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> tuple[Any, ...]:
+        seeds = {name: os.environ[name] for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+        return random.random(), numpy.random.rand(), float(torch.rand(())), seeds
+
+    with random_state.isolated_random_state():
+        random_state.seed_everything(5)
+        ours = drawn()
+        seed_everything(5, workers=True)
+        assert ours == drawn()
