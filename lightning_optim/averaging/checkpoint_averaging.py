@@ -20,6 +20,7 @@ from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.files.checkpoint_io import finish_writing
+from lightning_optim.runtime.files.filesystems import filesystem_of
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.files.saved_weights import load_weights_
 from lightning_optim.runtime.files.sharded_reading import load_folder
@@ -29,7 +30,6 @@ from lightning_optim.runtime.lightning import (
     MisconfigurationException,
     ModelCheckpoint,
     Trainer,
-    get_filesystem,
     logger_connector,
     rank_zero_info,
     rank_zero_warn,
@@ -333,7 +333,7 @@ def _why_unusable(path: str, folders: bool) -> str:
         path: Path of the checkpoint.
         folders: True if the strategy writes, and so reads, folders alone.
     """
-    filesystem = get_filesystem(path)
+    filesystem = filesystem_of(path)
     if not filesystem.exists(path):
         return "is not there"
     if filesystem.isdir(path):

@@ -8,7 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_optim.base import shards
-from lightning_optim.runtime.lightning import LightningModule, Trainer, is_overridden
+from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning.modules import is_overridden
 from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.step import parameters_of
 
