@@ -19,6 +19,7 @@ from lightning_optim.runtime.lightning import (
     WeightAveraging,
     rank_zero_warn,
 )
+from lightning_optim.runtime.lightning.packages import package_of
 from lightning_optim.runtime.order import SessionCallback
 from lightning_optim.runtime.refusals import hides_weights
 
@@ -133,7 +134,7 @@ def _writes_weights(owner: Any, hook: str) -> str:
     """
     defined_in = next((kind for kind in type(owner).__mro__ if hook in vars(kind)), type(owner))
     if isinstance(owner, _AVERAGES) and hook == "on_train_end" and not _is_of(defined_in, "lightning_optim"):
-        return "writes its average into the module"
+        return f"of `{package_of(owner)}` writes its average into the module"
     names = set(_names_in(type(owner), hook, set()))
     switches = [name for name in names if "load" in name or "restore" in name]
     if not names & _LOADING or any(getattr(owner, name, None) is False for name in switches):

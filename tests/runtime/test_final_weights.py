@@ -15,7 +15,7 @@ from tests.averaging.models import Model, assert_equal, fit, norm_net, snapshot,
 from tests.harness.cells import Cell
 from tests.harness.models import build
 from tests.harness.process_group import Group
-from tests.lightning import Callback, ModelCheckpoint, ModelPruning
+from tests.lightning import PACKAGE, Callback, ModelCheckpoint, ModelPruning
 from tests.lightning import StochasticWeightAveraging as LightningSWA
 from tests.lightning import WeightAveraging as LightningAverage
 
@@ -167,7 +167,10 @@ def test_averages_of_lightning() -> None:
     stop = EarlyStopping("val_loss", patience=9)
     for theirs in (LightningSWA(0.01, swa_epoch_start=1), LightningAverage()):
         (sentence,) = said(Model(), theirs, stop, max_epochs=3)
-        assert f"`{type(theirs).__name__}.on_train_end` writes its average into the module, and Ear" in sentence
+        assert (
+            f"`{type(theirs).__name__}.on_train_end` of `{PACKAGE}` writes its average into the module, and E"
+            in sentence
+        )
 
 
 def test_each_of_ours_is_named_in_the_way_out(tmp_path: Path) -> None:
