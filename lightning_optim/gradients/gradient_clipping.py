@@ -141,7 +141,7 @@ class GradientClipping(OptimCallback):
             self._selections.append(None if takes_all else Selection(pl_module, on, policy.exclude))
         watch_clipping(self.session, trainer, pl_module, self._warn_of_module)
 
-    def _warn_of_module(self, optimizer: Optimizer | LightningOptimizer, method: str) -> None:
+    def _warn_of_module(self, optimizer: Optimizer | LightningOptimizer, does: str) -> None:
         """Warn once that the module clips too, if the policies do."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if self._warned_of_module or self.fit is None or plain not in self.fit.trainer.optimizers:
@@ -153,9 +153,9 @@ class GradientClipping(OptimCallback):
         self._warned_of_module = True
         ours, module = type(self).__name__, type(self.fit.trainer.lightning_module).__name__
         rank_zero_warn(
-            f"{module} clips its gradients itself, by `{method}`, and {ours} clips them too. Turn off the clipping of"
-            f" {module}, by an argument or a setting of its own; or write `{ours}(float('inf'))`, which does not clip,"
-            " and skips steps that are not finite."
+            f"{module} {does}, and {ours} clips them too. To clip once, turn off the clipping of {module} by an"
+            f" argument or a setting of its own; or write `{ours}(float('inf'))`, which does not clip, and skips steps"
+            " that are not finite."
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,7 +27,7 @@ def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModul
         session: The session of the fit, at whose end the watch ends.
         trainer: Its Trainer.
         pl_module: Its module.
-        notice: Called with the optimizer, and the name of the method by which its gradients were clipped.
+        notice: Called with the optimizer, and what the module did, as part of a sentence.
     """
     plugin = trainer.strategy.precision_plugin
     clip_gradients = plugin.clip_gradients
@@ -35,7 +35,7 @@ def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModul
     def clip_and_notice(optimizer: Optimizer, clip_val: float = 0.0, *args: Any, **kwargs: Any) -> None:
         clip_gradients(optimizer, clip_val, *args, **kwargs)
         if clip_val > 0:
-            notice(optimizer, "clip_gradients")
+            notice(optimizer, "clips its gradients with `clip_gradients`")
 
     session.patch(plugin, "clip_gradients", clip_and_notice)
     if is_overridden("configure_gradient_clipping", pl_module):
@@ -53,7 +53,7 @@ class _WatchedHook:
         before = _state_of_gradients(optimizer)
         result = self._hook(optimizer, *args, **kwargs)
         if _state_of_gradients(optimizer) != before:
-            self._notice(optimizer, "configure_gradient_clipping")
+            self._notice(optimizer, "writes to its gradients in `configure_gradient_clipping`, as clipping does")
         return result
 
     def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
