@@ -85,6 +85,17 @@ def test_a_copied_trainer() -> None:
     assert_equal(snapshot(model), average.averaged_state())
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_copied_trainer_whose_fit_runs_in_another_process() -> None:
+    """Its callbacks get the attributes from there, and the user's own objects have no part in it."""
+    monitor = GradientMonitor()
+    ran = copy.deepcopy(trainer([monitor], strategy="ddp_fork", use_distributed_sampler=False))
+    ran.fit(Model(), data(), data(2))
+    with pytest.raises(RuntimeError, match="a copy of this GradientMonitor"):
+        monitor.suggest_clip()
+    assert next(one for one in ran.callbacks if isinstance(one, GradientMonitor)).suggest_clip() > 0.0
+
+
 def test_a_copy_that_only_evaluates_changes_nothing() -> None:
     average = WeightAveraging(EMA(0.8))
     trainer([copy.deepcopy(average)]).validate(Model(), data(2), verbose=False)
