@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.harness import process_group
+from tests.lightning import OTHER
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if any("group" in getattr(item, "fixturenames", ()) for item in items):
         process_group.start_server()
     process_group.settle()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_package_of_lightning() -> Iterator[None]:
+    """Fail at the end if anything has imported the package that the tests do not run with."""
+    yield
+    assert OTHER not in sys.modules
 
 
 @pytest.fixture(autouse=True)
