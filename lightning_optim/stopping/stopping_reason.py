@@ -11,7 +11,10 @@ from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, 
 
 
 class EarlyStoppingReason(Enum):
-    """Reason why training stopped, with the names and values of Lightning's enum, which is another in each package."""
+    """Reason why training stopped, with the names and values of Lightning's enum.
+
+    Each package has an enum of its own, an enum cannot have a second base, and Lightning before 2.6 has none.
+    """
 
     NOT_STOPPED = 0
     STOPPING_THRESHOLD = 1

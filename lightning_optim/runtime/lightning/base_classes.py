@@ -5,8 +5,9 @@ instance of that package's class. So :class:`CallbackBase` derives from the ``Ca
 imported: when another package is imported, that class joins the ``__bases__`` of ours, and counts for subclasses and
 for objects that exist already. One class for both keeps pickles, checkpoints and documentation the same in both.
 
-A virtual base class is not possible, because the metaclass of Lightning's ``Callback`` is ``type``; and an object with
-a false ``__class__`` cannot be pickled.
+The alternatives are worse. A subclass for each package doubles each public name and each key of a checkpoint. A virtual
+base class is not possible, because the metaclass of Lightning's ``Callback`` is ``type``. An object with a false
+``__class__`` cannot be pickled. To wait for the next ``setup`` is too late for a command line, whose parser asks first.
 """
 
 from __future__ import annotations
