@@ -121,7 +121,7 @@ def test_inspect_says_what_is_in_a_file(files: list[str], tmp_path: Path, capsys
         ([WeightAveraging(EMA(0.9), start=100)], False, ["state_dict: raw weights"]),
         ([WeightAveraging(EMA(0.9))], True, ["state_dict: unknown whether raw or averaged weights"]),
         (
-            [TheirEMA()],
+            TheirEMA,
             False,
             ["state_dict: averaged weights", "an average of Lightning's WeightAveraging: 8 updates; raw"],
         ),
@@ -130,7 +130,8 @@ def test_inspect_says_what_is_in_a_file(files: list[str], tmp_path: Path, capsys
 )
 def test_inspect_of_other_files(callbacks, weights_only: bool, lines, tmp_path: Path, capsys) -> None:
     files = ModelCheckpoint(tmp_path, filename="one", save_weights_only=weights_only)
-    fit(Model(), [*callbacks, files], enable_checkpointing=True, max_epochs=1)
+    ours = callbacks if isinstance(callbacks, list) else [callbacks()]
+    fit(Model(), [*ours, files], enable_checkpointing=True, max_epochs=1)
     assert cli.main(["inspect", str(tmp_path / "one.ckpt")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert ("with weights only" in printed[0]) == weights_only

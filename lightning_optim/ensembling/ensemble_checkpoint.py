@@ -8,7 +8,6 @@ checkpoint beside the weights: hyper-parameters, and what its ``on_save_checkpoi
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import nn
 
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.lightning import LightningModule
+from lightning_optim.runtime.lightning.loading import check_names, is_safe, load_from_checkpoint
 from lightning_optim.runtime.lightning.modules import HPARAMS, HPARAMS_NAME, HPARAMS_TYPE, hparams_name
 
 _KEY = "ensemble"
@@ -179,12 +179,15 @@ def build_members(path: Any, checkpoint: dict[str, Any], classes: list[type[Ligh
     """Build the members that a checkpoint holds, each with the ``load_from_checkpoint`` of its own class."""
     members = []
     for index, member_class in enumerate(classes):
+        content = _checkpoint_of(checkpoint, index)
+        if kwargs["weights_only"]:
+            check_names(member_class, path, content)
         with tempfile.TemporaryDirectory() as folder:
             # A file with a path, and no file object: a class may read it twice, or ask for its name.
             part = os.path.join(folder, f"member-{index}.ckpt")
-            torch.save(_checkpoint_of(checkpoint, index), part)
+            torch.save(content, part)
             try:
-                members.append(_load_from_checkpoint(member_class, part, kwargs))
+                members.append(load_from_checkpoint(member_class, part, kwargs))
             except TypeError as error:
                 raise ValueError(
                     f"{path}: member {index}, a {member_class.__name__}, cannot be built from the saved"
@@ -203,22 +206,16 @@ def load_member(member_class: type[LightningModule], path: str | Path, kwargs: d
         TypeError: If the class has arguments that the checkpoint does not hold.
     """
     arguments: dict[str, Any] = {**kwargs, "weights_only": kwargs.get("weights_only") is not False}
-    if os.path.exists(path):
-        if arguments["weights_only"]:
-            read(path, weights_only=True)
-        else:
-            _refuse_folder(path)
-            safe_reading.check(path, weights_only=False)
+    is_local = os.path.exists(path)
+    if arguments["weights_only"] and (is_local or not is_safe(member_class)):
+        check_names(member_class, path, read(path, weights_only=True))
+    elif is_local:
+        _refuse_folder(path)
+        safe_reading.check(path, weights_only=False)
     try:
-        return _load_from_checkpoint(member_class, path, arguments)
+        return load_from_checkpoint(member_class, path, arguments)
     except (RuntimeError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from error
-
-
-def _load_from_checkpoint(member_class: type[LightningModule], file: Any, arguments: dict[str, Any]) -> LightningModule:
-    if "weights_only" not in inspect.signature(member_class.load_from_checkpoint).parameters:
-        arguments = {name: value for name, value in arguments.items() if name != "weights_only"}  # before Lightning 2.6
-    return member_class.load_from_checkpoint(file, **arguments)
 
 
 def _refuse_folder(path: str | os.PathLike[str]) -> None:

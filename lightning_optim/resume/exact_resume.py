@@ -14,6 +14,7 @@ from lightning_optim.resume.unsaved_buffers import Buffers
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.callback_state import from_each_rank
 from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning.loops import is_resuming
 from lightning_optim.runtime.lightning.modules import running_hook
 from lightning_optim.runtime.logged_values import logged_values, metric_updates
 
@@ -156,7 +157,7 @@ class ExactResume(OptimCallback):
 
     def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
         # The learning-rate finder runs the loop too, without the callbacks.
-        if not trainer.fit_loop.is_resuming or self not in trainer.callbacks:
+        if not is_resuming(trainer) or self not in trainer.callbacks:
             return run()
         saved, self._loaded = self._loaded, None
         resume = Resume(trainer, saved)

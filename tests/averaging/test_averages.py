@@ -28,6 +28,7 @@ from lightning_optim.base import foreach, shards
 from lightning_optim.base.dtypes import accumulation_dtype
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
+from tests.harness.yaml_parsing import instantiate
 
 
 def _closed_form(history: list[Tensor], steps: list[int], decay: float, warmup: float | None) -> Tensor:
@@ -425,7 +426,7 @@ def test_from_yaml() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--average", type=Average)
     text = "{class_path: lightning_optim.averaging.averages.ema.EMA, init_args: {decay: 0.99, warmup: null}}"
-    average = parser.instantiate(parser.parse_args([f"--average={text}"])).average
+    average = instantiate(parser, parser.parse_args([f"--average={text}"])).average
     assert isinstance(average, EMA)
     assert (average.decay, average.warmup) == (0.99, None)
 

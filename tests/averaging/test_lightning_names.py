@@ -10,6 +10,7 @@ from torch.optim.swa_utils import SWALR
 
 from lightning_optim import EMA, LAWA, SWA, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from tests.averaging.models import Model, assert_close, assert_equal, differ, ema, fit, mean, norm_net, snapshot
+from tests.harness.yaml_parsing import instantiate
 from tests.lightning import Callback, EarlyStopping, MisconfigurationException, ModelCheckpoint
 from tests.lightning import EMAWeightAveraging as TheirEMA
 from tests.lightning import StochasticWeightAveraging as TheirSWA
@@ -401,5 +402,5 @@ def test_swa_of_lightnings_goes_on(tmp_path) -> None:
 def test_from_yaml(text: str, wanted: dict) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--callback", type=Callback)
-    callback = parser.instantiate(parser.parse_args([f"--callback={text}"])).callback
+    callback = instantiate(parser, parser.parse_args([f"--callback={text}"])).callback
     assert {name: getattr(callback, name) for name in wanted} == wanted

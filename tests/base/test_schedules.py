@@ -18,6 +18,7 @@ from lightning_optim.base.schedules import (
     position,
     value_at,
 )
+from tests.harness.yaml_parsing import instantiate
 
 RAMPS = [Linear, Cosine, Exponential]
 
@@ -76,7 +77,7 @@ def test_piecewise_keys_from_yaml_and_json() -> None:
     name = "lightning_optim.base.schedules.Piecewise"
     for keys in ("{0: 1.0, 0.5: 0.1}", '{"0": 1.0, "0.5": 0.1}', "{0.5: 0.1, 0.0: 1}"):
         text = f"{{class_path: {name}, init_args: {{values: {keys}}}}}"
-        schedule = parser.instantiate(parser.parse_args([f"--value={text}"])).value
+        schedule = instantiate(parser, parser.parse_args([f"--value={text}"])).value
         assert schedule.values == {0.0: 1.0, 0.5: 0.1}
 
 
@@ -85,7 +86,7 @@ def test_a_number_or_a_schedule_from_yaml() -> None:
     parser.add_argument("--value", type=float | Schedule)
     assert parser.parse_args(["--value=1e-5"]).value == 1e-5
     text = "{class_path: lightning_optim.base.schedules.Linear, init_args: {start: 1e-3, end: 0}}"
-    schedule = parser.instantiate(parser.parse_args([f"--value={text}"])).value
+    schedule = instantiate(parser, parser.parse_args([f"--value={text}"])).value
     assert isinstance(schedule, Linear)
     assert (schedule.start, schedule.end) == (1e-3, 0.0)
 

@@ -71,6 +71,25 @@ def test_an_untrusted_checkpoint_is_not_unpickled_by_an_older_lightning_either(t
     assert torch.equal(older(X), newer(X))
 
 
+@pytest.mark.parametrize("version", [(2, 5, 0), (2, 6, 5)])
+def test_no_function_is_called_that_a_checkpoint_names(version: tuple[int, ...], tmp_path: Path, monkeypatch) -> None:
+    """Lightning 2.6.6 refuses it by itself."""
+    monkeypatch.setattr("lightning_optim.runtime.lightning.loading.version_of", lambda kind: version)
+    paths = checkpoints(tmp_path)
+    saved = torch.load(paths[1], weights_only=True)
+    torch.save({**saved, "hyper_parameters": {"_instantiator": "no_such_module.call"}}, paths[1])
+    with pytest.raises(ValueError, match=r"1\.ckpt names a function, 'no_such_module\.call', .* `weights_only=False`"):
+        Ensemble.from_checkpoints(Classifier, paths, outputs="logits")
+    with pytest.raises((ValueError, ModuleNotFoundError), match="no_such_module"):
+        Ensemble.from_checkpoints(Classifier, paths, outputs="logits", weights_only=False)
+    ensemble = {"members": [{"class": "any:Any", "checkpoint": {"hyper_parameters": {"_instantiator": "any.call"}}}]}
+    whole = tmp_path / "whole.ckpt"
+    state = {f"members.0.{name}": value for name, value in saved["state_dict"].items()}
+    torch.save({"state_dict": state, "ensemble": {"outputs": "logits", "on": None, "dim": None, **ensemble}}, whole)
+    with pytest.raises(ValueError, match=r"whole\.ckpt names a function, 'any\.call'"):
+        Ensemble.load_from_checkpoint(whole, member_class=Classifier)
+
+
 def refused(path: Path, sentence: str, **arguments: Any) -> None:
     with pytest.raises((ValueError, RuntimeError, TypeError, OSError), match=sentence) as raised:
         Ensemble.from_checkpoints(Classifier, [path], outputs="logits", **arguments)

@@ -19,6 +19,7 @@ from lightning_optim.gradients.clipping.by_norm import ClipByNorm
 from lightning_optim.gradients.clipping.by_value import ClipByValue
 from lightning_optim.gradients.clipping.clipping_policy import Clipping
 from tests.harness.process_group import Group
+from tests.harness.yaml_parsing import instantiate
 
 
 def _grads(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -171,7 +172,7 @@ def test_from_yaml() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--policy", type=float | Clipping | list[Clipping])
     text = "{class_path: lightning_optim.ClipByNorm, init_args: {max_norm: 2, norm_type: .inf}}"
-    policy = parser.instantiate(parser.parse_args([f"--policy={text}"])).policy
+    policy = instantiate(parser, parser.parse_args([f"--policy={text}"])).policy
     assert isinstance(policy, ClipByNorm)
     assert (policy.max_norm, policy.norm_type) == (2, math.inf)
     assert parser.parse_args(["--policy=0.5"]).policy == 0.5

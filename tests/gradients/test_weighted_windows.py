@@ -18,7 +18,7 @@ from tests.harness import models, regression, run
 from tests.harness.cells import Cell
 from tests.harness.process_group import Group
 from tests.harness.reference_loop import deviation
-from tests.lightning import LightningModule, MixedPrecision
+from tests.lightning import LightningModule, MixedPrecision, supported
 
 COUNTS = [[6, 1], [1, 9], [3, 3], [8, 2], [0, 5], [2, 7], [4, 1]]
 """Number of samples that count, in each micro-batch, on each of two ranks."""
@@ -239,7 +239,8 @@ def _resumed(cell: Cell, folder: str) -> dict[str, Tensor]:
 
     trainer(max_epochs=1).fit(_module(cell))
     module = _module(cell)
-    trainer().fit(module, ckpt_path=path, weights_only=True)
+    resumed = trainer()
+    resumed.fit(module, ckpt_path=path, **supported(resumed.fit, weights_only=True))
     return models.full_weights(module)
 
 

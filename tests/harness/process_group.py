@@ -159,6 +159,7 @@ def _work(pipe: connection.Connection, rank: int, size: int, folder: str) -> Non
     # Longer than any job, so that the parent decides that a job hangs.
     patience = datetime.timedelta(minutes=10)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
+    mend_means()
     while True:
         try:
             job = pipe.recv_bytes()
@@ -173,6 +174,31 @@ def _answer(job: bytes) -> bytes:
         return pickle.dumps(function(*args))
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         return pickle.dumps(_Failure(type(error).__name__, str(error), traceback.format_exc()))
+
+
+def mend_means() -> None:
+    """Let gloo's ``reduce_scatter`` divide where a mean is asked: before torch 2.9 it returns the sum, without a word.
+
+    FSDP2 asks for a mean, so there it trains with twice the gradient on two processes, also without this package. On
+    GPUs the mean is right.
+    """
+    import torch
+    import torch.distributed as dist
+
+    reduce_scatter, sum_of, mean_of = dist.reduce_scatter_tensor, dist.ReduceOp.SUM, dist.ReduceOp.AVG
+    received = torch.empty(1)
+    reduce_scatter(received, torch.ones(dist.get_world_size()), op=mean_of)
+    if received.item() == 1:
+        return
+
+    def divided(output: Any, input: Any, op: Any = sum_of, group: Any = None, async_op: bool = False) -> Any:
+        assert not (async_op and op == mean_of)
+        work = reduce_scatter(output, input, op=sum_of if op == mean_of else op, group=group, async_op=async_op)
+        if op == mean_of:
+            output.div_(dist.get_world_size(group))
+        return work
+
+    dist.reduce_scatter_tensor = divided
 
 
 def settle() -> None:

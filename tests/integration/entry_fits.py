@@ -19,7 +19,7 @@ from tests.harness import models, regression, run
 from tests.harness.cells import MOMENTUM, Cell
 from tests.harness.models import Batch, Model
 from tests.harness.reference_loop import Outcome
-from tests.lightning import Callback, LightningModule, Trainer
+from tests.lightning import Callback, LightningModule, Trainer, supported
 from tests.registry import ENTRIES, Entry
 
 CELL = Cell("automatic", "32-true", "single", "4short")
@@ -188,7 +188,8 @@ def fit(
 ) -> Fitted:
     """Train the cell's module with the callbacks of an entry."""
     fitted = prepare(entry, cell, *traits, **options)
-    fitted.trainer.fit(fitted.module, ckpt_path=ckpt_path, weights_only=weights_only)
+    trusted = supported(fitted.trainer.fit, weights_only=weights_only)
+    fitted.trainer.fit(fitted.module, ckpt_path=ckpt_path, **trusted)
     return fitted
 
 

@@ -23,7 +23,7 @@ from tests.integration.entry_fits import (
     reference_fit,
     states,
 )
-from tests.lightning import ModelCheckpoint
+from tests.lightning import ModelCheckpoint, supported
 from tests.registry import BY_NAME, Entry
 
 VERBS = ("validate", "test", "predict")
@@ -63,7 +63,8 @@ def test_after_a_fit(entry: Entry, tmp_path: Path) -> None:
     assert not differences(states(fitted.callbacks), before), "evaluating changed what the callbacks remember"
     fresh = prepare(entry, CELL, TestsAndPredicts)
     for verb in VERBS:
-        value = evaluated(fresh, verb, ckpt_path=best.best_model_path, weights_only=False)
+        trusted = supported(fresh.trainer.validate, weights_only=False)
+        value = evaluated(fresh, verb, ckpt_path=best.best_model_path, **trusted)
         assert value == pytest.approx(float(best.best_model_score), rel=1e-6)
     assert not differences(states(fresh.callbacks), states(prepare(entry).callbacks))
 

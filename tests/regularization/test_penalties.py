@@ -14,6 +14,7 @@ from lightning_optim.base.schedules import Linear, Piecewise
 from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
+from tests.harness.yaml_parsing import instantiate
 
 TEXTBOOK = torch.tensor([[-2.0, -1.0, 0.0], [1.0, 2.0, 3.0]])
 PENALTIES = [L1(0.1), L2(0.1), ElasticNet(0.1, 0.2)]
@@ -191,8 +192,8 @@ def test_from_yaml(arguments: str, shown: str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--terms", type=Penalty | list[Penalty])
     text = f"{{class_path: lightning_optim.regularization.penalties.L1, init_args: {{{arguments}}}}}"
-    one = parser.instantiate(parser.parse_args([f"--terms={text}"])).terms
-    several = parser.instantiate(parser.parse_args([f"--terms=[{text}, {text}]"])).terms
+    one = instantiate(parser, parser.parse_args([f"--terms={text}"])).terms
+    several = instantiate(parser, parser.parse_args([f"--terms=[{text}, {text}]"])).terms
     assert [type(penalty) for penalty in (one, *several)] == [L1] * 3
     explicit = f"L1(strength={one.strength!r}, on={one.on!r}, exclude={one.exclude!r})"
     assert explicit.replace(", on=None", "").replace(", exclude=None", "") == shown

@@ -12,6 +12,7 @@ import torch
 from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.improvement import Best, read
+from tests.harness.yaml_parsing import instantiate
 from tests.lightning import callbacks as theirs
 
 NAN, INF = math.nan, math.inf
@@ -285,6 +286,6 @@ def test_from_yaml() -> None:
         f"{{class_path: {room}.Plateau, init_args: {{monitor: x, patience: 7}}}}",
     ]
     text = f"{{class_path: lightning_optim.AnyOf, init_args: {{criteria: [{', '.join(both)}]}}}}"
-    criterion = parser.instantiate(parser.parse_args([f"--monitor={text}"])).monitor
+    criterion = instantiate(parser, parser.parse_args([f"--monitor={text}"])).monitor
     assert [type(one) for one in criterion.criteria] == [NonFinite, Plateau]
     assert criterion.criteria[1].patience == 7

@@ -13,6 +13,11 @@ from lightning_optim.runtime.lightning.private_names import read_private, write_
 _AbstractClosure = stand_in("AbstractClosure", "loops.optimization.closure")
 
 
+def is_resuming(trainer: Trainer) -> bool:
+    """Return True from the moment when a checkpoint's progress was loaded until the first epoch after it has ended."""
+    return read_private(trainer.fit_loop, "_loaded_from_state_dict")  # public only from Lightning 2.6 on
+
+
 def is_last_batch(trainer: Trainer) -> bool:
     """Return True if the training batch that was fetched last is the epoch's last."""
     progress = trainer.fit_loop.epoch_loop.batch_progress

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import sys
 from typing import Any
 
@@ -41,6 +42,12 @@ def package_of(thing: Any) -> str:
             if f"{cls.__module__}.".startswith(f"{package}."):
                 return package
     raise TypeError(f"{kind.__name__} has no base class in {' or '.join(PACKAGES)}")
+
+
+def version_of(thing: Any) -> tuple[int, ...]:
+    """Return the version of the package that an object or a class comes from, such as ``(2, 6, 1)``."""
+    version = sys.modules[package_of(thing)].__version__
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def of_same_package(thing: Any, name: str, place: str = "") -> Any:

@@ -35,6 +35,7 @@ class PrivateName(NamedTuple):
 
 PRIVATE_NAMES = (
     # ---- Lightning: loops ----
+    PrivateName("_loaded_from_state_dict", "loops.is_resuming", "go on in the place where a checkpoint was written"),
     PrivateName("_batches_that_stepped", "loops.logger_step", "log values at the step at which Lightning logs"),
     PrivateName("_skip_next_val", "loops.skip_next_validation", "not validate twice after a resume"),
     PrivateName("_result", "loops.keep_result", "report the loss at the weights themselves from a step with two"),
@@ -72,6 +73,7 @@ PRIVATE_NAMES = (
     PrivateName("_current_fx_name", "modules.running_hook", "know the hook that runs, by which values are logged"),
     PrivateName("_trainer", "modules.is_attached", "know whether a module is in a Trainer"),
     PrivateName("_device_mesh", "modules.share_device_mesh", "shard the members of an ensemble"),
+    PrivateName("_instantiator", "loading.check_names", "refuse a checkpoint that names a function to call"),
     PrivateName("_hparams_name", "modules.hparams_name", "save the hyper-parameters of an ensemble's members"),
     # ---- Lightning: strategies, precision and callbacks ----
     PrivateName("_ddp_kwargs", "strategies.broadcasts_buffers", "know whether each rank has buffers of its own"),

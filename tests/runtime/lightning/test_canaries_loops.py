@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from typing import Any
 
 import pytest
@@ -31,6 +33,18 @@ def test_logger_step() -> None:
 
     fit(Model(), At("on_train_epoch_end", log), logger=logger)
     assert logger.steps_of("at") == [3]
+
+
+@canary("_loaded_from_state_dict")
+def test_is_resuming() -> None:
+    asks = At("on_train_batch_start", loops.is_resuming)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "first.ckpt")
+        fit(Model(), asks).save_checkpoint(path)
+        resumed = At("on_train_batch_start", loops.is_resuming)
+        fit(Model(), resumed, resume=path, max_epochs=3)
+    assert asks.seen == [False] * 4
+    assert resumed.seen == [True] * 4 + [False] * 4
 
 
 @canary("_skip_next_val")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 from torchmetrics import MeanMetric
 
-from lightning_optim.runtime.lightning import metrics, modules
+from lightning_optim.runtime.lightning import loading, metrics, modules
 from tests.lightning import Trainer
 from tests.runtime.lightning.canaries import At, Model, canary, fit, numbers
 
@@ -55,6 +58,26 @@ class Named(Model):
     def __init__(self, settings: dict[str, int]) -> None:
         super().__init__()
         self.save_hyperparameters(settings)
+
+
+@canary("_instantiator")
+def test_names_of_functions() -> None:
+    """Lightning calls the function that a checkpoint names, or says which; before it gets there, the wall refuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "hostile.ckpt")
+        hostile = {"state_dict": Model().state_dict(), "hyper_parameters": {"_instantiator": "no_such_module.call"}}
+        torch.save({**hostile, "pytorch-lightning_version": "2.5.0"}, path)
+        with pytest.raises((ValueError, ModuleNotFoundError), match="no_such_module"):
+            Model.load_from_checkpoint(path)
+    for key in ("hyper_parameters", "hparams", "module_arguments"):
+        content = {key: hostile["hyper_parameters"]}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loading, "version_of", lambda kind: (2, 6, 5))
+            with pytest.raises(ValueError, match=r"^a\.ckpt names a function, 'no_such_module\.call', .*2\.6\.6"):
+                loading.check_names(Model, "a.ckpt", content)
+            loading.check_names(Model, "a.ckpt", {key: {"other": 1}})
+            patch.setattr(loading, "version_of", lambda kind: (2, 6, 6))
+            loading.check_names(Model, "a.ckpt", content)
 
 
 @canary("_hparams_name")

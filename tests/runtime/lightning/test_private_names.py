@@ -155,6 +155,7 @@ def _not_scaling(patch: pytest.MonkeyPatch) -> None:
 
 _OTHER_MUTATIONS: dict[str, Any] = {
     "_hparams_name": _rename_hparams,
+    "_instantiator": lambda patch: patch.setattr(f"{WALL_NAME}.loading._CALLED", "renamed"),
     "_u": lambda patch: _rename_vectors(patch, "_u"),
     "_v": lambda patch: _rename_vectors(patch, "_v"),
     "_step_supports_amp_scaling": _not_scaling,
