@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_optim.runtime.lightning import CallbackBase
+from lightning_optim.runtime.patching import without_patches
 
 _PACKAGE = __name__.partition(".")[0]
 # The hooks of a step are left out: a subclass that overrides one changes the step itself, and decides by `super()`.
@@ -61,9 +62,8 @@ class OverridableHooks(CallbackBase):
 
         Lightning binds the module's ``log`` and ``log_dict`` to every callback, and with them the module.
         """
-        held = {
-            name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict", "_package_results")
-        }
+        attributes = without_patches(self.__dict__)
+        held = {n: value for n, value in attributes.items() if n not in ("log", "log_dict", "_package_results")}
         hooks = {name: value for name, value in held.items() if isinstance(value, TwoPartHook)}
         on_object = {name: hook.on_object for name, hook in hooks.items() if hook.on_object}
         return {name: value for name, value in held.items() if name not in hooks} | on_object

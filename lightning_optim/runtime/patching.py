@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from lightning_optim.base.module_registry import is_registered
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Context manager: ``owner.name`` is ``value``; afterwards the instance has its own attribute again, or none.
 
-    A parameter, buffer or submodule is an attribute of its module too.
+    A parameter, buffer or submodule is an attribute of its module too. A function in place of a method is left out of
+    copies of the owner, see :class:`Patch`.
 
     Raises:
         TypeError: If ``owner`` has no attributes of its own, or if a parameter, buffer or submodule would be replaced
@@ -32,6 +35,8 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
             f"`{name}` of {type(owner).__name__} is a {_kind(before).__name__}, and can be patched only by another one,"
             f" got {value!r}"
         )
+    if isinstance(value, types.FunctionType) and callable(getattr(type(owner), name, None)):
+        value = Patch(owner, name, value, before)
     setattr(owner, name, value)
     try:
         yield
@@ -41,6 +46,48 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         if had:
             setattr(owner, name, before)
+
+
+class Patch:
+    """Stand for a function in place of a method. A pickled or deep-copied owner has its own method again.
+
+    Trainer and callbacks are pickled in the middle of a fit where a module has them among its hyper-parameters, and
+    copied by packages; a function that is defined within another cannot be pickled.
+
+    Args:
+        owner: The object whose method is replaced.
+        name: The name of the method.
+        function: Called in its place.
+        before: The attribute that the object itself had; ``None`` for the method of its class.
+    """
+
+    def __init__(self, owner: Any, name: str, function: types.FunctionType, before: Any) -> None:
+        functools.update_wrapper(self, function)
+        self.owner, self.name, self.function, self.before = owner, name, function, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpatched, (self.owner, self.name, self.before)
+
+
+def without_patches(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of an object as they were before the patches that are in force."""
+    found = {}
+    for name, value in attributes.items():
+        is_patched = isinstance(value, Patch)
+        while isinstance(value, Patch):
+            value = value.before
+        if value is not None or not is_patched:
+            found[name] = value
+    return found
+
+
+def _unpatched(owner: Any, name: str, before: Any) -> Any:
+    # The owner is not complete yet while it is unpickled, so the method is taken from its class.
+    return getattr(type(owner), name).__get__(owner) if before is None else before
 
 
 def _kind(value: Any) -> type:
