@@ -1,4 +1,4 @@
-"""A Trainer, its module and its callbacks can be pickled and copied in every hook of a fit, as in a fit without ours."""
+"""Test that Trainer, module and callbacks can be pickled and copied in every hook of a fit, as without ours."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_everything_can_be_copied_in_each_hook(name: str, tmp_path: Path) -> Non
 
 
 class Holding(Model):
-    """Has the callbacks among its hyper-parameters, as neuralforecast's models do, so that each checkpoint holds them."""
+    """Has the callbacks among its hyper-parameters, as neuralforecast's models do: each checkpoint holds them."""
 
     def __init__(self, callbacks: list[Any]) -> None:
         super().__init__()
