@@ -12,6 +12,7 @@ base class is not possible, because the metaclass of Lightning's ``Callback`` is
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -90,7 +91,8 @@ class _Finder(importlib.abc.MetaPathFinder):
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
-            loader.exec_module = _then_join(loader.exec_module)
+            with contextlib.suppress(AttributeError):  # a loader that takes no attributes: `Session` joins them later
+                loader.exec_module = _then_join(loader.exec_module)
         return spec
 
 

@@ -246,6 +246,25 @@ def test_a_subclass_of_a_user_may_derive_from_a_package_too() -> None:
     )
 
 
+@needs_both
+def test_a_package_that_was_imported_past_the_import_system_is_joined_in_a_fit() -> None:
+    run(
+        """
+        import sys
+        import lightning_optim as lo
+
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "lightning_optim" not in type(finder).__module__]
+        from lightning.pytorch import Callback, Trainer
+        from lightning.pytorch.demos.boring_classes import BoringModel
+
+        clipping = lo.GradientClipping(1.0)
+        assert not isinstance(clipping, Callback)
+        Trainer(callbacks=[clipping], max_steps=1, barebones=True).fit(BoringModel())
+        assert isinstance(clipping, Callback)
+        """
+    )
+
+
 # ---- in the package of the tests -------------------------------------------------------------------------------------
 
 
