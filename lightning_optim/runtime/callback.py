@@ -98,8 +98,8 @@ class OptimCallback(OverridableHooks):
 
     name: str | None = None
     fit: Session | None = None
-    token: str = ""  # names this object, and no copy of it
-    ancestors: tuple[str, ...] = ()  # the tokens of the objects that this one is a copy of, the oldest first
+    _token: str = ""  # names this object, and no copy of it
+    _ancestors: tuple[str, ...] = ()  # the tokens of the objects that this one is a copy of, the oldest first
     ran_in: RanIn = ""  # where the last fit ran, if it did not run in this object
     not_returned: str = ""  # the reason why the attributes of such a fit did not come back
     _stage: str | None = None
@@ -265,7 +265,7 @@ class OptimCallback(OverridableHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the running fit, its Trainer and its module: a copy is in no fit."""
-        return {**super().__getstate__(), "fit": None, "ancestors": ran_elsewhere.ancestors_of_copy(self)}
+        return {**super().__getstate__(), "fit": None, "_ancestors": ran_elsewhere.ancestors_of_copy(self)}
 
     def __setstate__(self, held: dict[str, Any]) -> None:
         self.__dict__.update(held)

@@ -49,8 +49,8 @@ class SessionCallback(Protocol):
 
     steps: list[int]
     fit: Any
-    token: str
-    ancestors: tuple[str, ...]
+    _token: str
+    _ancestors: tuple[str, ...]
     ran_in: Literal["", "a copy", "other processes"]
     not_returned: str
 

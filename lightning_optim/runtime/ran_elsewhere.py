@@ -24,13 +24,13 @@ _callbacks: WeakValueDictionary[str, SessionCallback] = WeakValueDictionary()
 
 def register(callback: SessionCallback) -> None:
     """Give a new callback, or a new copy of one, its token."""
-    callback.token = uuid.uuid4().hex
-    _callbacks[callback.token] = callback
+    callback._token = uuid.uuid4().hex
+    _callbacks[callback._token] = callback
 
 
 def ancestors_of_copy(callback: SessionCallback) -> tuple[str, ...]:
     """Return the tokens from which a copy of ``callback`` descends, the oldest first, without objects that are gone."""
-    return tuple(token for token in (*callback.ancestors, callback.token) if token in _callbacks)
+    return tuple(token for token in (*callback._ancestors, callback._token) if token in _callbacks)
 
 
 def find(tokens: Iterable[str]) -> SessionCallback | None:
@@ -44,7 +44,7 @@ def begins_fit(callback: SessionCallback) -> None:
     One of these that is in a fit of its own, within which the copy's runs, keeps its results.
     """
     callback.ran_in, callback.not_returned = "", ""
-    for token in callback.ancestors:
+    for token in callback._ancestors:
         if (ancestor := _callbacks.get(token)) is not None and ancestor.fit is None:
             ancestor.ran_in = "a copy"
 

@@ -69,19 +69,19 @@ class _ReturnedCallbacks:
 
 
 def _write(callback: SessionCallback, folder: Path) -> _ReturnedCallback:
-    out = {*callback.stays, "token", "ancestors", "ran_in", "not_returned"}
+    out = {*callback.stays, "_token", "_ancestors", "ran_in", "not_returned"}
     # A Trainer or a module of this process is useless in the other.
     sent = {
         name: value
         for name, value in callback.__getstate__().items()
         if name not in out and not isinstance(value, Trainer | nn.Module)
     }
-    path, failure = folder / f"{callback.token}.pt", ""
+    path, failure = folder / f"{callback._token}.pt", ""
     try:
         torch.save(sent, path)
     except Exception as error:  # pickling runs code of the user's attributes, which may raise anything
         failure = f"{type(error).__name__}: {error}"
-    return _ReturnedCallback((*callback.ancestors, callback.token), type(callback).__qualname__, str(path), failure)
+    return _ReturnedCallback((*callback._ancestors, callback._token), type(callback).__qualname__, str(path), failure)
 
 
 def _receive(folder: str, returned: Iterable[_ReturnedCallback]) -> None:

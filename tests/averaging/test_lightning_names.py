@@ -327,6 +327,7 @@ def test_another_kind_of_average_starts_anew_from_the_raw_weights(tmp_path, othe
     )
 
 
+@pytest.mark.filterwarnings("ignore:`EMAWeightAveraging.on_train_end` of .* writes its average into the module")
 @pytest.mark.parametrize("theirs", [True, False])
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_an_average_that_was_not_evaluated_goes_on_from_the_raw_weights(tmp_path, theirs, evaluate) -> None:

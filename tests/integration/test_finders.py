@@ -121,6 +121,7 @@ def test_finder_in_the_middle(entry: Entry, tmp_path: Any) -> None:
 
 
 @each_slot
+@pytest.mark.filterwarnings("ignore:GradientAccumulation accumulates 4 micro-batches")  # in the fit of one batch
 def test_fast_dev_run(entry: Entry, tmp_path: Any) -> None:
     """One batch of training and one of validation, as in a fit of one batch; no best weights are restored."""
     quick = fit(entry, CELL, fast_dev_run=True, default_root_dir=tmp_path)

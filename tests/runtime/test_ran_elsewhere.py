@@ -136,7 +136,7 @@ def test_a_chain_of_copies_does_not_grow() -> None:
     for _ in range(20):
         one = copy.deepcopy(one)
     gc.collect()
-    assert len(copy.deepcopy(one).ancestors) <= 2
+    assert len(copy.deepcopy(one)._ancestors) <= 2
     assert len(pickle.dumps(one)) < 2 * len(pickle.dumps(GradientMonitor()))
 
 

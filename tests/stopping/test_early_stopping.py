@@ -237,9 +237,13 @@ def test_a_missing_metric() -> None:
     with pytest.raises(RuntimeError, match=r"reads \['y'\]"):
         fit(Scripted(DIPS), EarlyStopping("val_loss", best_by=["val_loss", "y"]))
     silent = EarlyStopping("x", strict=False)
-    assert fit(Scripted(DIPS), silent, max_epochs=2).current_epoch == 2
+    with pytest.warns(UserWarning, match=r"read no value of \['x'\] in the whole fit"):
+        assert fit(Scripted(DIPS), silent, max_epochs=2).current_epoch == 2
     assert silent.history == []
-    with pytest.warns(RuntimeWarning, match=r"reads \['x'\]"):
+    with (
+        pytest.warns(RuntimeWarning, match=r"reads \['x'\]"),
+        pytest.warns(UserWarning, match=r"read no value of \['x'\]"),
+    ):
         fit(Scripted(DIPS), EarlyStopping("x", strict=False, verbose=True), max_epochs=1)
 
 
