@@ -152,6 +152,10 @@ class WeightAveraging(AveragedCheckpoints):
         return {"average": self.average.identity}
 
     @property
+    def final_opt_out(self) -> str:
+        return f"pass `apply_at_end=False` to {type(self).__name__}" if self.apply_at_end else ""
+
+    @property
     def stays(self) -> frozenset[str]:
         return frozenset({"refresh_loader", "_copied", "_loaded"})
 

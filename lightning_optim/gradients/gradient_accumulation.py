@@ -98,6 +98,7 @@ class GradientAccumulation(OptimCallback):
         self._unit: Tensor | None = None
         self._loaded: dict[str, Any] | None = None
         self._largest: int | None = None  # micro-batches that a step of this epoch had, if it was seen from its start
+        self._in_batch = False
         self._warned = False
 
     # ---- the window --------------------------------------------------------------------------------------------------
@@ -154,7 +155,8 @@ class GradientAccumulation(OptimCallback):
             self._warn_if_short(trainer, int(trainer.num_training_batches))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._largest and is_last_batch(trainer):  # and nothing has ended the epoch before
+        # Something else may have ended the epoch: a stop, or an `on_train_batch_start` that returned -1.
+        if self._largest and is_last_batch(trainer) and not self._in_batch:
             self._warn_if_short(trainer, self._largest)
 
     def _saw(self, count: int) -> None:
@@ -179,12 +181,18 @@ class GradientAccumulation(OptimCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches == 0:
             self._windows.clear()  # Lightning zeroes the gradients here, also if the window before never closed
+        self._in_batch = True
         if pl_module.automatic_optimization:
             self._saw(batch_idx + 1)
         if self.weight_by != "batch":
             self._weight = weight_of(batch, self.weight_by, pl_module.device)
             if self._unit is None or not self.is_open:
                 self._unit = unit_of(self._weight, trainer.world_size, before=self._unit)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._in_batch = False
 
     def weigh(self, window: Window) -> Tensor | None:
         """Add the present micro-batch to a window; return the factor for its loss, ``None`` if all weigh the same."""

@@ -38,30 +38,17 @@ def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModul
             notice(optimizer, "clips its gradients with `clip_gradients`")
 
     session.patch(plugin, "clip_gradients", clip_and_notice)
-    if is_overridden("configure_gradient_clipping", pl_module):
-        hook = _WatchedHook(pl_module.configure_gradient_clipping, notice)
-        session.patch(pl_module, "configure_gradient_clipping", hook)
+    if not is_overridden("configure_gradient_clipping", pl_module):
+        return
+    configure = pl_module.configure_gradient_clipping
 
-
-class _WatchedHook:
-    """Stand in for ``configure_gradient_clipping`` of a module. A copy of the module has the hook itself."""
-
-    def __init__(self, hook: Callable[..., Any], notice: Notice) -> None:
-        self._hook, self._notice = hook, notice
-
-    def __call__(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def configure_and_notice(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         before = _state_of_gradients(optimizer)
-        result = self._hook(optimizer, *args, **kwargs)
+        configure(optimizer, *args, **kwargs)
         if _state_of_gradients(optimizer) != before:
-            self._notice(optimizer, "writes to its gradients in `configure_gradient_clipping`, as clipping does")
-        return result
+            notice(optimizer, "writes to its gradients in `configure_gradient_clipping`, as clipping does")
 
-    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return _itself, (self._hook,)
-
-
-def _itself(hook: Any) -> Any:
-    return hook
+    session.patch(pl_module, "configure_gradient_clipping", configure_and_notice)
 
 
 def _state_of_gradients(optimizer: Optimizer) -> tuple[list[int], list[int]]:

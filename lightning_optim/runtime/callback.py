@@ -170,6 +170,11 @@ class OptimCallback(OverridableHooks):
         return False
 
     @property
+    def final_opt_out(self) -> str:
+        """Words for a message: how to keep it from :meth:`write_final_`; empty if it does not write."""
+        return "" if self.final_rank is None else f"leave {type(self).__name__} out"
+
+    @property
     def stays(self) -> frozenset[str]:
         """Names of large attributes, such as weights, that ``ddp_spawn`` does not send back from its processes."""
         return frozenset()

@@ -1,21 +1,163 @@
-"""Write the weights that the module holds after a fit."""
+"""Write the weights that the module holds after a fit, and say so where something else writes them too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
 
-from lightning_optim.runtime.lightning import LightningModule
+import torch
+from torch.nn.parameter import is_lazy
+
+from lightning_optim.base import shards
+from lightning_optim.base.norms import tensor_norms
+from lightning_optim.runtime.lightning import (
+    LightningModule,
+    StochasticWeightAveraging,
+    Trainer,
+    WeightAveraging,
+    rank_zero_warn,
+)
+from lightning_optim.runtime.lightning.packages import package_of
 from lightning_optim.runtime.order import SessionCallback
+from lightning_optim.runtime.refusals import hides_weights
+
+_AVERAGES = (StochasticWeightAveraging, WeightAveraging)
+_LOADING = {"load_state_dict", "load_model_state_dict", "set_model_state_dict"}
+_NOT_READ = {"lightning", "lightning_fabric", "lightning_optim", "pytorch_lightning", "torch"}
 
 
-def write_final_weights_(callbacks: Iterable[SessionCallback], pl_module: LightningModule) -> bool:
-    """Let one callback write the weights that the module keeps; return False if none has any to write.
+class FinalWeights:
+    """Let one callback write the weights that the module keeps, and tell of anything else that writes them.
 
-    It is called at ``on_fit_end``, after the last checkpoint. Only one writes, so that no callback overwrites the
-    weights of another. The callbacks are asked in the order of their
-    ``final_rank``, until one has weights to write: the mean of checkpoints (0), the best weights that were validated
-    (1), the average that is evaluated (2), an average that is not (3). If there are none, the module keeps its raw
-    weights.
+    Packages bring callbacks that load the best weights when training ends, and modules do so too. What can be read off
+    their code is told at the start. If nothing is, the parameters are compared before and after ``on_train_end``, since
+    ours holds the weights of the last step until ``on_fit_end``: two norms of each parameter, once in a fit.
+
+    Args:
+        trainer: The Trainer of the fit.
+        callbacks: The callbacks of this package in it.
     """
-    ranked = [(callback.final_rank, callback) for callback in callbacks if callback.final_rank is not None]
-    return any(callback.write_final_(pl_module) for _, callback in sorted(ranked, key=lambda pair: pair[0]))
+
+    def __init__(self, trainer: Trainer, callbacks: list[SessionCallback]) -> None:
+        self._trainer, self._callbacks = trainer, callbacks
+        self._norms: dict[str, tuple[Any, str]] = {}
+
+    def start(self, patch: Callable[[Any, str, Any], None]) -> None:
+        """Tell of what loads weights, or prepare to see it. Called at ``on_fit_start``, when all is set up.
+
+        Args:
+            patch: Sets an attribute for the length of the fit.
+        """
+        writer = next((callback for callback in self._by_rank() if callback.final_opt_out), None)
+        if writer is None or hides_weights(self._trainer.strategy) or self._tell_of_others(writer):
+            return
+        loop, module = self._trainer.fit_loop, self._trainer.lightning_module
+        run_end = loop.on_run_end
+
+        def measure_and_end() -> None:
+            self._norms = _norms(module)
+            run_end()
+
+        patch(loop, "on_run_end", measure_and_end)
+
+    def write_(self, pl_module: LightningModule) -> bool:
+        """Let one callback write the weights that the module keeps; return False if none has any to write.
+
+        It is called at ``on_fit_end``, after the last checkpoint. Only one writes, so that no callback overwrites the
+        weights of another. The callbacks are asked in the order of their ``final_rank``, until one has weights to
+        write: the mean of checkpoints (0), the best weights that were validated (1), the average that is evaluated (2),
+        an average that is not (3). If there are none, the module keeps its raw weights.
+        """
+        now = _norms(pl_module) if self._norms else {}
+        # Pruning that is made permanent replaces a parameter, and a new dtype rounds it: neither writes other weights.
+        kept = [name for name, (identity, _) in self._norms.items() if name in now and now[name][0] == identity]
+        was_written = any(now[name] != self._norms[name] for name in kept)
+        writer = next((callback for callback in self._by_rank() if callback.write_final_(pl_module)), None)
+        if writer is not None and was_written:
+            rank_zero_warn(
+                "A callback or the module wrote weights when training had ended, as in `on_train_end`, and"
+                f" {type(writer).__name__} has written over them. {self._ways_out('those', 'what wrote them')}"
+            )
+        return writer is not None
+
+    def _by_rank(self) -> list[SessionCallback]:
+        ranked = [(callback.final_rank, callback) for callback in self._callbacks if callback.final_rank is not None]
+        return [callback for _, callback in sorted(ranked, key=lambda pair: pair[0])]
+
+    def _tell_of_others(self, ours: SessionCallback) -> bool:
+        """Warn of callbacks, and of a module, whose code loads weights when training ends; return True if there are."""
+        listed: list[Any] = [*self._trainer.callbacks, self._trainer.lightning_module]
+        place = next(index for index, one in enumerate(listed) if one in self._callbacks)  # this one writes, for all
+        name, told = type(ours).__name__, False
+        for index, other in enumerate(listed):
+            for hook in ("on_train_end", "on_fit_end"):
+                if not (does := _writes_weights(other, hook)):
+                    continue
+                told, theirs = True, type(other).__name__
+                when, lost = ("before", name) if hook == "on_fit_end" and index > place else ("after", theirs)
+                rank_zero_warn(
+                    f"`{theirs}.{hook}` {does}, and {name} writes the weights that the module ends with {when} it, so"
+                    f" that those of {lost} are lost."
+                    f" {self._ways_out(f'those of {theirs}', f'the loading of {theirs}')}"
+                )
+        return told
+
+    def _ways_out(self, those: str, loading: str) -> str:
+        opt_outs = " and ".join(callback.final_opt_out for callback in self._by_rank() if callback.final_opt_out)
+        return f"To end with {those}, {opt_outs}; else turn off {loading}."
+
+
+def _norms(pl_module: LightningModule) -> dict[str, tuple[Any, str]]:
+    """Return identity and dtype, and the norm, of each parameter; of a sharded one, the norm of this rank's shard."""
+    shards.reshard_(pl_module)
+    named = {
+        name: parameter
+        for name, parameter in pl_module.named_parameters()
+        if not is_lazy(parameter) and parameter.is_floating_point() and parameter.layout is torch.strided
+    }
+    norms = tensor_norms(shards.local_shards(parameter.detach() for parameter in named.values())).tolist()
+    # As text, in which NaN equals NaN.
+    return {name: ((id(one), one.dtype), repr(norm)) for (name, one), norm in zip(named.items(), norms, strict=True)}
+
+
+# ---- what can be read off the code of callbacks and modules ----------------------------------------------------------
+
+
+def _writes_weights(owner: Any, hook: str) -> str:
+    """Return what a hook of a callback or a module does, if it writes weights as far as its code shows; else nothing.
+
+    The hook, or a method of the same object that it uses, names a function such as ``load_state_dict``, and asks no
+    attribute such as ``load_best_on_end`` or ``restore_best`` that is False. It may still load the weights into another
+    module. Lightning's own averages write theirs in ``on_train_end``.
+    """
+    defined_in = next((kind for kind in type(owner).__mro__ if hook in vars(kind)), type(owner))
+    if isinstance(owner, _AVERAGES) and hook == "on_train_end" and not _is_of(defined_in, "lightning_optim"):
+        return f"of `{package_of(owner)}` writes its average into the module"
+    names = set(_names_in(type(owner), hook, set()))
+    switches = [name for name in names if "load" in name or "restore" in name]
+    if not names & _LOADING or any(getattr(owner, name, None) is False for name in switches):
+        return ""
+    return f"calls `{min(names & _LOADING)}`, perhaps to load weights into the module"
+
+
+def _names_in(kind: type, method: str, seen: set[str]) -> Iterator[str]:
+    """Yield the names of attributes and functions in the code of a method, and of methods of the class that it uses."""
+    seen.add(method)
+    function = inspect.unwrap(inspect.getattr_static(kind, method, None))
+    if not inspect.isfunction(function) or _is_of(function, *_NOT_READ):
+        return
+    for name in _names_in_code(function.__code__):
+        yield name
+        if name not in seen:
+            yield from _names_in(kind, name, seen)
+
+
+def _names_in_code(code: CodeType) -> list[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return [*code.co_names, *(name for each in inner for name in _names_in_code(each))]
+
+
+def _is_of(defined: Any, *packages: str) -> bool:
+    return defined.__module__.partition(".")[0] in packages

@@ -71,6 +71,10 @@ class SessionCallback(Protocol):
         """Priority of :meth:`write_final_`: the lowest comes first."""
 
     @property
+    def final_opt_out(self) -> str:
+        """Words for a message: how to keep it from writing final weights; empty if it writes none."""
+
+    @property
     def gathers_ranks(self) -> bool:
         """True if its state is gathered from all ranks for each checkpoint."""
 

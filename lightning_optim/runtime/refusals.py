@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -23,6 +24,7 @@ from lightning_optim.runtime.lightning import (
     XLAStrategy,
     rank_zero_warn,
 )
+from lightning_optim.runtime.lightning.packages import package_of
 from lightning_optim.runtime.order import SessionCallback, Slot, callbacks_in
 
 _STRATEGIES = {
@@ -58,10 +60,7 @@ def _refuse_second_clipping(name: str, trainer: Trainer) -> None:
             f"Two {name} callbacks clip the same gradients: give one of them a list of policies, which act in turn."
         )
     if trainer.gradient_clip_val:
-        raise MisconfigurationException(
-            f"{name} and `Trainer(gradient_clip_val={trainer.gradient_clip_val})` both clip: remove the argument."
-            f" {_if_a_package_sets('gradient_clip_val=None')}"
-        )
+        raise _second(name, trainer, "gradient_clip_val", job="clip", off=None)
 
 
 def _refuse_second_accumulation(name: str, trainer: Trainer) -> None:
@@ -71,19 +70,20 @@ def _refuse_second_accumulation(name: str, trainer: Trainer) -> None:
         )
     if any(isinstance(other, GradientAccumulationScheduler) for other in trainer.callbacks):
         raise MisconfigurationException(
-            f"{name} and GradientAccumulationScheduler both accumulate: give {name} the dictionary of epochs to sizes."
+            f"{name} and the GradientAccumulationScheduler of `{package_of(trainer)}` both accumulate: give {name} the"
+            " dictionary of epochs to sizes."
         )
     if trainer.accumulate_grad_batches != 1:
-        raise MisconfigurationException(
-            f"{name} and `Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` both accumulate: remove"
-            f" the argument. {_if_a_package_sets('accumulate_grad_batches=1')}"
-        )
+        raise _second(name, trainer, "accumulate_grad_batches", job="accumulate", off=1)
 
 
-def _if_a_package_sets(argument: str) -> str:
-    return (
-        f"If a package makes the Trainer and sets it, pass `{argument}` to the package, with the arguments that it"
-        " hands to its Trainer (often called `trainer_kwargs`)."
+def _second(name: str, trainer: Trainer, argument: str, job: str, off: Any) -> MisconfigurationException:
+    """Make the error for a callback beside an argument of the Trainer that does the same job."""
+    setting = f"{package_of(trainer)}.Trainer({argument}={getattr(trainer, argument)})"
+    return MisconfigurationException(
+        f"{name} and `{setting}` both {job}: remove the argument. If a package makes the Trainer and sets it, pass"
+        f" `{argument}={off}` to the package, with the arguments that it hands to its Trainer (often called"
+        " `trainer_kwargs`)."
     )
 
 
@@ -105,7 +105,8 @@ def _refuse_second_average(callback: SessionCallback, trainer: Trainer) -> None:
     for other in trainer.callbacks:
         if isinstance(other, lightnings) and other is not callback:
             raise MisconfigurationException(
-                f"{type(callback).__name__} and Lightning's {type(other).__name__} both write the weights: remove one."
+                f"{type(callback).__name__} and the {type(other).__name__} of `{package_of(other)}` both write the"
+                " weights: remove one."
             )
 
 

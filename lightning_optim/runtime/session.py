@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_optim.runtime.files.own_files import OwnFiles
-from lightning_optim.runtime.final_weights import write_final_weights_
+from lightning_optim.runtime.final_weights import FinalWeights
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.base_classes import join_packages
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
@@ -95,6 +95,7 @@ class Session:
         self._undo = contextlib.ExitStack()
         self._total: int | float | None = None
         self._restored = RestoredWeights(trainer)
+        self._final_weights = FinalWeights(trainer, self.callbacks)
         self._watched: WeakSet[Optimizer] = WeakSet()
         # No `SessionState`, since a checkpoint may be written in each of them.
         self._saving_optimizer = False
@@ -185,6 +186,7 @@ class Session:
             return
         self._restored.start()
         warn_unsharded(self.trainer)
+        self._final_weights.start(self.patch)
         send_back(self.trainer, self.callbacks)
         for optimizer in self.trainer.optimizers:
             self._watch(optimizer)
@@ -223,7 +225,7 @@ class Session:
             self.begin()
             for callback in self._acting():
                 callback.resume_ended(self.trainer, pl_module)
-        if self._enter(SessionState.ENDED) and write_final_weights_(self.callbacks, pl_module):
+        if self._enter(SessionState.ENDED) and self._final_weights.write_(pl_module):
             self.average = None  # a checkpoint that a later hook writes holds what the module holds, as after the fit
 
     def fail(self) -> None:

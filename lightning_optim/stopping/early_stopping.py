@@ -192,6 +192,10 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         return {"monitor": self.monitor, "mode": self.mode}  # as in Lightning, so that its checkpoints resume here
 
     @property
+    def final_opt_out(self) -> str:
+        return f"pass `restore_best=False` to {type(self).__name__}" if self.restore_best else ""
+
+    @property
     def stays(self) -> frozenset[str]:
         return frozenset({"_best_weights"} if self.dirpath is None else ())
 

@@ -52,6 +52,11 @@ class Stops(Callback):
         trainer.should_stop = batch_idx == 1
 
 
+class Leaves(Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> Any:
+        return -1 if batch_idx == 2 else None
+
+
 def said(model: Model, n: Any, train: Any, *callbacks: Callback, **options: Any) -> list[str]:
     """Return the warnings of a fit that are about accumulation."""
     with warnings.catch_warnings(record=True) as caught:
@@ -94,5 +99,7 @@ def test_nothing_is_said_where_nothing_is_wrong(what: str) -> None:
     assert said(module(), n, train(), **options) == []
 
 
-def test_an_epoch_that_something_else_ends_is_not_short() -> None:
-    assert said(Model(), 4, stream(8), Stops(), max_epochs=3) == []
+@pytest.mark.parametrize("other", [Stops(), Leaves()], ids=["a stop", "an epoch that is left"])
+@pytest.mark.parametrize("train", [data, stream])
+def test_an_epoch_that_something_else_ends_is_not_short(other: Callback, train: Any) -> None:
+    assert said(Model(), 4, train(8), other, max_epochs=3) == []

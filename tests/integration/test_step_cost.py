@@ -60,6 +60,8 @@ class SmallSteps(Cell):
         return 1e-6
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:EarlyStopping read no value")
+
 STEPS = SmallSteps("automatic", "32-true", "single", "1")
 
 

@@ -30,6 +30,7 @@ from tests.integration.entry_fits import CELL, Fitted, build, differences, each_
 from tests.integration.forked_processes import results
 from tests.integration.installed import settings
 from tests.lightning import (
+    PACKAGE,
     Callback,
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -146,12 +147,16 @@ TWICE: dict[str, Any] = {
     "Lightning's accumulation": (
         [GradientAccumulation(2), GradientAccumulationScheduler({0: 2})],
         {},
-        "GradientAccumulation and GradientAccumulationScheduler both accumulate: "
+        f"GradientAccumulation and the GradientAccumulationScheduler of `{PACKAGE}` both accumulate: "
         "give GradientAccumulation the dictionary of epochs to sizes",
     ),
     "two averages": (averages(), {}, "Two averages have `evaluate=True`.*: give the rest `evaluate=False`"),
-    "Lightning's average": ([averages()[0], LightningWeightAveraging()], {}, "WeightAveraging both write the weights"),
-    "Lightning's SWA": ([averages()[0], LightningSWA(0.1)], {}, "StochasticWeightAveraging both write the weights"),
+    "Lightning's average": (
+        [averages()[0], LightningWeightAveraging()],
+        {},
+        f"WeightAveraging of `{PACKAGE}` both write",
+    ),
+    "Lightning's SWA": ([averages()[0], LightningSWA(0.1)], {}, f"StochasticWeightAveraging of `{PACKAGE}` both"),
 }
 
 
@@ -184,7 +189,7 @@ class Estimator:
 )
 def test_the_same_job_is_set_by_a_package(argument: str, off: Any, make: Any) -> None:
     way_out = (
-        rf"`Trainer\({argument}=.*If a package makes the Trainer.*pass `{argument}={off}` to the package.*trainer_k"
+        rf"`{PACKAGE}\.Trainer\({argument}=.*If a package makes the Trainer.*pass `{argument}={off}` to the package"
     )
     with pytest.raises(MisconfigurationException, match=way_out):
         Estimator(callbacks=[make()]).fitted()

@@ -81,7 +81,6 @@ PRIVATE_NAMES = (
         "_save_distributed_checkpoint", "strategies.writes_folders", "know whether checkpoints are folders of shards"
     ),
     PrivateName("_MultiProcessingLauncher", "strategies.launches_processes", "bring attributes back from processes"),
-    PrivateName("_start_method", "strategies.forks", "find a callback again that was forked into a process"),
     PrivateName("_make_pruning_permanent", "pruning.is_permanent_in_checkpoints", "save an average as its weights"),
     PrivateName("_prune_on_train_epoch_end", "pruning.prunes_in_validation", "refuse pruning of an average"),
     PrivateName("_use_lottery_ticket_hypothesis", "pruning.resets_weights", "refuse first weights over an average"),

@@ -44,11 +44,6 @@ def launches_processes(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, found("_MultiProcessingLauncher", "strategies.launchers"))
 
 
-def forks(trainer: Trainer) -> bool:
-    """Return True if these processes are forked: an object keeps its ``id`` in them."""
-    return read_private(trainer.strategy.launcher, "_start_method") == "fork"
-
-
 def without_reduction(strategy: Strategy, block: bool) -> contextlib.AbstractContextManager[Any]:
     """Context manager: a backward pass does not reduce gradients over ranks, if ``block``."""
     blocks = block and isinstance(strategy, ParallelStrategy)

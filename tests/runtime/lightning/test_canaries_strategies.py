@@ -56,14 +56,13 @@ def _trainer(**options: Any) -> Trainer:
     return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **options)
 
 
-@canary("_MultiProcessingLauncher", "_start_method")
+@canary("_MultiProcessingLauncher")
 def test_launched_processes() -> None:
     kinds = {name: _trainer(strategy=name, devices=2) for name in ("ddp_spawn", "ddp_fork", "ddp_notebook", "ddp")} | {
         "one": _trainer(devices=1)
     }
     launched = [name for name, trainer in kinds.items() if strategies.launches_processes(trainer)]
     assert launched == ["ddp_spawn", "ddp_fork", "ddp_notebook"]
-    assert [strategies.forks(kinds[name]) for name in launched] == [False, True, True]
     assert all(hasattr(kinds[name].strategy.launcher, "get_extra_results") for name in launched)
 
 
