@@ -32,8 +32,8 @@ class FinalWeights:
     """Let one callback write the weights that the module keeps, and tell of anything else that writes them.
 
     Packages bring callbacks that load the best weights when training ends, and modules do so too. What can be read off
-    their code is told at the start. If nothing is, the parameters are compared before and after ``on_train_end``, since
-    ours holds the weights of the last step until ``on_fit_end``: two norms of each parameter, once in a fit.
+    their code is told at the start. If nothing is, the parameters are compared before and after ``on_train_end``, over
+    which callbacks of this package leave the weights of the last step in the module: two norms of each, once in a fit.
 
     Args:
         trainer: The Trainer of the fit.
@@ -71,7 +71,8 @@ class FinalWeights:
         an average that is not (3). If there are none, the module keeps its raw weights.
         """
         now = _norms(pl_module) if self._norms else {}
-        # Pruning that is made permanent replaces a parameter, and a new dtype rounds it: neither writes other weights.
+        # Pruning that is made permanent replaces a parameter, a new dtype rounds it, and on another device its norm is
+        # rounded in another way: none of these writes other weights.
         kept = [name for name, (identity, _) in self._norms.items() if name in now and now[name][0] == identity]
         was_written = any(now[name] != self._norms[name] for name in kept)
         writer = next((callback for callback in self._by_rank() if callback.write_final_(pl_module)), None)
@@ -89,7 +90,7 @@ class FinalWeights:
     def _tell_of_others(self, ours: SessionCallback) -> bool:
         """Warn of callbacks, and of a module, whose code loads weights when training ends; return True if there are."""
         listed: list[Any] = [*self._trainer.callbacks, self._trainer.lightning_module]
-        place = next(index for index, one in enumerate(listed) if one in self._callbacks)  # this one writes, for all
+        place = min(listed.index(one) for one in self._callbacks if one in listed)  # this one writes, for all
         name, told = type(ours).__name__, False
         for index, other in enumerate(listed):
             for hook in ("on_train_end", "on_fit_end"):
@@ -110,7 +111,7 @@ class FinalWeights:
 
 
 def _norms(pl_module: LightningModule) -> dict[str, tuple[Any, str]]:
-    """Return identity and dtype, and the norm, of each parameter; of a sharded one, the norm of this rank's shard."""
+    """Return identity and place of each parameter, and its norm; of a sharded one, that of this rank's shard."""
     shards.reshard_(pl_module)
     named = {
         name: parameter
@@ -119,7 +120,10 @@ def _norms(pl_module: LightningModule) -> dict[str, tuple[Any, str]]:
     }
     norms = tensor_norms(shards.local_shards(parameter.detach() for parameter in named.values())).tolist()
     # As text, in which NaN equals NaN.
-    return {name: ((id(one), one.dtype), repr(norm)) for (name, one), norm in zip(named.items(), norms, strict=True)}
+    return {
+        name: ((id(one), one.dtype, one.device), repr(norm))
+        for (name, one), norm in zip(named.items(), norms, strict=True)
+    }
 
 
 # ---- what can be read off the code of callbacks and modules ----------------------------------------------------------
