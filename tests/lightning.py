@@ -68,6 +68,11 @@ def __getattr__(name: str) -> Any:
     return getattr(module, name) if hasattr(module, name) else _Lacking(name, (), {})
 
 
+def has(name: str) -> bool:
+    """Return True if the installed version has this name."""
+    return not isinstance(__getattr__(name), _Lacking)
+
+
 class _Lacking(type):
     """Metaclass of a class in the place of one that the version of Lightning lacks: its use skips the test."""
 

@@ -25,6 +25,7 @@ from lightning_optim.runtime.lightning import (
     rank_zero_warn,
 )
 from lightning_optim.runtime.lightning.packages import overrides, package_of
+from lightning_optim.runtime.lightning.stopping import requested_stop
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
 from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_lost, check_weights_are_here
@@ -516,6 +517,4 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
 
 
 def _requested_stop(callback: LightningEarlyStopping) -> bool:
-    if isinstance(callback, EarlyStopping):
-        return callback._requested_stop
-    return callback.stopping_reason_message is not None
+    return callback._requested_stop if isinstance(callback, EarlyStopping) else requested_stop(callback)

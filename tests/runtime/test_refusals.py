@@ -152,7 +152,7 @@ TWICE: dict[str, Any] = {
     ),
     "two averages": (averages(), {}, "Two averages have `evaluate=True`.*: give the rest `evaluate=False`"),
     "Lightning's average": (
-        [averages()[0], LightningWeightAveraging()],
+        [averages()[0], LightningWeightAveraging],
         {},
         f"WeightAveraging of `{PACKAGE}` both write",
     ),
@@ -163,7 +163,8 @@ TWICE: dict[str, Any] = {
 @pytest.mark.parametrize("what", TWICE)
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_same_job_twice(what: str, backwards: bool) -> None:
-    callbacks, options, sentence = TWICE[what]
+    listed, options, sentence = TWICE[what]
+    callbacks = [one() if isinstance(one, type) else one for one in listed]
     ordered = list(reversed(callbacks)) if backwards else callbacks
     assert_refused(prepare(BY_NAME["plain"], STEPS, callbacks=ordered, **options), sentence)
 

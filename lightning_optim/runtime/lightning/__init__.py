@@ -12,7 +12,7 @@ of each says which name a new version has changed:
 * ``loops.py``: batches, windows and steps of a running fit; ``data_loading.py``: its loaders and their positions;
 * ``logger_connector.py``: what was logged; ``log_interception.py``: mute, tap or collect what a step logs;
 * ``modules.py``: a LightningModule; ``loading.py``: one from a checkpoint;
-* ``strategies.py``, ``precision.py``, ``pruning.py``, ``metrics.py``;
+* ``strategies.py``, ``precision.py``, ``pruning.py``, ``stopping.py``, ``metrics.py``;
 * ``torch_internals.py`` and ``spectral_norm.py``: parts of torch that are not public.
 """
 
