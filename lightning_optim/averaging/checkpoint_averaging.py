@@ -348,7 +348,7 @@ class _NotLogged(Exception):
 def _reader_of_checkpoints(trainer: Trainer, pl_module: LightningModule, own: OwnFiles) -> Callable[[str], StateDict]:
     """Return a function that reads a checkpoint: full tensors from a file, this rank's shards from a folder."""
     if not writes_folders(trainer.strategy):
-        return lambda path: reading.weights_in(path, weights_only=path not in own)
+        return lambda path: reading.weights_in(path, weights_only=path not in own, skip_objects=True)
 
     def read(path: str) -> StateDict:
         shards.reshard_(pl_module)

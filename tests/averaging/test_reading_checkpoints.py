@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_optim import average_checkpoints, average_weights
+from lightning_optim.runtime.files import safe_reading
 from tests.averaging.memory import peak_over_start
 from tests.averaging.models import assert_equal
 
@@ -40,6 +43,67 @@ def _tied(seed: int) -> dict[str, Any]:
     state["rows"] = state["layer3.weight"][1:3]  # dense, in the middle of a storage
     state["parameter"] = nn.Parameter(state["layer4.weight"] + 1.0)
     return state
+
+
+class OptionsDict(dict[str, Any]):
+    """Hyper-parameters of a package."""
+
+
+class Kind(enum.Enum):
+    """An enumeration, whose members are pickled by a call."""
+
+    ONE = 1
+
+
+class Encoder:
+    """An object with a state, which counts how often one is made."""
+
+    made = 0
+
+    def __new__(cls) -> Encoder:
+        cls.made += 1
+        return super().__new__(cls)
+
+    def __reduce__(self) -> Any:
+        return Encoder, (), {"scale": np.ones(3)}
+
+
+OBJECTS: dict[str, Any] = {
+    "an object": lambda: Encoder(),
+    "an array": lambda: np.arange(3.0),
+    "a dictionary": lambda: OptionsDict(lr=0.1, encoder=Encoder()),
+    "an enumeration": lambda: {Kind.ONE: Kind.ONE},
+    "a module": lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
+    "a function": lambda: (average_weights, {"path": Path("/somewhere")}),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_weights_are_read_beside_objects_that_are_never_made(name: str, tmp_path: Path) -> None:
+    state, path = _tied(0), tmp_path / "a.ckpt"
+    torch.save({"hyper_parameters": {"one": OBJECTS[name](), "lr": 0.1}, "state_dict": state}, path)
+    made = Encoder.made
+    found = safe_reading.load(path, skip_objects=True)
+    assert_equal(found["state_dict"], state)
+    assert found["hyper_parameters"]["lr"] == 0.1
+    assert Encoder.made == made
+    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+        safe_reading.load(path)
+
+
+class Command:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+def test_a_command_is_neither_run_nor_left_out(tmp_path: Path) -> None:
+    torch.save({"more": Command(tmp_path / "made"), "state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+        safe_reading.load(tmp_path / "a.ckpt", skip_objects=True)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("weights", [None, [0.0, 3.0, 1.0], [1.0, 0.0, 0.0]], ids=str)

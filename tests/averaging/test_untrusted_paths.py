@@ -14,7 +14,7 @@ from lightning_optim import EMA, CheckpointAveraging, WeightAveraging
 from lightning_optim.runtime.files.own_files import OwnFiles
 from tests.averaging.models import Model, assert_equal, data, snapshot, trainer
 from tests.averaging.test_average_checkpoints import Scripted
-from tests.lightning import Callback, ModelCheckpoint
+from tests.lightning import Callback, ModelCheckpoint, supported
 
 VALUES = [9.0, 4.0, 1.0, 2.0]
 
@@ -126,6 +126,17 @@ def test_what_the_run_wrote_itself_may_hold_objects(tmp_path: Path) -> None:
     assert model.net.weight.item() == pytest.approx(3.0)  # the mean of 4 and 2
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(saved.best_model_path, weights_only=True)
+
+
+def test_a_resumed_run_reads_the_weights_beside_objects(tmp_path: Path) -> None:
+    """Of the two checkpoints in the mean, with the weights 4 and 2, the resumed run has written only the second."""
+    for epochs, resume in ((2, None), (len(VALUES), tmp_path / "latest.ckpt")):
+        model, (saved, callback) = Parameterized(VALUES, 2.6), _callbacks(tmp_path / "run")
+        latest = ModelCheckpoint(tmp_path, filename="latest", enable_version_counter=False)
+        run = trainer([saved, latest, callback], enable_checkpointing=True, max_epochs=epochs)
+        run.fit(model, ckpt_path=resume, **supported(run.fit, weights_only=False))
+    assert [Path(path).name for path in callback.kept] == ["epoch=3.ckpt", "epoch=1.ckpt"]
+    assert model.net.weight.item() == pytest.approx(3.0)
 
 
 def test_own_files_are_those_written_in_this_fit(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lightning_optim import EarlyStopping
-from tests.stopping.scripted_fits import Scripted, fit, same, weights
+from tests.lightning import supported
+from tests.stopping.scripted_fits import Scripted, data, fit, same, trainer, weights
 
 SCORES = [3.0, 2.0, 1.0, 2.0, 2.0]
 
@@ -63,6 +64,24 @@ def test_a_resumed_run_goes_on_with_its_own_file(tmp_path: Path, monkeypatch: py
     fit(Scripted(SCORES), callbacks[0], max_epochs=1).save_checkpoint("given.ckpt")
     fit(Scripted(SCORES), callbacks[1], ckpt_path="given.ckpt")
     assert os.listdir("best") == ["best.ckpt"]
+
+
+class Parameterized(Scripted):
+    """Has an object among its hyper-parameters, which Lightning writes into each checkpoint."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__(scores)
+        self.save_hyperparameters({"root": Path("/somewhere")})
+
+
+def test_the_best_of_an_earlier_run_is_restored_beside_objects(tmp_path: Path) -> None:
+    scores = [1.0, 2.0, 3.0, 2.0, 2.0]
+    first = Parameterized(scores)
+    fit(first, _stopping(tmp_path / "best"), max_epochs=2).save_checkpoint(tmp_path / "given.ckpt")
+    second, resumed = Parameterized(scores), trainer(_stopping(tmp_path / "best"))
+    given = {"ckpt_path": tmp_path / "given.ckpt", **supported(resumed.fit, weights_only=False)}
+    resumed.fit(second, data(), data(seed=1), **given)
+    assert same(weights(second), first.seen[0])
 
 
 def test_a_new_best_spares_what_lies_where_it_would_be_written(tmp_path: Path) -> None:

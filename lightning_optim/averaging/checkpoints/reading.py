@@ -20,13 +20,16 @@ _OTHERS = ("model", "model_state_dict", "ema")  # keys that other training loops
 _DEPTH, _MAPPINGS = 32, 1_000_000
 
 
-def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> dict[Any, Any]:
+def load_checkpoint(
+    path: str | os.PathLike[str], weights_only: bool = True, check: bool = True, skip_objects: bool = False
+) -> dict[Any, Any]:
     """Load a checkpoint. Its tensors are mapped from the disk where possible, and read when they are used.
 
     Args:
         path: Path of a file, or of the folder of a distributed checkpoint, whose values beside the tensors are loaded.
         weights_only: If True, read only tensors and plain values.
         check: If True, check the file first (:func:`~lightning_optim.runtime.files.safe_reading.check`).
+        skip_objects: As for :func:`~lightning_optim.runtime.files.safe_reading.load`.
 
     Raises:
         OSError: If the file cannot be opened.
@@ -37,7 +40,7 @@ def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, che
         meta = os.path.join(path, "meta.pt")
         loaded = safe_reading.load(meta, weights_only, check) if os.path.exists(meta) else {}
     else:
-        loaded = safe_reading.load(path, weights_only, check)
+        loaded = safe_reading.load(path, weights_only, check, skip_objects)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, and not a dictionary of names to weights")
     _refuse_endless(loaded, path)
@@ -45,13 +48,17 @@ def load_checkpoint(path: str | os.PathLike[str], weights_only: bool = True, che
 
 
 def weights_in(
-    path: str | os.PathLike[str], weights_only: bool = True, key: str | None = None, check: bool = True
+    path: str | os.PathLike[str],
+    weights_only: bool = True,
+    key: str | None = None,
+    check: bool = True,
+    skip_objects: bool = False,
 ) -> dict[Any, Any]:
     """Read the weights of a checkpoint, which :func:`weights_key` finds."""
     path = os.fspath(path)
     if os.path.isdir(path):
         return _weights_of_folder(path, weights_only, key)
-    weights = weights_of(load_checkpoint(path, weights_only, check), path, key)
+    weights = weights_of(load_checkpoint(path, weights_only, check, skip_objects), path, key)
     _check_extent(path, weights)
     return weights
 

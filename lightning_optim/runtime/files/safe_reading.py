@@ -13,7 +13,7 @@ import io
 import os
 import pickle
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
@@ -30,17 +30,22 @@ _EXPANSION = 16  # weights of few digits are compressed to a third, those of a p
 _SMALL = 4 << 20
 
 
-def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = True) -> Any:
+def load(
+    path: str | os.PathLike[str], weights_only: bool = True, check: bool = True, skip_objects: bool = False
+) -> Any:
     """Load a file on the CPU; tensors that are not compressed are mapped from the disk.
 
     Args:
         path: A file that ``torch.save`` or safetensors wrote, on a local or a remote file system.
         weights_only: Read nothing but tensors and plain values: other objects can run any code.
         check: True to :func:`check` it first.
+        skip_objects: With ``weights_only``, read an empty object in place of each other one, such as a package's
+            hyper-parameters beside the weights. Nothing that the file names is called.
 
     Raises:
         OSError: If it cannot be opened.
-        ValueError: If it is damaged, of another format, or holds other objects and ``weights_only`` is True.
+        ValueError: If it is damaged, of another format, or holds other objects and ``weights_only`` is True; with
+            ``skip_objects`` only those of modules that torch blocks, such as ``os``, or that cannot be left out.
     """
     path = os.fspath(path)
     with _opened(path) as file:
@@ -54,10 +59,43 @@ def load(path: str | os.PathLike[str], weights_only: bool = True, check: bool = 
         with _named_errors(path, weights_only, is_whole=bool(records)):
             mmap = is_local and bool(records) and _are_stored(records)
             file.seek(0)
-            loaded = torch.load(path if is_local else file, map_location="cpu", weights_only=weights_only, mmap=mmap)
+            skipped = _skipped_objects(file) if weights_only and skip_objects and records else ()
+            with torch.serialization.safe_globals(list(skipped)):
+                source = path if is_local else file
+                loaded = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=mmap)
             if weights_only and records:
                 _check_storages(loaded, records)
             return loaded
+
+
+class _Skipped(dict):
+    """Stand for a class or function that a file names: its objects ignore what the file sets in them."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # an enumeration may be a key
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Skipped:
+        return dict.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore the state of the object that was saved."""
+
+
+class _SkippedDictionary:
+    """Stand for a subclass of ``dict``: torch's reader sets items in dictionaries of its own types alone."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+def _skipped_objects(file: IO[bytes]) -> Iterator[tuple[type, str]]:
+    """Yield a stand-in for each name in an archive that torch does not load with ``weights_only``."""
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(file):
+        kind = _SkippedDictionary if name.lower().endswith("dict") else _Skipped
+        yield type(name, (kind,), {}), name
+    file.seek(0)
 
 
 def check(path: str | os.PathLike[str], weights_only: bool = True) -> None:

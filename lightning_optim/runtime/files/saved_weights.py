@@ -77,7 +77,7 @@ def load_weights_(module: nn.Module, path: str, weights_only: bool = True) -> No
 def _open_file(
     path: str, weights_only: bool, adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None
 ) -> SavedWeights:
-    loaded = safe_reading.load(path, weights_only)
+    loaded = safe_reading.load(path, weights_only, skip_objects=True)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} is no checkpoint of Lightning: it has no `state_dict`")
