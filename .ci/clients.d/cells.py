@@ -376,6 +376,28 @@ def exact_resume(client: Client, plain: Fit, folder: Path) -> None:
     usable(fit, plain, folder / "usable")
 
 
+@cell("`CheckpointAveraging(top=3)`, `EarlyStopping(dirpath=…)` in a resumed run")
+def resumed_files(client: Client, plain: Fit, folder: Path) -> None:
+    """Checkpoints of the earlier run hold objects of the package; their weights are read all the same."""
+
+    def callbacks() -> list[Any]:
+        best = client.saver(folder, monitor=client.monitor, save_top_k=3, save_last=True, filename="{epoch}")
+        stop = lo.EarlyStopping(client.monitor, mode="max", patience=9, dirpath=str(folder / "stop"))
+        return [best, lo.CheckpointAveraging(top=3), stop]
+
+    first = client.fit(*callbacks(), epochs=2)
+    fit = client.fit(*callbacks(), epochs=4, resume=folder / "last.ckpt")
+    _, averaging, stop = map(fit.used, callbacks())
+    assert len(fit.record.checks) == 2, f"{len(fit.record.checks)} validations after the resume"
+    assert len(averaging.kept) == 3 and averaging.path, f"the average is of {averaging.kept}"
+    expected = mean([saved_weights(fit, path) for path in averaging.kept])
+    near(saved_weights(fit, averaging.path), expected, "the averaged checkpoint")
+    checks = first.record.checks + fit.record.checks
+    best = max(checks, key=lambda check: check[1][client.monitor])[2]
+    stop.restore_best_(fit.module)
+    near(weights_of(fit.module), best, "the best weights", rtol=0.0, atol=0.0)
+
+
 # ---- all together ----------------------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ class Darts(Client):
             # The earlier fit has written the rest of the model, with its callbacks, beside darts' own checkpoints.
             shutil.copy(resume, Path(self.folder.name) / "tide" / "checkpoints")
             model = TiDEModel.load_from_checkpoint("tide", self.folder.name, file_name=resume.name, trusted=True)
-        model.fit(self.train_set, val_series=self.val_set)
+        model.fit(self.train_set, val_series=self.val_set, epochs=epochs)
         self.fitted, self.datamodule = model, model.trainer.datamodule
 
         def reload(folder: Path) -> dict[str, Tensor]:

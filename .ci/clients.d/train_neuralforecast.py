@@ -31,7 +31,10 @@ class Neuralforecast(Client):
     monitor = "ptl/val_loss"
     ensemble_monitor = "ptl/val_loss"
     dropout = "blocks.*"
-    missing: ClassVar[dict[str, str]] = {"`ExactResume()`": "neuralforecast does not resume a fit"}
+    missing: ClassVar[dict[str, str]] = dict.fromkeys(
+        ["`ExactResume()`", "`CheckpointAveraging(top=3)`, `EarlyStopping(dirpath=…)` in a resumed run"],
+        "neuralforecast does not resume a fit",
+    )
 
     def __init__(self) -> None:
         self.series = generate_series(n_series=8, freq="D", min_length=60, max_length=60, seed=1)
