@@ -19,7 +19,6 @@ from lightning_optim.averaging.training.buffer_plan import BufferPlan, plan_buff
 from lightning_optim.base import module_tensors, shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.runtime import callback_state
-from lightning_optim.runtime.files.checkpoint_io import finish_writing
 from lightning_optim.runtime.files.filesystems import filesystem_of
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.files.saved_weights import load_weights_
@@ -35,7 +34,7 @@ from lightning_optim.runtime.lightning import (
     rank_zero_warn,
 )
 from lightning_optim.runtime.lightning.loops import logger_step
-from lightning_optim.runtime.lightning.strategies import writes_folders
+from lightning_optim.runtime.lightning.strategies import finish_writing, writes_folders
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.raw_weights import RawWeights
 from lightning_optim.runtime.validation import validate
@@ -157,8 +156,8 @@ class CheckpointAveraging(BatchNormRefresh):
         checkpoint = self._model_checkpoint(trainer)
         sign = 1.0 if checkpoint.mode == "max" else -1.0
         scores = {path: float(score) for path, score in checkpoint.best_k_models.items()}
-        usable = self._usable(trainer, sorted(scores, key=lambda path: -sign * scores[path]))
-        self._ranked = ranked = usable[: self.top]
+        best_first = sorted(scores, key=lambda path: -sign * scores[path])
+        self._ranked = ranked = self._usable(trainer, best_first, needed=self.top)
         if not ranked:
             return
         self.best_path = ranked[0]
@@ -186,9 +185,8 @@ class CheckpointAveraging(BatchNormRefresh):
         if not self.best_path:
             return False
         # Callbacks that come later may have removed checkpoints, such as the one of the average.
-        usable = self._usable(self.session.trainer, self._ranked)
-        self.best_path = usable[0] if usable else ""
-        if not usable:
+        self.best_path = next(iter(self._usable(self.session.trainer, self._ranked, needed=1)), "")
+        if not self.best_path:
             return False
         self._raw_weights.keep_raw(pl_module)
         try:
@@ -202,22 +200,33 @@ class CheckpointAveraging(BatchNormRefresh):
             return False
         return True
 
-    def _usable(self, trainer: Trainer, paths: Iterable[str]) -> list[str]:
-        """Return the checkpoints that can be read, the same on all ranks, and name the others in a warning."""
+    def _usable(self, trainer: Trainer, paths: Iterable[str], needed: int) -> list[str]:
+        """Return the first checkpoints that can be read, the same on all ranks; warn of those before that cannot.
+
+        Args:
+            trainer: The running Trainer.
+            paths: The checkpoints, the best first.
+            needed: Number of checkpoints to find. Those after them are not looked for, nor missed.
+        """
         finish_writing(trainer.strategy)
         folders = writes_folders(trainer.strategy)
-        found = {path: _why_unusable(path, folders) for path in paths}
-        found = trainer.strategy.broadcast(found)
-        reasons = [f"{path} {reason}" for path, reason in found.items() if reason]
+        usable: list[str] = []
+        reasons: list[str] = []
+        for path in paths:
+            if len(usable) == needed:
+                break
+            if reason := _why_unusable(path, folders):
+                reasons.append(f"{path} {reason}")
+            else:
+                usable.append(path)
+        usable, reasons = trainer.strategy.broadcast((usable, reasons))
         if reasons:
-            none_left = (
-                "" if len(reasons) < len(found) else " None is left, and CheckpointAveraging changes no weights."
-            )
+            none_left = "" if usable else " None is left, and CheckpointAveraging changes no weights."
             rank_zero_warn(
                 "CheckpointAveraging leaves out checkpoints that were saved in this run, and that something else has"
                 f" removed or replaced since: {'; '.join(reasons)}.{none_left}"
             )
-        return [path for path, reason in found.items() if not reason]
+        return usable
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

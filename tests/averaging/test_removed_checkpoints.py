@@ -87,7 +87,7 @@ def test_without_any_the_weights_stay(tmp_path: Path, others: Any) -> None:
     assert module.net.weight.item() == (1.0 if others else 8.0)
 
 
-class RemovesTheAverage(Callback):
+class RemovesAtTheEnd(Callback):
     """Comes after CheckpointAveraging, and keeps nothing but the checkpoints that it knows."""
 
     def __init__(self, folder: Path, pattern: str) -> None:
@@ -98,12 +98,23 @@ class RemovesTheAverage(Callback):
             path.unlink()
 
 
+def test_checkpoints_that_are_not_used_are_not_missed(tmp_path: Path) -> None:
+    """The fit ends with the mean of all three, so that they may be removed."""
+    module, ours = Scripted([1.0, 2.0, 9.0], 4.0), CheckpointAveraging(top=3)
+    saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=3)
+    others = [RemovesAtTheEnd(tmp_path, "epoch*"), ours, saved]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "CheckpointAveraging")
+        trainer(others, max_epochs=3, enable_checkpointing=True).fit(module, data(1), data(1))
+    assert module.net.weight.item() == 4.0 and ours.best_path == ours.path
+
+
 @pytest.mark.parametrize(("pattern", "ends_with"), [("average*", 2.0), ("*", 9.0)])
 def test_checkpoints_that_are_removed_after_the_averaging(tmp_path: Path, pattern: str, ends_with: float) -> None:
     """The mean of 1, 2 and 9 is the best by far; without it the fit ends with the second best, else as it is."""
     module, ours = Scripted([1.0, 2.0, 9.0], 4.0), CheckpointAveraging(top=3)
     saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=3)
-    removes = RemovesTheAverage(tmp_path, pattern)
+    removes = RemovesAtTheEnd(tmp_path, pattern)
     running = trainer([removes, ours, saved], max_epochs=3, enable_checkpointing=True)
     with pytest.warns(UserWarning, match=r"CheckpointAveraging leaves out .*average-of-best-3\.ckpt is not there"):
         running.fit(module, data(1), data(1))
@@ -119,6 +130,8 @@ class Slow(TorchCheckpointIO):
 
 
 def test_checkpoints_that_are_still_being_written_are_waited_for(tmp_path: Path) -> None:
+    if not hasattr(AsyncCheckpointIO, "_ensure_setup"):
+        pytest.skip("AsyncCheckpointIO of this version does not copy the weights, and writes those of later steps")
     module, ours = Scripted([9.0, 2.0, 1.0], 1.5), CheckpointAveraging(top=2)
     saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
     options: dict[str, Any] = {"plugins": [AsyncCheckpointIO(Slow())], "enable_checkpointing": True, "max_epochs": 3}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 
 from lightning_optim.runtime.files.atomic_writing import write_atomically
-from lightning_optim.runtime.lightning import AsyncCheckpointIO, CheckpointIO, Strategy
+from lightning_optim.runtime.lightning import CheckpointIO, Strategy
 
 
 @contextmanager
@@ -21,15 +21,6 @@ def using_checkpoint_io(strategy: Strategy, writer: CheckpointIO) -> Iterator[No
         yield
     finally:
         strategy.checkpoint_io = own
-
-
-def finish_writing(strategy: Strategy) -> None:
-    """Wait until the checkpoints that are written in the background are complete."""
-    if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
-        with suppress(
-            Exception
-        ):  # an error in the background, which Lightning raises at the next checkpoint or the end
-            strategy.checkpoint_io.teardown()  # ends its thread; the next checkpoint starts another
 
 
 class AtomicCheckpointIO:

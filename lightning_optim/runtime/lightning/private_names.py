@@ -80,6 +80,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "_save_distributed_checkpoint", "strategies.writes_folders", "know whether checkpoints are folders of shards"
     ),
+    PrivateName("_executor", "strategies.finish_writing", "read checkpoints that are written in the background"),
     PrivateName("_MultiProcessingLauncher", "strategies.launches_processes", "bring attributes back from processes"),
     PrivateName("_make_pruning_permanent", "pruning.is_permanent_in_checkpoints", "save an average as its weights"),
     PrivateName("_prune_on_train_epoch_end", "pruning.prunes_in_validation", "refuse pruning of an average"),

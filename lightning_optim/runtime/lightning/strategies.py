@@ -10,7 +10,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_optim.runtime.lightning import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy, Trainer
+from lightning_optim.runtime.lightning import (
+    AsyncCheckpointIO,
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+    Trainer,
+)
 from lightning_optim.runtime.lightning.packages import found
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
 from lightning_optim.runtime.lightning.torch_internals import uncompiled
@@ -34,6 +41,16 @@ def writing_one_file(strategy: Strategy) -> Iterator[None]:
     finally:
         if folders:
             write_private(strategy, "_save_distributed_checkpoint", True)
+
+
+def finish_writing(strategy: Strategy) -> None:
+    """Wait until the checkpoints that are written in the background are complete."""
+    if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
+        # `teardown` waits too, and before Lightning 2.5.6 no checkpoint can be written after it.
+        executor = read_private(strategy.checkpoint_io, "_executor")
+        if executor is not None:
+            with contextlib.suppress(RuntimeError):  # shut down already, and so complete
+                executor.submit(int).result()  # its only thread does this last
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

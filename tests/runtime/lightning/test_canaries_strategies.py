@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +19,15 @@ from torch.nn.utils import prune
 from lightning_optim.runtime.lightning import precision, pruning, strategies
 from lightning_optim.runtime.patching import patched
 from tests.harness.process_group import Group
-from tests.lightning import DDPStrategy, MixedPrecision, ModelParallelStrategy, ModelPruning, Trainer
+from tests.lightning import (
+    AsyncCheckpointIO,
+    DDPStrategy,
+    MixedPrecision,
+    ModelParallelStrategy,
+    ModelPruning,
+    TorchCheckpointIO,
+    Trainer,
+)
 from tests.runtime.lightning.canaries import At, Model, canary, fit, numbers
 
 
@@ -50,6 +61,28 @@ def test_whether_checkpoints_are_folders() -> None:
             assert not isinstance(strategy, ModelParallelStrategy) or is_whole(strategy)
             _ = 1 / 0
         assert strategies.writes_folders(strategy) is before
+
+
+class Slow(TorchCheckpointIO):
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.2)
+        super().save_checkpoint(*args, **kwargs)
+
+
+@canary("_executor")
+def test_checkpoints_in_the_background_are_complete() -> None:
+    strategy = _trainer(plugins=[AsyncCheckpointIO(Slow())]).strategy
+    strategies.finish_writing(strategy)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("first", "second"):
+            strategy.checkpoint_io.save_checkpoint({}, Path(folder, f"before-{name}"))
+            strategy.checkpoint_io.save_checkpoint({}, path := Path(folder, name))
+            assert not path.exists()
+            strategies.finish_writing(strategy)
+            assert path.exists()
+    strategy.checkpoint_io.teardown()
+    strategies.finish_writing(strategy)
+    strategies.finish_writing(_trainer().strategy)
 
 
 def _trainer(**options: Any) -> Trainer:
