@@ -144,6 +144,7 @@ class Client(ABC):
         refused: Rows that end with a refusal, with a pattern of its sentence.
         warns: Rows in which `lightning_optim` warns, with a pattern of the warning.
         missing: Rows for which the package has no way, and what it lacks.
+        partly: Rows of which only a part is possible there, and why.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Client(ABC):
     }
     warns: ClassVar[dict[str, str]] = {}
     missing: ClassVar[dict[str, str]] = {}
+    partly: ClassVar[dict[str, str]] = {}
 
     run_seed: int = 1  # the seed of the present fit, for packages that seed with an argument of the model
 

@@ -27,6 +27,9 @@ class Darts(Client):
     lightning = pytorch_lightning
     dropout = "encoders"
     missing: ClassVar[dict[str, str]] = {"`RegularizationMixin`": "darts makes the LightningModule itself"}
+    partly: ClassVar[dict[str, str]] = {
+        "`fit_members`, `Ensemble`, `cost_benefit`": "darts fits the members, since it makes the modules itself"
+    }
 
     def __init__(self) -> None:
         np.random.seed(1)
