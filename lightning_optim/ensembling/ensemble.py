@@ -219,6 +219,12 @@ class Ensemble(ModuleMixin):
         return ensemble
 
     def _assemble(self, members: list[LightningModule], outputs: Any, on: str | None, dim: int | None) -> None:
+        early = [name for name, value in vars(self).items() if isinstance(value, nn.Module | nn.Parameter)]
+        if early:  # torch says so only in a class that is a module already
+            raise AttributeError(
+                f"{type(self).__name__} sets {early} before `super().__init__(…)`, which makes it a module: set them"
+                " after that call."
+            )
         for member in members:
             uncompile_(member)
         first = members[0]
@@ -280,6 +286,8 @@ class Ensemble(ModuleMixin):
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
+        if not isinstance(self, nn.Module):
+            raise AttributeError(f"{type(self).__name__} has no attribute `{name}` before `super().__init__(…)`")
         if "_replaced" not in own or is_registered(self, name):
             return super().__getattr__(name)
         if name in own["_replaced"]:

@@ -409,3 +409,21 @@ OUTPUTS = "`outputs` must be one of 'values' .*regression.*'logits' .*'binary_lo
 def test_wrong_arguments_are_refused(make: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+def test_a_subclass_sets_modules_and_parameters_after_the_constructor() -> None:
+    """Before it, they would be plain attributes in silence: on no device, in no state dict."""
+
+    class Calibrated(Ensemble):
+        def __init__(self, early: bool) -> None:
+            if early:
+                self.temperature = nn.Parameter(torch.ones(()))
+            super().__init__(members(), outputs="logits", on="net")
+            self.temperature = nn.Parameter(torch.ones(()))
+
+    assert "temperature" in dict(Calibrated(early=False).named_parameters())
+    with pytest.raises(AttributeError, match=r"^Calibrated sets \['temperature'\] before `super\(\).__init__\(…\)`"):
+        Calibrated(early=True)
+    unmade = Calibrated.__new__(Calibrated)
+    with pytest.raises(AttributeError, match=r"^Calibrated has no attribute `members` before `super\(\).__init__"):
+        print(unmade.members)
