@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.runtime import callback_state, ran_elsewhere
 from lightning_optim.runtime.lightning import LightningModule, LightningOptimizer, Trainer
+from lightning_optim.runtime.lightning.base_classes import join_packages
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.order import Slot, arrange
 from lightning_optim.runtime.overridden_hooks import OverridableHooks
@@ -287,6 +288,7 @@ class OptimCallback(OverridableHooks):
         A callback is in one fit at a time. A nested Trainer that fits with it is refused; one that only evaluates does
         not change it.
         """
+        join_packages()  # done before, unless the package was imported in a way that `sys.meta_path` has no part in
         if self.fit is not None and (not self.fit.running or (stage == "fit" and self.fit.trainer is trainer)):
             self.fit.close()  # an earlier fit, in which an exception kept the Trainer from its teardown
         if self._is_in_another_fit(trainer):

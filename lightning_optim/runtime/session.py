@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.final_weights import FinalWeights
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer
-from lightning_optim.runtime.lightning.base_classes import join_packages
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.lightning.precision import unscale_before_hooks
 from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot
@@ -110,7 +109,6 @@ class Session:
     @staticmethod
     def in_setup(trainer: Trainer) -> Session:
         """Return the session of a fit whose ``setup`` is running; the first callback opens it."""
-        join_packages()  # done before, unless the package was imported in a way that `sys.meta_path` has no part in
         session = Session.find(trainer)
         if session is not None and session.state is not SessionState.SETUP:
             session.close()  # that of an earlier fit, in which an exception kept the Trainer from its teardown

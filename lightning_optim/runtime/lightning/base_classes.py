@@ -53,6 +53,7 @@ else:
 
         def __init_subclass__(cls, **kwargs: Any) -> None:
             super().__init_subclass__(**kwargs)
+            join_packages()  # a mixin raises our `MisconfigurationException` also where no callback is in the fit
             theirs = found("LightningModule")
             own = [index for index, base in enumerate(cls.__mro__) if base in theirs]
             for late in cls.__mro__[own[0] :] if own else ():
@@ -81,17 +82,24 @@ def join_packages() -> None:
 class _Finder(importlib.abc.MetaPathFinder):
     """Call :func:`join_packages` right after one of the packages is imported, whoever imports it."""
 
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in PACKAGES:
+        if fullname not in PACKAGES or fullname in self._asking:  # asked by another finder that asks all others too
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
+        self._asking.add(fullname)
+        try:
+            finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+            specs = (finder.find_spec(fullname, path, target) for finder in finders)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self._asking.discard(fullname)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
-            with contextlib.suppress(AttributeError):  # a loader that takes no attributes: `Session` joins them later
+            with contextlib.suppress(AttributeError):  # a loader that takes no attributes: `setup` joins them later
                 loader.exec_module = _then_join(loader.exec_module)
         return spec
 

@@ -14,14 +14,15 @@ import functools
 import importlib
 import re
 import sys
+from types import ModuleType
 from typing import Any
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def imported_packages() -> tuple[str, ...]:
-    """Return the names of the packages that are imported, completely."""
-    return tuple(name for name in PACKAGES if hasattr(sys.modules.get(name), "Trainer"))
+    """Return the names of the packages that are imported, completely. A mock in the place of one is none."""
+    return tuple(name for name in PACKAGES if isinstance(getattr(sys.modules.get(name), "Trainer", None), type))
 
 
 def imported_versions() -> str:
@@ -68,12 +69,13 @@ def of_any_package(name: str, place: str = "") -> Any:
 
 def found(name: str, place: str = "") -> tuple[Any, ...]:
     """Return what has a name in each imported package; an earlier version may lack it."""
-    return _found(imported_packages(), name, place)
+    return _found(tuple(sys.modules[package] for package in imported_packages()), name, place)
 
 
 @functools.cache
-def _found(packages: tuple[str, ...], name: str, place: str) -> tuple[Any, ...]:
-    modules = [_module(package, place) for package in packages]
+def _found(packages: tuple[ModuleType, ...], name: str, place: str) -> tuple[Any, ...]:
+    """Take the packages themselves, since one that is imported anew, as in some tests, has other classes."""
+    modules = [_module(package.__name__, place) for package in packages]
     return tuple(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -110,7 +112,8 @@ class StandIn(type):
 
 def stand_in(name: str, place: str = "") -> Any:
     """Make a class that stands for the class of this name in each package; see :class:`StandIn`."""
-    return StandIn(name, (), {"place": place, "__module__": PACKAGES[0]})
+    home = __name__.rpartition(".")[0]  # parsers of command lines import the module of a class, and look for it there
+    return StandIn(name, (), {"place": place, "__module__": home})
 
 
 def classes_of(kind: StandIn) -> tuple[type, ...]:

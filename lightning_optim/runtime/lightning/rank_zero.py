@@ -6,12 +6,10 @@ import warnings
 
 from lightning_utilities.core import rank_zero
 
-from lightning_optim.runtime.lightning.packages import imported_packages
-
 
 def _is_rank_zero() -> bool:
-    """Return True on the first rank, and as long as no package is imported, which would have set the rank."""
-    return not imported_packages() or getattr(rank_zero.rank_zero_only, "rank", 0) == 0
+    """Return True on the first rank, and as long as nothing has set a rank, as Lightning and Fabric do."""
+    return getattr(rank_zero.rank_zero_only, "rank", 0) == 0
 
 
 def rank_zero_warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 1) -> None:

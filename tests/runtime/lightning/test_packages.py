@@ -260,10 +260,182 @@ def test_a_package_that_was_imported_past_the_import_system_is_joined_in_a_fit()
         from lightning.pytorch import Callback, Trainer
         from lightning.pytorch.demos.boring_classes import BoringModel
 
+        from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
         clipping = lo.GradientClipping(1.0)
         assert not isinstance(clipping, Callback)
-        Trainer(callbacks=[clipping], max_steps=1, barebones=True).fit(BoringModel())
+        try:
+            Trainer(callbacks=[clipping], gradient_clip_val=1.0, max_steps=1, barebones=True).fit(BoringModel())
+        except MisconfigurationException:
+            pass
         assert isinstance(clipping, Callback)
+
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "lightning_optim" not in type(finder).__module__]
+        from pytorch_lightning import Trainer
+        from pytorch_lightning.demos.boring_classes import BoringModel
+        from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+        class Model(lo.SharpnessAwareMixin, BoringModel):
+            pass
+
+        try:
+            Trainer(accumulate_grad_batches=2, max_steps=2, barebones=True).fit(Model())
+        except MisconfigurationException as error:
+            assert "remove the accumulation" in str(error)
+        """
+    )
+
+
+@needs_both
+def test_a_package_that_is_being_imported_when_ours_is_joins_in_a_fit(tmp_path: Path) -> None:
+    """As when a module that Lightning imports, such as a logger's, imports this package."""
+    (tmp_path / "tensorboardX.py").write_text("import lightning_optim")
+    run(
+        """
+        import sys
+
+        sys.path.insert(0, sys.argv[1])
+        from importlib.machinery import PathFinder
+        class First:
+            def find_spec(name, path=None, target=None):
+                if name == "pytorch_lightning.trainer":
+                    import tensorboardX
+        sys.meta_path.insert(0, First)
+        import pytorch_lightning as package
+        from pytorch_lightning.demos.boring_classes import BoringModel
+
+        clipping = sys.modules["lightning_optim"].GradientClipping(1.0)
+        package.Trainer(callbacks=[clipping], max_steps=1, barebones=True).fit(BoringModel())
+        assert clipping.steps == [1] and isinstance(clipping, package.Callback)
+        """,
+        str(tmp_path),
+    )
+
+
+def test_a_package_is_joined_beside_other_finders_and_loaders_and_a_mock_is_none(tmp_path: Path) -> None:
+    """A small package in the place of Lightning's is imported again and again, as tests of imports do."""
+    for name, text in {
+        "__init__": "from .callbacks import Callback\nclass LightningModule: ...\nclass Trainer: ...",
+        "callbacks": "class Callback: ...\nclass EarlyStopping(Callback): ...",
+        "utilities/exceptions": "class MisconfigurationException(Exception): ...",
+    }.items():
+        (path := tmp_path / "pytorch_lightning" / f"{name}.py").parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+    run(
+        """
+        import contextlib, importlib, sys, zipfile, zipimport
+        from importlib.machinery import PathFinder
+        from unittest.mock import MagicMock
+        import lightning_optim
+
+        folder = sys.argv[1]
+
+        @contextlib.contextmanager
+        def finder(instance, place):
+            sys.meta_path.insert(place, instance)
+            yield
+            sys.meta_path.remove(instance)
+
+        class Asking:  # all the others
+            def find_spec(self, name, path=None, target=None):
+                specs = (other.find_spec(name, path, target) for other in sys.meta_path if other is not self)
+                return next((spec for spec in specs if spec is not None), None)
+
+        class OfPython2:
+            def find_module(self, name, path=None):
+                return None
+
+        class Loader:
+            __slots__ = ("create_module", "exec_module")
+
+        class WithoutAttributes:
+            def find_spec(self, name, path=None, target=None):
+                if name == "pytorch_lightning":
+                    spec, loader = PathFinder.find_spec(name, path, target), Loader()
+                    loader.create_module, loader.exec_module = spec.loader.create_module, spec.loader.exec_module
+                    spec.loader = loader
+                    return spec
+
+        def fresh(name):
+            for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+                del sys.modules[module]
+            return importlib.import_module(name)
+
+        def joins():
+            package = fresh("pytorch_lightning")
+            from lightning_optim.runtime.lightning import Trainer
+            assert issubclass(package.Trainer, Trainer)
+            return issubclass(sys.modules["lightning_optim"].EarlyStopping, package.callbacks.EarlyStopping)
+
+        sys.path.insert(0, folder)
+        assert joins() and joins()
+        for instance in (Asking(), OfPython2()):
+            for place in (0, 1):
+                with finder(instance, place):
+                    assert joins()
+        with finder(WithoutAttributes(), 0):
+            joins()
+            class Module(lightning_optim.RegularizationMixin, sys.modules["pytorch_lightning"].LightningModule):
+                pass
+            assert issubclass(lightning_optim.EarlyStopping, sys.modules["pytorch_lightning"].Callback)
+
+        with zipfile.ZipFile(folder + "/packed.zip", "w") as packed:
+            for name in ("__init__", "callbacks", "utilities/exceptions"):
+                packed.write(f"{folder}/pytorch_lightning/{name}.py", f"pytorch_lightning/{name}.py")
+            packed.writestr("pytorch_lightning/utilities/__init__.py", "")
+        sys.path[0] = folder + "/packed.zip"
+        assert joins() and isinstance(sys.modules["pytorch_lightning"].__loader__, zipimport.zipimporter)
+        sys.path[0] = folder
+
+        sys.modules["pytorch_lightning"] = MagicMock()  # as a builder of documentation does
+        assert lightning_optim.EarlyStopping("loss").monitor == "loss"
+        lightning_optim.runtime.lightning.base_classes.join_packages()
+        assert not isinstance(1, lightning_optim.runtime.lightning.Trainer)
+
+        fresh("lightning_optim")  # its finder comes beside that of the first
+        assert joins()
+        """,
+        str(tmp_path),
+    )
+
+
+def test_warnings_come_on_the_first_rank_of_fabric_too() -> None:
+    run(
+        """
+        import sys, warnings
+        from lightning_utilities.core.rank_zero import rank_zero_only
+        from lightning_optim.runtime.lightning import rank_zero_warn
+
+        for rank, count in {None: 1, 0: 1, 1: 0}.items():
+            if rank is not None:
+                rank_zero_only.rank = rank
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                rank_zero_warn("a sentence")
+            assert len(caught) == count
+        """
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="pytorch_lightning is not installed")
+def test_a_parser_knows_the_classes_that_stand_for_lightnings_and_imports_no_package_for_them() -> None:
+    pytest.importorskip("jsonargparse")
+    run(
+        """
+        import sys
+        from pytorch_lightning.demos.boring_classes import BoringModel
+        import lightning_optim as lo
+
+        sys.modules["lightning"] = None  # as if it were not installed
+        from jsonargparse import ArgumentParser
+
+        ArgumentParser().add_function_arguments(lo.cost_benefit)
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(lo.Ensemble, "ensemble")
+        members = [{"class_path": "pytorch_lightning.demos.boring_classes.BoringModel"}] * 2
+        parsed = parser.parse_object({"ensemble": {"members": members, "outputs": "values"}})
+        ensemble = parser.instantiate_classes(parsed).ensemble
+        assert len(ensemble.members) == 2 and isinstance(ensemble, BoringModel)
         """
     )
 
