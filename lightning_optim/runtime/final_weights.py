@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
-from collections.abc import Callable, Iterator
-from types import CodeType
+import textwrap
+from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -33,7 +36,8 @@ class FinalWeights:
 
     Packages bring callbacks that load the best weights when training ends, and modules do so too. What can be read off
     their code is told at the start. If nothing is, the parameters are compared before and after ``on_train_end``, over
-    which callbacks of this package leave the weights of the last step in the module: two norms of each, once in a fit.
+    which callbacks of this package leave the weights of the last step in the module. That costs two norms of each
+    parameter that is trained, at the end of the fit.
 
     Args:
         trainer: The Trainer of the fit.
@@ -57,7 +61,7 @@ class FinalWeights:
         run_end = loop.on_run_end
 
         def measure_and_end() -> None:
-            self._norms = _norms(module)
+            self._norms = _norms(module, {name for name, one in module.named_parameters() if one.requires_grad})
             run_end()
 
         patch(loop, "on_run_end", measure_and_end)
@@ -70,7 +74,7 @@ class FinalWeights:
         write: the mean of checkpoints (0), the best weights that were validated (1), the average that is evaluated (2),
         an average that is not (3). If there are none, the module keeps its raw weights.
         """
-        now = _norms(pl_module) if self._norms else {}
+        now = _norms(pl_module, self._norms) if self._norms else {}
         # Pruning that is made permanent replaces a parameter, a new dtype rounds it, and on another device its norm is
         # rounded in another way: none of these writes other weights.
         kept = [name for name, (identity, _) in self._norms.items() if name in now and now[name][0] == identity]
@@ -110,13 +114,16 @@ class FinalWeights:
         return f"To end with {those}, {opt_outs}; else turn off {loading}."
 
 
-def _norms(pl_module: LightningModule) -> dict[str, tuple[Any, str]]:
+def _norms(pl_module: LightningModule, names: Container[str]) -> dict[str, tuple[Any, str]]:
     """Return identity and place of each parameter, and its norm; of a sharded one, that of this rank's shard."""
     shards.reshard_(pl_module)
     named = {
         name: parameter
         for name, parameter in pl_module.named_parameters()
-        if not is_lazy(parameter) and parameter.is_floating_point() and parameter.layout is torch.strided
+        if name in names
+        and not is_lazy(parameter)
+        and parameter.is_floating_point()
+        and parameter.layout is torch.strided
     }
     norms = tensor_norms(shards.local_shards(parameter.detach() for parameter in named.values())).tolist()
     # As text, in which NaN equals NaN.
@@ -130,37 +137,80 @@ def _norms(pl_module: LightningModule) -> dict[str, tuple[Any, str]]:
 
 
 def _writes_weights(owner: Any, hook: str) -> str:
-    """Return what a hook of a callback or a module does, if it writes weights as far as its code shows; else nothing.
+    """Return what a hook of a callback or a module does, if it loads weights into the module as far as its code shows.
 
-    The hook, or a method of the same object that it uses, names a function such as ``load_state_dict``, and asks no
-    attribute such as ``load_best_on_end`` or ``restore_best`` that is False. It may still load the weights into another
-    module. Lightning's own averages write theirs in ``on_train_end``.
+    The hook, or a method of the same object that it uses, calls ``load_state_dict`` or the like on the module, and asks
+    no attribute or hyper-parameter such as ``load_best_on_end`` or ``restore_best`` that is False. Lightning's own
+    averages write theirs in ``on_train_end``.
     """
     defined_in = next((kind for kind in type(owner).__mro__ if hook in vars(kind)), type(owner))
     if isinstance(owner, _AVERAGES) and hook == "on_train_end" and not _is_of(defined_in, "lightning_optim"):
         return f"of `{package_of(owner)}` writes its average into the module"
-    names = set(_names_in(type(owner), hook, set()))
-    switches = [name for name in names if "load" in name or "restore" in name]
-    if not names & _LOADING or any(getattr(owner, name, None) is False for name in switches):
-        return ""
-    return f"calls `{min(names & _LOADING)}`, perhaps to load weights into the module"
+    loading: set[str] = set()
+    for method in _code_of(type(owner), hook, set()):
+        names = {node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute)}
+        if any(_is_off(owner, name) for name in names if "load" in name or "restore" in name):
+            return ""
+        loading.update(_loading_calls(method, owner))
+    return f"calls `{min(loading)}`, perhaps to load weights into the module" if loading else ""
 
 
-def _names_in(kind: type, method: str, seen: set[str]) -> Iterator[str]:
-    """Yield the names of attributes and functions in the code of a method, and of methods of the class that it uses."""
+def _code_of(kind: type, method: str, seen: set[str]) -> Iterator[ast.FunctionDef]:
+    """Yield the code of a method and of methods of the class that it uses, also by ``super()``."""
     seen.add(method)
-    function = inspect.unwrap(inspect.getattr_static(kind, method, None))
+    for defined in [vars(base)[method] for base in kind.__mro__ if method in vars(base)]:
+        code = _parsed(inspect.unwrap(defined))
+        if code is None:
+            return
+        yield code
+        nodes = list(ast.walk(code))
+        for name in [node.attr for node in nodes if isinstance(node, ast.Attribute)]:
+            if name not in seen:
+                yield from _code_of(kind, name, seen)
+        if not any(isinstance(node, ast.Name) and node.id == "super" for node in nodes):
+            return
+
+
+def _parsed(function: Any) -> ast.FunctionDef | None:
     if not inspect.isfunction(function) or _is_of(function, *_NOT_READ):
-        return
-    for name in _names_in_code(function.__code__):
-        yield name
-        if name not in seen:
-            yield from _names_in(kind, name, seen)
+        return None
+    with suppress(OSError, SyntaxError):  # without a source file, the comparison at the end is left
+        (code,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        return code if isinstance(code, ast.FunctionDef) else None
+    return None
 
 
-def _names_in_code(code: CodeType) -> list[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return [*code.co_names, *(name for each in inner for name in _names_in_code(each))]
+def _loading_calls(method: ast.FunctionDef, owner: Any) -> Iterator[str]:
+    """Yield the names of functions with which a method loads weights into the module of the fit, or a part of it."""
+    for call in ast.walk(method):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute | ast.Name):
+            continue
+        if isinstance(call.func, ast.Name):
+            name, target = call.func.id, call.args[0] if call.args else None
+        else:
+            name, target = call.func.attr, call.func.value
+        if name in _LOADING and target is not None and _is_module(ast.unparse(target), method, owner):
+            yield name
+
+
+def _is_module(target: str, method: ast.FunctionDef, owner: Any) -> bool:
+    """Return True if an expression in a method is the module of the fit, or a part of it, as far as it shows.
+
+    A callback may load weights into a model that it keeps itself, or into a copy: neither is an argument of its method.
+    """
+    root, *path = target.split(".")
+    if isinstance(owner, LightningModule):
+        with suppress(Exception):  # properties may raise anything
+            return root == "self" and functools.reduce(getattr, path, owner) in list(owner.modules())
+        return False
+    if root.endswith("trainer"):
+        return bool(path) and path[0] in ("lightning_module", "model", "strategy")
+    return root in [argument.arg for argument in method.args.args[1:]]
+
+
+def _is_off(owner: Any, name: str) -> bool:
+    hparams = owner.hparams if isinstance(owner, LightningModule) else None
+    return getattr(owner, name, None) is False or getattr(hparams, name, None) is False
 
 
 def _is_of(defined: Any, *packages: str) -> bool:

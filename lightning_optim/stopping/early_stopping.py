@@ -340,9 +340,13 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
             logger = logging.getLogger(f"{package_of(trainer)}.callbacks.early_stopping")
             logger.info(rank_prefixed_message(message, rank))
 
+    def resume_ended(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._best_weights.resume_(pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         OptimCallback.on_train_end(self, trainer, pl_module)
-        if not self._checks and not trainer.fast_dev_run:
+        # A resumed run may end between two validations: those before it are in the history.
+        if not self._checks and not self.history and not trainer.fast_dev_run:
             rank_zero_warn(
                 f"EarlyStopping read no value of {list(self.criterion.monitors)} in the whole fit, and so neither"
                 f" stopped it nor kept weights of it as the best: {self._why_no_check(trainer)}"

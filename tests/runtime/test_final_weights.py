@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from lightning_optim import EMA, CheckpointAveraging, EarlyStopping, ExactResume, GradientClipping, WeightAveraging
 from tests.averaging.models import Model, assert_equal, fit, norm_net, snapshot, two_processes
@@ -69,6 +70,18 @@ class AtTheEndOfTheFit(Keeps):
         trainer.strategy.load_model_state_dict({"state_dict": self.kept})
 
 
+@read
+class BySuper(InAMethod):
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_end(trainer, pl_module)
+
+
+@read
+class ByAFunction(Keeps):
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        set_model_state_dict(pl_module, self.kept)
+
+
 class Copies(Keeps):
     """Its code does not show that it writes weights."""
 
@@ -117,7 +130,9 @@ def test_what_can_be_read_is_told_at_the_start(ours: str, theirs: str, tmp_path:
         warnings.simplefilter("always")
         fit(Fails(), [READ[theirs](), make()], **options)
     told = [str(one.message) for one in caught if "To end with" in str(one.message)]
-    calls = "load_model_state_dict" if theirs == "AtTheEndOfTheFit" else "load_state_dict"
+    calls = {"AtTheEndOfTheFit": "load_model_state_dict", "ByAFunction": "set_model_state_dict"}.get(
+        theirs, "load_state_dict"
+    )
     hook = "on_fit_end" if theirs == "AtTheEndOfTheFit" else "on_train_end"
     (sentence,) = told
     assert f"`{theirs}.{hook}` calls `{calls}`, perhaps to load weights into the module, and {ours} writes" in sentence
@@ -163,6 +178,26 @@ def test_a_module_that_loads_weights(ours: str) -> None:
     assert sentence.startswith("`OfTheModule.on_train_end` calls `load_state_dict`")
 
 
+class WithASwitch(Model):
+    """A module whose hyper-parameter turns the loading off, and that loads into a model outside of it too."""
+
+    def __init__(self, load_best: bool) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.outside = [copy.deepcopy(self.net)]
+
+    def on_train_end(self) -> None:
+        self.outside[0].load_state_dict(self.net.state_dict())
+        if self.hparams.load_best:
+            self.net.load_state_dict({name: torch.zeros_like(value) for name, value in self.net.state_dict().items()})
+
+
+@each_writer
+def test_a_module_with_a_switch(ours: str) -> None:
+    assert said(WithASwitch(load_best=False), WRITERS[ours][0]()) == []
+    assert len(said(WithASwitch(load_best=True), WRITERS[ours][0]())) == 1
+
+
 def test_averages_of_lightning() -> None:
     stop = EarlyStopping("val_loss", patience=9)
     for theirs in (LightningSWA(0.01, swa_epoch_start=1), LightningAverage()):
@@ -189,6 +224,27 @@ class Exports(Callback):
             self.exported[0].weight.zero_()
 
 
+class KeepsItsOwn(Keeps):
+    """Loads an average of its own into a model that it keeps."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.average = copy.deepcopy(pl_module.net)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.average.load_state_dict({name.removeprefix("net."): tensor for name, tensor in self.kept.items()})
+
+
+class LoadsIntoACopy(Keeps):
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        exported = copy.deepcopy(pl_module)
+        exported.load_state_dict(self.kept)
+
+
+class LoadsAnOptimizer(Callback):
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.optimizers[0].load_state_dict(trainer.optimizers[0].state_dict())
+
+
 class Freezes(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         pl_module.requires_grad_(False)
@@ -205,6 +261,9 @@ SILENT: dict[str, Any] = {
     "a switch that is off": lambda: [SavesTheBest(load_best_on_end=False)],
     "a ModelCheckpoint": lambda: [ModelCheckpoint(monitor="val_loss", save_last=True)],
     "a copy of the module": lambda: [Exports()],
+    "a model of its own": lambda: [KeepsItsOwn()],
+    "a copy with other weights": lambda: [LoadsIntoACopy()],
+    "the state of an optimizer": lambda: [LoadsAnOptimizer()],
     "another precision": lambda: [Converts()],
     "frozen weights": lambda: [Freezes()],
     "pruning that is made permanent": lambda: [ModelPruning("l1_unstructured", amount=0.5)],

@@ -108,11 +108,16 @@ def test_each_fit_is_told_of_by_itself() -> None:
     assert len(said(Scripted(), stop, check_val_every_n_epoch=9)) == 1
 
 
-def test_a_resumed_run_without_a_check(tmp_path: Any) -> None:
-    """The checks before the interruption are in the history; this fit made none all the same."""
-    first = trainer(EarlyStopping("val_loss"), max_epochs=2)
-    first.fit(Scripted(), data(), data(seed=1))
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_resumed_run_without_a_check(checked: bool, tmp_path: Any) -> None:
+    """The values before the interruption count: only a run that has read none since its start is told."""
+    first = trainer(EarlyStopping("val_loss"), max_epochs=2, check_val_every_n_epoch=2 if checked else 9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "EarlyStopping read no value")
+        first.fit(Scripted(), data(), data(seed=1))
     first.save_checkpoint(tmp_path / "last.ckpt")
     stop = EarlyStopping("val_loss")
-    sentences = said(Scripted(), stop, ckpt_path=tmp_path / "last.ckpt", max_epochs=3, check_val_every_n_epoch=9)
-    assert len(stop.history) == 2 and len(sentences) == 1
+    options: dict[str, Any] = {"ckpt_path": tmp_path / "last.ckpt", "max_epochs": 3}
+    sentences = said(Scripted(), stop, check_val_every_n_epoch=2 if checked else 9, **options)
+    assert len(sentences) == (0 if checked else 1)
+    assert len(stop.history) == (1 if checked else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def test_a_file_written_after_a_fit(average: str, scores: list[float], in_direct
     assert same(weights(again), weights(whole))
     assert all(same(one, other) for one, other in zip(again.seen, whole.seen[3:], strict=True))
     assert resumed.best_check == (1 if scores is EARLIER else 4)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("in_directory", [False, True])
+def test_a_file_written_after_a_fit_of_which_nothing_is_left(average: str, in_directory: bool, tmp_path: Path) -> None:
+    make = AVERAGES[average]
+    dirpath = tmp_path / "best" if in_directory else None
+    first, again = Scripted(EARLIER), Scripted(EARLIER)
+    fit(first, *make(), stopping(dirpath), max_epochs=3).save_checkpoint(tmp_path / "after.ckpt")
+    resumed = stopping(dirpath)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Not all of the best weights")
+        fit(again, *make(), resumed, max_epochs=3, ckpt_path=tmp_path / "after.ckpt")
+    assert same(weights(again), weights(first))
+    assert resumed.best_check == 1
 
 
 @pytest.mark.parametrize("in_directory", [False, True])
