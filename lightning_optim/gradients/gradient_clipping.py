@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from typing import Any, Literal, TypeAlias
@@ -142,13 +143,12 @@ class GradientClipping(OptimCallback):
         watch_clipping(self.session, trainer, pl_module, self._warn_of_module)
 
     def _warn_of_module(self, optimizer: Optimizer | LightningOptimizer, does: str) -> None:
-        """Warn once that the module clips too, if the policies do."""
+        """Warn once that the module clips too, if a policy clips gradients of the same optimizer."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if self._warned_of_module or self.fit is None or plain not in self.fit.trainer.optimizers:
             return
         step = self.current_step(plain)
-        when: dict[str, Any] = {"step": step.number, "total": step.total}
-        if all(policy.is_idle(sys.float_info.max, **when) or not policy.limits for policy in self.policies):
+        if not any(map(functools.partial(_limits, step), self.policies, self._selections)):
             return
         self._warned_of_module = True
         ours, module = type(self).__name__, type(self.fit.trainer.lightning_module).__name__
@@ -326,3 +326,10 @@ def _not_finite(step: OptimizerStep) -> str:
     named = zip(step.names, shards.local_shards(step.dense[1]), strict=True)
     found = [name for name, grad in named if not bool(grad.isfinite().all())]
     return f"On this rank the gradients of {found} are not finite." if found else "On this rank all are finite."
+
+
+def _limits(step: OptimizerStep, policy: Clipping, selection: Selection | None) -> bool:
+    """Return True if a policy would make large gradients of this step smaller."""
+    if not policy.limits or policy.is_idle(sys.float_info.max, step=step.number, total=step.total):
+        return False
+    return selection is None or any(id(weight) in selection.ids for weight in step.weights)

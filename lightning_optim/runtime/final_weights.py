@@ -174,7 +174,7 @@ def _code_of(kind: type, method: str, seen: set[str]) -> Iterator[ast.FunctionDe
 def _parsed(function: Any) -> ast.FunctionDef | None:
     if not inspect.isfunction(function) or _is_of(function, *_NOT_READ):
         return None
-    with suppress(OSError, SyntaxError):  # without a source file, the comparison at the end is left
+    with suppress(OSError, SyntaxError, ValueError):  # without a source, the comparison at the end is left
         (code,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
         return code if isinstance(code, ast.FunctionDef) else None
     return None
@@ -210,8 +210,10 @@ def _is_module(target: str, method: ast.FunctionDef, owner: Any) -> bool:
 
 def _is_off(owner: Any, name: str) -> bool:
     hparams = owner.hparams if isinstance(owner, LightningModule) else None
-    return getattr(owner, name, None) is False or getattr(hparams, name, None) is False
+    with suppress(Exception):  # properties may raise anything
+        return getattr(owner, name, None) is False or getattr(hparams, name, None) is False
+    return False
 
 
 def _is_of(defined: Any, *packages: str) -> bool:
-    return defined.__module__.partition(".")[0] in packages
+    return (defined.__module__ or "").partition(".")[0] in packages  # code that was made by `exec` is in no module

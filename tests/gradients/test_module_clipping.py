@@ -149,6 +149,30 @@ def test_callbacks_that_do_not_clip_say_nothing(callback: Callback) -> None:
     assert said(ByTorch(), callback) == []
 
 
+class ClipsOneOfTwo(Model):
+    """Clips the gradients of its first optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[index].parameters(), lr=0.05) for index in (0, 2)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.clip_gradients(first, 0.5, "norm")
+        first.step()
+        second.step()
+
+
+@pytest.mark.parametrize(("on", "count"), [("net.0.*", 1), ("net.2.*", 0), (None, 1)])
+def test_gradients_that_only_one_of_them_clips(on: Any, count: int) -> None:
+    assert len(said(ClipsOneOfTwo(), GradientClipping([Centralize(), ClipByNorm(1.0, on=on)]))) == count
+
+
 def test_several_fits_and_policies() -> None:
     ours = GradientClipping([Centralize(), ClipByNorm(1.0)])
     assert len(said(module := ByTorch(), ours)) == len(said(module, ours)) == 1
