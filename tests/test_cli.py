@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_a_path_that_is_no_file_is_named(path: str, tmp_path: Path, monkeypatch,
         (
             {"w": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])},
             "out.ckpt",
-            "in.ckpt: w is a nested tensor",
+            r"in\.ckpt(: w is a nested tensor| holds more .*nested_tensor)",  # torch 2.15 does not read it
         ),
         ({"w": torch.ones(3).to_sparse()}, "out.ckpt", "in.ckpt"),
         ({"w": torch.ones(3, dtype=torch.complex128)}, "out.safetensors", "out.safetensors"),
@@ -238,7 +239,7 @@ def test_averages_of_odd_contents(
     torch.save(content, tmp_path / "in.ckpt")
     assert cli.main(["average", str(tmp_path / "in.ckpt"), "-o", str(tmp_path / out)]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("lightning-optim: ") and f"{tmp_path}/{named}" in said
+    assert said.startswith("lightning-optim: ") and re.search(f"{re.escape(str(tmp_path))}/{named}", said)
     assert said[:-1].isprintable() and said.endswith("\n")
     assert [path.name for path in tmp_path.iterdir()] == ["in.ckpt"]
 

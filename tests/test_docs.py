@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_optim
+from lightning_optim.runtime import refusals
 
 ROOT = Path(lightning_optim.__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
@@ -107,3 +108,47 @@ def test_the_picture_is_that_of_the_code() -> None:
     page = draw.PAGE.read_text()
     assert page == draw.written(page), "run `python docs/draw.py --write`"
     assert len(page.splitlines()) < 120, "the architecture fits on two screens"
+
+
+# ---- what is supported -----------------------------------------------------------------------------------------------
+
+SUPPORT = (ROOT / "docs" / "support.md").read_text()
+
+
+def environments() -> dict[str, dict[str, str]]:
+    """Return the table that `.ci/versions` writes: a row by the name of the environment, a cell by its column."""
+    table = SUPPORT.partition("<!-- begin: .ci/versions -->\n")[2].partition("<!-- end -->")[0].splitlines()
+    columns, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0].strip("`"): dict(zip(columns, row, strict=True)) for row in rows}
+
+
+def test_each_environment_was_run() -> None:
+    listed = re.findall(r"^(\w+) +(3\.\d+) +(lightning\.pytorch|pytorch_lightning)$", ci("versions"), re.MULTILINE)
+    assert [name for name, *_ in listed] == list(environments())
+    for name, python, package in listed:
+        row = environments()[name]
+        assert row["Python"].startswith(f"{python}.") and row["the tests import"] == f"`{package}`"
+        assert re.fullmatch(r"\d{3,} passed(, \d+ skipped)?", row["tests"]), f"{name}: {row['tests']}"
+    assert environments()["alone"]["lightning"] == "none"
+
+
+def test_the_floors_are_those_that_were_run() -> None:
+    lowest = environments()["lowest"]
+    required = (ROOT / "pyproject.toml").read_text()
+    for name in ("torch", "lightning", "torchmetrics", "jsonargparse"):
+        floor = re.search(rf'"{name}(?:\[\w+\])?>=([\w.]+)', required)
+        assert floor and lowest[name] == floor[1], f"{name} {lowest[name]} was run"
+    assert lowest["pytorch-lightning"] == lowest["lightning"]
+    assert f'requires-python = ">={lowest["Python"].rpartition(".")[0]}"' in required
+
+
+def ci(name: str) -> str:
+    path = ROOT / ".ci" / name
+    if not path.exists():
+        pytest.skip("a source distribution has no .ci")
+    return path.read_text()
+
+
+def test_refusals_are_quoted_as_they_are() -> None:
+    said = set(refusals._STRATEGIES.values())
+    assert said == {text for text in said if text in SUPPORT}
