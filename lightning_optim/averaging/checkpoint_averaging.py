@@ -248,7 +248,7 @@ class CheckpointAveraging(BatchNormRefresh):
 
     def _model_checkpoint(self, trainer: Trainer) -> ModelCheckpoint:
         """Return the ``ModelCheckpoint`` whose checkpoints are averaged."""
-        for callback in trainer.checkpoint_callbacks:
+        for callback in trainer.callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
                 enough = callback.save_top_k == -1 or callback.save_top_k >= self.top
                 if enough and self.monitor in (None, callback.monitor):

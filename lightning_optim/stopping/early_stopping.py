@@ -307,7 +307,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         return False
 
     def _decide(self, trainer: Trainer, stop: bool, improved: bool) -> None:
-        others = [callback for callback in trainer.early_stopping_callbacks if callback is not self]
+        stoppers = [callback for callback in trainer.callbacks if isinstance(callback, LightningEarlyStopping)]
+        others = [callback for callback in stoppers if callback is not self]
         requested = self._requested_stop and trainer.should_stop
         if stop:
             self.stopped_epoch = trainer.current_epoch

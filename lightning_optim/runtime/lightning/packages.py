@@ -122,6 +122,6 @@ def classes_of(kind: StandIn) -> tuple[type, ...]:
 
 
 def overrides(kind: type, name: str, base: Any) -> bool:
-    """Return True if a class has a method of this name that is not that of ``base``, a :class:`StandIn`."""
-    method = getattr(kind, name, None)
-    return method is not None and all(method is not getattr(cls, name, None) for cls in classes_of(base))
+    """Return True if a class has a method of this name beside those of ``base``, a :class:`StandIn`."""
+    theirs = {cls for each in classes_of(base) for cls in each.__mro__}
+    return any(name in vars(cls) for cls in kind.__mro__ if cls not in theirs)

@@ -244,7 +244,41 @@ def test_a_subclass_of_a_user_may_derive_from_a_package_too() -> None:
         import pytorch_lightning as second
         assert isinstance(timed, second.Callback) and isinstance(timed, first.callbacks.Timer)
         assert isinstance(Timed(), second.Callback)
+
+        class Impatient(second.callbacks.EarlyStopping):
+            def _evaluate_stopping_criteria(self, current):
+                return True, "impatient"
+
+        class Mine(lo.EarlyStopping, Impatient):
+            pass
+
+        try:
+            Mine("loss").setup(first.Trainer(barebones=True), None, "fit")
+        except first.utilities.exceptions.MisconfigurationException as error:
+            assert "Mine overrides ['_evaluate_stopping_criteria']" in str(error)
+        else:
+            raise AssertionError
         """
+    )
+
+
+@needs_both
+def test_callbacks_of_the_other_package_are_seen_beside_ours() -> None:
+    """A Trainer lists only those of its own package in ``checkpoint_callbacks`` and ``early_stopping_callbacks``."""
+    run(
+        FITS
+        + """
+for package, other in (PACKAGES, PACKAGES[::-1]):
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = [
+            other.callbacks.ModelCheckpoint(folder, monitor="val_loss", save_top_k=2),
+            other.callbacks.EarlyStopping("val_loss", patience=0, min_delta=1e9),
+        ]
+        ours = [lo.CheckpointAveraging(top=2), lo.EarlyStopping("val_loss", name="ours", restore_best=False)]
+        trainer = trainer_of(package, ours=[*theirs, *ours], max_epochs=9, min_epochs=3)
+        trainer.fit(module_of(package), data(0), data(1))
+        assert trainer.current_epoch == 3 and len(theirs[0].best_k_models) == 2
+"""
     )
 
 
