@@ -160,7 +160,7 @@ class GradientAccumulation(OptimCallback):
             self._warn_if_short(trainer, self._largest)
 
     def _saw(self, count: int) -> None:
-        """Note that a step of this epoch may have so many micro-batches, also of those without a loss."""
+        """Note the number of micro-batches that a step of this epoch may have, those without a loss included."""
         self._largest = None if self._largest is None else max(self._largest, count)
 
     def _warn_if_short(self, trainer: Trainer, largest: int) -> None:

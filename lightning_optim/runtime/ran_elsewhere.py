@@ -1,4 +1,4 @@
-"""Know of a callback that its last fit ran in another object: in a copy of it, or in other processes.
+"""Remember that the last fit of a callback ran in another object: in a copy of it, or in other processes.
 
 A package may copy the Trainer or its arguments before it trains (``copy.deepcopy(trainer)``), and launchers such as
 ``ddp_spawn`` copy the Trainer into other processes. Then the user's own object is as before the fit. Each callback has
@@ -34,14 +34,14 @@ def ancestors_of_copy(callback: SessionCallback) -> tuple[str, ...]:
 
 
 def find(tokens: Iterable[str]) -> SessionCallback | None:
-    """Return the callback of this process with the last of these tokens that is there."""
+    """Return the callback of this process that has the latest of these tokens; ``None`` if no callback has one."""
     return next((found for token in reversed([*tokens]) if (found := _callbacks.get(token)) is not None), None)
 
 
 def begins_fit(callback: SessionCallback) -> None:
-    """Mark that a fit runs in this object, and for those that it is a copy of, that it runs in a copy.
+    """Mark that a fit runs in this object, and, in the objects that it was copied from, that it runs in a copy.
 
-    One of these that is in a fit of its own, within which the copy's runs, keeps its results.
+    An object that is in a fit of its own is not marked: the fit of the copy runs within that fit.
     """
     callback.ran_in, callback.not_returned = "", ""
     for token in callback._ancestors:

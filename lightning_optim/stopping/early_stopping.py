@@ -346,8 +346,9 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         OptimCallback.on_train_end(self, trainer, pl_module)
+        told = bool(self._missing) and self.verbose  # at each check
         # A resumed run may end between two validations: those before it are in the history.
-        if not self._checks and not self.history and not trainer.fast_dev_run:
+        if not self._checks and not self.history and not trainer.fast_dev_run and not told:
             rank_zero_warn(
                 f"EarlyStopping read no value of {list(self.criterion.monitors)} in the whole fit, and so neither"
                 f" stopped it nor kept weights of it as the best: {self._why_no_check(trainer)}"

@@ -64,6 +64,11 @@ def test_no_check_is_told_once(what: str) -> None:
     assert not stop.history
 
 
+def test_what_each_check_has_told_is_not_told_again() -> None:
+    sentences = said(NeverLogs(), EarlyStopping("val_loss", strict=False, verbose=True))
+    assert sentences == []
+
+
 class ChecksLater(EarlyStopping):
     """Makes its check in another hook."""
 
