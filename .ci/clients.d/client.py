@@ -187,6 +187,16 @@ class Client(ABC):
         fit.record, fit.trainer = Recorder.latest, Recorder.trainer
         return fit
 
+    def fitted(self, callbacks: list[Any], epochs: int, resume: Path | None, options: dict[str, Any]) -> Any:
+        """Fit a :meth:`member` with a :meth:`trainer`, where the package leaves both to its user; see :meth:`train`."""
+        module, (train, validation) = self.member(0), self.data()
+        checkpoints = any(isinstance(one, self.lightning.callbacks.ModelCheckpoint) for one in callbacks)
+        settings = {"max_epochs": epochs, "callbacks": callbacks, "enable_checkpointing": checkpoints, **options}
+        trainer = self.trainer(**settings)
+        # Their checkpoints hold classes of the package, which torch refuses to load without `weights_only=False`.
+        trainer.fit(module, train, validation, ckpt_path=resume, weights_only=False)
+        return trainer
+
     def saver(self, folder: Path, **options: Any) -> Any:
         """Return a ``ModelCheckpoint`` that can stand beside those that a package adds.
 

@@ -62,13 +62,8 @@ class Chemprop(Client):
         return lightning.pytorch.Trainer(**{"max_epochs": 1, **QUIET, **options})
 
     def train(self, callbacks: list[Any], epochs: int, resume: Path | None, options: dict[str, Any]) -> Fit:
-        model, (train, validation) = self.member(0), self.data()
-        checkpoints = any(isinstance(c, lightning.pytorch.callbacks.ModelCheckpoint) for c in callbacks)
-        trainer = self.trainer(
-            max_epochs=epochs, callbacks=callbacks, **{"enable_checkpointing": checkpoints, **options}
-        )
-        # chemprop's checkpoints hold classes of its own, which torch refuses to load without `weights_only=False`.
-        trainer.fit(model, train, validation, ckpt_path=resume, weights_only=False)
+        trainer = self.fitted(callbacks, epochs, resume, options)
+        model = trainer.lightning_module
 
         def reload(folder: Path) -> dict[str, Tensor]:
             trainer.save_checkpoint(folder / "model.ckpt")
@@ -81,7 +76,7 @@ class Chemprop(Client):
             return {way: self.predict(one) for way, one in loaded.items()}
 
         def predict() -> Tensor:
-            return torch.cat(trainer.predict(model, validation))
+            return torch.cat(trainer.predict(model, self.data()[1]))
 
         return Fit(model, predict, reload)
 

@@ -66,13 +66,8 @@ class PytorchForecasting(Client):
         return lightning.pytorch.Trainer(**{"max_epochs": 1, **QUIET, "log_every_n_steps": 1, **options})
 
     def train(self, callbacks: list[Any], epochs: int, resume: Path | None, options: dict[str, Any]) -> Fit:
-        model, (train, validation) = self.member(0), self.data()
-        checkpoints = any(isinstance(c, lightning.pytorch.callbacks.ModelCheckpoint) for c in callbacks)
-        trainer = self.trainer(
-            max_epochs=epochs, callbacks=callbacks, **{"enable_checkpointing": checkpoints, **options}
-        )
-        # The package's checkpoints hold its encoders and losses, which torch refuses without `weights_only=False`.
-        trainer.fit(model, train, validation, ckpt_path=resume, weights_only=False)
+        trainer = self.fitted(callbacks, epochs, resume, options)
+        model = trainer.lightning_module
 
         def reload(folder: Path) -> dict[str, Tensor]:
             trainer.save_checkpoint(folder / "model.ckpt")

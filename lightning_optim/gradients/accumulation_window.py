@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.runtime.lightning import MisconfigurationException, ModelParallelStrategy, Trainer
-from lightning_optim.runtime.lightning.batches import batch_size_of
+from lightning_optim.runtime.lightning.data_loading import batch_size_of
 
 WeightBy: TypeAlias = Literal["batch", "sample"] | Callable[[Any], int | float | Tensor]
 
@@ -64,7 +64,7 @@ class Window:
 
 def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
     """Return the weight of a micro-batch, a scalar on the device, without waiting for a tensor that is there."""
-    weight: Any = batch_size_of(batch) if isinstance(weight_by, str) else weight_by(batch)
+    weight = batch_size_of(batch) if isinstance(weight_by, str) else weight_by(batch)
     if isinstance(weight, Tensor) and weight.numel() == 1:
         return weight.detach().to(device, torch.float32).reshape(())
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:

@@ -142,14 +142,14 @@ class GradientClipping(OptimCallback):
             self._selections.append(None if takes_all else Selection(pl_module, on, policy.exclude))
         watch_clipping(self.session, trainer, pl_module, self._warn_of_module)
 
-    def _warn_of_module(self, optimizer: Optimizer | LightningOptimizer, does: str) -> None:
-        """Warn once that the module clips too, if a policy clips gradients of the same optimizer."""
+    def _warn_of_module(self, optimizer: Optimizer | LightningOptimizer, does: str) -> bool:
+        """Warn once that the module clips too, if a policy clips gradients of the same optimizer; True if warned."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if self._warned_of_module or self.fit is None or plain not in self.fit.trainer.optimizers:
-            return
+            return self._warned_of_module
         step = self.current_step(plain)
         if not any(map(functools.partial(_limits, step), self.policies, self._selections)):
-            return
+            return False
         self._warned_of_module = True
         ours, module = type(self).__name__, type(self.fit.trainer.lightning_module).__name__
         rank_zero_warn(
@@ -157,6 +157,7 @@ class GradientClipping(OptimCallback):
             f" argument or a setting of its own; or write `{ours}(float('inf'))`, which does not clip, and skips steps"
             " that are not finite."
         )
+        return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -13,7 +13,7 @@ from lightning_optim.runtime.lightning.modules import is_overridden
 from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.step import parameters_of
 
-Notice = Callable[[Optimizer, str], Any]
+Notice = Callable[[Optimizer, str], bool]
 
 
 def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModule, notice: Notice) -> None:
@@ -27,7 +27,8 @@ def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModul
         session: The session of the fit, at whose end the watch ends.
         trainer: Its Trainer.
         pl_module: Its module.
-        notice: Called with the optimizer, and what the module did, as part of a sentence.
+        notice: Called with the optimizer, and what the module did, as part of a sentence. It returns True if no more
+            need be noticed; until then each step is looked at.
     """
     plugin = trainer.strategy.precision_plugin
     clip_gradients = plugin.clip_gradients
@@ -41,12 +42,14 @@ def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModul
     if not is_overridden("configure_gradient_clipping", pl_module):
         return
     configure = pl_module.configure_gradient_clipping
+    is_done = False
 
     def configure_and_notice(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        before = _state_of_gradients(optimizer)
+        nonlocal is_done
+        before = None if is_done else _state_of_gradients(optimizer)
         configure(optimizer, *args, **kwargs)
-        if _state_of_gradients(optimizer) != before:
-            notice(optimizer, "writes to its gradients in `configure_gradient_clipping`, as clipping does")
+        if before is not None and _state_of_gradients(optimizer) != before:
+            is_done = notice(optimizer, "writes to its gradients in `configure_gradient_clipping`, as clipping does")
 
     session.patch(pl_module, "configure_gradient_clipping", configure_and_notice)
 

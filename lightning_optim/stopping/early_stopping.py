@@ -35,6 +35,7 @@ from lightning_optim.stopping.criteria import Criterion, Plateau
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
 from lightning_optim.stopping.stopping_reason import EarlyStoppingReason, as_lightnings, reason_to_stop
+from lightning_optim.stopping.unread_metric import why_unread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -351,25 +352,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         if not self._checks and not self.history and not trainer.fast_dev_run and not told:
             rank_zero_warn(
                 f"EarlyStopping read no value of {list(self.criterion.monitors)} in the whole fit, and so neither"
-                f" stopped it nor kept weights of it as the best: {self._why_no_check(trainer)}"
+                f" stopped it nor kept weights of it as the best: {why_unread(self._missing, trainer)}"
             )
-
-    def _why_no_check(self, trainer: Trainer) -> str:
-        if self._missing:
-            return (
-                f"{self._missing} was never logged. Log it in `validation_step`; logged metrics:"
-                f" {sorted(trainer.callback_metrics)}."
-            )
-        if not trainer.enable_validation:
-            return (
-                "no validation ran. Give the Trainer validation data and the module a `validation_step`, with"
-                " `limit_val_batches` above 0, or monitor a metric of training with `check_on_train_epoch_end=True`."
-            )
-        return (
-            "the fit ended before its first validation. It is due by"
-            f" `Trainer(val_check_interval={trainer.val_check_interval},"
-            f" check_val_every_n_epoch={trainer.check_val_every_n_epoch})`: choose less, or train longer."
-        )
 
     # ---- the best weights --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_optim.runtime.lightning import CombinedLoader, LightningModule, Trainer
 from lightning_optim.runtime.lightning.modules import takes_argument
+from lightning_optim.runtime.lightning.packages import found
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
 
 
@@ -103,6 +104,11 @@ def validated_batches(trainer: Trainer) -> dict[int, int]:
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch_size_of(batch: Any) -> Any:
+    """Return the number of samples by which Lightning weights a batch: the first dimension of its first tensor."""
+    return found("extract_batch_size", "utilities.data")[0](batch)  # the same in both packages
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.runtime.lightning import LightningModule
-from lightning_optim.runtime.lightning.batches import batch_size_of
+from lightning_optim.runtime.lightning.data_loading import batch_size_of
 from lightning_optim.runtime.lightning.logger_connector import results_of_loop
 from lightning_optim.runtime.lightning.modules import running_hook
 from lightning_optim.runtime.lightning.packages import of_same_package
@@ -110,9 +110,8 @@ def _handing(module: LightningModule, handler: Callable[[LoggedValue], Any]) -> 
     @functools.wraps(log)
     def hand(name: str, value: Any, *args: Any, **options: Any) -> None:
         forward = functools.partial(log, name, value, *args, **options)
-        handler(
-            LoggedValue(name, value, {**dict(zip(options_in_order, args, strict=False)), **options}, module, forward)
-        )
+        by_name = {**dict(zip(options_in_order, args, strict=False)), **options}
+        handler(LoggedValue(name, value, by_name, module, forward))
 
     return hand
 

@@ -62,11 +62,6 @@ def of_same_package(thing: Any, name: str, place: str = "") -> Any:
     return getattr(_module(package_of(thing), place), name)
 
 
-def of_any_package(name: str, place: str = "") -> Any:
-    """Return a function of the package that was imported first, for what is the same in both."""
-    return found(name, place)[0]
-
-
 def found(name: str, place: str = "") -> tuple[Any, ...]:
     """Return what has a name in each imported package; an earlier version may lack it."""
     return _found(tuple(sys.modules[package] for package in imported_packages()), name, place)

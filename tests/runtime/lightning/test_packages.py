@@ -278,6 +278,15 @@ for package, other in (PACKAGES, PACKAGES[::-1]):
         trainer = trainer_of(package, ours=[*theirs, *ours], max_epochs=9, min_epochs=3)
         trainer.fit(module_of(package), data(0), data(1))
         assert trainer.current_epoch == 3 and len(theirs[0].best_k_models) == 2
+
+    # Ours asks to stop, then theirs does; ours withdraws when the metric improves, and the stop of theirs stands.
+    module, scores = module_of(package), [1.0, 2.0, 2.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    module.validation_step = lambda batch, batch_idx: module.log("val_loss", scores[module.current_epoch])
+    theirs = other.callbacks.EarlyStopping("val_loss", patience=2)
+    stops = [theirs, lo.EarlyStopping("val_loss", patience=1, name="ours")]
+    trainer = trainer_of(package, ours=stops, max_epochs=9, min_epochs=5, num_sanity_val_steps=0)
+    trainer.fit(module, data(0), data(1))
+    assert trainer.current_epoch == 5
 """
     )
 
