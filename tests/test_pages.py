@@ -1,0 +1,74 @@
+"""Every example of the docs is run, and none of them makes a warning of this package."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.harness import pages
+from tests.harness.pages import PAGES, ROOT, Classifier, Data, blocks
+from tests.lightning import LightningCLI
+
+WITH = ROOT / "docs" / "with"  # their blocks need other packages: `.ci/clients` runs them
+
+
+def title(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in pages.TRAINER.items():
+        monkeypatch.setenv(name, value)
+
+
+def with_blocks(language: str) -> list[Path]:
+    return [page for page in PAGES if page.parent != WITH and page.name != "README.md" and blocks(page, language)]
+
+
+@pytest.mark.parametrize("page", with_blocks("python"), ids=title)
+def test_blocks_run_in_their_order(page: Path) -> None:
+    pages.run(page, blocks(page, "python"), pages.given())
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"), ids=title)
+def test_yaml_trains(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        Path("config.yaml").write_text(block.code)
+        cli = LightningCLI(Classifier, Data, args=["fit", "--config", "config.yaml"], save_config_callback=None)
+        assert cli.trainer.state.finished
+
+
+def test_other_packages_pages_are_run_by_the_script_of_clients() -> None:
+    script = ROOT / ".ci" / "clients"
+    if not script.exists():
+        pytest.skip("a source distribution has no .ci")
+    packages = re.search(r"^all=\((.*)\)$", script.read_text(), flags=re.MULTILINE)
+    assert packages and sorted(packages[1].split()) == sorted(page.stem for page in WITH.glob("*.md"))
+    assert '.ci/clients.d/page.py "docs/with/$package.md"' in script.read_text()
+    spec = importlib.util.spec_from_file_location("page", ROOT / ".ci" / "clients.d" / "page.py")
+    assert spec is not None and spec.loader is not None
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    for page in WITH.glob("*.md"):
+        run = runner.script_of(page.read_text())
+        assert {block.language for block in blocks(page)} == {"python"}
+        assert all(block.code in run for block in blocks(page))
+
+
+def test_each_kind_of_block_has_a_runner() -> None:
+    languages = {block.language for page in PAGES for block in blocks(page)}
+    assert languages <= {"python", "yaml", "text", "toml", "console"}
+    for page in PAGES:  # a fence that the pattern misses would be an example that nothing runs
+        assert len(re.findall(r"^ *```", page.read_text(), flags=re.MULTILINE)) == 2 * len(blocks(page)), page.name
+
+
+def test_pages_with_doctests_are_collected() -> None:
+    settings = (ROOT / "pyproject.toml").read_text()
+    for page in PAGES:
+        if ">>> " in page.read_text():
+            assert f'"--doctest-glob={page.name}"' in settings and f'"docs/{page.name}"' in settings
