@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from lightning_optim.base.suggestions import nearest, shown
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -33,5 +35,6 @@ def canvas(axes: Axes | None = None) -> tuple[Figure, Axes]:
 def check_metric(metric: str | None, names: Collection[str]) -> str:
     """Check that there is a metric of this name, and return the name."""
     if metric is None or metric not in names:
-        raise ValueError(f"`metric_or_optimizer` must be one of {', '.join(map(repr, names))}, got {metric!r}")
+        near = nearest(metric, names) if isinstance(metric, str) else ""
+        raise ValueError(f"`metric_or_optimizer` must be one of {shown(names)}, got {metric!r}{near}")
     return metric

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
-from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
@@ -97,17 +95,6 @@ def check_choice(name: str, value: T, choices: Any) -> T:
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
-
-
-def similar_names(wrong: str, known: Sequence[str]) -> list[str]:
-    """Return the known names that are most similar to one that does not exist, for a message: three at most.
-
-    Example::
-
-        >>> similar_names("encodr.weight", ["bias", "encoder.weight"])
-        ['encoder.weight']
-    """
-    return difflib.get_close_matches(wrong, known, n=3, cutoff=0.3) or list(known[:3])
 
 
 def _range(low: float | None, high: float | None, low_open: bool, high_open: bool) -> str:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.base.arguments import similar_names
 from lightning_optim.base.module_tensors import dimensions, plain_name
 from lightning_optim.base.shards import reshard_
+from lightning_optim.base.suggestions import nearest, nearest_pattern, shown
 
 Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 Selectors: TypeAlias = Selector | Sequence[Selector] | None
@@ -61,8 +61,8 @@ def select(
         ``requires_grad`` when you act on them, since a model may be unfrozen during training.
 
     Raises:
-        ValueError: If an argument is not one of these, or if a glob or a class matches nothing; the message lists
-            similar names.
+        ValueError: If an argument is not one of these, or if a glob or a class matches nothing; the message names
+            the nearest one.
 
     Example::
 
@@ -109,9 +109,11 @@ def _matches(
             continue
         if required and not hits:
             text = selector if isinstance(selector, str) else selector.__name__
-            near = similar_names(text, known)
+            near = nearest_pattern(text, known) if isinstance(selector, str) else nearest(text, known)
+            kinds = "parameters" if isinstance(selector, str) else "modules"
             raise ValueError(
-                f"`{argument}={text!r}` matches no parameter of {type(module).__name__}; similar names: {near}"
+                f"`{argument}={text!r}` matches no parameter of {type(module).__name__}{near or '.'} Its {kinds}:"
+                f" {shown(known)}"
             )
         found |= hits
     return found

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_optim.base.arguments import similar_names
 from lightning_optim.base.module_registry import with_submodules
+from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.ensembling.mean_prediction import Outputs, mean_prediction
 from lightning_optim.runtime.lightning import MisconfigurationException
 from lightning_optim.runtime.lightning.torch_internals import is_compiled, tree_map_only
@@ -173,11 +173,11 @@ def has_submodule(module: nn.Module, path: str) -> bool:
 
 
 def missing_submodule(member: nn.Module, index: int, on: str) -> ValueError:
-    """Make the error for an ``on`` that a member does not have, with the most similar names that it has."""
+    """Make the error for an ``on`` that a member does not have, with the nearest name that it has."""
     names = [name for name, _ in member.named_modules() if name]
     return ValueError(
         f"`on={on!r}` must name a submodule of each member, and is no submodule of member {index}, a"
-        f" {type(member).__name__}; similar: {similar_names(on, names)}"
+        f" {type(member).__name__}{nearest(on, names) or '.'} Its submodules: {shown(names)}"
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.shards import local_shards
+from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.plotting import canvas, check_metric
@@ -191,8 +192,8 @@ def _row(
         trainer.validate(ensemble, data, verbose=False)
         if monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
-                f"`monitor={monitor!r}` is not logged in validation: log it in `validation_step`, or pass one of"
-                f" {sorted(trainer.callback_metrics)}."
+                f"`monitor={monitor!r}` is not logged in validation{nearest(monitor, trainer.callback_metrics) or '.'}"
+                f" Log it in `validation_step`, or pass one of {shown(sorted(trainer.callback_metrics))}."
             )
         values.append(float(trainer.callback_metrics[monitor]))
         seconds.append(timer.seconds)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.base.arguments import check_number, similar_names
+from lightning_optim.base.arguments import check_number
 from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
 from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.base.suggestions import nearest_pattern, shown
 
 
 class DropPath(nn.Module):
@@ -96,7 +97,7 @@ def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) 
             module that a pattern names in full.
 
     Raises:
-        ValueError: If a pattern matches nothing; the message lists similar names.
+        ValueError: If a pattern matches nothing; the message names the nearest one.
 
     Example::
 
@@ -158,5 +159,8 @@ def _nothing(pattern: str, matched: list[str], named: dict[str, nn.Module], inse
             f"`rates[{pattern!r}]` matches {matched[:3]}, which have no dropout: pass `insert=True` to add it to them"
         )
     known = list(named) if insert else [name for name, module in named.items() if rate_attribute(module)]
-    near = similar_names(pattern, known)
-    return ValueError(f"`rates[{pattern!r}]` matches no module with dropout; similar names: {near}")
+    which = "modules" if insert else "modules with dropout"
+    return ValueError(
+        f"`rates[{pattern!r}]` matches no module{' with dropout' if not insert else ''}"
+        f"{nearest_pattern(pattern, known) or '.'} The model's {which}: {shown(known)}"
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.base.arguments import check_choice
+from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.plotting import canvas, check_metric
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
@@ -298,8 +299,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         if not missing:
             return True
         message = (
-            f"Early stopping reads {missing}, which is not logged: log it in `validation_step`, or pass `strict=False`"
-            f" to go on without it. Logged metrics: {sorted(metrics)}."
+            f"Early stopping reads {shown(missing)}, which is not logged{nearest(missing[0], metrics) or '.'} Log it in"
+            f" `validation_step`, or pass `strict=False` to go on without it. Logged metrics: {shown(sorted(metrics))}."
         )
         if self.strict:
             raise RuntimeError(message)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import Policy
+from lightning_optim.base.suggestions import nearest, shown
 
 Metrics: TypeAlias = Mapping[str, "float | Tensor"]
 Mode: TypeAlias = Literal["min", "max"]
@@ -23,7 +24,10 @@ def read(metrics: Metrics, name: str) -> Tensor:
         KeyError: If it is missing; the message names those that exist.
     """
     if name not in metrics:
-        raise KeyError(f"the metric {name!r} is not among those that were logged: {sorted(metrics)}")
+        raise KeyError(
+            f"the metric {name!r} was not logged{nearest(name, metrics) or '.'} Logged metrics:"
+            f" {shown(sorted(metrics))}"
+        )
     value = metrics[name]
     if isinstance(value, Tensor):
         return value.detach().squeeze().cpu()

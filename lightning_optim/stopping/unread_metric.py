@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.runtime.lightning import Trainer
 
 
@@ -15,9 +16,10 @@ def why_unread(missing: Sequence[str], trainer: Trainer) -> str:
         trainer: The Trainer, at the end of the fit.
     """
     if missing:
+        logged = sorted(trainer.callback_metrics)
         return (
-            f"{missing} was never logged. Log it in `validation_step`; logged metrics:"
-            f" {sorted(trainer.callback_metrics)}."
+            f"{shown(missing)} was never logged{nearest(missing[0], logged) or '.'} Log it in `validation_step`; logged"
+            f" metrics: {shown(logged)}."
         )
     if not trainer.enable_validation:
         return (

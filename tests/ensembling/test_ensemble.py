@@ -389,9 +389,9 @@ OUTPUTS = "`outputs` must be one of 'values' .*regression.*'logits' .*'binary_lo
         (lambda: Ensemble([Classifier()], outputs="logits", on=""), "`on` must be the name"),
         (
             lambda: Ensemble([Classifier()], outputs="logits", on="nett"),
-            r"`on='nett'` must name a submodule .*: \['net'",
+            r"`on='nett'` must name a submodule .*; did you mean 'net'\?",
         ),
-        (lambda: Ensemble([Classifier()], outputs="values", on="zzz"), r"similar: \['net', 'net.0', 'net.1'\]"),
+        (lambda: Ensemble([Classifier()], outputs="values", on="zzz"), r"Its submodules: 'net', 'net.0', 'net.1'"),
         (
             lambda: Ensemble([Classifier()], outputs="values", dim=1),
             "`dim` must be an integer, the dim",

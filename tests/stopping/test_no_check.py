@@ -43,7 +43,7 @@ NO_CHECK: dict[str, Any] = {
         NeverLogs,
         {"strict": False},
         {},
-        r"\['val_loss'\] was never logged. Log it in `validation_step`; logged metrics: \['accuracy'",
+        r"'val_loss' was never logged\. Log it in `validation_step`; logged metrics: 'accuracy'",
     ),
     "only after validations": (
         Scripted,

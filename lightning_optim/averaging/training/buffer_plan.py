@@ -15,10 +15,10 @@ from lightning_optim.averaging.batchnorm.statistics import statistics_layers
 from lightning_optim.averaging.training import spectral_norm_vectors
 from lightning_optim.averaging.training.averaged_buffers import can_be_averaged
 from lightning_optim.averaging.training.averaged_tensors import Names, Source, names_in
-from lightning_optim.base.arguments import similar_names
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_registry import buffer_names, buffer_of, forward_pre_hooks
 from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.base.suggestions import nearest_pattern, shown
 from lightning_optim.runtime.lightning import MisconfigurationException
 from lightning_optim.runtime.lightning.pruning import pruned_name
 
@@ -153,10 +153,10 @@ def _by_pattern(
                 hits += mode == "copy" or can_be_averaged(buffer)
         if not hits:
             known = [plain_name(names[id(b)][0]) for _, _, b in _saved(module, names) if can_be_averaged(b)]
-            near = similar_names(pattern, known)
             raise MisconfigurationException(
                 f"{callback}(buffers=…): the pattern {pattern!r} matches no saved floating-point buffer of"
-                f" {type(module).__name__}; similar names: {near}. Integers and bools are always the latest."
+                f" {type(module).__name__}{nearest_pattern(pattern, known) or '.'} Its floating-point buffers:"
+                f" {shown(known)}. Integers and bools are always the latest."
             )
     return chosen
 
