@@ -25,7 +25,7 @@ ALL = ROOMS | {"base", "runtime", "plotting", ""}
 ALLOWED: dict[str, set[str]] = {
     "base": {"base"},
     "runtime": {"base", "runtime"},
-    "plotting": set(),
+    "plotting": {"base"},
     **{room: {"base", "runtime", "plotting", room} for room in ROOMS},
     "ensembling": {"base", "runtime", "plotting", "ensembling", "resume"},
     "cli": ALL,
