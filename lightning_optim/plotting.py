@@ -1,15 +1,27 @@
-"""Make the figure of a ``plot()``. Matplotlib is imported when a plot is drawn, not before."""
+"""Share what every ``plot()`` has: axes, a title, labels, a legend, the mark of the best point, and one error.
+
+Every ``plot`` of this package has the signature ``plot(metric_or_optimizer=None, *, ax=None)`` and returns a figure and
+its axes. Colours are those of the style in force, so that a plot can be read on a light and on a dark background: a
+line takes the next colour of its axes, and a mark the colour of their text. Matplotlib is imported when a plot is
+drawn, not before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import math
+import re
+import textwrap
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_optim.base.suggestions import nearest, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_SMALLER = {"loss", "error", "err", "nll", "bce", "mse", "mae", "rmse", "mape", "perplexity", "ece", "brier", "wer"}
+_LARGER = {"acc", "accuracy", "auc", "auroc", "ap", "map", "f1", "precision", "recall", "iou", "dice", "r2", "psnr"}
 
 
 def canvas(axes: Axes | None = None) -> tuple[Figure, Axes]:
@@ -21,15 +33,96 @@ def canvas(axes: Axes | None = None) -> tuple[Figure, Axes]:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
+    if axes is None:
+        return _pyplot().subplots(layout="constrained")
+    figure = axes.get_figure()
+    assert figure is not None
+    return figure, axes  # type: ignore[return-value]
+
+
+def panels(count: int, axes: Axes | None = None) -> tuple[Figure, list[Axes]]:
+    """Return a figure and axes for each of several metrics, whose scales differ: small ones, with the same x-axis.
+
+    Args:
+        count: Number of metrics.
+        axes: Axes to draw on, which then hold all metrics. Default: those of a new figure.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if axes is not None or count == 1:
+        figure, axes = canvas(axes)
+        return figure, [axes] * count
+    columns = 1 if count <= 3 else 2
+    rows = math.ceil(count / columns)
+    size = (6.4 * columns, 2.4 * rows + 0.6)
+    figure, grid = _pyplot().subplots(rows, columns, sharex=True, squeeze=False, figsize=size, layout="constrained")
+    made = list(grid.flat)
+    for unused in made[count:]:
+        unused.remove()
+    for above in made[max(0, count - columns) : count]:
+        above.tick_params(labelbottom=True)  # also where no axes are below
+    return figure, made[:count]
+
+
+def _pyplot() -> Any:
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("`plot` needs matplotlib: `pip install matplotlib`") from error
-    if axes is None:
-        return pyplot.subplots(layout="constrained")
-    figure = axes.get_figure()
-    assert figure is not None
-    return figure, axes  # type: ignore[return-value]
+    return pyplot
+
+
+def ink(axes: Axes) -> Any:
+    """Return the colour of the text of these axes, which can be seen on their background in every style."""
+    return axes.xaxis.label.get_color()
+
+
+def mark_best(axes: Axes, x: float, y: float, label: str) -> None:
+    """Mark a point with a star, which the legend shows as ``label``; a value that is not finite has no mark."""
+    if math.isfinite(x) and math.isfinite(y):
+        style = {"markersize": 13.0, "markerfacecolor": "none", "markeredgewidth": 1.2, "linestyle": "none"}
+        axes.plot([x], [y], marker="*", color=ink(axes), label=label, zorder=5, **style)  # type: ignore[arg-type]
+
+
+def finish(axes: Axes, *, x: str | None = None, y: str | None = None, title: str | None = None) -> None:
+    """Write the labels, a title that fits the width, and a legend; an x-axis that counts gets whole numbers.
+
+    Args:
+        axes: The axes.
+        x: Label of the x-axis, which counts steps, validations or members.
+        y: Label of the y-axis, with the unit if there is one.
+        title: The title. It is broken into lines.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if x is not None:
+        if axes.xaxis.get_tick_params().get("labelbottom", True):  # no other axes with the same x-axis are below
+            axes.set_xlabel(x)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if y is not None:
+        axes.set_ylabel(y)
+    if title is not None:
+        axes.set_title(textwrap.fill(title, 70), fontsize="medium")
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(fontsize="small")
+
+
+def finish_panels(axes: Sequence[Axes], names: Sequence[str], *, x: str, title: str) -> None:
+    """Write the labels and legends of :func:`panels`, and one title.
+
+    Args:
+        axes: The axes of each metric, or the same ones for all.
+        names: Names of the metrics.
+        x: Label of the x-axis.
+        title: The title.
+    """
+    if axes[0] is axes[-1]:
+        finish(axes[0], x=x, y=names[0] if len(names) == 1 else "value of the metric", title=title)
+        return
+    for name, one in zip(names, axes, strict=True):
+        finish(one, x=x, y=name)
+    axes[0].figure.suptitle(textwrap.fill(title, 70), fontsize="medium")
 
 
 def check_metric(metric: str | None, names: Collection[str]) -> str:
@@ -38,3 +131,29 @@ def check_metric(metric: str | None, names: Collection[str]) -> str:
         near = nearest(metric, names) if isinstance(metric, str) else ""
         raise ValueError(f"`metric_or_optimizer` must be one of {shown(names)}, got {metric!r}{near}")
     return metric
+
+
+def nothing_to_plot(fix: str) -> RuntimeError:
+    """Return the error of a plot without any values; ``fix`` says how to get some."""
+    return RuntimeError(f"There is nothing to plot yet: {fix}")
+
+
+def mode_of(metric: str) -> Literal["min", "max"] | None:
+    """Return whether the best value of a metric is its smallest, from words in its name; ``None`` if they do not say.
+
+    Example::
+
+        >>> mode_of("val_loss"), mode_of("valid/accuracy"), mode_of("score")
+        ('min', 'max', None)
+    """
+    words = set(re.split(r"[^a-z0-9]+", metric.lower()))
+    smaller, larger = bool(words & _SMALLER), bool(words & _LARGER)
+    return None if smaller == larger else "min" if smaller else "max"
+
+
+def best_index(values: Sequence[float], mode: Literal["min", "max"] | None) -> int | None:
+    """Return the index of the best finite value, the first of equal ones; ``None`` without one or without a mode."""
+    finite = [index for index, value in enumerate(values) if math.isfinite(value)]
+    if mode is None or not finite:
+        return None
+    return (min if mode == "min" else max)(finite, key=values.__getitem__)

@@ -5,22 +5,32 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib
 import pytest
+from matplotlib import colors, pyplot
 from torchmetrics import Metric
 
 import lightning_optim
-from lightning_optim import EMA, EarlyStopping, GradientMonitor, Plateau, WeightAveraging
+from lightning_optim import EMA, AnyOf, EarlyStopping, GradientMonitor, Plateau, Threshold, WeightAveraging
 from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.ensembling.cost_benefit import Cost, CostBenefit
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import fit
+from tests.lightning import ModelCheckpoint
 from tests.registry import BY_NAME
 
 matplotlib.use("agg")
+
+STYLES = ("default", "dark_background")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    pyplot.close("all")
 
 
 def wanted(self: Any, metric_or_optimizer: Any = None, *, ax: Any = None) -> tuple[Any, Any]:
@@ -59,10 +69,18 @@ def average() -> WeightAveraging:
     return average
 
 
+def stopping() -> EarlyStopping:
+    stop = EarlyStopping(Plateau("loss"))
+    stop.history, stop.best_check = [{"loss": 2.0}, {"loss": 1.0}], 1
+    return stop
+
+
 MAKE: dict[type, Callable[[], Any]] = {
     Comparison: comparison,
-    CostBenefit: lambda: CostBenefit("loss", (Cost(1, 2.0, 1.0, 3.0, 1.0, 1.0), Cost(2, 1.0, 1.0, 1.0, 2.0, 2.0))),
-    EarlyStopping: lambda: EarlyStopping(Plateau("loss")),
+    CostBenefit: lambda: CostBenefit(
+        "loss", (Cost(1, 2.0, 0.2, 1.0, 3.0, 1.0, 1.0), Cost(2, 1.0, 0.2, 1.0, 1.0, 2.0, 2.0))
+    ),
+    EarlyStopping: stopping,
     GradientMonitor: monitor,
     WeightAveraging: average,
 }
@@ -93,3 +111,93 @@ def test_what_is_not_there_cannot_be_plotted(kind: Any) -> None:
     made = MAKE[kind]()
     with pytest.raises((ValueError, RuntimeError)):
         made.plot(9 if kind is GradientMonitor else "missing")
+
+
+OF_METRICS = [kind for kind in MAKE if kind is not GradientMonitor]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", OF_METRICS, ids=lambda kind: kind.__name__)
+def test_title_labels_and_colours_that_can_be_seen(kind: Any, style: str) -> None:
+    with pyplot.style.context(style):
+        figure, axes = MAKE[kind]().plot()
+        assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
+        background = colors.to_rgb(figure.get_facecolor())
+        for one in figure.axes:
+            drawn = [line.get_color() for line in one.lines] + [one.title.get_color(), one.yaxis.label.get_color()]
+            for color in map(colors.to_rgb, drawn):
+                assert max(abs(a - b) for a, b in zip(color, background, strict=True)) > 0.4, color
+
+
+@pytest.mark.parametrize("kind", OF_METRICS, ids=lambda kind: kind.__name__)
+def test_the_best_point_has_a_star(kind: Any) -> None:
+    _, axes = MAKE[kind]().plot()
+    (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+    known = [point for line in axes.lines if line is not star for point in line.get_xydata().tolist()]
+    assert star.get_xydata().tolist() == [min(known, key=lambda point: point[1])]
+    assert star.get_label().startswith("best ")
+    assert star.get_label() in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+# ---- several metrics ----
+
+
+def several() -> WeightAveraging:
+    average = WeightAveraging(EMA(0.9), compare=True)
+    values = [("val_loss", 3.0, 2.0), ("val_accuracy", 0.5, 0.7), ("score", 5.0, 4.0), ("lr", 1.0, 1.0)]
+    for step in (10, 20):
+        raw, averaged = ({row[0]: row[kind] * step for row in values} for kind in (1, 2))
+        average.comparison.points.append({"step": step, "raw": raw, "averaged": averaged})
+    return average
+
+
+def test_an_average_draws_each_metric_in_axes_of_its_own() -> None:
+    figure, axes = several().plot()
+    assert axes is figure.axes[0] and figure.get_suptitle()
+    drawn = {one.get_ylabel(): [*one.lines] for one in figure.axes}
+    assert list(drawn) == ["lr", "score", "val_accuracy", "val_loss"]
+    labels = {name: [line.get_label() for line in lines] for name, lines in drawn.items()}
+    assert labels["score"] == ["raw", "averaged"], "nothing says whether more is better"
+    assert labels["val_loss"] == ["raw", "averaged", "best 20, averaged, step 10"]
+    assert labels["val_accuracy"] == ["raw", "averaged", "best 14, averaged, step 20"]
+    assert drawn["score"][0].get_xydata().tolist() == [[10.0, 50.0], [20.0, 100.0]]
+    assert [bool(one.get_xlabel()) for one in figure.axes] == [False, False, True, True]
+
+
+def test_axes_that_are_given_hold_all_metrics() -> None:
+    _, given = pyplot.subplots()
+    assert several().plot(ax=given)[1] is given
+    lines = {line.get_label(): line for line in given.lines}
+    for name in ("lr", "score", "val_accuracy", "val_loss"):
+        raw, averaged = lines[f"{name}, raw"], lines[f"{name}, averaged"]
+        assert raw.get_color() == averaged.get_color() and raw.get_linestyle() != averaged.get_linestyle()
+    assert len({line.get_color() for name, line in lines.items() if "averaged" in name and "best" not in name}) == 4
+    _, single = several().plot("score")
+    assert [line.get_label() for line in single.lines] == ["raw", "averaged"] and single.get_ylabel() == "score"
+
+
+def test_the_callbacks_of_the_run_say_which_value_is_best() -> None:
+    average = WeightAveraging(EMA(0.9), compare=True)
+    other = "averaging/raw/val_loss"
+    stop = EarlyStopping(AnyOf([Plateau("val_loss"), Threshold(other, 9.0, mode="max")]), best_by="val_loss")
+    fit(BY_NAME["plain"], Cell("automatic", "32-true", "single", "1"), callbacks=[average, stop, ModelCheckpoint()])
+    assert average.comparison.modes == {"val_loss": "min", other: "max"}
+
+
+def test_a_validation_that_is_not_complete_and_values_that_are_not_finite() -> None:
+    average = WeightAveraging(EMA(0.9), compare=True)
+    points = average.comparison.points
+    points.append({"step": 1, "raw": {"loss": float("nan")}, "averaged": {}})
+    _, axes = average.plot()
+    assert [line.get_label() for line in axes.lines] == ["raw"], "no best"
+    points[0]["averaged"] = {"loss": float("inf")}
+    points.append({"step": 2, "raw": {"loss": 1.0}, "averaged": {"loss": 2.0}})
+    _, axes = average.plot()
+    assert axes.lines[-1].get_label() == "best 1, raw, step 2"
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, GradientMonitor, WeightAveraging], ids=lambda kind: kind.__name__)
+def test_nothing_to_plot(kind: Any) -> None:
+    made = {EarlyStopping: ("loss",), WeightAveraging: (EMA(0.9),)}.get(kind, ())
+    with pytest.raises(RuntimeError, match="rain"):  # "Train …", "train …"
+        kind(*made).plot()

@@ -387,17 +387,21 @@ class WeightAveraging(AveragedCheckpoints):
         return copied
 
     def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot a metric of the raw and of the averaged weights over the optimizer steps.
+        """Plot the metrics of the raw and of the averaged weights over the optimizer steps.
+
+        A star marks the best value of each metric, where it is known whether this is the smallest or the largest: from
+        a callback that monitors the metric, or from its name (``loss``, ``accuracy``).
 
         Args:
-            metric_or_optimizer: Name of the metric. It may be left out if a validation logs only one.
-            ax: Axes to draw on. Default: those of a new figure.
+            metric_or_optimizer: Name of one metric. Default: all, each in small axes of its own.
+            ax: Axes to draw on, which then hold all metrics. Default: those of a new figure.
 
         Returns:
-            The figure and its axes.
+            The figure and its axes; of several the first (``figure.axes`` are all).
 
         Raises:
-            ValueError: If no validation has compared, which takes ``compare=True``, or none logged this metric.
+            ValueError: If no validation logged this metric.
+            RuntimeError: If no validation has compared, which takes ``compare=True``.
             ModuleNotFoundError: If matplotlib is not installed.
         """
         check_not_lost(self)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from lightning_optim.base.arguments import check_number
+from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.shards import local_shards
 from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
-from lightning_optim.plotting import canvas, check_metric
+from lightning_optim.ensembling.standard_errors import standard_errors
+from lightning_optim.plotting import best_index, canvas, check_metric, finish, mark_best, mode_of
 from lightning_optim.runtime.lightning import (
     CallbackBase,
     LightningModule,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Mode: TypeAlias = Literal["min", "max"]
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -39,6 +43,8 @@ class Cost:
     Attributes:
         members: Number of members.
         value: The metric, averaged over the groups of this many members.
+        error: Standard error of ``value`` over the choice of members (:func:`standard_errors`); NaN with one member, or
+            with ``groups=1``.
         lowest: The smallest value of these groups.
         highest: The largest value of these groups.
         seconds: Duration of one pass over the data, for the fastest of these groups.
@@ -47,6 +53,7 @@ class Cost:
 
     members: int
     value: float
+    error: float
     lowest: float
     highest: float
     seconds: float
@@ -60,10 +67,12 @@ class CostBenefit:
     Attributes:
         monitor: Name of the metric.
         rows: One :class:`Cost` for each number of members, from one on.
+        mode: ``"min"`` if less is better, ``"max"`` if more is; ``None`` if this is not known.
     """
 
     monitor: str
     rows: tuple[Cost, ...]
+    mode: Mode | None = None
 
     def __str__(self) -> str:
         names = ["members", self.monitor, *(field.name for field in fields(Cost)[2:])]
@@ -73,11 +82,15 @@ class CostBenefit:
         return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in line) for line in lines)
 
     def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot a metric over the number of members.
+        """Plot a metric over the number of members, with a star at the best number.
+
+        The band is one standard error on both sides: by so much the curve would move with other members of the same
+        kind. The whole curve moves together, so a difference between two numbers of members is more certain than the
+        band is wide. What another validation set would change is not in it.
 
         Args:
-            metric_or_optimizer: ``monitor``, with the range over the groups; ``"seconds"`` or ``"megabytes"``. Default:
-                ``monitor``, with the seconds on a second axis.
+            metric_or_optimizer: ``monitor``, ``"seconds"`` or ``"megabytes"``. Default: ``monitor``, and the seconds on
+                a second axis.
             ax: Axes to draw on; a new figure by default.
 
         Returns:
@@ -90,17 +103,40 @@ class CostBenefit:
         metric = check_metric(metric_or_optimizer or self.monitor, (self.monitor, "seconds", "megabytes"))
         figure, axes = canvas(ax)
         numbers = [row.members for row in self.rows]
-        column = "value" if metric == self.monitor else metric
-        axes.plot(numbers, [getattr(row, column) for row in self.rows], marker="o", label=metric)
-        axes.set(xlabel="members", ylabel=metric, xticks=numbers)
-        if column == "value":
-            lowest, highest = [row.lowest for row in self.rows], [row.highest for row in self.rows]
-            axes.fill_between(numbers, lowest, highest, alpha=0.2, linewidth=0)
+        if metric == self.monitor:
+            self._draw_metric(axes, numbers)
+            title = f"{self.monitor} of an ensemble over its number of members"
+        else:
+            axes.plot(numbers, [getattr(row, metric) for row in self.rows], marker="o", label=metric)
+            axes.set_ylim(bottom=0.0)
+            title = "Cost of an ensemble over its number of members"
         if metric_or_optimizer is None:
-            times = axes.twinx()
-            times.plot(numbers, [row.seconds for row in self.rows], color="gray", linestyle="--", marker=".")
-            times.set(ylabel="seconds per pass (dashed)", ylim=(0, None))
+            self._draw_seconds(axes, numbers)
+        units = {"seconds": "seconds per pass over the data", "megabytes": "megabytes of weights"}
+        finish(axes, x="members", y=units.get(metric, metric), title=title)
         return figure, axes
+
+    def _draw_metric(self, axes: Axes, numbers: list[int]) -> None:
+        values, errors = [row.value for row in self.rows], [row.error for row in self.rows]
+        (line,) = axes.plot(numbers, values, marker="o", label=self.monitor)
+        if all(map(math.isfinite, errors)):
+            low, high = ([value + sign * e for value, e in zip(values, errors, strict=True)] for sign in (-1.0, 1.0))
+            label = "± 1 standard error over members"
+            axes.fill_between(numbers, low, high, alpha=0.25, linewidth=0, color=line.get_color(), label=label)
+        best = best_index(values, self.mode or mode_of(self.monitor))
+        if best is not None:
+            plural = "s" if numbers[best] > 1 else ""
+            mark_best(axes, numbers[best], values[best], f"best {values[best]:.4g}, {numbers[best]} member{plural}")
+
+    def _draw_seconds(self, axes: Axes, numbers: list[int]) -> None:
+        """Draw the seconds on a second axis; an empty line on the first one is for its colour and the legend."""
+        (shown,) = axes.plot([], [], linestyle="--", marker=".", label="seconds per pass over the data")
+        times = axes.twinx()
+        times.plot(numbers, [row.seconds for row in self.rows], linestyle="--", marker=".", color=shown.get_color())
+        times.set_ylabel("seconds per pass over the data", color=shown.get_color())
+        times.set_ylim(0.0, 1.5 * max(row.seconds for row in self.rows))  # room for the legend
+        axes.set_zorder(times.get_zorder() + 1.0)  # or the seconds would cross the legend
+        axes.patch.set_visible(False)
 
 
 def cost_benefit(
@@ -113,6 +149,7 @@ def cost_benefit(
     on: str | None = None,
     dim: int | None = None,
     groups: int | None = None,
+    mode: Mode | None = None,
 ) -> CostBenefit:
     r"""Measure a metric for each number of members, with the time of a pass and the memory of the weights.
 
@@ -131,6 +168,8 @@ def cost_benefit(
         dim: As for :class:`~lightning_optim.Ensemble`.
         groups: Largest number of groups of each size to evaluate, at least 1. Default: all. With 1 the curve is that of
             the members in their given order.
+        mode: ``"min"`` if less is better, ``"max"`` if more is, for the mark of the best number in the plot. Default:
+            known from the name of the metric, as of ``val_loss`` or ``accuracy``; otherwise there is no mark.
 
     Returns:
         The rows; ``print`` shows them as a table, ``plot()`` draws them.
@@ -154,16 +193,20 @@ def cost_benefit(
     """
     if groups is not None:
         check_number("groups", groups, low=1, integer=True)
+    if mode is not None:
+        check_choice("mode", mode, Mode)
     ensemble = _ensemble_of(members, outputs, on, dim)
     timer = _ValidationTimer()
     callbacks, active = trainer.callbacks, ensemble._combined.active
     trainer.callbacks = [*callbacks, timer]
     try:
         sizes = range(1, len(ensemble.members) + 1)
-        rows = [_row(ensemble, size, groups, trainer, data, monitor, timer) for size in sizes]
+        measured = [_measured(ensemble, size, groups, trainer, data, monitor, timer) for size in sizes]
     finally:
         trainer.callbacks, ensemble._combined.active = callbacks, active
-    return CostBenefit(monitor, tuple(rows))
+    errors = standard_errors([(one.groups, one.values) for one in measured])
+    rows = tuple(one.row(error) for one, error in zip(measured, errors, strict=True))
+    return CostBenefit(monitor, rows, mode)
 
 
 def _ensemble_of(members: Any, outputs: Outputs | None, on: str | None, dim: int | None) -> Ensemble:
@@ -177,7 +220,22 @@ def _ensemble_of(members: Any, outputs: Outputs | None, on: str | None, dim: int
     return ensemble
 
 
-def _row(
+@dataclass(frozen=True)
+class _Measured:
+    """Hold what was measured for one number of members: the groups, and a value of each for each of them."""
+
+    groups: list[tuple[int, ...]]
+    values: list[float]
+    seconds: list[float]
+    megabytes: list[float]
+
+    def row(self, error: float) -> Cost:
+        value, lowest, highest = statistics.fmean(self.values), min(self.values), max(self.values)
+        seconds, megabytes = min(self.seconds), statistics.fmean(self.megabytes)
+        return Cost(len(self.groups[0]), value, error, lowest, highest, seconds, megabytes)
+
+
+def _measured(
     ensemble: Ensemble,
     size: int,
     groups: int | None,
@@ -185,9 +243,9 @@ def _row(
     data: Any,
     monitor: str,
     timer: _ValidationTimer,
-) -> Cost:
-    values, seconds, megabytes = [], [], []
-    for group in _windows(len(ensemble.members), size)[:groups]:
+) -> _Measured:
+    found = _Measured(_windows(len(ensemble.members), size)[:groups], [], [], [])
+    for group in found.groups:
         ensemble._combined.active = group
         trainer.validate(ensemble, data, verbose=False)
         if monitor not in trainer.callback_metrics:
@@ -195,14 +253,14 @@ def _row(
                 f"`monitor={monitor!r}` is not logged in validation{nearest(monitor, trainer.callback_metrics) or '.'}"
                 f" Log it in `validation_step`, or pass one of {shown(sorted(trainer.callback_metrics))}."
             )
-        values.append(float(trainer.callback_metrics[monitor]))
-        seconds.append(timer.seconds)
-        megabytes.append(_bytes([ensemble.members[index] for index in group]) / 1e6)
-    row = Cost(size, statistics.fmean(values), min(values), max(values), min(seconds), statistics.fmean(megabytes))
+        found.values.append(float(trainer.callback_metrics[monitor]))
+        found.seconds.append(timer.seconds)
+        found.megabytes.append(_bytes([ensemble.members[index] for index in group]) / 1e6)
     rank_zero_info(
-        f"Members: {size} of {len(ensemble.members)}, {monitor} {row.value:.4g}, {row.seconds:.3g} s per pass"
+        f"Members: {size} of {len(ensemble.members)}, {monitor} {statistics.fmean(found.values):.4g},"
+        f" {min(found.seconds):.3g} s per pass"
     )
-    return row
+    return found
 
 
 def _windows(count: int, size: int) -> list[tuple[int, ...]]:

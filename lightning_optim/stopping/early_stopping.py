@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_optim.base.arguments import check_choice
 from lightning_optim.base.suggestions import nearest, shown
-from lightning_optim.plotting import canvas, check_metric
+from lightning_optim.plotting import check_metric, finish_panels, mark_best, nothing_to_plot, panels
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.files.own_files import OwnFiles
@@ -429,33 +430,38 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self._best_weights.store(trainer, left_out)
 
     def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot the monitored metrics over the validations, and mark the best one.
+        """Plot the monitored metrics over the validations, with a star at the best validation.
 
         Args:
-            metric_or_optimizer: Name of one metric. Default: all that the criterion reads.
-            ax: Axes to draw on; a new figure by default.
+            metric_or_optimizer: Name of one metric. Default: all that the criterion reads, each in small axes of its
+                own.
+            ax: Axes to draw on, which then hold all metrics; a new figure by default.
 
         Returns:
-            The figure and its axes.
+            The figure and its axes; of several the first (``figure.axes`` are all).
 
         Raises:
             ValueError: If the criterion does not read this metric.
+            RuntimeError: If no validation has been read yet.
             ModuleNotFoundError: If matplotlib is not installed.
         """
         check_not_lost(self)
+        names: Sequence[str] = self.criterion.monitors
+        if metric_or_optimizer is not None:
+            names = [check_metric(metric_or_optimizer, names)]
         if not self.history:
             check_no_copy_ran(self)
-        names = self.criterion.monitors
-        if metric_or_optimizer is not None:
-            names = (check_metric(metric_or_optimizer, names),)
-        figure, axes = canvas(ax)
-        for name in names:
-            axes.plot(range(1, len(self.history) + 1), [values[name] for values in self.history], label=name)
-        if self.best_check >= 0:
-            axes.axvline(self.best_check + 1, linestyle="--", color="0.4", label="best")
-        axes.set(xlabel="validation", title=self.stopping_reason_message)
-        axes.legend()
-        return figure, axes
+            raise nothing_to_plot(f"no validation with {' and '.join(map(repr, names))} has ended. Train first.")
+        figure, axes = panels(len(names), ax)
+        for name, one in zip(names, axes, strict=True):
+            values = [found[name] for found in self.history]
+            one.plot(range(1, len(values) + 1), values, marker=".", label=name)
+            if self.best_check >= 0:
+                best = self.best_check
+                mark_best(one, best + 1, values[best], f"best validation, {best + 1}: {values[best]:.4g}")
+        title = self.stopping_reason_message or "Monitored metrics: training was not stopped early"
+        finish_panels(axes, names, x="validations", title=title)
+        return figure, axes[0]
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

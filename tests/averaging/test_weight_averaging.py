@@ -483,11 +483,14 @@ def test_compare_validates_both_and_plots() -> None:
 
     matplotlib.use("Agg")
     _, axes = callback.plot()
-    assert [line.get_label() for line in axes.get_lines()] == ["raw", "averaged"]
+    found = [(point[kind]["val_loss"], kind, point["step"]) for point in points for kind in ("raw", "averaged")]
+    best, kind, step = min(found)
+    assert [line.get_label() for line in axes.get_lines()][:2] == ["raw", "averaged"]
+    assert axes.get_lines()[2].get_label() == f"best {best:.4g}, {kind}, step {step}"
     assert list(axes.get_lines()[1].get_ydata()) == alone.losses
     with pytest.raises(ValueError, match="must be one of 'val_loss', got 'accuracy'"):
         callback.plot("accuracy")
-    with pytest.raises(ValueError, match="There is nothing to plot"):
+    with pytest.raises(RuntimeError, match="There is nothing to plot"):
         averaging().plot()
 
 

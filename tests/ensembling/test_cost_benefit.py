@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def test_one_group_of_each_number_is_the_given_order() -> None:
     found = cost_benefit(models, trainer(), loader(), monitor="nll", outputs="logits", on="net", groups=1)
     expected = reference(models, [[0], [0, 1], [0, 1, 2]])
     assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-5)
+    assert all(math.isnan(row.error) for row in found.rows)
+    _, axes = found.plot("nll")
+    assert not axes.collections, "one group says nothing of other members"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -73,16 +77,23 @@ def test_memory_is_that_of_the_weights_and_what_is_shared_counts_once() -> None:
 def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = cost_benefit(members(), trainer(), loader(), monitor="nll", outputs="logits", on="net")
     header, *lines = str(found).splitlines()
-    assert header.split() == ["members", "nll", "lowest", "highest", "seconds", "megabytes"]
+    assert header.split() == ["members", "nll", "error", "lowest", "highest", "seconds", "megabytes"]
     assert [line.split()[0] for line in lines] == ["1", "2", "3"] and len({len(line) for line in lines}) == 1
     figure, axes = found.plot()
     assert axes.get_ylabel() == "nll" and axes.lines[0].get_ydata().tolist() == [row.value for row in found.rows]
-    assert len(axes.collections) == 1, "the range over the groups"
+    (band,) = axes.collections
+    drawn = band.get_paths()[0].vertices.tolist()
+    for row in found.rows:
+        for edge in (row.value - row.error, row.value + row.error):
+            assert any(point == pytest.approx([row.members, edge]) for point in drawn)
+    labels = ["nll", "± 1 standard error over members", f"best {found.rows[2].value:.4g}, 3 members"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*labels, "seconds per pass over the data"]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [row.seconds for row in found.rows]
+    assert figure.axes[1].lines[0].get_color() != axes.lines[0].get_color()
     figure.savefig(tmp_path / "cost.png")
     assert found.plot(ax=axes)[1] is axes
     sizes = found.plot("megabytes")[1]
-    assert sizes.get_ylabel() == "megabytes"
+    assert sizes.get_ylabel() == "megabytes of weights"
     assert sizes.lines[0].get_ydata().tolist() == [row.megabytes for row in found.rows]
     with pytest.raises(ValueError, match="must be one of 'nll', 'seconds', 'megabytes', got 'loss'"):
         found.plot("loss")
@@ -94,6 +105,8 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="`groups` must be an integer >= 1"):
         cost_benefit(members(), trainer(), loader(), monitor="nll", groups=0)
+    with pytest.raises(ValueError, match="`mode` must be one of 'min', 'max', got 'least'"):
+        cost_benefit(members(), trainer(), loader(), monitor="nll", mode="least")
     with pytest.raises(
         ValueError, match=r"`outputs` must be one of 'values'.*'logits'.*'binary_logits'.*'probabilities'"
     ):

@@ -386,18 +386,24 @@ def test_plot() -> None:
     matplotlib.use("agg")
     stop = EarlyStopping(AnyOf([Plateau("val_loss", patience=1), Threshold("other", 0.0)]), best_by="val_loss")
     fit(Scripted({"val_loss": [2.0, 1.0, 3.0], "other": [5.0, 6.0, 7.0]}), stop)
-    _, axes = stop.plot()
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines["val_loss"] == [[1.0, 2.0], [2.0, 1.0], [3.0, 3.0]]
-    assert lines["other"] == [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
-    assert lines["best"][0][0] == 2.0
-    assert axes.get_title() == stop.stopping_reason_message
-    assert stop.plot(ax=axes)[1] is axes
-    assert [line.get_label() for line in stop.plot("other")[1].lines] == ["other", "best"]
+    figure, axes = stop.plot()
+    (loss, star), (other, other_star) = ([*one.lines] for one in figure.axes)
+    assert loss.get_xydata().tolist() == [[1.0, 2.0], [2.0, 1.0], [3.0, 3.0]]
+    assert other.get_xydata().tolist() == [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
+    assert [star.get_xydata().tolist(), other_star.get_xydata().tolist()] == [[[2.0, 1.0]], [[2.0, 6.0]]]
+    assert axes is figure.axes[0]
+    assert " ".join(figure.get_suptitle().split()) == stop.stopping_reason_message
+    assert [one.get_ylabel() for one in figure.axes] == ["val_loss", "other"]
+    given = matplotlib.pyplot.subplots()[1]
+    assert stop.plot(ax=given)[1] is given and given.get_title() == figure.get_suptitle()
+    labels = ["val_loss", "best validation, 2: 1", "other", "best validation, 2: 6"]
+    assert [line.get_label() for line in given.lines] == labels
+    assert [line.get_label() for line in stop.plot("other")[1].lines] == labels[2:]
     with pytest.raises(ValueError, match="must be one of 'val_loss', 'other', got 'loss'"):
         stop.plot("loss")
-    _, empty = EarlyStopping("val_loss").plot()
-    assert [line.get_label() for line in empty.lines] == ["val_loss"]
+    with pytest.raises(RuntimeError, match="nothing to plot yet: no validation with 'val_loss' has ended"):
+        EarlyStopping("val_loss").plot()
+    matplotlib.pyplot.close("all")
 
 
 # ---- two callbacks ---------------------------------------------------------------------------------------------------

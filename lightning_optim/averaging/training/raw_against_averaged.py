@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lightning_optim.plotting import canvas, check_metric
+from lightning_optim.plotting import (
+    best_index,
+    check_metric,
+    finish_panels,
+    mark_best,
+    mode_of,
+    nothing_to_plot,
+    panels,
+)
 from lightning_optim.runtime.lightning import Trainer, logger_connector
 
 if TYPE_CHECKING:
@@ -22,10 +30,12 @@ class Comparison:
     Attributes:
         points: A dictionary for each validation: the optimizer ``step``, and the metrics ``raw`` and ``averaged`` by
             name. ``averaged`` is empty until the second validation has ended.
+        modes: For each metric that a callback of the run monitors, ``"min"`` or ``"max"``.
     """
 
     def __init__(self) -> None:
         self.points: list[dict[str, Any]] = []
+        self.modes: dict[str, Literal["min", "max"]] = {}
 
     def load(self, points: list[dict[str, Any]]) -> None:
         """Load the points of an interrupted run."""
@@ -41,6 +51,7 @@ class Comparison:
         if self.points and self.points[-1]["step"] == point["step"] and not self.points[-1]["averaged"]:
             self.points.pop()  # its validation was cut short, and is run again after a resume
         self.points.append({**point, "averaged": {}})
+        self.modes = _modes_of(trainer.callbacks)
         beside = {f"averaging/raw/{name}": value for name, value in raw.items()}
 
         def complete() -> dict[str, Tensor]:
@@ -53,19 +64,50 @@ class Comparison:
             yield
 
     def plot(self, metric_or_optimizer: str | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot a metric of both over the steps; see :meth:`WeightAveraging.plot`."""
-        names = sorted({name for point in self.points for name in point["raw"]})
-        if not names:
-            raise ValueError(
-                "There is nothing to plot: no validation has compared raw and averaged weights. Pass `compare=True`."
+        """Plot the metrics of both over the optimizer steps; see :meth:`WeightAveraging.plot`."""
+        known = sorted({name for point in self.points for name in point["raw"]})
+        if not known:
+            raise nothing_to_plot(
+                "no validation has compared raw and averaged weights. Pass `WeightAveraging(…, compare=True)` and train"
+                " until a validation has ended."
             )
-        only = names[0] if len(names) == 1 else None
-        metric = check_metric(metric_or_optimizer or only, names)
-        figure, ax = canvas(ax)
+        names = known if metric_or_optimizer is None else [check_metric(metric_or_optimizer, known)]
+        figure, axes = panels(len(names), ax)
+        is_shared = axes[0] is axes[-1] and len(names) > 1
+        for name, one in zip(names, axes, strict=True):
+            self._draw(name, one, f"{name}, " if is_shared else "")
+        finish_panels(axes, names, x="optimizer steps", title="Metrics of the raw and of the averaged weights")
+        return figure, axes[0]
+
+    def _draw(self, name: str, axes: Axes, prefix: str) -> None:
+        """Draw a metric of both in one colour each, or in one colour with dashes if axes hold several metrics."""
+        drawn: list[tuple[float, int, str]] = []
+        color = None
         for kind in ("raw", "averaged"):
-            shown = [(point["step"], point[kind][metric]) for point in self.points if metric in point[kind]]
-            ax.plot(*zip(*shown, strict=True), marker=".", label=kind)
-        ax.set_xlabel("optimizer steps")
-        ax.set_ylabel(metric)
-        ax.legend()
-        return figure, ax
+            shown = [(point["step"], point[kind][name]) for point in self.points if name in point[kind]]
+            if not shown:
+                continue  # no validation with the averaged weights has ended yet
+            style: dict[str, Any] = {"linestyle": "--" if kind == "raw" else "-", "marker": "."}
+            if prefix and color is not None:
+                style["color"] = color
+            (line,) = axes.plot(*zip(*shown, strict=True), label=f"{prefix}{kind}", **style)
+            color = line.get_color()
+            drawn += [(value, step, kind) for step, value in shown]
+        best = best_index([value for value, *_ in drawn], self.modes.get(name) or mode_of(name))
+        if best is not None:
+            value, step, kind = drawn[best]
+            mark_best(axes, step, value, f"{prefix}best {value:.4g}, {kind}, step {step:,}")
+
+
+def _modes_of(things: Iterable[Any]) -> dict[str, Literal["min", "max"]]:
+    """Return the mode of each metric that a ``ModelCheckpoint``, an early stopping or a criterion in it monitors."""
+    found: dict[str, Literal["min", "max"]] = {}
+    for thing in things:
+        monitor, mode = getattr(thing, "monitor", None), getattr(thing, "mode", None)
+        if isinstance(monitor, str) and mode in ("min", "max"):
+            found[monitor] = mode
+        inside = getattr(thing, "criteria", None)
+        if (criterion := getattr(thing, "criterion", None)) is not None:
+            found |= _modes_of([criterion])
+        found |= _modes_of(inside) if isinstance(inside, list | tuple) else {}
+    return found
