@@ -381,6 +381,27 @@ ENTRIES = (
         lambda _: gradients.ClipValue(0.1),
     ),
     Entry(
+        "clip_by_pattern",
+        "gradients",
+        # The first match wins, and nothing matches the scale.
+        lambda _: [
+            lo.GradientClipping({"*inner.bias": 0.05, "*inner*": [lo.ClipByNorm(0.3)], "*outer*": lo.ClipByValue(0.1)})
+        ],
+        lambda _: gradients.ByName(
+            {
+                "inner.bias": gradients.ClipNorm(0.05),
+                "inner": gradients.ClipNorm(0.3),
+                "outer": gradients.ClipValue(0.1),
+            }
+        ),
+    ),
+    Entry(
+        "clip_by_optimizer",
+        "gradients",
+        lambda cell: [lo.GradientClipping({0: 0.5} | ({1: lo.ClipByValue(0.1)} if cell.optimizers > 1 else {}))],
+        lambda _: gradients.ByOptimizer(gradients.ClipNorm(0.5), gradients.ClipValue(0.1)),
+    ),
+    Entry(
         "monitor",
         "gradients",
         lambda _: [lo.GradientMonitor(), lo.GradientClipping(0.5)],

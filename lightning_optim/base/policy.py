@@ -202,7 +202,7 @@ class PerOptimizer(Generic[P]):
 
     def __getitem__(self, index: int) -> list[P]:
         while len(self._copies) <= index:
-            self._copies.append(copy.deepcopy(self._template))
+            self._copies.append([copy.deepcopy(policy) for policy in self._template])  # a policy listed twice is two
             for policy in self._copies[-1]:
                 policy.copy_index = len(self._copies) - 1
                 if self._module is not None and (module := self._module()) is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import PerOptimizer
-from lightning_optim.base.selection import Selection, select
-from lightning_optim.gradients.clipping.by_norm import ClipByNorm
 from lightning_optim.gradients.clipping.clipping_policy import Clipping, Scope
+from lightning_optim.gradients.clipping_plan import Bounds, Chosen, Part, check_optimizers, parts_of
 from lightning_optim.gradients.module_clipping import watch_clipping
 from lightning_optim.gradients.step_skipping import NormCheck, Reason, SkippedSteps
 from lightning_optim.runtime.callback import OptimCallback
@@ -30,7 +29,7 @@ from lightning_optim.runtime.lightning import (
 from lightning_optim.runtime.lightning.precision import agree_on_overflow, scale_of
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
-from lightning_optim.runtime.step import OptimizerStep, drop_step
+from lightning_optim.runtime.step import OptimizerStep, drop_step, parameters_of
 
 OnNonFinite: TypeAlias = Literal["skip", "raise", "ignore"]
 
@@ -59,7 +58,11 @@ class GradientClipping(OptimCallback):
 
     Args:
         policy: The clipping policy; a list of policies, which act in turn; or a number, short for
-            ``ClipByNorm(number)``.
+            ``ClipByNorm(number)``. Or a dictionary of these: by patterns over parameter names, such as
+            ``{"encoder.*": 1.0, "head.*": 0.1, "*": 0.5}``, or by indices of optimizers, such as
+            ``{0: 1.0, 1: ZClip()}``. Of several patterns the first that matches a parameter wins, and each has a norm
+            of its own, over its parameters alone. Parameters that no pattern matches, and optimizers without an entry,
+            are not clipped; a step whose gradients are not finite is skipped for them too.
         nonfinite: Action if the norm is NaN or infinite: ``"skip"`` the step; ``"raise"`` a ``RuntimeError`` that names
             the parameters; or ``"ignore"`` it, so that one NaN reaches every weight. Default ``"skip"``, because
             no training recovers from weights that are NaN.
@@ -74,16 +77,19 @@ class GradientClipping(OptimCallback):
         skipped_at: Places of the last 1000 skipped steps: index of the optimizer, epoch, index of the batch.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range; or, before the first step, if a pattern matches no parameter.
+        MisconfigurationException: Before the first step, if there is no optimizer with one of the indices.
         RuntimeError: During training, as ``nonfinite`` and ``max_consecutive_skips`` say.
 
     Example::
 
-        >>> from lightning_optim import ClipByValue, GradientClipping
+        >>> from lightning_optim import ClipByNorm, ClipByValue, GradientClipping
         >>> GradientClipping(1.0).policies
         [ClipByNorm(max_norm=1.0)]
         >>> GradientClipping([ClipByValue(0.5), ClipByNorm(1.0)]).policies
         [ClipByValue(value=0.5), ClipByNorm(max_norm=1.0)]
+        >>> GradientClipping({"head.*": 0.1, "*": [ClipByValue(0.5), 1.0]}).policies
+        [ClipByNorm(max_norm=0.1), ClipByValue(value=0.5), ClipByNorm(max_norm=1.0)]
 
     For a Trainer: ``Trainer(callbacks=[GradientClipping(1.0)])``.
     """
@@ -93,19 +99,16 @@ class GradientClipping(OptimCallback):
 
     def __init__(
         self,
-        policy: float | Clipping | list[Clipping],
+        policy: Bounds | Mapping[int, Bounds] | Mapping[str, Bounds],
         nonfinite: OnNonFinite = "skip",
         max_consecutive_skips: int = 10,
         spike: float | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        listed = policy if isinstance(policy, list | tuple) else [policy]
-        self.policies = [one if isinstance(one, Clipping) else _from_number(one) for one in listed]
-        for one in self.policies:
-            one.check_complete()
-        if not self.policies:
-            raise ValueError(f"`policy={policy!r}` must be a number > 0, a clipping policy or a list of them")
+        self.policy = policy
+        self._parts = parts_of(policy)
+        self.policies = [part.policy for part in self._parts]
         self.nonfinite = check_choice("nonfinite", nonfinite, OnNonFinite)
         self.max_consecutive_skips = check_number("max_consecutive_skips", max_consecutive_skips, low=0, integer=True)
         self.spike = spike if spike is None else check_number("spike", spike, low=1.0, low_open=True)
@@ -113,7 +116,14 @@ class GradientClipping(OptimCallback):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"policy": [policy.identity for policy in self.policies]}
+        if not isinstance(self.policy, Mapping):
+            return {"policy": [policy.identity for policy in self.policies]}
+        named: dict[str | int | None, list[str]] = {}
+        for part in self._parts:
+            named.setdefault(part.pattern if part.optimizer is None else part.optimizer, []).append(
+                part.policy.identity
+            )
+        return {"policy": named}
 
     @property
     def needs_total(self) -> bool:
@@ -121,7 +131,7 @@ class GradientClipping(OptimCallback):
 
     def reset(self) -> None:
         self._copies = PerOptimizer(self.policies)
-        self._selections: list[Selection | None] = []
+        self._chosen: list[Chosen | None] = []
         self._applied: dict[int, list[Clipping]] = {}
         self._pending = SkippedSteps()
         self._checks: list[NormCheck] = []
@@ -135,11 +145,13 @@ class GradientClipping(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         shards.reshard_(pl_module)
         self._copies.name_weights(pl_module)
-        for policy in self.policies:
-            on = "*" if policy.on is None else policy.on
-            refuse_split_units(policy, select(pl_module, on, policy.exclude).values())
-            takes_all = policy.on is None and policy.exclude is None
-            self._selections.append(None if takes_all else Selection(pl_module, on, policy.exclude))
+        check_optimizers(self._parts, trainer)
+        for part in self._parts:
+            chosen = part.choose(pl_module)
+            index = part.optimizer
+            candidates = pl_module.parameters() if index is None else parameters_of(trainer.optimizers[index])
+            refuse_split_units(part.policy, [p for p in candidates if chosen is None or id(p) in chosen.ids])
+            self._chosen.append(chosen)
         watch_clipping(self.session, trainer, pl_module, self._warn_of_module)
 
     def _warn_of_module(self, optimizer: Optimizer | LightningOptimizer, does: str) -> bool:
@@ -148,7 +160,7 @@ class GradientClipping(OptimCallback):
         if self._warned_of_module or self.fit is None or plain not in self.fit.trainer.optimizers:
             return self._warned_of_module
         step = self.current_step(plain)
-        if not any(map(functools.partial(_limits, step), self.policies, self._selections)):
+        if not any(map(functools.partial(_limits, step), self._parts, self._chosen)):
             return False
         self._warned_of_module = True
         ours, module = type(self).__name__, type(self.fit.trainer.lightning_module).__name__
@@ -179,7 +191,7 @@ class GradientClipping(OptimCallback):
         step = self.current_step(optimizer)
         if not step.grads:
             return
-        norm_type = self.policies[0].norm_type
+        norm_type = self.norm_type_of(step.index)
         checks = self.nonfinite != "ignore" or self.spike is not None
         norm = step.norm(norm_type) if checks or step.logs else step.known_norm(norm_type)
         # First of all, so that no policy takes the norm of a step that is skipped into its statistics.
@@ -206,26 +218,36 @@ class GradientClipping(OptimCallback):
             value: The same on the host, if it is known there.
         """
         applied = self._applied[step.index] = []
-        norm_type = self.policies[0].norm_type
+        norm_type = self.norm_type_of(step.index)
         when: dict[str, Any] = {"step": step.number, "total": step.total}
-        for policy, selection in zip(self._copies[step.index], self._selections, strict=True):
+        for part, policy, chosen in zip(self._parts, self._copies[step.index], self._chosen, strict=True):
+            if not part.acts_on(step.index):
+                continue
             if value is not None and policy.norm_type == norm_type and policy.is_idle(value, **when):
                 continue
-            weights, (rows, values), chosen = step.weights, step.dense, None
-            if selection is not None:
-                selection.follow(step.parameters)
-                chosen = selection.ids
-                kept = [place for place, weight in enumerate(weights) if id(weight) in chosen]
+            weights, (rows, values), ids = step.weights, step.dense, None
+            if chosen is not None:
+                chosen.follow(step.parameters)
+                ids = chosen.ids
+                kept = [place for place, weight in enumerate(weights) if id(weight) in ids]
                 weights, rows, values = ([tensors[place] for place in kept] for tensors in (weights, rows, values))
             if not values:
                 continue
             refuse_looked_up_rows(policy, weights, rows)
-            arguments = when | {"norm": norm if chosen is None and policy.norm_type == norm_type else None}
+            arguments = when | {"norm": norm if ids is None and policy.norm_type == norm_type else None}
             if policy.scope != "global":  # a policy without scopes need not take `units`
-                arguments["units"] = _units(policy.scope, step, chosen, weights)
+                arguments["units"] = _units(policy.scope, step, ids, weights)
             policy.clip_(values, rows, **arguments)
             applied.append(policy)
             norm = value = None  # the next policy sees other gradients
+
+    def policies_of(self, index: int) -> list[Clipping]:
+        """Return the policies that act on the gradients of the optimizer with this index."""
+        return [part.policy for part in self._parts if part.acts_on(index)]
+
+    def norm_type_of(self, index: int) -> float:
+        """Return the exponent of the norm that is checked and logged for an optimizer: its first policy's, or 2."""
+        return next((policy.norm_type for policy in self.policies_of(index)), 2.0)
 
     def clipped(self, index: int) -> Tensor | bool | None:
         """Return True if the last step of an optimizer was clipped; ``None`` if a policy cannot tell.
@@ -236,7 +258,7 @@ class GradientClipping(OptimCallback):
         Returns:
             A scalar on the device, or False if no policy had anything to do.
         """
-        if not any(policy.limits for policy in self.policies):
+        if not any(policy.limits for policy in self.policies_of(index)):
             return None
         flags = [policy.clipped for policy in self._applied.get(index, []) if policy.limits]
         known = [flag for flag in flags if flag is not None]
@@ -305,13 +327,7 @@ class GradientClipping(OptimCallback):
         self.skipped_at = [list(place) for place in extra["skipped_at"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_selections": []}
-
-
-def _from_number(number: Any) -> Clipping:
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= math.inf:
-        raise ValueError(f"`policy={number!r}` must be a number > 0, a clipping policy or a list of them")
-    return ClipByNorm(float(number))
+        return {**super().__getstate__(), "_chosen": []}
 
 
 def _units(scope: Scope, step: OptimizerStep, chosen: set[int] | None, weights: list[Tensor]) -> list[int]:
@@ -329,8 +345,11 @@ def _not_finite(step: OptimizerStep) -> str:
     return f"On this rank the gradients of {found} are not finite." if found else "On this rank all are finite."
 
 
-def _limits(step: OptimizerStep, policy: Clipping, selection: Selection | None) -> bool:
+def _limits(step: OptimizerStep, part: Part, chosen: Chosen | None) -> bool:
     """Return True if a policy would make large gradients of this step smaller."""
-    if not policy.limits or policy.is_idle(sys.float_info.max, step=step.number, total=step.total):
+    policy = part.policy
+    if not policy.limits or not part.acts_on(step.index):
         return False
-    return selection is None or any(id(weight) in selection.ids for weight in step.weights)
+    if policy.is_idle(sys.float_info.max, step=step.number, total=step.total):
+        return False
+    return chosen is None or any(id(weight) in chosen.ids for weight in step.weights)

@@ -130,7 +130,7 @@ class GradientMonitor(OptimCallback):
         if not step.grads:
             return
         self._pending.before_step(step.index)
-        found = self._measurements[step.index] = _Measurement(step.norm(self._norm_type), step.logs)
+        found = self._measurements[step.index] = _Measurement(step.norm(self._norm_type(step.index)), step.logs)
         if step.logs:
             found.weights, found.copies, found.labels = step.weights, _copies(step.weights), self._labels(step)
             found.values |= {"gradients/norm": found.norm, **self._by_label("gradients/norm", step)}
@@ -147,9 +147,9 @@ class GradientMonitor(OptimCallback):
         if clipped is not None:
             row[_CLIPPED] = clipped.to(unknown) if isinstance(clipped, Tensor) else unknown.new_full((), clipped)
         if found.logs:
-            row[_AFTER] = step.norm(self._norm_type)
+            row[_AFTER] = step.norm(self._norm_type(step.index))
             row[_UPDATE] = self._measure_update(found)
-            if row[_CLIPPED] is unknown and self._only_limits:
+            if row[_CLIPPED] is unknown and self._only_limits(step.index):
                 row[_CLIPPED] = (row[_AFTER] < found.norm).to(found.norm)
             found.values |= {"gradients/norm_clipped": row[_AFTER], "gradients/update_ratio": row[_UPDATE]}
             found.values |= self._by_label("gradients/norm_clipped", step)
@@ -174,8 +174,8 @@ class GradientMonitor(OptimCallback):
         """Return the gradient norm of each module or parameter, by the name under which it is logged."""
         if self.level == "total":
             return {}
-        each = tensor_norms(step.dense[1], self._norm_type)
-        found = _norms_by_label(self._labels(step), each, self._norm_type)
+        norm_type = self._norm_type(step.index)
+        found = _norms_by_label(self._labels(step), tensor_norms(step.dense[1], norm_type), norm_type)
         return {f"{prefix}/{label}": norm for label, norm in found.items()}
 
     def _labels(self, step: OptimizerStep) -> list[str]:
@@ -184,14 +184,13 @@ class GradientMonitor(OptimCallback):
             return []
         return [name.rpartition(".")[0] or "root" for name in step.names] if self.level == "module" else step.names
 
-    @property
-    def _norm_type(self) -> float:
-        return 2.0 if self._clipping is None else self._clipping.policies[0].norm_type
+    def _norm_type(self, index: int) -> float:
+        return 2.0 if self._clipping is None else self._clipping.norm_type_of(index)
 
-    @property
-    def _only_limits(self) -> bool:
-        """True if every clipping policy only limits gradients, so that a norm that became smaller was clipped."""
-        return self._clipping is not None and all(policy.limits for policy in self._clipping.policies)
+    def _only_limits(self, index: int) -> bool:
+        """Return True if each clipping policy only limits gradients: then a norm that became smaller was clipped."""
+        policies = [] if self._clipping is None else self._clipping.policies_of(index)
+        return bool(policies) and all(policy.limits for policy in policies)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

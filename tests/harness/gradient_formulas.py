@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -36,6 +37,33 @@ class ClipNorm(Formula):
         for grad in step.grads:
             grad *= min(1.0, self.max_norm / (norm + 1e-6))
         step.logged["gradients/norm"] = norm
+
+
+class ByName(Formula):
+    """Apply to each gradient the formula of the first text that is a part of its name; log the norm of all."""
+
+    def __init__(self, formulas: dict[str, Formula]) -> None:
+        self.by_name = formulas
+
+    def before_step(self, step: Step) -> None:
+        step.logged["gradients/norm"] = _size(step.grads)
+        first = [next((text for text in self.by_name if text in name), None) for name in step.names]
+        for text, formula in self.by_name.items():
+            places = [place for place, found in enumerate(first) if found == text]
+            names, weights, grads = (
+                [values[place] for place in places] for values in (step.names, step.weights, step.grads)
+            )
+            formula.before_step(dataclasses.replace(step, names=names, weights=weights, grads=grads, logged={}))
+
+
+class ByOptimizer(Formula):
+    """Apply to each optimizer the formula at its index."""
+
+    def __init__(self, *formulas: Formula) -> None:
+        self.by_optimizer = formulas
+
+    def before_step(self, step: Step) -> None:
+        self.by_optimizer[step.optimizer].before_step(step)
 
 
 class ClipValue(Formula):
