@@ -51,12 +51,12 @@ WRONG: list[tuple[str, str, str, str]] = [
     # regularization
     ("WeightRegularization([])", "terms", "[]", "must be a penalty"),
     ("WeightRegularization(0.1)", "terms", "0.1", "such as L2(1e-4)"),
-    ("WeightRegularization([L2(0.1), ClipByNorm(1.0)])", "terms", "[L2(strength=0.1", "must be a penalty"),
+    ("WeightRegularization([L2(0.1), ClipByNorm(1.0)])", "terms", "[L2(0.1", "must be a penalty"),
     ("L1(-0.1)", "strength", "-0.1", ">= 0"),
     ("L2(nan)", "strength", "nan", ">= 0"),
     ("L2(True)", "strength", "True", ">= 0"),
     ("L2('0.1')", "strength", "'0.1'", "a number (or a schedule of them)"),
-    ("L2(Linear(1.0, -1.0))", "strength", "Linear(start=1.0, end=-1.0", ">= 0"),
+    ("L2(Linear(1.0, -1.0))", "strength", "Linear(1.0, -1.0", ">= 0"),
     ("ElasticNet(-1.0, 0.1)", "l1", "-1.0", ">= 0"),
     ("ElasticNet(0.1, -1.0)", "l2", "-1.0", ">= 0"),
     ("ProximalL1(-2.0)", "strength", "-2.0", ">= 0"),
@@ -67,7 +67,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     # gradients
     ("GradientClipping(0.0)", "policy", "0.0", "a number > 0"),
     ("GradientClipping([])", "policy", "[]", "a list of them"),
-    ("GradientClipping(L2(0.1))", "policy", "L2(strength=0.1", "a clipping policy"),
+    ("GradientClipping(L2(0.1))", "policy", "L2(0.1", "a clipping policy"),
     ("GradientClipping(1.0, nonfinite='no')", "nonfinite", "'no'", "must be one of"),
     ("GradientClipping(1.0, spike=1.0)", "spike", "1.0", "> 1.0"),
     ("GradientClipping(1.0, max_consecutive_skips=-1)", "max_consecutive_skips", "-1", "an integer >= 0"),
@@ -121,7 +121,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("Divergence('x', inf)", "value", "inf", "must be a number that is finite"),
     ("Divergence('x', 1.0, mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
     ("AnyOf([])", "criteria", "[]", "a list of at least one criterion"),
-    ("AllOf(Plateau('x'))", "criteria", "Plateau(monitor='x'", "a list of at least one criterion"),
+    ("AllOf(Plateau('x'))", "criteria", "Plateau('x'", "a list of at least one criterion"),
     ("AtLeast(1, [3])", "criteria", "[3]", "a list of at least one criterion"),
     ("AtLeast(3, [NonFinite('x')])", "k", "3", "an integer in [1, 1]"),
     # averaging

@@ -27,6 +27,7 @@ from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.base.policy import belongs_to
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.loops import ends_epoch
@@ -125,7 +126,9 @@ class WeightAveraging(AveragedCheckpoints):
     ) -> None:
         super().__init__(name)
         if not isinstance(average, Average):
-            raise ValueError(f"`average={average!r}` must be an average, such as EMA(0.999)")
+            raise ValueError(
+                f"`average` must be an average, such as EMA(0.999), got {average!r}{belongs_to(average, Average)}"
+            )
         average.check_complete()
         if isinstance(start, float):
             check_number("start", start, low=0.0, high=1.0)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_optim.base.construction import Constructed
 from lightning_optim.base.selection import Selectors, check_selectors
 from lightning_optim.base.state import State, Value
 
 
-class Policy:
+class Policy(Constructed):
     """Base class of all policies: formulas on tensors, in pure torch, without a Trainer.
 
-    A policy says *what* is done to tensors; a callback says *when*. A policy keeps each constructor argument in an
-    attribute of the same name, so that it prints as it was written, and pickles. State between steps is declared
+    A policy says *what* is done to tensors; a callback says *when*. A policy prints as it was written, and pickles; it
+    keeps each constructor argument in an attribute of the same name. State between steps is declared
     with :meth:`add_state`; a callback keeps one copy of the policy for each optimizer.
 
     Example::
@@ -32,7 +32,7 @@ class Policy:
         ...         self.factor, self.on = factor, on
         ...         self.add_state("calls", 0)
         >>> Scale(0.5, on="encoder.*")
-        Scale(factor=0.5, on='encoder.*')
+        Scale(0.5, on='encoder.*')
         >>> Scale(0.5, on="encoder.*").identity == Scale(0.9, on="encoder.*").identity
         True
         >>> Scale(0.5).state_dict()
@@ -46,6 +46,7 @@ class Policy:
         needs: The smallest part of a tensor that the formula can be computed on. Shards hold any elements, but not
             whole rows or matrices; the looked-up rows of a sparse gradient are not a matrix.
         gathers: True if the formula gathers sharded tensors itself, so that a sharded model has what it needs.
+        used_in: Where a Trainer takes the policy, for messages: ``{}`` stands for it.
         copy_index: Index of the optimizer that this copy belongs to, so that random draws differ.
     """
 
@@ -53,6 +54,7 @@ class Policy:
     formulas: ClassVar[tuple[tuple[str, ...], ...]] = ()
     needs: ClassVar[Literal["elements", "rows", "matrices"]] = "elements"
     gathers: ClassVar[bool] = False
+    used_in: ClassVar[str] = ""
     copy_index: int = 0
     _states: Mapping[str, State] = MappingProxyType({})
     _step: int = 0
@@ -77,6 +79,26 @@ class Policy:
             for names in vars(base).get("formulas", ()):
                 if all(getattr(kind, name) is vars(base)[name] for name in names):
                     raise NotImplementedError(f"{kind.__name__} must override `{names[0]}` of {base.__name__}")
+
+    # ---- in the place of a callback ------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tell that a policy is no callback: a Trainer asks each of its callbacks for this key."""
+        raise TypeError(self._is_no_callback())
+
+    def __iter__(self) -> Iterator[Any]:
+        """Tell the same to ``Trainer(callbacks=policy)``."""
+        raise TypeError(self._is_no_callback())
+
+    def _is_no_callback(self) -> str:
+        instead = f": write {self.in_its_place}" if self.used_in else ""
+        return f"{self!r} is a policy, not a callback{instead}"
+
+    @property
+    def in_its_place(self) -> str:
+        """The policy as an argument of the callback that takes it, for a message; empty if none of ours does."""
+        return self.used_in.format(self.brief)
 
     # ---- schedules ---------------------------------------------------------------------------------------------------
 
@@ -149,13 +171,6 @@ class Policy:
         for name, kind in self._states.items():
             setattr(self, name, kind.grow(getattr(self, name), units, like))
 
-    def __repr__(self) -> str:
-        arguments = inspect.signature(type(self).__init__).parameters
-        shown = {name: getattr(self, name) for name in arguments if hasattr(self, name)}
-        defaults = {name: arguments[name].default for name in shown}
-        pairs = [f"{name}={value!r}" for name, value in shown.items() if not _same(value, defaults[name])]
-        return f"{type(self).__name__}({', '.join(pairs)})"
-
 
 class ParameterPolicy(Policy):
     """Base class of policies that act on chosen parameters.
@@ -224,6 +239,29 @@ class PerOptimizer(Generic[P]):
         return {**self.__dict__, "_module": None}
 
 
+def belongs_to(value: Any, instead_of: type | tuple[type, ...]) -> str:
+    """Return the end of a message about a wrong argument: where a policy in it belongs, if there is one.
+
+    Args:
+        value: The argument, or a list of them.
+        instead_of: The classes that are allowed.
+
+    Example::
+
+        >>> class Half(Policy):
+        ...     used_in = "Halving({})"
+        >>> belongs_to([Half()], instead_of=int)
+        '; Half() belongs in Halving(Half())'
+    """
+    if isinstance(value, Policy) and value.used_in and not isinstance(value, instead_of):
+        return f"; {value!r} belongs in {value.in_its_place}"
+    if isinstance(value, list | tuple):
+        return next(filter(None, (belongs_to(one, instead_of) for one in value)), "")
+    if isinstance(value, type) and issubclass(value, Policy):
+        return f"; {value.__name__} is a class, so write {value.__name__}(…)"
+    return ""
+
+
 def _is_scheduled(value: Any) -> bool:
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -241,8 +279,3 @@ def _stable(value: Any) -> str:
     if isinstance(value, partial):
         return f"{_stable(value.func)}{value.args}{value.keywords}"
     return getattr(value, "__qualname__", None) or repr(value)
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Return True if two values are equal and of one type, so that 1 is not taken for 1.0 or True."""
-    return type(value) is type(default) and value == default

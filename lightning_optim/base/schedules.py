@@ -30,6 +30,11 @@ class Schedule(Policy, abc.ABC):
         [1.0, 1.0, 0.5, 0.5]
     """
 
+    used_in = "WeightRegularization(L2({}))"
+
+    def _is_no_callback(self) -> str:
+        return f"{self!r} is a schedule: write it in place of a number, such as {self.in_its_place}"
+
     @abc.abstractmethod
     def __call__(self, step: int, total: float) -> float:
         """Return the value at an optimizer step.

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.selection import Selection, select
 from lightning_optim.base.suggestions import nearest_pattern, shown
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
@@ -107,9 +108,9 @@ def parts_of(policy: Any) -> list[Part]:
     Example::
 
         >>> [(part.pattern, part.policy) for part in parts_of({"encoder.*": 1.0, "*": [2.0, 3.0]})]
-        [('encoder.*', ClipByNorm(max_norm=1.0)), ('*', ClipByNorm(max_norm=2.0)), ('*', ClipByNorm(max_norm=3.0))]
+        [('encoder.*', ClipByNorm(1.0)), ('*', ClipByNorm(2.0)), ('*', ClipByNorm(3.0))]
         >>> [(part.optimizer, part.policy) for part in parts_of({1: 0.5})]
-        [(1, ClipByNorm(max_norm=0.5))]
+        [(1, ClipByNorm(0.5))]
 
     Raises:
         ValueError: If it is not one of the forms that :class:`GradientClipping` takes.
@@ -132,7 +133,7 @@ def _policies(name: str, value: Any) -> list[Clipping]:
     policies = [ClipByNorm(float(one)) if _is_bound(one) else one for one in listed]
     if not policies or not all(isinstance(one, Clipping) for one in policies):
         allowed = _ALLOWED if name == "policy" else _ALLOWED.partition(";")[0]
-        raise ValueError(f"`{name}={value!r}` must be {allowed}")
+        raise ValueError(f"`{name}={value!r}` must be {allowed}{belongs_to(value, Clipping)}")
     for one in policies:
         one.check_complete()
     return policies

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.policy import belongs_to
 from lightning_optim.gradients.accumulation_window import WeightBy, Window, micro_batches_for, unit_of, weight_of
 from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
@@ -81,7 +82,8 @@ class GradientAccumulation(OptimCallback):
         sizes = n if isinstance(n, dict) else {0: 1 if isinstance(n, TargetBatchSize) else n}
         if not sizes or not all(_is_integer(epoch, 0) and _is_integer(size, 1) for epoch, size in sizes.items()):
             raise ValueError(
-                f"`n={n!r}` must be an integer >= 1, a dictionary of epochs >= 0 to such integers, or a TargetBatchSize"
+                "`n` must be an integer >= 1, a dictionary of epochs >= 0 to such integers, or a TargetBatchSize, got"
+                f" {n!r}{belongs_to(n, TargetBatchSize)}"
             )
         if not callable(weight_by) and weight_by not in ("batch", "sample"):
             raise ValueError(f"`weight_by={weight_by!r}` must be 'batch', 'sample' or a function of the batch")

@@ -85,11 +85,11 @@ class GradientClipping(OptimCallback):
 
         >>> from lightning_optim import ClipByNorm, ClipByValue, GradientClipping
         >>> GradientClipping(1.0).policies
-        [ClipByNorm(max_norm=1.0)]
+        [ClipByNorm(1.0)]
         >>> GradientClipping([ClipByValue(0.5), ClipByNorm(1.0)]).policies
-        [ClipByValue(value=0.5), ClipByNorm(max_norm=1.0)]
+        [ClipByValue(0.5), ClipByNorm(1.0)]
         >>> GradientClipping({"head.*": 0.1, "*": [ClipByValue(0.5), 1.0]}).policies
-        [ClipByNorm(max_norm=0.1), ClipByValue(value=0.5), ClipByNorm(max_norm=1.0)]
+        [ClipByNorm(0.1), ClipByValue(0.5), ClipByNorm(1.0)]
 
     For a Trainer: ``Trainer(callbacks=[GradientClipping(1.0)])``.
     """

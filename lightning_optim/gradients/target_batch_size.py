@@ -29,6 +29,7 @@ class TargetBatchSize(Policy):
         >>> callback = GradientAccumulation(TargetBatchSize(256))  # for Trainer(callbacks=[callback])
     """
 
+    used_in = "GradientAccumulation({})"
     identity_args = ()
 
     def __init__(self, size: int, micro_batch_size: int | None = None) -> None:

@@ -43,6 +43,7 @@ class Penalty(ParameterPolicy):
         exclude: The parameters that are left out, in the same terms.
     """
 
+    used_in = "WeightRegularization({})"
     formulas = (("_value", "value"), ("_add_grad_", "add_grad_"))
 
     @without_autocast

@@ -41,6 +41,7 @@ class Proximal(ParameterPolicy):
         exclude: The parameters that are left out, in the same terms.
     """
 
+    used_in = "WeightRegularization({})"
     formulas = (("_project_", "project_"),)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ class ScheduledDropout(OptimCallback):
 
         >>> from lightning_optim import Linear, ScheduledDropout
         >>> ScheduledDropout({"encoder.*": 0.1, "head.*": Linear(0.5, 0.0)}).rates["head.*"]
-        Linear(start=0.5, end=0.0)
+        Linear(0.5, 0.0)
 
     For a Trainer: ``Trainer(callbacks=[ScheduledDropout({"head.*": 0.5})])``.
     """

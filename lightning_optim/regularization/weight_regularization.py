@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.base import shards, sparse
-from lightning_optim.base.policy import PerOptimizer
+from lightning_optim.base.policy import PerOptimizer, belongs_to
 from lightning_optim.base.selection import Selection, select
 from lightning_optim.regularization.penalties import Penalty
 from lightning_optim.regularization.proximal import Proximal
@@ -51,9 +51,9 @@ class WeightRegularization(OptimCallback):
 
         >>> from lightning_optim import L1, L2, WeightRegularization
         >>> WeightRegularization(L2(1e-4)).terms
-        [L2(strength=0.0001)]
+        [L2(0.0001)]
         >>> WeightRegularization([L1(1e-5, on="encoder.*"), L2(1e-4, exclude="head.*")])
-        WeightRegularization{'terms': ["L1(on='encoder.*')", "L2(exclude='head.*')"]}
+        WeightRegularization([L1(1e-05, on='encoder.*'), L2(0.0001, exclude='head.*')])
 
     For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(1e-4))])``.
     """
@@ -66,7 +66,8 @@ class WeightRegularization(OptimCallback):
         self.terms = list(terms) if isinstance(terms, list | tuple) else [terms]
         if not self.terms or not all(isinstance(term, Penalty | Proximal) for term in self.terms):
             raise ValueError(
-                f"`terms={terms!r}` must be a penalty, a proximal term or a list of them, such as L2(1e-4)"
+                f"`terms` must be a penalty, a proximal term or a list of them, such as L2(1e-4), got {terms!r}"
+                + belongs_to(terms, (Penalty, Proximal))
             )
         for term in self.terms:
             term.check_complete()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.base.construction import Constructed
 from lightning_optim.runtime import callback_state, ran_elsewhere
 from lightning_optim.runtime.lightning import LightningModule, LightningOptimizer, Trainer
 from lightning_optim.runtime.lightning.base_classes import join_packages
@@ -20,7 +21,7 @@ from lightning_optim.runtime.state_versions import converted, with_version
 from lightning_optim.runtime.step import OptimizerStep
 
 
-class OptimCallback(OverridableHooks):
+class OptimCallback(Constructed, OverridableHooks):
     r"""Act at optimizer steps: the base class of every callback of this package, and of your own.
 
     Lightning has no hook after an optimizer step (asked for since 2022, `#11688`_), and ``trainer.global_step`` also
@@ -276,9 +277,6 @@ class OptimCallback(OverridableHooks):
     def __setstate__(self, held: dict[str, Any]) -> None:
         self.__dict__.update(held)
         ran_elsewhere.register(self)
-
-    def __repr__(self) -> str:
-        return self.state_key
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 

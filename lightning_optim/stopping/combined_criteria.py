@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.state import nested
 from lightning_optim.stopping.criteria import Criterion
 from lightning_optim.stopping.improvement import Metrics
@@ -109,7 +110,9 @@ class AnyOf(AtLeast):
 def _listed(criteria: object) -> list[Criterion]:
     listed = isinstance(criteria, list | tuple) and len(criteria) > 0
     if not listed or not all(isinstance(criterion, Criterion) for criterion in criteria):  # type: ignore[attr-defined]
-        raise ValueError(f"`criteria` must be a list of at least one criterion, got {criteria!r}")
+        raise ValueError(
+            f"`criteria` must be a list of at least one criterion, got {criteria!r}{belongs_to(criteria, Criterion)}"
+        )
     for criterion in criteria:  # type: ignore[attr-defined]
         criterion.check_complete()
     return list(criteria)  # type: ignore[call-overload]

@@ -45,6 +45,7 @@ class Criterion(Policy):
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("monitor", "mode")
+    used_in = "EarlyStopping({})"
     formulas = (("update",),)
     monitor: str
     mode: Mode

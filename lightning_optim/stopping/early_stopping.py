@@ -122,9 +122,9 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
 
         >>> from lightning_optim import EarlyStopping, Plateau
         >>> EarlyStopping("val_loss", patience=5)
-        EarlyStopping{'monitor': 'val_loss', 'mode': 'min'}
+        EarlyStopping('val_loss', patience=5)
         >>> EarlyStopping(Plateau("accuracy", mode="max"), best_by=["accuracy", "f1"], mode="max").criterion
-        Plateau(monitor='accuracy', mode='max')
+        Plateau('accuracy', mode='max')
 
     With a Trainer::
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.base.arguments import check_choice, check_number
-from lightning_optim.base.policy import Policy
+from lightning_optim.base.policy import Policy, belongs_to
 from lightning_optim.base.suggestions import nearest, shown
 
 Metrics: TypeAlias = Mapping[str, "float | Tensor"]
@@ -42,7 +42,7 @@ def initial_best(mode: Mode) -> float:
 def check_monitor(monitor: str) -> str:
     """Check that ``monitor`` is text, and return it."""
     if not isinstance(monitor, str):
-        raise ValueError(f"`monitor={monitor!r}` must be a metric's name")
+        raise ValueError(f"`monitor` must be a metric's name, got {monitor!r}{belongs_to(monitor, ())}")
     return monitor
 
 

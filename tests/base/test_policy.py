@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_optim
 from lightning_optim import (
     EMA,
     L1,
@@ -42,6 +43,7 @@ from lightning_optim import (
 )
 from lightning_optim.base import PerOptimizer
 from lightning_optim.stopping.improvement import Best
+from tests.lightning import Trainer
 
 ALL = [
     L1(1e-5, on="encoder.*"),
@@ -83,9 +85,11 @@ def test_prints_the_same_after_pickling(policy: Policy) -> None:
     assert repr(pickle.loads(pickle.dumps(policy))) == repr(policy)
 
 
-def test_defaults_are_not_printed() -> None:
-    assert repr(EMA(0.9)) == "EMA(decay=0.9)"
-    assert repr(Plateau("x", patience=3)) == "Plateau(monitor='x')"
+def test_prints_the_arguments_that_were_passed() -> None:
+    assert repr(EMA(0.9)) == "EMA(decay=0.9)" and EMA(0.9).brief == "EMA(0.9)"
+    assert repr(Plateau("x", patience=3)) == "Plateau('x', patience=3)"
+    assert repr(Plateau(monitor="x", mode="max")) == "Plateau('x', mode='max')"
+    assert EMA(half_life=5).brief == "EMA(half_life=5)"
 
 
 @pytest.mark.parametrize(
@@ -271,3 +275,48 @@ def test_a_state_from_before_the_first_step_forgets_the_steps_since() -> None:
 
 def test_a_policy_without_memory_has_an_empty_state() -> None:
     assert L1(0.1).state_dict() == {}
+
+
+def test_an_argument_that_does_not_exist_is_answered_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match="EMA has no argument 'decy'; did you mean 'decay'"):
+        EMA(decy=0.9)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'monitor'"):
+        Plateau(patience=3)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in ALL if policy.used_in], ids=repr)
+def test_a_trainer_is_told_where_a_policy_belongs(policy: Policy) -> None:
+    callback = policy.in_its_place
+    for callbacks in (policy, [policy]):
+        with pytest.raises(
+            TypeError, match=r"is a policy, not a callback: write|is a schedule: write it in place"
+        ) as told:
+            Trainer(callbacks=callbacks, logger=False, accelerator="cpu", enable_progress_bar=False)
+        assert callback in str(told.value)
+    if "<locals>" not in callback and "<lambda>" not in callback:
+        eval(callback, {**vars(lightning_optim), **globals()})  # what the message says to write is no error
+
+
+def test_the_likeliest_first_mistake() -> None:
+    with pytest.raises(TypeError) as told:
+        Trainer(callbacks=[EMA(0.99)], logger=False, accelerator="cpu")
+    assert str(told.value) == "EMA(decay=0.99) is a policy, not a callback: write WeightAveraging(EMA(0.99))"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("WeightAveraging(L2(0.1))", "L2(0.1) belongs in WeightRegularization(L2(0.1))"),
+        ("GradientClipping(EMA(0.9))", "EMA(decay=0.9) belongs in WeightAveraging(EMA(0.9))"),
+        ("GradientClipping([ClipByNorm(1.0), EMA(0.9)])", "EMA(decay=0.9) belongs in WeightAveraging(EMA(0.9))"),
+        ("WeightRegularization([L2(0.1), Plateau('x')])", "Plateau('x') belongs in EarlyStopping(Plateau('x'))"),
+        ("GradientAccumulation(ClipByNorm(1.0))", "ClipByNorm(1.0) belongs in GradientClipping(ClipByNorm(1.0))"),
+        ("EarlyStopping(EMA(0.9))", "EMA(decay=0.9) belongs in WeightAveraging(EMA(0.9))"),
+        ("AllOf([Plateau('x'), L2(0.1)])", "L2(0.1) belongs in WeightRegularization(L2(0.1))"),
+        ("WeightAveraging(EMA)", "EMA is a class, so write EMA(…)"),
+    ],
+)
+def test_a_policy_in_the_wrong_callback_is_told(wrong: str, told: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        eval(wrong, vars(lightning_optim))
+    assert told in str(caught.value)

@@ -100,8 +100,18 @@ def test_entry(entry: Entry, tmp_path: Path) -> None:
 
 def described(callback: Callback) -> dict[str, str]:
     """Return the class and the public attributes of a callback as text."""
-    public = {name: repr(value) for name, value in vars(callback).items() if not name.startswith("_")}
+    public = {name: arguments(value) for name, value in vars(callback).items() if not name.startswith("_")}
     return {"class": type(callback).__name__} | {name: text for name, text in public.items() if " at 0x" not in text}
+
+
+def arguments(value: Any) -> str:
+    """Return a value as text, with all arguments of a policy: YAML passes defaults too, which the policy then prints."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(arguments, value))}]"
+    if isinstance(value, Policy):
+        public = {name: arguments(held) for name, held in vars(value).items() if not name.startswith("_")}
+        return f"{type(value).__name__}{public}"
+    return repr(value)
 
 
 OTHER_FORMS = {

@@ -41,6 +41,7 @@ class Average(Policy):
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ()
+    used_in = "WeightAveraging({})"
     formulas = (("_share", "update_"),)
     smooths_statistics: ClassVar[bool] = False
     """True if running statistics may be averaged like weights: the weights taken in are close to one another."""

@@ -47,6 +47,7 @@ class Clipping(ParameterPolicy):
         limits: True if it makes gradients smaller, so that a step is clipped or not.
     """
 
+    used_in = "GradientClipping({})"
     formulas: ClassVar[tuple[tuple[str, ...], ...]] = (("_clip_", "clip_"),)
     norm_type: float = 2.0
     scope: Scope = "global"
