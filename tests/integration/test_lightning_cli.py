@@ -105,7 +105,7 @@ def described(callback: Callback) -> dict[str, str]:
 
 
 def arguments(value: Any) -> str:
-    """Return a value as text, with all arguments of a policy: YAML passes defaults too, which the policy then prints."""
+    """Return a value as text, with all arguments of a policy. YAML passes the defaults too, and they are printed."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(arguments, value))}]"
     if isinstance(value, Policy):
