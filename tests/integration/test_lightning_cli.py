@@ -108,6 +108,8 @@ def arguments(value: Any) -> str:
     """Return a value as text, with all arguments of a policy. YAML passes the defaults too, and they are printed."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(arguments, value))}]"
+    if isinstance(value, dict):
+        return str({key: arguments(held) for key, held in value.items()})
     if isinstance(value, Policy):
         public = {name: arguments(held) for name, held in vars(value).items() if not name.startswith("_")}
         return f"{type(value).__name__}{public}"

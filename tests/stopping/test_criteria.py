@@ -259,7 +259,7 @@ def test_best_reads_these_metrics() -> None:
         (lambda: Plateau("x", patience=-1), "`patience` must be an integer >= 0, got -1"),
         (lambda: Plateau("x", patience=2.5), "`patience` must be an integer >= 0, got 2.5"),
         (lambda: Plateau("x", min_delta=-0.1), "`min_delta` must be a number >= 0.0, got -0.1"),
-        (lambda: NonFinite(3), "`monitor=3` must be a metric's name"),
+        (lambda: NonFinite(3), "`monitor` must be a metric's name, got 3"),
         (lambda: Plateau("x", mode="auto"), "`mode` must be one of 'min', 'max', got 'auto'"),
         (lambda: Threshold("x", "0.5"), "`value` must be a number that is finite, got '0.5'"),
         (lambda: Divergence("x", NAN), "`value` must be a number that is finite, got nan"),

@@ -212,7 +212,7 @@ def test_attributes_of_a_criterion() -> None:
         ("best_score", NAN, "`best_score` must be a number, which may be infinite, got nan"),
         ("best_score", torch.ones(2), "`best_score` must be a number"),
         ("mode", "lower", "`mode` must be one of 'min', 'max', got 'lower'"),
-        ("monitor", 3, "`monitor=3` must be a metric's name"),
+        ("monitor", 3, "`monitor` must be a metric's name, got 3"),
         ("best_by", 3, "`best_by` must be a metric's name"),
     ],
 )
