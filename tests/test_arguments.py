@@ -120,9 +120,9 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("Threshold('x', 1.0, mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
     ("Divergence('x', inf)", "value", "inf", "must be a number that is finite"),
     ("Divergence('x', 1.0, mode='lower')", "mode", "'lower'", "must be one of 'min', 'max'"),
-    ("AnyOf([])", "criteria", "[]", "a list of at least one criterion"),
-    ("AllOf(Plateau('x'))", "criteria", "Plateau('x'", "a list of at least one criterion"),
-    ("AtLeast(1, [3])", "criteria", "[3]", "a list of at least one criterion"),
+    ("AnyOf([])", "criteria", "[]", "one criterion or more"),
+    ("AllOf(Plateau)", "criteria", "<class 'lightning_optim.Plateau'>", "one criterion or more"),
+    ("AtLeast(1, [3])", "criteria", "[3]", "one criterion or more"),
     ("AtLeast(3, [NonFinite('x')])", "k", "3", "an integer in [1, 1]"),
     # averaging
     ("WeightAveraging(0.999)", "average", "0.999", "such as EMA(0.999)"),
@@ -250,7 +250,8 @@ def error(name: str, argument: str, value: Any) -> str:
 
     Of two arguments of which exactly one is given, the other one is left out.
     """
-    parameters = inspect.signature(kind := type(POLICIES[name])).parameters
+    signature = inspect.signature(kind := type(POLICIES[name]))
+    parameters = {one: signature.parameters[one] for one in arguments_of(name)}
     given = {one: getattr(POLICIES[name], one) for one in parameters}
     needed = {one: held for one, held in given.items() if parameters[one].default is not None}
     told = []

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.construction import written
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.state import nested
-from lightning_optim.stopping.criteria import Criterion
+from lightning_optim.stopping.criteria import Criterion, Plateau
 from lightning_optim.stopping.improvement import Metrics
 
 
@@ -17,10 +21,11 @@ class AtLeast(Criterion):
 
     Args:
         k: Number of criteria, from 1 to all.
-        criteria: The criteria, at least one.
+        criteria: The criteria, a list of at least one.
+        more: More criteria, if they are written one after another: ``AtLeast(1, a, b)`` is ``AtLeast(1, [a, b])``.
 
     Raises:
-        ValueError: If ``criteria`` is not a list of criteria, or ``k`` not from 1 to their number.
+        ValueError: If these are not criteria, or ``k`` is not from 1 to their number.
 
     Example::
 
@@ -35,10 +40,36 @@ class AtLeast(Criterion):
     identity_args = ("criteria",)
     criteria: list[Criterion]
 
-    def __init__(self, k: int, criteria: list[Criterion]) -> None:
-        listed = _listed(criteria)
+    def __init__(self, k: int, criteria: Criterion | list[Criterion], *more: Criterion) -> None:
+        listed = self._listed(k, criteria, *more)
         self.k = check_number("k", k, low=1, high=len(listed), integer=True)
         self.add_state("criteria", nested(listed))
+
+    @classmethod
+    def _listed(cls, k: object, criteria: object, *more: object) -> list[Criterion]:
+        """Return the criteria as a list, whichever way they were written."""
+        if isinstance(k, Criterion | list | tuple):
+            counts = [one for one in (criteria, *more) if isinstance(one, int)]
+            line = f"AtLeast({counts[0] if counts else 1}, {_as_list([k, criteria, *more])})"
+            raise ValueError(f"`k` must be the number of criteria, which comes first: write {line}, got {k!r}")
+        given: list[Any] = list(criteria) if isinstance(criteria, list | tuple) and not more else [criteria, *more]
+        if not given or not all(isinstance(one, Criterion) for one in given):
+            line = f"{cls.__name__}({f'{k}, ' if cls is AtLeast else ''}{_as_list(given)})"
+            shown = given if more else criteria
+            told = f"got {shown!r}{belongs_to(given, Criterion)}"
+            raise ValueError(f"`criteria` must be one criterion or more, written as {line}, {told}")
+        for one in given:
+            one.check_complete()
+        return given
+
+    @property
+    def _arguments(self) -> list[Any]:
+        """Print the criteria as a list, whichever way they were written."""
+        arguments = super()._arguments
+        if not any(one.name == "criteria" for one in arguments):  # of a subclass with other arguments
+            return arguments
+        listed = [one._replace(text=written(self.criteria)) if one.name == "criteria" else one for one in arguments]
+        return [one for one in listed if one.name]
 
     @property
     def monitors(self) -> tuple[str, ...]:
@@ -56,10 +87,11 @@ class AllOf(AtLeast):
     """Stop once all of several criteria say so at the same validation: :class:`AtLeast` with their number.
 
     Args:
-        criteria: The criteria, at least one.
+        criteria: The criteria, a list of at least one.
+        more: More criteria, if they are written one after another: ``AllOf(a, b)`` is ``AllOf([a, b])``.
 
     Raises:
-        ValueError: If ``criteria`` is not a list of criteria.
+        ValueError: If these are not criteria.
 
     Example::
 
@@ -69,8 +101,9 @@ class AllOf(AtLeast):
         [False, False, True]
     """
 
-    def __init__(self, criteria: list[Criterion]) -> None:
-        super().__init__(len(_listed(criteria)), criteria)
+    def __init__(self, criteria: Criterion | list[Criterion], *more: Criterion) -> None:
+        listed = self._listed(None, criteria, *more)
+        super().__init__(len(listed), listed)
 
 
 class AnyOf(AtLeast):
@@ -80,10 +113,11 @@ class AnyOf(AtLeast):
     patience stay as they were. Lightning's ``EarlyStopping`` is the order non-finite, threshold, divergence, plateau.
 
     Args:
-        criteria: The criteria, at least one.
+        criteria: The criteria, a list of at least one.
+        more: More criteria, if they are written one after another: ``AnyOf(a, b)`` is ``AnyOf([a, b])``.
 
     Raises:
-        ValueError: If ``criteria`` is not a list of criteria.
+        ValueError: If these are not criteria.
 
     Example::
 
@@ -93,8 +127,8 @@ class AnyOf(AtLeast):
         [False, True, False, True]
     """
 
-    def __init__(self, criteria: list[Criterion]) -> None:
-        super().__init__(1, criteria)
+    def __init__(self, criteria: Criterion | list[Criterion], *more: Criterion) -> None:
+        super().__init__(1, criteria, *more)
 
     def update(self, metrics: Metrics) -> bool:
         self.improved, self.reason = False, ""
@@ -107,12 +141,16 @@ class AnyOf(AtLeast):
         return False
 
 
-def _listed(criteria: object) -> list[Criterion]:
-    listed = isinstance(criteria, list | tuple) and len(criteria) > 0
-    if not listed or not all(isinstance(criterion, Criterion) for criterion in criteria):  # type: ignore[attr-defined]
-        raise ValueError(
-            f"`criteria` must be a list of at least one criterion, got {criteria!r}{belongs_to(criteria, Criterion)}"
-        )
-    for criterion in criteria:  # type: ignore[attr-defined]
-        criterion.check_complete()
-    return list(criteria)  # type: ignore[call-overload]
+def _as_list(given: object) -> str:
+    """Return a list of criteria as one writes it, for a message; a metric's name stands for a plateau of it."""
+    each = [f"Plateau({one!r})" if isinstance(one, str) else repr(one) for one in _flat(given)]
+    return f"[{', '.join(each) or repr(Plateau('val_loss'))}]"
+
+
+def _flat(given: object) -> Iterator[str | Criterion]:
+    """Yield the criteria and names in nested lists."""
+    if isinstance(given, str | Criterion):
+        yield given
+    elif isinstance(given, list | tuple | dict):
+        for one in given:
+            yield from _flat(one)

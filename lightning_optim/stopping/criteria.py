@@ -92,6 +92,16 @@ class Criterion(Policy):
         self.improved, self.reason = False, ""
 
 
+def check_patience(patience: int | float) -> int | float:
+    """Check that ``patience`` is an integer >= 0 or infinite, and return it."""
+    if patience == math.inf and isinstance(patience, float):
+        return patience
+    try:
+        return check_number("patience", patience, low=0, integer=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; `math.inf` never stops, and keeps the best weights only") from None
+
+
 class Plateau(Criterion):
     r"""Stop when a metric has not improved for ``patience`` validations.
 
@@ -103,8 +113,8 @@ class Plateau(Criterion):
 
     Args:
         monitor: The metric's name.
-        patience: Number of validations without improvement after which to stop, >= 0; 0 acts like 1. Default 3, as in
-            Lightning.
+        patience: Number of validations without improvement after which to stop, >= 0; 0 acts like 1, and ``math.inf``
+            never stops. Default 3, as in Lightning.
         mode: ``"min"`` if less is better, ``"max"`` if more is. Default ``"min"``, for a loss.
         min_delta: Size that an improvement must exceed, >= 0, in the metric's unit. Default 0.
 
@@ -127,10 +137,11 @@ class Plateau(Criterion):
     best: float
     wait: int
 
-    def __init__(self, monitor: str, patience: int = 3, mode: Mode = "min", min_delta: float = 0.0) -> None:
-        self.patience = check_number("patience", patience, low=0, integer=True)
+    def __init__(self, monitor: str, patience: int | float = 3, mode: Mode = "min", min_delta: float = 0.0) -> None:
+        self.monitor = check_monitor(monitor, "Plateau", "patience", patience)
+        self.patience = check_patience(patience)
         self.min_delta = check_number("min_delta", min_delta, low=0.0)
-        self.monitor, self.mode = check_monitor(monitor), check_choice("mode", mode, Mode)
+        self.mode = check_choice("mode", mode, Mode)
         self.add_state("best", initial_best(mode))
         self.add_state("wait", 0)
 
@@ -169,8 +180,8 @@ class Threshold(Criterion):
     best: float
 
     def __init__(self, monitor: str, value: float, mode: Mode = "min") -> None:
-        self.value = check_number("value", value)
-        self.monitor, self.mode = check_monitor(monitor), check_choice("mode", mode, Mode)
+        self.monitor = check_monitor(monitor, "Threshold", "value", value)
+        self.value, self.mode = check_number("value", value), check_choice("mode", mode, Mode)
         self.add_state("best", initial_best(mode))
 
     def update(self, metrics: Metrics) -> bool:
@@ -204,8 +215,8 @@ class Divergence(Criterion):
     """
 
     def __init__(self, monitor: str, value: float, mode: Mode = "min") -> None:
-        self.value = check_number("value", value)
-        self.monitor, self.mode = check_monitor(monitor), check_choice("mode", mode, Mode)
+        self.monitor = check_monitor(monitor, "Divergence", "value", value)
+        self.value, self.mode = check_number("value", value), check_choice("mode", mode, Mode)
 
     def update(self, metrics: Metrics) -> bool:
         value = self.read(metrics)
@@ -229,7 +240,7 @@ class NonFinite(Criterion):
     """
 
     def __init__(self, monitor: str) -> None:
-        self.monitor = check_monitor(monitor)
+        self.monitor = check_monitor(monitor, "NonFinite")
 
     def update(self, metrics: Metrics) -> bool:
         value = self.read(metrics).item()

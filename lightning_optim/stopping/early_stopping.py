@@ -86,7 +86,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         monitor: Name of the logged metric, or a criterion.
         min_delta: Amount that an improvement must exceed, at least 0, in the unit of the metric. Default 0.
         patience: Number of validations without improvement after which training stops. Default 3, as in Lightning;
-            choose more for a noisy metric.
+            choose more for a noisy metric. ``math.inf`` never stops, and keeps the best weights only.
         verbose: Log improvements, and the reason to stop.
         mode: ``"min"`` if smaller values are better (the default, for a loss), ``"max"`` if larger ones are.
         strict: Raise if the metric was not logged. Default ``True``.
@@ -139,7 +139,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self,
         monitor: str | Criterion,
         min_delta: float = 0.0,
-        patience: int = 3,
+        patience: int | float = 3,
         verbose: bool = False,
         mode: Mode = "min",
         strict: bool = True,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.stopping.combined_criteria import AnyOf
-from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold
+from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold, check_patience
 from lightning_optim.stopping.improvement import Best, Mode, check_monitor, initial_best
+from lightning_optim.stopping.monitor_argument import check_early_stopping_monitor
 
 C = TypeVar("C", bound=Criterion)
 
@@ -44,6 +45,7 @@ class EarlyStoppingAttributes:
 
     @monitor.setter
     def monitor(self, value: str | Criterion) -> None:
+        check_early_stopping_monitor(value)
         if isinstance(value, Criterion):
             value.check_complete()
             check_best(value, self.best_by, self.restore_best)
@@ -100,14 +102,14 @@ class EarlyStoppingAttributes:
     # ---- the plateau -------------------------------------------------------------------------------------------------
 
     @property
-    def patience(self) -> int | None:
+    def patience(self) -> int | float | None:
         """Number of validations without improvement after which training stops; ``None`` without a plateau."""
         plateau = self._find(Plateau)
         return None if plateau is None else plateau.patience
 
     @patience.setter
-    def patience(self, value: int) -> None:
-        check_number("patience", value, low=0, integer=True)
+    def patience(self, value: int | float) -> None:
+        check_patience(value)
         self._owner(Plateau, "patience", value).patience = value
 
     @property
@@ -240,6 +242,7 @@ def criterion_of(
         ValueError: If ``monitor`` is a criterion, and an argument of the plateau or a bound is passed beside it, or if
             a bound is not a finite number.
     """
+    check_early_stopping_monitor(monitor, mode=mode, **plateau)
     if isinstance(monitor, Criterion):
         monitor.check_complete()
         defaults = {"patience": 3, "min_delta": 0.0, "stopping_threshold": None, "divergence_threshold": None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -39,10 +39,31 @@ def initial_best(mode: Mode) -> float:
     return math.inf if mode == "min" else -math.inf
 
 
-def check_monitor(monitor: str) -> str:
-    """Check that ``monitor`` is text, and return it."""
+def check_monitor(monitor: Any, kind: str = "", argument: str = "", second: object = None) -> str:
+    """Check that ``monitor`` is text, and return it; tell arguments that were swapped.
+
+    Args:
+        monitor: The argument.
+        kind: Name of the class, for the line that should have been written.
+        argument: Name of the number that comes after the metric's name.
+        second: That number, as it was passed.
+
+    Raises:
+        ValueError: If ``monitor`` is no text, or if ``second`` is a mode or a metric's name.
+    """
+    modes = get_args(Mode)
+    if isinstance(second, str) and (monitor in modes or not isinstance(monitor, str)):
+        number = "value=…, " if argument == "value" and monitor in modes else ""
+        line = f"{kind}({second!r}, {number}{'mode' if monitor in modes else argument}={monitor!r})"
+        raise ValueError(f"`monitor` must be a metric's name, which comes first, got {monitor!r}: write {line}")
     if not isinstance(monitor, str):
-        raise ValueError(f"`monitor` must be a metric's name, got {monitor!r}{belongs_to(monitor, ())}")
+        several = kind and isinstance(monitor, list | tuple) and all(isinstance(name, str) for name in monitor)
+        rest = ", …" if argument == "value" else ""
+        lines = ", ".join(f"{kind}({name!r}{rest})" for name in monitor) if several else ""
+        told = f": write AllOf([{lines}])" if lines else belongs_to(monitor, ())
+        raise ValueError(f"`monitor` must be a metric's name, got {monitor!r}{told}")
+    if isinstance(second, str) and second in modes:
+        raise ValueError(f"`{argument}` must be a number, got {second!r}: write `mode={second!r}`")
     return monitor
 
 

@@ -17,6 +17,7 @@ from lightning_optim import (
     L1,
     L2,
     AnyOf,
+    AtLeast,
     ClipByNorm,
     ClipByValue,
     Cosine,
@@ -63,7 +64,8 @@ def _all_subclasses(cls: type) -> set[type]:
 def as_yaml(value: Any, calls: dict[int, dict[str, Any]]) -> Any:
     """Return a value as a user writes it in YAML: policies by their class name, callbacks with their module."""
     if isinstance(value, Policy):
-        arguments = {name: getattr(value, name) for name in inspect.signature(type(value)).parameters}
+        named = [one for one in inspect.signature(type(value)).parameters.values() if one.kind != one.VAR_POSITIONAL]
+        arguments = {one.name: getattr(value, one.name) for one in named}
         return {"class_path": type(value).__name__, "init_args": as_yaml(arguments, calls)}
     if isinstance(value, OptimCallback):
         cls = type(value)
@@ -196,6 +198,24 @@ OTHER_FORMS = {
             dirpath: best
         """,
         EarlyStopping(AnyOf([Plateau("val_loss", patience=5), Threshold("val_loss", 0.1)]), dirpath="best"),
+    ),
+    "an infinite patience": (
+        "[{class_path: lightning_optim.EarlyStopping, init_args: {monitor: val_loss, patience: .inf}}]",
+        EarlyStopping("val_loss", patience=float("inf")),
+    ),
+    "at least one of two criteria": (
+        """
+        - class_path: lightning_optim.EarlyStopping
+          init_args:
+            monitor:
+              class_path: AtLeast
+              init_args:
+                k: 1
+                criteria:
+                  - {class_path: Plateau, init_args: {monitor: val_loss}}
+                  - {class_path: Threshold, init_args: {monitor: val_loss, value: 0.1}}
+        """,
+        EarlyStopping(AtLeast(1, Plateau("val_loss"), Threshold("val_loss", 0.1))),
     ),
     "a weighted sum of metrics": (
         """

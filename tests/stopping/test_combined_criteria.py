@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
+import lightning_optim
 from lightning_optim import AllOf, AnyOf, AtLeast, EarlyStopping, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.criteria import Criterion
 
 A = (5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0)
 B = (1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, 5.0)
+
+
+NAMES = dict(vars(lightning_optim))
 
 
 def stops_at(criterion: Criterion) -> int | None:
@@ -99,7 +103,42 @@ def test_wrong_k(k: int) -> None:
         AtLeast(k, criteria())
 
 
-@pytest.mark.parametrize("wrong", [[], None, ["val_loss"], Plateau("a")])
+@pytest.mark.parametrize("written", ["AllOf({})", "AnyOf({})", "AtLeast(2, {})"])
+def test_criteria_one_after_another_are_a_list(written: str) -> None:
+    one_by_one = eval(written.format("Plateau('a'), Threshold('b', 0.5)"), NAMES)
+    as_list = eval(written.format("[Plateau('a'), Threshold('b', 0.5)]"), NAMES)
+    assert repr(one_by_one) == repr(as_list) and one_by_one.identity == as_list.identity
+    assert repr(eval(repr(one_by_one), NAMES)) == repr(one_by_one)
+    assert one_by_one.monitors == ("a", "b")
+    scores = [{"a": a, "b": b} for a, b in ((1.0, 1.0), (2.0, 0.4), (2.0, 0.6), (2.0, 0.4))]
+    assert [one_by_one.update(metrics) for metrics in scores] == [as_list.update(metrics) for metrics in scores]
+
+
+def test_one_criterion_needs_no_list() -> None:
+    assert repr(AllOf(Plateau("a"))) == repr(AllOf([Plateau("a")]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ("AtLeast([Plateau('a'), Plateau('b')], 2)", "AtLeast(2, [Plateau('a'), Plateau('b')])"),
+        ("AtLeast(Plateau('a'), Plateau('b'))", "AtLeast(1, [Plateau('a'), Plateau('b')])"),
+        ("AtLeast(1, 'val_loss')", "AtLeast(1, [Plateau('val_loss')])"),
+        ("AllOf('val_loss')", "AllOf([Plateau('val_loss')])"),
+        ("AnyOf('a', 'b')", "AnyOf([Plateau('a'), Plateau('b')])"),
+        ("AllOf([Plateau('a')], Plateau('b'))", "AllOf([Plateau('a'), Plateau('b')])"),
+        ("AllOf(3)", "AllOf([Plateau('val_loss')])"),
+        ("AnyOf(Plateau('a'), 3)", "AnyOf([Plateau('a')])"),
+    ],
+)
+def test_the_line_to_write_is_told(wrong: str, line: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        eval(wrong, NAMES)
+    assert line in str(caught.value)
+    eval(line, NAMES)  # and it works
+
+
+@pytest.mark.parametrize("wrong", [[], None, ["val_loss"], 3, "a"])
 def test_wrong_criteria(wrong: list[Criterion]) -> None:
     for make in (AnyOf, AllOf):
         with pytest.raises(ValueError, match="criteria"):
