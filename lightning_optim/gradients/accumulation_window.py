@@ -63,13 +63,34 @@ class Window:
 
 
 def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
-    """Return the weight of a micro-batch, a scalar on the device, without waiting for a tensor that is there."""
-    weight = batch_size_of(batch) if isinstance(weight_by, str) else weight_by(batch)
-    if isinstance(weight, Tensor) and weight.numel() == 1:
+    """Return the weight of a micro-batch, a scalar on the device, without waiting for a tensor that is there.
+
+    Raises:
+        RuntimeError: If ``weight_by`` raises an exception, which is its cause.
+        ValueError: If the weight is not one number >= 0. A tensor on another device than the CPU is not read.
+    """
+    given = repr(weight_by) if isinstance(weight_by, str) else getattr(weight_by, "__name__", repr(weight_by))
+    argument = f"`GradientAccumulation(weight_by={given})`"
+    try:
+        weight = batch_size_of(batch) if isinstance(weight_by, str) else weight_by(batch)
+    except Exception as error:
+        raise RuntimeError(
+            f"{argument} could not weigh a batch of the type {type(batch).__name__}: {type(error).__name__}: {error}"
+        ) from error
+    if (
+        isinstance(weight, Tensor)
+        and weight.numel() == 1
+        and (weight.device.type != "cpu" or _is_weight(weight.item()))
+    ):
         return weight.detach().to(device, torch.float32).reshape(())
-    if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
-        raise ValueError(f"`weight_by` must return a number >= 0 or a tensor with one element, got {weight!r}")
+    if isinstance(weight, bool | Tensor) or not _is_weight(weight):
+        shape = f" of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
+        raise ValueError(f"{argument} must return a number >= 0 or a tensor with one element, got {weight!r}{shape}")
     return torch.full((), float(weight), device=device, dtype=torch.float32)
+
+
+def _is_weight(number: Any) -> bool:
+    return isinstance(number, numbers.Real) and 0 <= float(number) < math.inf
 
 
 def unit_of(weight: Tensor, ranks: int, before: Tensor | None) -> Tensor:

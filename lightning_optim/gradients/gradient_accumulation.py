@@ -21,7 +21,9 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.callback_state import from_each_rank
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_optim.runtime.lightning.loops import is_last_batch
+from lightning_optim.runtime.lightning.modules import is_overridden
 from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
 from lightning_optim.runtime.step import OptimizerStep
 
 
@@ -86,7 +88,12 @@ class GradientAccumulation(OptimCallback):
                 f" {n!r}{belongs_to(n, TargetBatchSize)}"
             )
         if not callable(weight_by) and weight_by not in ("batch", "sample"):
-            raise ValueError(f"`weight_by={weight_by!r}` must be 'batch', 'sample' or a function of the batch")
+            example = ""
+            if "token" in str(weight_by).lower():
+                example = " that counts the tokens, such as `lambda batch: (batch['labels'] != -100).sum()`"
+            raise ValueError(
+                f"`weight_by` must be 'batch', 'sample' or a function of the batch{example}, got {weight_by!r}"
+            )
         self.n, self.weight_by = n, weight_by
         self._sizes = dict(sorted(sizes.items()))
         self.reset()
@@ -147,7 +154,19 @@ class GradientAccumulation(OptimCallback):
         super().on_train_start(trainer, pl_module)
         # A resume in mid-epoch never calls `on_train_epoch_start`.
         self._set_size(trainer, pl_module)
+        self._warn_of_overrides(pl_module)
         self._restore(trainer, pl_module)
+
+    def _warn_of_overrides(self, pl_module: LightningModule) -> None:
+        """Warn of hooks that run less often than without accumulation, as GradientAccumulationScheduler does."""
+        if not pl_module.automatic_optimization or max(self._sizes.values()) == 1:
+            return
+        for name in ("optimizer_step", "optimizer_zero_grad"):
+            if is_overridden(name, pl_module) and is_overridden_by_user(pl_module, name):
+                rank_zero_warn(
+                    f"{type(self).__name__} accumulates, and {type(pl_module).__name__} overrides `{name}`: Lightning"
+                    " calls it at every optimizer step, and not at every batch."
+                )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set_size(trainer, pl_module)

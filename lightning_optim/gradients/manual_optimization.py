@@ -25,7 +25,8 @@ from lightning_optim.runtime.step import parameters_of
 class ManualOptimizationMixin(ModuleMixin):
     """Accumulate, clip and average in manual optimization as in automatic optimization, with ``self.optimize``.
 
-    ``self.optimize(loss, optimizer)`` does the backward pass, the accumulation window, the step and ``zero_grad``. It
+    ``self.optimize(loss, optimizer)`` does the backward pass, the accumulation window, the step and ``zero_grad``; a
+    module with one optimizer may leave it out. It
     takes the size of the window from :class:`GradientAccumulation` if that is among the callbacks, and otherwise steps
     at each call. Each optimizer has its own window, which closes at the last batch of the epoch; the window of an
     optimizer that is not called in that batch stays open into the next epoch. Clipping, penalties and averages are
@@ -52,14 +53,22 @@ class ManualOptimizationMixin(ModuleMixin):
         ...         return [torch.optim.SGD(net.parameters(), 0.1) for net in (self.generator, self.discriminator)]
     """
 
-    def optimize(self, loss: Tensor, optimizer: Optimizer | LightningOptimizer) -> None:
+    def optimize(self, loss: Tensor, optimizer: Optimizer | LightningOptimizer | None = None) -> None:
         """Add the gradient of ``loss`` to the optimizer's window; step when it is full, or at the epoch's last batch.
 
         Args:
             loss: A scalar, the mean over the micro-batch.
-            optimizer: One of ``self.optimizers()``.
+            optimizer: One of ``self.optimizers()``. May be left out if there is only one.
+
+        Raises:
+            TypeError: If ``loss`` is not a tensor, as when the two are swapped.
+            ValueError: If ``optimizer`` is not one of the module's, or is left out although there are several.
         """
         trainer = self.trainer
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"write `self.optimize(loss, optimizer)`: the loss, a tensor, comes first, got {type(loss).__name__}"
+            )
         wrapped = _wrapped(trainer, optimizer)
         plain = wrapped.optimizer
         windows = _open_windows(trainer)
@@ -91,13 +100,20 @@ def _open_windows(trainer: Trainer) -> AccumulationWindows | None:
     return None if session is None else session.windows
 
 
-def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> LightningOptimizer:
+def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer | None) -> LightningOptimizer:
     """Return Lightning's wrapper of an optimizer, whose ``step`` calls the hooks and the scaler."""
-    wrappers: Any = trainer.lightning_module.optimizers(use_pl_optimizer=True)
-    for wrapper in wrappers if isinstance(wrappers, list) else [wrappers]:
+    found: Any = trainer.lightning_module.optimizers(use_pl_optimizer=True)
+    wrappers = found if isinstance(found, list) else [found]
+    if optimizer is None and len(wrappers) == 1:
+        return wrappers[0]
+    for wrapper in wrappers:
         if optimizer is wrapper or optimizer is wrapper.optimizer:
             return wrapper
-    raise ValueError(f"`optimizer` must be one of `self.optimizers()`, got another {type(optimizer).__name__}")
+    known = ", ".join(f"{index} ({type(wrapper.optimizer).__name__})" for index, wrapper in enumerate(wrappers))
+    given = "none" if optimizer is None else f"another {type(optimizer).__name__}"
+    raise ValueError(
+        f"`self.optimize(loss, optimizer)` takes one of `self.optimizers()`, which are {known}; got {given}"
+    )
 
 
 def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:

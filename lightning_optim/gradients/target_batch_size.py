@@ -26,7 +26,8 @@ class TargetBatchSize(Policy):
 
         >>> TargetBatchSize(256).micro_batches(micro_batch_size=24, ranks=2)
         6
-        >>> callback = GradientAccumulation(TargetBatchSize(256))  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientAccumulation(TargetBatchSize(256))])``.
     """
 
     used_in = "GradientAccumulation({})"

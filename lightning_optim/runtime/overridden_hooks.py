@@ -105,11 +105,9 @@ class TwoPartHook:
         return {**result, **(returned or {})} if isinstance(result, dict) else returned
 
 
-def is_overridden_by_user(callback: OverridableHooks, name: str) -> bool:
-    """Return True if a user's class, or the callback object itself, overrides a method of this package."""
-    return name in vars(callback) or not _is_of_package(
-        next(cls for cls in type(callback).__mro__ if name in vars(cls))
-    )
+def is_overridden_by_user(owner: object, name: str) -> bool:
+    """Return True if a user's class, or the callback or module itself, overrides a method of this package."""
+    return name in vars(owner) or not _is_of_package(next(cls for cls in type(owner).__mro__ if name in vars(cls)))
 
 
 def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -156,7 +156,7 @@ def test_schedules(step: int, bound: float) -> None:
         (lambda: ClipByNorm(0.0), r"`max_norm` must be a number \(or a schedule of them\) > 0.0, got 0.0"),
         (lambda: ClipByNorm(math.nan), "`max_norm` must be .*, got nan"),
         (lambda: ClipByNorm(True), "`max_norm` must be .*, got True"),
-        (lambda: ClipByNorm(Linear(1.0, 0.0)), r"`max_norm` must be .*, got Linear\(start=1.0, end=0.0\)"),
+        (lambda: ClipByNorm(Linear(1.0, 0.0)), r"`max_norm` must be .*, got Linear\(1.0, 0.0\)"),
         (lambda: ClipByNorm(1.0, norm_type=0), "`norm_type` must be a number > 0.0, got 0"),
         (lambda: ClipByNorm(1.0, norm_type="inf"), "`norm_type` must be a number > 0.0, got 'inf'"),
         (lambda: ClipByNorm(1.0, norm_type=Linear(1.0, 2.0)), "`norm_type` must be a number > 0.0, got Linear"),

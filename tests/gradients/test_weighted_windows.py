@@ -261,18 +261,12 @@ def test_one_number_of_any_kind_is_a_weight(weight: Any) -> None:
     assert weight_of(None, lambda batch: weight, torch.device("cpu")).item() == 1.0
 
 
-@pytest.mark.parametrize("weight", [-1, float("nan"), "many", True, None, torch.ones(2)])
-def test_a_wrong_weight_is_refused(weight: Any) -> None:
-    with pytest.raises(ValueError, match=r"`weight_by` must return a number >= 0 or a tensor with one element"):
-        weight_of(None, lambda batch: weight, torch.device("cpu"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"n": 0}, "`n=0` must be an integer >= 1, a dictionary"),
-        ({"n": {0: True}}, "`n=.*` must be an integer >= 1"),
-        ({"n": 2, "weight_by": "token"}, "`weight_by='token'` must be 'batch', 'sample' or a function"),
+        ({"n": 0}, "`n` must be an integer >= 1, a dictionary.*got 0"),
+        ({"n": {0: True}}, "`n` must be an integer >= 1.*got {0: True}"),
+        ({"n": 2, "weight_by": "token"}, "`weight_by` must be 'batch', 'sample' or a function.*got 'token'"),
     ],
 )
 def test_refused(arguments: dict[str, Any], sentence: str) -> None:

@@ -45,7 +45,8 @@ class AGC(Clipping):
         >>> grad
         tensor([[0.0000e+00, 5.0000e-02],
                 [0.0000e+00, 1.0000e-05]])
-        >>> callback = GradientClipping(AGC(0.01, exclude="head.*"))  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping(AGC(0.01, exclude="head.*"))])``.
     """
 
     _factors: list[Tensor] | None = None

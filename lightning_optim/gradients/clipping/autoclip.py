@@ -43,7 +43,8 @@ class AutoClip(NormClipping):
         ...     norm = policy.clip_([grad])
         >>> grad
         tensor([1.0000])
-        >>> callback = GradientClipping(AutoClip())  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping(AutoClip())])``.
     """
 
     recent: Ring

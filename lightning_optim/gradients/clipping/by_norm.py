@@ -42,7 +42,8 @@ class ClipByNorm(NormClipping):
         tensor(5.)
         >>> grads
         [tensor([0.6000]), tensor([[0.8000]])]
-        >>> callback = GradientClipping(ClipByNorm(1.0))  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping(ClipByNorm(1.0))])``.
     """
 
     def __init__(

@@ -35,7 +35,8 @@ class ClipByValue(Clipping):
         >>> ClipByValue(0.5).clip_([grad])
         >>> grad
         tensor([ 0.2000, -0.5000])
-        >>> callback = GradientClipping(ClipByValue(0.5))  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping(ClipByValue(0.5))])``.
     """
 
     def __init__(self, value: float | Schedule, on: Selectors = None, exclude: Selectors = None) -> None:

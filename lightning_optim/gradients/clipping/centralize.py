@@ -36,7 +36,8 @@ class Centralize(Clipping):
         >>> grad
         tensor([[-1.,  1.],
                 [ 0.,  0.]])
-        >>> callback = GradientClipping([Centralize(), ClipByNorm(1.0)])  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping([Centralize(), ClipByNorm(1.0)])])``.
     """
 
     limits: ClassVar[bool] = False

@@ -45,7 +45,8 @@ class Noise(Clipping):
         >>> Noise(eta=0.01).clip_([grad])
         >>> grad.std()
         tensor(0.0985)
-        >>> callback = GradientClipping([Noise(), ClipByNorm(1.0)])  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping([Noise(), ClipByNorm(1.0)])])``.
     """
 
     limits: ClassVar[bool] = False

@@ -46,7 +46,8 @@ class ZClip(NormClipping):
         ...     norm = policy.clip_([grad])
         >>> grad
         tensor([1.0026])
-        >>> callback = GradientClipping([ZClip(), ClipByNorm(10.0)])  # for Trainer(callbacks=[callback])
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping([ZClip(), ClipByNorm(10.0)])])``.
     """
 
     statistics: Tensor
