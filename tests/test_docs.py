@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_optim
+from lightning_optim import EMA, Schedule
 from lightning_optim.runtime import refusals
 
 ROOT = Path(lightning_optim.__file__).parents[1]
@@ -22,6 +23,82 @@ ROWS = [(page, line) for page in PAGES for line in page.read_text().splitlines()
 def test_each_public_name_has_a_row(name: str) -> None:
     found = [line for _, line in ROWS if re.search(rf"`{name}\b", line.split("|")[1])]
     assert found, f"no table of the docs has a row for {name}"
+
+
+# ---- cards -----------------------------------------------------------------------------------------------------------
+
+
+def _is_a(thing: object, cls: type) -> bool:
+    return inspect.isclass(thing) and issubclass(thing, cls)
+
+
+# Base classes and what callbacks of one's own need: docs/extend.md and the section of gradients.md on steps show them.
+NO_TECHNIQUE = {
+    *("Average", "Clipping", "Criterion", "NormClipping", "OptimCallback", "OptimizerStep", "Penalty", "Policy"),
+    *("Proximal", "Schedule", "Slot", "drop_step", "evaluated_state", "gradients_of", "total_steps"),
+}
+SCHEDULES = {name for name, thing in vars(lightning_optim).items() if _is_a(thing, Schedule)}
+HEADINGS = {page: page.read_text() for page in PAGES if page.parent.name == "techniques"}
+
+
+def card(name: str) -> str:
+    """Return the text under the heading of a technique, up to the next one of its level."""
+    for text in HEADINGS.values():
+        found = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+        if found:
+            return found[1]
+    raise AssertionError(f"docs/techniques has no heading {name}, so that no table can link to it")
+
+
+@pytest.mark.parametrize("name", sorted({*lightning_optim.__all__} - NO_TECHNIQUE))
+def test_each_technique_has_a_card(name: str) -> None:
+    """A card begins with a sentence, then an example that uses the technique; a reference has a link."""
+    text = card(name)
+    sentence = text.strip().partition("\n\n")[0]
+    assert sentence.endswith((".", ":")) and not sentence.startswith(("`" * 3, "-", "|")), f"{name}: {sentence}"
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert any(re.search(rf"\b{name}\b", code) for code in examples), f"no example of the card shows {name}"
+    if name not in SCHEDULES:  # the page of schedules says these once
+        points = re.findall(r"\*\*(.*?)\*\*", text)
+        assert {"When it helps", "Where to start", "When it fails", "What it costs"} <= {
+            point[0].upper() + point[1:] for point in points
+        }, f"{name}: {points}"
+        reference = re.search(r"- \*\*Reference\*\*: (.*?)(?=^- |^#|\n\n|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+        assert reference and re.search(r"\]\((https://|#)", reference[1]), f"the card of {name} has no linked reference"
+
+
+def test_references_are_links() -> None:
+    for page in PAGES:
+        bare = re.findall(r"(?<!\[)arXiv:\d{4}\.\d{4,5}", page.read_text())
+        assert not bare, f"{page.name}: {bare}"
+
+
+def test_links_to_a_heading_find_it() -> None:
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text()):
+            linked = (page.parent / target) if target else page
+            assert anchor in anchors(linked), f"{page.name} links to {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_table_of_decays_is_that_of_the_code() -> None:
+    rows = re.findall(r"^ +\| (0\.9+) \| ([\d,]+) steps \| ([\d,]+) steps \| ([\d,]+) steps", card("EMA"), re.MULTILINE)
+    assert len(rows) == 4
+    for decay, back, *after in rows:
+        numbers = [int(number.replace(",", "")) for number in (back, *after)]
+        assert numbers[0] == round(1 / (1 - float(decay)))
+        for warmup, steps in zip((2 / 3, 3 / 4), numbers[1:], strict=True):
+            ema = EMA(float(decay), warmup=warmup)
+            # The first step has t = 0. A rounding error of the power must not count as a decay that is not reached.
+            assert ema.decay_at(steps - 1) > float(decay) - 1e-13 and ema.decay_at(steps - 2) < float(decay) - 1e-13
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 def calls() -> list[tuple[str, str, str]]:

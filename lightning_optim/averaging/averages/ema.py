@@ -17,11 +17,11 @@ class EMA(Average):
 
     Args:
         decay: The share that is kept per optimizer step, in [0, 1). The average looks back about
-            :math:`1 / (1 - decay)` steps: 0.99 suits runs of some thousand steps, 0.999 of some ten thousand, 0.9999 of
-            some hundred thousand.
+            :math:`1 / (1 - decay)` steps, which should be about a hundredth of the run: 0.9 suits a thousand steps,
+            0.99 ten thousand, 0.999 a hundred thousand.
         warmup: The power of the warm-up, positive, in which the average looks back over a part of the steps so far. The
-            default 2/3 suits runs up to a million steps: it reaches a decay of 0.999 after 31.6 thousand steps and
-            0.9999 after a million. 3/4 reaches them after 10 and 215 thousand. ``None`` has the full decay from the
+            default 2/3 suits runs up to a million steps: it reaches a decay of 0.99 after a thousand steps, 0.999 after
+            31.6 thousand and 0.9999 after a million. 3/4 reaches the last two after 10 and 215 thousand. ``None`` has the full decay from the
             second update on, and the weights of the first update stay in it for long.
         half_life: In place of ``decay``: the optimizer steps after which a weight counts half,
             :math:`decay = 2^{-1 / half\_life}`.
