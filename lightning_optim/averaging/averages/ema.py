@@ -21,8 +21,8 @@ class EMA(Average):
             0.99 ten thousand, 0.999 a hundred thousand.
         warmup: The power of the warm-up, positive, in which the average looks back over a part of the steps so far. The
             default 2/3 suits runs up to a million steps: it reaches a decay of 0.99 after a thousand steps, 0.999 after
-            31.6 thousand and 0.9999 after a million. 3/4 reaches the last two after 10 and 215 thousand. ``None`` has the full decay from the
-            second update on, and the weights of the first update stay in it for long.
+            31.6 thousand and 0.9999 after a million. 3/4 reaches the last two after 10 and 215 thousand. ``None`` has
+            the full decay from the second update on, and the weights of the first update stay in it for long.
         half_life: In place of ``decay``: the optimizer steps after which a weight counts half,
             :math:`decay = 2^{-1 / half\_life}`.
 
