@@ -63,6 +63,7 @@ class CheckpointAveraging(BatchNormRefresh):
         refresh_batches: Number of batches of a refresh, at most those of one epoch. Default 100; ``None``: all.
         refresh_loader: Loader of these batches. Default: the training data, through a separate iterator.
         name: Name that tells two callbacks of this class apart in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Attributes:
         path: Path of the checkpoint with the average; empty before it is written.
@@ -99,8 +100,9 @@ class CheckpointAveraging(BatchNormRefresh):
         refresh_batches: int | None = 100,
         refresh_loader: Iterable[Any] | None = None,
         name: str | None = None,
+        summary: bool = True,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, summary)
         check_number("top", top, low=2, integer=True)
         if not isinstance(monitor, str | None):
             raise ValueError(f"`monitor` must be a metric's name or None, got {monitor!r}")
@@ -124,6 +126,17 @@ class CheckpointAveraging(BatchNormRefresh):
         self.kept: list[str] = []
         self._ranked: list[str] = []  # the checkpoints with which the fit may end, the best first
         self._raw_weights = RawWeights()
+
+    def describe_run(self) -> str:
+        how = "greedy average" if self.greedy else "average"
+        return f"{how} of the best {self.top} checkpoints at the end, kept if it is better than the best one"
+
+    def report(self) -> str:
+        if self.session.wrote_final is not self:
+            return ""
+        if self.best_path != self.path:
+            return f"best checkpoint restored: {os.path.basename(self.best_path)}"
+        return f"average of {len(self.kept)} checkpoints restored: {os.path.basename(self.path)}"
 
     # ---- life --------------------------------------------------------------------------------------------------------
 

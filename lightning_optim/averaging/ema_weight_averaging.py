@@ -37,6 +37,7 @@ class EMAWeightAveraging(WeightAveraging):
         evaluate: See :class:`WeightAveraging`.
         apply_at_end: See :class:`WeightAveraging`.
         name: See :class:`WeightAveraging`.
+        summary: See :class:`OptimCallback`.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -61,6 +62,7 @@ class EMAWeightAveraging(WeightAveraging):
         evaluate: bool = True,
         apply_at_end: bool = True,
         name: str | None = None,
+        summary: bool = True,
     ) -> None:
         check_number("update_every_n_steps", update_every_n_steps, low=1, integer=True)
         if update_starting_at_step is not None:
@@ -76,8 +78,13 @@ class EMAWeightAveraging(WeightAveraging):
             evaluate=evaluate,
             apply_at_end=apply_at_end,
             name=name,
+            summary=summary,
         )
         self.update_starting_at_epoch = update_starting_at_epoch
+
+    def _describe_when(self) -> str:
+        epoch = self.update_starting_at_epoch
+        return f"{super()._describe_when()} from epoch {epoch} on".lstrip() if epoch else super()._describe_when()
 
     def _due_after_step(self, step: int) -> bool:
         assert isinstance(self.every, int)

@@ -46,6 +46,7 @@ class StochasticWeightAveraging(WeightAveraging):
         evaluate: See :class:`WeightAveraging`.
         apply_at_end: See :class:`WeightAveraging`.
         name: See :class:`WeightAveraging`.
+        summary: See :class:`OptimCallback`.
 
     Raises:
         ValueError: If an argument is not allowed.
@@ -79,6 +80,7 @@ class StochasticWeightAveraging(WeightAveraging):
         evaluate: bool = True,
         apply_at_end: bool = True,
         name: str | None = None,
+        summary: bool = True,
     ) -> None:
         for lr in swa_lrs if isinstance(swa_lrs, list) else [swa_lrs]:
             if lr is not None:
@@ -101,6 +103,7 @@ class StochasticWeightAveraging(WeightAveraging):
             evaluate=evaluate,
             apply_at_end=apply_at_end,
             name=name,
+            summary=summary,
         )
         self.swa_lrs, self.swa_epoch_start = swa_lrs, swa_epoch_start
         self.annealing_epochs, self.annealing_strategy = annealing_epochs, annealing_strategy
@@ -130,6 +133,9 @@ class StochasticWeightAveraging(WeightAveraging):
                         f"StochasticWeightAveraging(swa_lrs={self.swa_lrs}): pass a number, or one rate for each of the"
                         f" {groups} parameter groups of {type(optimizer).__name__}."
                     )
+
+    def _describe_when(self) -> str:
+        return f"every epoch from epoch {self.first_epoch(self.session.trainer)} on"
 
     def first_epoch(self, trainer: Trainer) -> int:
         """Return the first epoch, counted from 0, at the end of which the average is updated."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +30,13 @@ from lightning_optim.base.layer_classes import BatchNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.runtime import callback_state
-from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, ModelParallelStrategy, Trainer
+from lightning_optim.runtime.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Trainer,
+    rank_zero_warn,
+)
 from lightning_optim.runtime.lightning.loops import ends_epoch
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
@@ -86,6 +93,7 @@ class WeightAveraging(AveragedCheckpoints):
             both, and ``averaging/raw/<metric>`` is logged beside the metrics of the average. The second validation
             calls the hooks of the module and none of callbacks.
         name: Name that tells two averages of one kind apart in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Attributes:
         comparison: Metrics that ``compare=True`` has collected.
@@ -123,8 +131,9 @@ class WeightAveraging(AveragedCheckpoints):
         apply_at_end: bool = True,
         compare: bool = False,
         name: str | None = None,
+        summary: bool = True,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, summary)
         if not isinstance(average, Average):
             raise ValueError(
                 f"`average` must be an average, such as EMA(0.999), got {average!r}{belongs_to(average, Average)}"
@@ -171,10 +180,28 @@ class WeightAveraging(AveragedCheckpoints):
         self._averaged: AveragedWeights | None = None
         self._copied: dict[str, Tensor] = {}
         self._loaded: dict[str, Any] | None = None
+        self._warned_never_updated = False
         self._layers: list[BatchNormBase] = []
         self._unfrozen = None
         self._start_step = 0 if isinstance(self.start, float) else self.start
         self._decided = [0, -1]  # the last step and the last epoch at which an overridden `should_update` returned True
+
+    def describe_step(self, index: int) -> tuple[str, str]:
+        when = "when `should_update` returns True" if self._user_decides else self._describe_when()
+        words = f"average {self.average.in_words} {when}".rstrip()
+        return "", words if self.evaluates else f"{words} (not evaluated)"
+
+    def _describe_when(self) -> str:
+        """Return a few words on when it is updated; "" if it is after each step."""
+        every = "" if self.every == 1 else "every epoch" if self.every == "epoch" else f"every {self.every} steps"
+        start = self._first_step()
+        return f"{every} from step {start + 1:,} on".lstrip() if start else every
+
+    def report(self) -> str:
+        if self.session.wrote_final is not self or self._averaged is None:
+            return ""
+        updates = max(average.counters.get("updates", 0) for average in self._averaged.averages)
+        return f"the module holds the average of {updates:,} updates"
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -198,10 +225,31 @@ class WeightAveraging(AveragedCheckpoints):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if isinstance(self.start, float):
-            self._start_step = int(self.start * self.session.total)
+        self._start_step = self._first_step()
         self._begin(trainer, pl_module)
         self.try_before_first_step(trainer, pl_module, self._layers)
+        self._warn_before_first_step()
+
+    def _first_step(self) -> int:
+        """Return the number of optimizer steps before the first update."""
+        return int(self.start * self.session.total) if isinstance(self.start, float) else self.start
+
+    def _warn_before_first_step(self) -> None:
+        """Warn if the average cannot do in this run what its arguments say."""
+        steps = self.session.total - self._start_step
+        if self._user_decides or math.isinf(steps) or self.session.trainer.fast_dev_run:
+            return
+        if steps <= 0:
+            self._warn_never_updated(f"it starts after {self._start_step:,} optimizer steps")
+        elif unreached := self.average.unreached(int(steps)):
+            rank_zero_warn(unreached)
+
+    def _warn_never_updated(self, reason: str) -> None:
+        self._warned_never_updated = True
+        rank_zero_warn(
+            f"{self.brief} has no effect: {reason}, and this run has {self.session.total:,}. Start it earlier, or leave"
+            " it out."
+        )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.average.keep_in(self.dtype, self.device)
@@ -246,6 +294,8 @@ class WeightAveraging(AveragedCheckpoints):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._follow_pruning()
+        if not (self.started or self._warned_never_updated or trainer.fast_dev_run) and any(self.steps):
+            self._warn_never_updated(f"it was not updated in {max(self.steps):,} optimizer steps")
         if self.apply_at_end or self.evaluates:
             self._make_ready(pl_module)
 

@@ -68,8 +68,8 @@ class Constructed:
 
     @property
     def brief(self) -> str:
-        """The same call as one writes it in short: the first arguments without their names."""
-        return self._call([argument.place != place for place, argument in enumerate(self._arguments)])
+        """The same call as one writes it in short: the first argument has no name."""
+        return self._call([argument.named and argument.place != 0 for argument in self._arguments])
 
     @property
     def _arguments(self) -> list[_Argument]:

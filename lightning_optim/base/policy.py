@@ -80,6 +80,11 @@ class Policy(Constructed):
                 if all(getattr(kind, name) is vars(base)[name] for name in names):
                     raise NotImplementedError(f"{kind.__name__} must override `{names[0]}` of {base.__name__}")
 
+    @property
+    def in_words(self) -> str:
+        """The policy in the lines that a callback logs at the start of a fit; by default as one writes it in short."""
+        return self.brief
+
     # ---- in the place of a callback ------------------------------------------------------------------------------
 
     @property

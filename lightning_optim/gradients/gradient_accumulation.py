@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_optim.base import module_tensors, shards
+from lightning_optim.base.construction import written
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.gradients.accumulation_window import WeightBy, Window, micro_batches_for, unit_of, weight_of
 from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
@@ -57,6 +58,7 @@ class GradientAccumulation(OptimCallback):
             of the batch that counts the elements that its loss is the mean of, such as ``lambda batch:
             batch["mask"].sum()`` for tokens. A tensor may stay on its device.
         name: Distinguishes two such callbacks in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -78,9 +80,13 @@ class GradientAccumulation(OptimCallback):
     touches = frozenset({"gradients"})
 
     def __init__(
-        self, n: int | dict[int, int] | TargetBatchSize, weight_by: WeightBy = "batch", name: str | None = None
+        self,
+        n: int | dict[int, int] | TargetBatchSize,
+        weight_by: WeightBy = "batch",
+        name: str | None = None,
+        summary: bool = True,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, summary)
         sizes = n if isinstance(n, dict) else {0: 1 if isinstance(n, TargetBatchSize) else n}
         if not sizes or not all(_is_integer(epoch, 0) and _is_integer(size, 1) for epoch, size in sizes.items()):
             raise ValueError(
@@ -109,6 +115,11 @@ class GradientAccumulation(OptimCallback):
         self._largest: int | None = None  # micro-batches that a step of this epoch had, if it was seen from its start
         self._in_batch = False
         self._warned = False
+
+    def describe_step(self, index: int) -> tuple[str, str]:
+        size = self.n if isinstance(self.n, dict) else self.batches_per_step(0)
+        weights = self.weight_by if isinstance(self.weight_by, str) else written(self.weight_by)
+        return f"accumulate {size}" + ("" if weights == "batch" else f", weighted by {weights}"), ""
 
     # ---- the window --------------------------------------------------------------------------------------------------
 

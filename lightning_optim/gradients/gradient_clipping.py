@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.policy import PerOptimizer
+from lightning_optim.gradients.clipped_steps import ClippedSteps
 from lightning_optim.gradients.clipping.clipping_policy import Clipping, Scope
 from lightning_optim.gradients.clipping_plan import Bounds, Chosen, Part, check_optimizers, parts_of
 from lightning_optim.gradients.module_clipping import watch_clipping
@@ -71,6 +72,7 @@ class GradientClipping(OptimCallback):
         spike: A factor > 1: a step whose norm is more than this factor times the median of the last 100 norms is
             skipped too, once there are 10. Default ``None``: no such check.
         name: Distinguishes two such callbacks in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Attributes:
         skipped: Number of skipped steps of each optimizer, in the order of ``trainer.optimizers``.
@@ -104,8 +106,9 @@ class GradientClipping(OptimCallback):
         max_consecutive_skips: int = 10,
         spike: float | None = None,
         name: str | None = None,
+        summary: bool = True,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, summary)
         self.policy = policy
         self._parts = parts_of(policy)
         self.policies = [part.policy for part in self._parts]
@@ -140,6 +143,28 @@ class GradientClipping(OptimCallback):
         self.skipped: list[int] = []
         self.skipped_at: list[list[int]] = []
         self._skipped_in_a_row: list[int] = []
+        self._clipped: list[ClippedSteps] = []
+
+    def describe_step(self, index: int) -> tuple[str, str]:
+        words = [
+            part.policy.in_words + ("" if part.pattern is None else f" on {part.pattern}")
+            for part in self._parts
+            if part.acts_on(index)
+        ]
+        return (", " if isinstance(self.policy, Mapping) else " → ").join(words), ""
+
+    def report(self) -> str:
+        return "; ".join(filter(None, map(self._report_of, range(len(self.steps)))))
+
+    def _report_of(self, index: int) -> str:
+        taken, skipped = self.steps[index], self.skipped[index]
+        clipped, seen = self._clipped[index].state()
+        share = f"{100 * clipped / seen:.0f} %" if seen else ""
+        if self.nonfinite == "ignore" and self.spike is None:
+            words = f"{share} of {seen:,} steps clipped" if share else ""
+        else:
+            words = f"{skipped:,} of {taken + skipped:,} steps skipped" + (f", {share} clipped" if share else "")
+        return f"optimizer {index}: {words}" if words and len(self.steps) > 1 else words
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -180,6 +205,7 @@ class GradientClipping(OptimCallback):
         self._checks += [NormCheck(self.nonfinite != "ignore", self.spike) for _ in range(missing)]
         self.skipped += [0] * missing
         self._skipped_in_a_row += [0] * missing
+        self._clipped += [ClippedSteps() for _ in range(missing)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_idx = batch_idx
@@ -296,6 +322,11 @@ class GradientClipping(OptimCallback):
         index = self.current_step(optimizer).index
         self._pending.after_step(index)
         self._skipped_in_a_row[index] = 0
+        if any(policy.limits for policy in self.policies_of(index)):
+            factors = [policy.factors for policy in self._applied.get(index, []) if policy.limits]
+            known = [factor for factor in factors if factor is not None]
+            if len(known) == len(factors):
+                self._clipped[index].add(known)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -316,6 +347,7 @@ class GradientClipping(OptimCallback):
             "skipped": list(self.skipped),
             "skipped_at": [list(place) for place in self.skipped_at],
             "in_a_row": list(self._skipped_in_a_row),
+            "clipped": [list(steps.state()) for steps in self._clipped],
         }
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
@@ -325,6 +357,8 @@ class GradientClipping(OptimCallback):
             check.load_state_dict(saved)
         self.skipped, self._skipped_in_a_row = list(extra["skipped"]), list(extra["in_a_row"])
         self.skipped_at = [list(place) for place in extra["skipped_at"]]
+        for index, (clipped, seen) in enumerate(extra.get("clipped", [])):
+            self._clipped[index] = ClippedSteps(clipped, seen)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_chosen": []}

@@ -72,6 +72,7 @@ class GradientMonitor(OptimCallback):
             values if the model is large.
         history: Number of steps of each optimizer that are kept, >= 1. Default 1000, which takes a few kB.
         name: Distinguishes two such callbacks in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Attributes:
         skipped: Number of steps of each optimizer that had gradients and did not happen: their norm was not finite,
@@ -95,8 +96,10 @@ class GradientMonitor(OptimCallback):
     slot = Slot.MEASURE
     touches = frozenset({"gradients"})
 
-    def __init__(self, level: Level = "total", history: int = 1000, name: str | None = None) -> None:
-        super().__init__(name)
+    def __init__(
+        self, level: Level = "total", history: int = 1000, name: str | None = None, summary: bool = True
+    ) -> None:
+        super().__init__(name, summary)
         self.level = check_choice("level", level, Level)
         self.history = check_number("history", history, low=1, integer=True)
         self.reset()
@@ -107,6 +110,9 @@ class GradientMonitor(OptimCallback):
         self._pending = SkippedSteps()
         self._clipping: GradientClipping | None = None
         self.skipped: list[int] = []
+
+    def describe_step(self, index: int) -> tuple[str, str]:
+        return "measure norms", ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

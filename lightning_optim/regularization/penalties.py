@@ -44,6 +44,8 @@ class Penalty(ParameterPolicy):
     """
 
     used_in = "WeightRegularization({})"
+    decays: bool = False
+    """True if it pulls each weight towards zero in proportion to the weight, as an optimizer's weight decay does."""
     formulas = (("_value", "value"), ("_add_grad_", "add_grad_"))
 
     @without_autocast
@@ -156,6 +158,7 @@ class L2(Penalty):
 
     def __init__(self, strength: float | Schedule, on: Selectors = None, exclude: Selectors = None) -> None:
         self.strength = check_number("strength", strength, low=0.0, schedule=True)
+        self.decays = strength != 0.0
         super().__init__(on, exclude)
 
     def _value(self, weights: Sequence[Tensor]) -> Tensor:
@@ -190,6 +193,7 @@ class ElasticNet(Penalty):
     ) -> None:
         self.l1 = check_number("l1", l1, low=0.0, schedule=True)
         self.l2 = check_number("l2", l2, low=0.0, schedule=True)
+        self.decays = l2 != 0.0
         super().__init__(on, exclude)
 
     def _value(self, weights: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.construction import written
 from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.regularization import dropout
 from lightning_optim.runtime.callback import OptimCallback
@@ -36,6 +37,7 @@ class ScheduledDropout(OptimCallback):
         insert: True to add dropout to modules that have none: to every module that a glob matches and that has weights
             of its own with two dimensions or more, and to any module that a pattern names in full.
         name: Distinguishes two such callbacks in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Raises:
         ValueError: If a rate is not in [0, 1], or if a pattern matches nothing (in ``on_fit_start``).
@@ -49,8 +51,10 @@ class ScheduledDropout(OptimCallback):
     For a Trainer: ``Trainer(callbacks=[ScheduledDropout({"head.*": 0.5})])``.
     """
 
-    def __init__(self, rates: dict[str, float | Schedule], insert: bool = False, name: str | None = None) -> None:
-        super().__init__(name)
+    def __init__(
+        self, rates: dict[str, float | Schedule], insert: bool = False, name: str | None = None, summary: bool = True
+    ) -> None:
+        super().__init__(name, summary)
         if not isinstance(rates, dict) or not rates or not all(isinstance(pattern, str) for pattern in rates):
             raise ValueError(f"`rates={rates!r}` must be a dictionary of glob to rate, such as {{'encoder.*': 0.1}}")
         for pattern, rate in rates.items():
@@ -69,6 +73,13 @@ class ScheduledDropout(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         for pattern, sites in dropout.find_sites(pl_module, self.rates, self.insert).items():
             self._setters[pattern] = [self._setter(site) for site in sites]
+
+    def describe_run(self) -> str:
+        words = []
+        for pattern, rate in self.rates.items():
+            count = len(self._setters[pattern])
+            words.append(f"{written(rate)} on {pattern} ({count} layer{'' if count == 1 else 's'})")
+        return f"dropout {', '.join(words)}"
 
     def _setter(self, site: dropout.Site) -> Callable[[float], None]:
         """Return a function that sets the rate of one layer until the end of the fit."""

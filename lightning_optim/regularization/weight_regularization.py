@@ -16,9 +16,10 @@ from lightning_optim.base.selection import Selection, select
 from lightning_optim.regularization.penalties import Penalty
 from lightning_optim.regularization.proximal import Proximal
 from lightning_optim.runtime.callback import OptimCallback
-from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
+from lightning_optim.runtime.run_summary import tensors
 
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 
@@ -42,6 +43,7 @@ class WeightRegularization(OptimCallback):
         terms: One term, or a list of terms: penalties are added, proximal terms act in turn. Each term chooses its own
             parameters, by default those with two dimensions or more.
         name: Distinguishes two callbacks with the same terms in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Raises:
         ValueError: If ``terms`` is not a term or a list of terms, or if a term's ``on`` matches no parameter (in
@@ -61,8 +63,10 @@ class WeightRegularization(OptimCallback):
     slot = Slot.PENALIZE
     touches = frozenset({"gradients", "weights"})
 
-    def __init__(self, terms: Penalty | Proximal | list[Penalty | Proximal], name: str | None = None) -> None:
-        super().__init__(name)
+    def __init__(
+        self, terms: Penalty | Proximal | list[Penalty | Proximal], name: str | None = None, summary: bool = True
+    ) -> None:
+        super().__init__(name, summary)
         self.terms = list(terms) if isinstance(terms, list | tuple) else [terms]
         if not self.terms or not all(isinstance(term, Penalty | Proximal) for term in self.terms):
             raise ValueError(
@@ -95,6 +99,36 @@ class WeightRegularization(OptimCallback):
             refuse_split_units(term, select(pl_module, term.on, term.exclude).values())
             self._selections.append(Selection(pl_module, term.on, term.exclude))
         self._looked_up = _looked_up(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not trainer.fast_dev_run:
+            self._warn_of_second_decay(trainer)
+
+    def _warn_of_second_decay(self, trainer: Trainer) -> None:
+        """Warn once if an optimizer decays weights that an L2 penalty shrinks too."""
+        for optimizer in trainer.optimizers:
+            decayed = [group for group in optimizer.param_groups if group.get("weight_decay")]
+            for term, selection in zip(self.terms, self._selections, strict=True):
+                if not (isinstance(term, Penalty) and term.decays):
+                    continue
+                count = sum(len(_trainable(group["params"], selection)) for group in decayed)
+                if count:
+                    name, decay = type(optimizer).__name__, decayed[0]["weight_decay"]
+                    rank_zero_warn(
+                        f"{name}(weight_decay={decay}) shrinks {tensors(count)} that {term.brief} shrinks too: pass"
+                        f" `weight_decay=0.0` to {name}, or leave the penalty out."
+                    )
+                    return
+
+    def describe_step(self, index: int) -> tuple[str, str]:
+        parameters = [p for group in self.session.trainer.optimizers[index].param_groups for p in group["params"]]
+        before: list[str] = []
+        after: list[str] = []
+        for term, selection in zip(self.terms, self._selections, strict=True):
+            if count := len(_trainable(parameters, selection)):
+                (before if isinstance(term, Penalty) else after).append(f"{term.in_words} on {tensors(count)}")
+        return " → ".join(before), " → ".join(after)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

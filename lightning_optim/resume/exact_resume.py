@@ -65,6 +65,7 @@ class ExactResume(OptimCallback):
 
     Args:
         name: Tells several of these apart in checkpoints.
+        summary: See :class:`OptimCallback`.
 
     Example::
 
@@ -85,6 +86,9 @@ class ExactResume(OptimCallback):
     _loaded: dict[str, Any] | None = None
     _before_validation: tuple[dict[str, Any], dict[str, int]] | None = None
     _buffers: Buffers | None = None
+
+    def describe_run(self) -> str:
+        return "exact resume from checkpoints"
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

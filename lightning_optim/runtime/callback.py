@@ -13,7 +13,7 @@ from lightning_optim.runtime.lightning import LightningModule, LightningOptimize
 from lightning_optim.runtime.lightning.base_classes import join_packages
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.order import Slot, arrange
-from lightning_optim.runtime.overridden_hooks import OverridableHooks
+from lightning_optim.runtime.overridden_hooks import OverridableHooks, is_overridden_by_user
 from lightning_optim.runtime.ran_elsewhere import RanIn
 from lightning_optim.runtime.refusals import in_another_fit, refuse_setup, refuse_start, refuse_unknown_length
 from lightning_optim.runtime.session import Session
@@ -63,6 +63,8 @@ class OptimCallback(Constructed, OverridableHooks):
     Args:
         name: Distinguishes two callbacks of one class with equal arguments in checkpoints. Lightning refuses two such
             callbacks without it.
+        summary: If False, no lines are logged at the start and the end of a fit with this callback, which say what is
+            on and what was done. Default True; they are also off with ``Trainer(enable_model_summary=False)``.
 
     Attributes:
         steps: Number of steps that each optimizer has taken in this run, in the order of ``trainer.optimizers``.
@@ -99,6 +101,7 @@ class OptimCallback(Constructed, OverridableHooks):
     """
 
     name: str | None = None
+    summary: bool = True
     fit: Session | None = None
     _token: str = ""  # names this object, and no copy of it
     _ancestors: tuple[str, ...] = ()  # the tokens of the objects that this one is a copy of, the oldest first
@@ -119,10 +122,10 @@ class OptimCallback(Constructed, OverridableHooks):
     evaluates: bool = False
     """True if validation uses weights that this callback holds."""
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, name: str | None = None, summary: bool = True) -> None:
         if not isinstance(name, str | None):
             raise ValueError(f"`name` must be text that tells two callbacks of one class apart, or None, got {name!r}")
-        self.name = name
+        self.name, self.summary = name, summary
         self.steps: list[int] = []
         ran_elsewhere.register(self)
 
@@ -195,6 +198,28 @@ class OptimCallback(Constructed, OverridableHooks):
     def batches_per_step(self, epoch: int) -> int:
         """Return the number of micro-batches in a step of ``epoch``, if the callback accumulates gradients."""
         return 1
+
+    def describe_step(self, index: int) -> tuple[str, str]:
+        """Return what it does before, and after, a step of the optimizer with this index, in a few words.
+
+        The words of all callbacks are logged once at the start, joined by arrows; "" adds none. Weights and optimizers
+        exist. By default, a callback of your own that acts at a step is shown as it prints.
+        """
+        before, after = (
+            is_overridden_by_user(self, hook) for hook in ("on_before_optimizer_step", "on_after_optimizer_step")
+        )
+        return self.brief if before else "", self.brief if after and not before else ""
+
+    def describe_run(self) -> str:
+        """Return a line on what it does beside the steps, to be logged once at the start; "" adds none."""
+        return ""
+
+    def report(self) -> str:
+        """Return a few words on what it has done, to be logged at the end of a fit; "" adds none.
+
+        Called on rank zero, when the module holds the weights that it keeps (``self.session.wrote_final``).
+        """
+        return ""
 
     # ---- to call -----------------------------------------------------------------------------------------------------
 

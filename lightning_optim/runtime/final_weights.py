@@ -27,11 +27,15 @@ class FinalWeights:
     Args:
         trainer: The Trainer of the fit.
         callbacks: The callbacks of this package in it.
+
+    Attributes:
+        writer: The callback that has written the weights; ``None`` before :meth:`write_`, or if none had any.
     """
 
     def __init__(self, trainer: Trainer, callbacks: list[SessionCallback]) -> None:
         self._trainer, self._callbacks = trainer, callbacks
         self._norms: dict[str, tuple[Any, str]] = {}
+        self.writer: SessionCallback | None = None
 
     def start(self, patch: Callable[[Any, str, Any], None]) -> None:
         """Tell of what loads weights, or prepare to see it. Called at ``on_fit_start``, when all is set up.
@@ -64,7 +68,7 @@ class FinalWeights:
         # rounded in another way: none of these writes other weights.
         kept = [name for name, (identity, _) in self._norms.items() if name in now and now[name][0] == identity]
         was_written = any(now[name] != self._norms[name] for name in kept)
-        writer = next((callback for callback in self._by_rank() if callback.write_final_(pl_module)), None)
+        self.writer = writer = next((one for one in self._by_rank() if one.write_final_(pl_module)), None)
         if writer is not None and was_written:
             rank_zero_warn(
                 "A callback or the module wrote weights when training had ended, as in `on_train_end`, and"

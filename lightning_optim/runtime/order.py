@@ -48,6 +48,7 @@ class SessionCallback(Protocol):
     """Callback as the session of a fit sees it: every ``OptimCallback``."""
 
     steps: list[int]
+    summary: bool
     fit: Any
     _token: str
     _ancestors: tuple[str, ...]
@@ -85,6 +86,15 @@ class SessionCallback(Protocol):
     @property
     def stays(self) -> frozenset[str]:
         """Attributes that are not sent back from a process that a launcher started."""
+
+    def describe_step(self, index: int) -> tuple[str, str]:
+        """Return what it does before, and after, a step of an optimizer, for the lines at the start."""
+
+    def describe_run(self) -> str:
+        """Return what it does beside the steps, for the lines at the start."""
+
+    def report(self) -> str:
+        """Return what it has done, for the line at the end."""
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Act after a step."""

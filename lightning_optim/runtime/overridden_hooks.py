@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_optim.runtime.lightning import CallbackBase
+from lightning_optim.runtime.lightning.packages import is_of_lightning
 from lightning_optim.runtime.patching import without_patches
 
 _PACKAGE = __name__.partition(".")[0]
@@ -107,7 +108,8 @@ class TwoPartHook:
 
 def is_overridden_by_user(owner: object, name: str) -> bool:
     """Return True if a user's class, or the callback or module itself, overrides a method of this package."""
-    return name in vars(owner) or not _is_of_package(next(cls for cls in type(owner).__mro__ if name in vars(cls)))
+    definer = next(cls for cls in type(owner).__mro__ if name in vars(cls))
+    return name in vars(owner) or not (_is_of_package(definer) or is_of_lightning(definer))
 
 
 def _once(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage,
 from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
 from lightning_optim.runtime.restored_weights import RestoredWeights
+from lightning_optim.runtime.run_summary import RunSummary
 from lightning_optim.runtime.spawned_processes import send_back
 from lightning_optim.runtime.step import OptimizerStep, total_steps
 
@@ -95,6 +96,7 @@ class Session:
         self._total: int | float | None = None
         self._restored = RestoredWeights(trainer)
         self._final_weights = FinalWeights(trainer, self.callbacks)
+        self._summary = RunSummary(trainer, self.callbacks)
         self._watched: WeakSet[Optimizer] = WeakSet()
         # No `SessionState`, since a checkpoint may be written in each of them.
         self._saving_optimizer = False
@@ -162,6 +164,11 @@ class Session:
         return self._total
 
     @property
+    def wrote_final(self) -> SessionCallback | None:
+        """The callback that has written the weights that the module keeps; ``None`` before the end, or if none has."""
+        return self._final_weights.writer
+
+    @property
     def windows(self) -> AccumulationWindows | None:
         """Open accumulation windows; ``None`` if nothing accumulates, as in the trial steps of a finder."""
         found: Any = next((callback for callback in self._acting() if callback.slot is Slot.ACCUMULATE), None)
@@ -198,10 +205,13 @@ class Session:
         if self.state in (SessionState.SETUP, SessionState.STARTED):
             self._restored.loaded(checkpoint)
 
-    def begin(self) -> None:
+    def begin(self, trains: bool = True) -> None:
         """Begin to count steps. Called at ``on_train_start``.
 
         A callback that is new in a resumed run takes over the count of the callbacks that were in it before.
+
+        Args:
+            trains: False if nothing is left to train.
         """
         if not self._enter(SessionState.TRAINING):
             return
@@ -216,15 +226,20 @@ class Session:
         ]
         for callback in self.callbacks:
             callback.steps = list(steps)
+        if trains:
+            self._summary.start()
 
     def end(self, pl_module: LightningModule) -> None:
         """Write the weights that the module keeps. Called at ``on_fit_end``, after the last checkpoint."""
         if self.state is SessionState.STARTED:  # nothing was left to train
-            self.begin()
+            self.begin(trains=False)
             for callback in self._acting():
                 callback.resume_ended(self.trainer, pl_module)
-        if self._enter(SessionState.ENDED) and self._final_weights.write_(pl_module):
+        if not self._enter(SessionState.ENDED):
+            return
+        if self._final_weights.write_(pl_module):
             self.average = None  # a checkpoint that a later hook writes holds what the module holds, as after the fit
+        self._summary.end()
 
     def fail(self) -> None:
         """Close the session in the strategy's teardown, the last thing that the Trainer does.

@@ -103,6 +103,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
             in which a later metric decides only ties; ``mode`` gives the direction of each. Default: each improvement
             of the criterion.
         name: Distinguishes two callbacks with the same metric in a checkpoint.
+        summary: See :class:`OptimCallback`.
 
     Attributes:
         criterion: The criterion in use; for the name of a metric an :class:`AnyOf` whose last is the :class:`Plateau`.
@@ -153,8 +154,9 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         dirpath: str | os.PathLike[str] | None = None,
         best_by: str | dict[str, float] | list[str] | None = None,
         name: str | None = None,
+        summary: bool = True,
     ) -> None:
-        OptimCallback.__init__(self, name)
+        OptimCallback.__init__(self, name, summary)
         if dirpath is not None and not isinstance(dirpath, str | os.PathLike):
             raise ValueError(f"`dirpath={dirpath!r}` must be the path of a directory, or None for a copy in memory")
         self._monitor, self._mode = monitor, mode
@@ -202,6 +204,21 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
     @property
     def stays(self) -> frozenset[str]:
         return frozenset({"_best_weights"} if self.dirpath is None else ())
+
+    def describe_run(self) -> str:
+        if isinstance(self._monitor, Criterion):
+            rule = self.criterion.in_words
+        else:
+            rule = f"{self.monitor}{' (max)' if self.mode == 'max' else ''}, patience {self.patience}"
+        best = "not kept" if not self.restore_best else f"kept in {'memory' if self.dirpath is None else self.dirpath}"
+        return f"stop on {rule}, best {best}"
+
+    def report(self) -> str:
+        if self.best_check < 0:
+            return ""
+        best = ", ".join(f"{name} {value:.4g}" for name, value in self.history[self.best_check].items())
+        restored = ", restored" if self.session.wrote_final is self else ""
+        return f"best {best} at validation {self.best_check + 1:,} of {len(self.history):,}{restored}"
 
     def reset(self) -> None:
         self.criterion.reset()

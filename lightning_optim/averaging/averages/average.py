@@ -100,6 +100,13 @@ class Average(Policy):
         """
         raise NotImplementedError(f"{type(self).__name__} has no `_share(self, step)`")
 
+    def unreached(self, steps: int) -> str:
+        """Return a sentence if an argument cannot act in so many optimizer steps from the first update; else "".
+
+        It names the argument, how far it gets, and what to pass instead.
+        """
+        return ""
+
     @property
     def averaged(self) -> list[Tensor]:
         """The average of each tensor, as live storage; empty before the first update."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_optim.averaging.averages.average import Average
 from lightning_optim.base.arguments import check_number
 
@@ -68,9 +70,28 @@ class EMA(Average):
             >>> round(EMA(0.999).decay_at(1), 4), EMA(0.999).decay_at(100_000)
             (0.37, 0.999)
         """
-        decay = self.decay if self.half_life is None else 2.0 ** (-1.0 / self.half_life)
-        assert decay is not None
-        return decay if self.warmup is None else min(decay, 1.0 - (1.0 + t) ** -self.warmup)
+        return self._decay if self.warmup is None else min(self._decay, 1.0 - (1.0 + t) ** -self.warmup)
+
+    @property
+    def _decay(self) -> float:
+        """The decay per step after the warm-up."""
+        if self.half_life is not None:
+            return 2.0 ** (-1.0 / self.half_life)
+        assert self.decay is not None
+        return self.decay
+
+    def unreached(self, steps: int) -> str:
+        reached = self.decay_at(steps - 1)
+        if self.warmup is None or reached >= self._decay:
+            return ""
+        # The share that is not kept, rounded up to one digit, so that the decay is reached before the end.
+        digit = 10.0 ** math.floor(math.log10(1.0 - reached))
+        near = 1.0 - math.ceil((1.0 - reached) / digit) * digit
+        return (
+            f"The warm-up of {self!r} ends at a decay of {reached:.4g} after the {steps:,} steps of this run, so every"
+            f" larger `decay` gives the same average: pass `decay={near:.4g}`, or `warmup=None` for the whole decay"
+            " from the second update on."
+        )
 
     def _share(self, step: int) -> float:
         return 1.0 - self.decay_at(step - self._counters["first"]) ** (step - self._counters["last"])

@@ -57,6 +57,12 @@ class ClipByNorm(NormClipping):
         self.max_norm = check_number("max_norm", max_norm, low=0.0, low_open=True, high=math.inf, schedule=True)
         super().__init__(norm_type, scope, on, exclude)
 
+    @property
+    def in_words(self) -> str:
+        if self.max_norm == math.inf:
+            return "clip nothing"
+        return f"clip norm {self.max_norm}" if len(self._written) == 1 else super().in_words
+
     def _bound(self, norms: Tensor) -> float:
         return self.current(self.max_norm)
 

@@ -43,6 +43,10 @@ class ClipByValue(Clipping):
         self.value = check_number("value", value, low=0.0, low_open=True, high=math.inf, schedule=True)
         super().__init__(on, exclude)
 
+    @property
+    def in_words(self) -> str:
+        return f"clip value {self.value}" if len(self._written) == 1 else super().in_words
+
     def _clip_(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         bound = self.current(self.value)
         for some_grads in by_device(grads).values():

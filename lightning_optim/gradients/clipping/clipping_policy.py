@@ -89,6 +89,15 @@ class Clipping(ParameterPolicy):
         raise NotImplementedError(f"{type(self).__name__} has no `_clip_(self, grads, weights)`")
 
     @property
+    def in_words(self) -> str:
+        return f"clip {self.brief}" if self.limits else self.brief
+
+    @property
+    def factors(self) -> Tensor | None:
+        """Factors of the last :meth:`clip_`, a vector below 1 where gradients became smaller; ``None`` if unknown."""
+        return None
+
+    @property
     def clipped(self) -> Tensor | None:
         """True if the last :meth:`clip_` made anything smaller: a scalar on the device, or ``None`` if unknown."""
         return None

@@ -107,6 +107,10 @@ class NormClipping(Clipping):
         return norm
 
     @property
+    def factors(self) -> Tensor | None:
+        return self._factors
+
+    @property
     def clipped(self) -> Tensor | None:
         return None if self._factors is None else (self._factors < 1.0).any()
 

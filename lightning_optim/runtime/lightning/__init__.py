@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         GradientAccumulationScheduler,
         ModelCheckpoint,
         ModelPruning,
+        ModelSummary,
         StochasticWeightAveraging,
         WeightAveraging,
     )
@@ -63,6 +64,7 @@ else:
     GradientAccumulationScheduler = stand_in("GradientAccumulationScheduler", "callbacks")
     ModelCheckpoint = stand_in("ModelCheckpoint", "callbacks")
     ModelPruning = stand_in("ModelPruning", "callbacks")
+    ModelSummary = stand_in("ModelSummary", "callbacks")
     StochasticWeightAveraging = stand_in("StochasticWeightAveraging", "callbacks")
     WeightAveraging = stand_in("WeightAveraging", "callbacks")
 

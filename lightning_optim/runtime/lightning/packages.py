@@ -31,6 +31,11 @@ def imported_versions() -> str:
     return " and ".join(f"{name} {version}" for name, version in versions)
 
 
+def is_of_lightning(kind: type) -> bool:
+    """Return True if a class itself, and not only a base of it, is defined in one of the packages."""
+    return any(f"{kind.__module__}.".startswith(f"{package}.") for package in PACKAGES)
+
+
 def package_of(thing: Any) -> str:
     """Return the name of the package that an object or a class comes from, by its base classes.
 
@@ -38,10 +43,8 @@ def package_of(thing: Any) -> str:
         TypeError: If it comes from neither.
     """
     kind = thing if isinstance(thing, type) else type(thing)
-    for cls in kind.__mro__:
-        for package in PACKAGES:
-            if f"{cls.__module__}.".startswith(f"{package}."):
-                return package
+    for cls in filter(is_of_lightning, kind.__mro__):
+        return next(package for package in PACKAGES if f"{cls.__module__}.".startswith(f"{package}."))
     raise TypeError(f"{kind.__name__} has no base class in {' or '.join(PACKAGES)}")
 
 
