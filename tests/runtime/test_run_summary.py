@@ -35,7 +35,9 @@ from lightning_optim import (
     WeightAveraging,
     WeightRegularization,
 )
-from tests.lightning import PACKAGE, Callback, LightningModule, ModelCheckpoint, Trainer
+from tests.harness.process_group import Group
+from tests.harness.run import LivingEnvironment
+from tests.lightning import PACKAGE, Callback, DDPStrategy, LightningModule, ModelCheckpoint, Trainer
 
 LOGGER = f"{PACKAGE}.callbacks.model_summary"
 
@@ -235,6 +237,24 @@ def test_a_resumed_run_counts_on_and_an_ended_one_says_nothing(said: list[str], 
     said.clear()
     fit(callbacks(), Classifier(losses), max_epochs=2, ckpt_path=last)
     assert not said
+
+
+def two_processes() -> list[str]:
+    logger, handler = logging.getLogger(LOGGER), Said()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        callbacks = [GradientClipping(0.01), EarlyStopping("val_loss")]
+        fit(callbacks, strategy=DDPStrategy(), plugins=[LivingEnvironment()], devices=2)
+    finally:
+        logger.removeHandler(handler)
+    return handler.messages
+
+
+def test_of_two_processes_the_first_says_it_once(group: Group) -> None:
+    first, second = group.run(two_processes)
+    assert len(first) == 2 and first[0].startswith("optimizer 0") and first[1].startswith("best val_loss")
+    assert not second
 
 
 def test_the_average_of_checkpoints_is_reported(said: list[str], tmp_path) -> None:

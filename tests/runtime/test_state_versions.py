@@ -38,5 +38,5 @@ def test_a_state_without_a_version_is_the_first() -> None:
 
 
 def test_a_later_version_is_refused() -> None:
-    with pytest.raises(ValueError, match=rf"Counting in version {VERSION + 1}.*versions up to {VERSION}"):
+    with pytest.raises(ValueError, match=rf"Counting\(\) in version {VERSION + 1}.*versions up to {VERSION}"):
         Counting().load_state_dict({"state_version": VERSION + 1, "steps": [2], "seen": 7})
