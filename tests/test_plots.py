@@ -117,7 +117,7 @@ OF_METRICS = [kind for kind in MAKE if kind is not GradientMonitor]
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("kind", OF_METRICS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", MAKE, ids=lambda kind: kind.__name__)
 def test_title_labels_and_colours_that_can_be_seen(kind: Any, style: str) -> None:
     with pyplot.style.context(style):
         figure, axes = MAKE[kind]().plot()

@@ -292,6 +292,28 @@ class GradientClipping(OptimCallback):
             return None
         return torch.stack(known).any() if known else False
 
+    def bound_in_force(self, step: OptimizerStep) -> Tensor | float | None:
+        """Return the bound on the norm of all gradients of a step, to be asked for after it; for plots.
+
+        Returns:
+            The smallest one of the policies that act on all gradients with the norm that is logged: a number, or a
+            scalar on the device. ``None`` without such a policy, as where each pattern has a bound of its own.
+        """
+        norm_type, index = self.norm_type_of(step.index), step.index
+        numbers: list[float] = []
+        scalars: list[Tensor] = []
+        for part, policy, chosen in zip(self._parts, self._copies[index], self._chosen, strict=True):
+            if not part.acts_on(index) or policy.norm_type != norm_type:
+                continue
+            if chosen is None or chosen.ids.issuperset(map(id, step.weights)):
+                bound = policy.bound_in_force(step=step.number, total=step.total)
+                if bound is not None:
+                    scalars.append(bound) if isinstance(bound, Tensor) else numbers.append(bound)
+        if not scalars:
+            return min(numbers, default=None)
+        smallest = scalars[0] if len(scalars) == 1 else torch.stack(scalars).min()
+        return smallest.clamp(max=min(numbers)) if numbers else smallest
+
     # ---- skipped steps -----------------------------------------------------------------------------------------------
 
     def _skip(self, trainer: Trainer, step: OptimizerStep, reason: Reason, norm: float) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from lightning_optim.base import shards
@@ -15,10 +16,11 @@ from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.norms import tensor_norms
 from lightning_optim.base.ring_buffer import Ring
 from lightning_optim.gradients.gradient_clipping import GradientClipping
+from lightning_optim.gradients.norm_plot import Norms, draw, name_of_norm
 from lightning_optim.gradients.step_skipping import SkippedSteps
 from lightning_optim.plotting import canvas
 from lightning_optim.runtime.callback import OptimCallback
-from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran
 from lightning_optim.runtime.step import OptimizerStep
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 Level: TypeAlias = Literal["total", "module", "parameter"]
 
-_BEFORE, _AFTER, _UPDATE, _CLIPPED = range(4)  # columns of the history
+_BEFORE, _AFTER, _UPDATE, _CLIPPED, _BOUND = _COLUMNS = range(5)  # of the history
 
 
 @dataclass
@@ -110,6 +112,7 @@ class GradientMonitor(OptimCallback):
         self._pending = SkippedSteps()
         self._clipping: GradientClipping | None = None
         self.skipped: list[int] = []
+        self._measured: list[tuple[str, float]] = []  # class of each optimizer, and the exponent of its norm
 
     def describe_step(self, index: int) -> tuple[str, str]:
         return "measure norms", ""
@@ -122,6 +125,7 @@ class GradientMonitor(OptimCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._extend(len(trainer.optimizers))
+        self._measured = [(type(one).__name__, self._norm_type(place)) for place, one in enumerate(trainer.optimizers)]
 
     def _extend(self, optimizers: int) -> None:
         missing = optimizers - len(self._histories)
@@ -148,10 +152,11 @@ class GradientMonitor(OptimCallback):
         if found is None:
             return
         unknown = torch.full_like(found.norm, math.nan)
-        row = [found.norm, unknown, unknown, unknown]
-        clipped = None if self._clipping is None else self._clipping.clipped(step.index)
-        if clipped is not None:
-            row[_CLIPPED] = clipped.to(unknown) if isinstance(clipped, Tensor) else unknown.new_full((), clipped)
+        row = [unknown for _ in _COLUMNS]
+        row[_BEFORE] = found.norm
+        if self._clipping is not None:
+            row[_CLIPPED] = _scalar(self._clipping.clipped(step.index), unknown)
+            row[_BOUND] = _scalar(self._clipping.bound_in_force(step), unknown)
         if found.logs:
             row[_AFTER] = step.norm(self._norm_type(step.index))
             row[_UPDATE] = self._measure_update(found)
@@ -212,75 +217,125 @@ class GradientMonitor(OptimCallback):
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
-    def suggest_clip(self, percentile: float = 90.0, optimizer: int = 0) -> float:
+    def _rows(self, optimizer: int) -> Tensor:
+        known = optimizer < len(self._histories) and self._histories[optimizer].count
+        if not known:
+            check_no_copy_ran(self)
+            return torch.zeros(0, len(_COLUMNS))
+        rows = self._histories[optimizer].rows.cpu()
+        return pad(rows, (0, len(_COLUMNS) - rows.shape[1]), value=math.nan)  # an earlier version kept no bound
+
+    def suggest_clip(self, percentile: float = 90.0, optimizer: int | None = None) -> float:
         """Return a bound for clipping by norm: a percentile of the norms before clipping in the history.
 
         Train some hundred steps without clipping, or with the clipping that you have. A bound at the 90th percentile
         clips one step in ten, which is enough against spikes. A bound that clips half of the steps acts as a learning
-        rate.
+        rate. A line of the log says of which norm and which optimizer the bound is.
 
         Args:
             percentile: In [0, 100].
-            optimizer: The index of the optimizer.
+            optimizer: The index of the optimizer; needed if there are several.
 
         Raises:
-            ValueError: If ``percentile`` is out of its range.
+            ValueError: If ``percentile`` is out of its range, or ``optimizer`` is not the index of an optimizer; or
+                left out, although there are several.
             RuntimeError: If no step with a finite norm was measured yet.
         """
         check_number("percentile", percentile, low=0.0, high=100.0)
-        norms = self._rows(optimizer)[:, _BEFORE].double()
-        norms = norms[norms.isfinite()]
-        if not len(norms):
-            check_no_copy_ran(self)
-            raise RuntimeError("The history holds no finite norm yet: train some steps first.")
-        return float(torch.quantile(norms, percentile / 100.0))
+        index = self._index("optimizer", optimizer)
+        if index is None:
+            raise ValueError(
+                f"GradientMonitor measured several optimizers, {self._names()}: name one, as in"
+                " `suggest_clip(optimizer=0)`."
+            )
+        norms = self._norms(index)
+        bound = _percentile(norms, percentile)
+        rank_zero_info(
+            f"The {_ordinal(percentile)} percentile of the last {len(norms.before)} gradient norms"
+            f" ({name_of_norm(norms.norm_type)}) of {norms.optimizer} is {bound:.4g}."
+        )
+        return bound
 
     def plot(self, metric_or_optimizer: int | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Draw the norms in the history before and after clipping over the steps, and the suggested bound.
+        """Draw the norms in the history before and after clipping over the steps, and the bound that was in force.
+
+        The bound of a schedule or of a policy that adapts, such as ``AutoClip``, is that of each step; that of
+        ``ZClip`` is the norm above which it clips. Where no bound is on the norm of all gradients, as where each
+        pattern has its own, none is drawn. For one optimizer the 90th percentile, which :meth:`suggest_clip` returns,
+        is drawn too.
 
         Args:
-            metric_or_optimizer: The index of the optimizer. Default: the first one, 0.
+            metric_or_optimizer: The index of the optimizer. Default: all of them, one colour for each.
             ax: The axes to draw on. Default: those of a new figure.
 
         Returns:
             The figure and its axes.
 
         Raises:
-            ValueError: If ``metric_or_optimizer`` is not an index.
+            ValueError: If ``metric_or_optimizer`` is not the index of an optimizer.
             RuntimeError: If no step with a finite norm was measured yet.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        optimizer = check_number("metric_or_optimizer", metric_or_optimizer or 0, low=0, integer=True)
-        rows, bound = self._rows(optimizer), self.suggest_clip(optimizer=optimizer)
-        last = self.steps[optimizer] if optimizer < len(self.steps) else len(rows)
-        steps = torch.arange(last - len(rows) + 1, last + 1)
+        index = self._index("metric_or_optimizer", metric_or_optimizer)
+        indices = range(len(self._histories)) if index is None else [index]
+        norms = [one for one in map(self._norms, indices) if one.before.isfinite().any()] or [self._norms(indices[0])]
+        suggestion = ("suggested bound (90th percentile)", _percentile(norms[0], 90.0))
         figure, axes = canvas(ax)
-        axes.plot(steps, rows[:, _BEFORE], linewidth=0.8, label="before clipping")
-        measured = rows[:, _AFTER].isfinite()
-        if rows[:, _CLIPPED].isfinite().any():
-            axes.plot(steps[measured], rows[measured, _AFTER], ".", label="after clipping (logged steps)")
-        axes.axhline(bound, color="gray", linestyle="--", label=f"90th percentile, {bound:.3g}")
-        axes.set(xlabel="optimizer step", ylabel="norm of the gradients", yscale="log")
-        axes.legend()
+        draw(axes, norms, suggestion if len(norms) == 1 else None)
         return figure, axes
 
-    def _rows(self, optimizer: int) -> Tensor:
-        known = optimizer < len(self._histories) and self._histories[optimizer].count
-        return self._histories[optimizer].rows.cpu() if known else torch.zeros(0, 4)
+    def _index(self, argument: str, value: int | None) -> int | None:
+        """Return the index of an optimizer; ``None`` if several were measured and none is named."""
+        count = len(self._histories)
+        if value is not None:
+            check_number(argument, value, low=0, integer=True)
+            if count and value >= count:
+                raise ValueError(f"`{argument}` must be the index of an optimizer, {self._names()}, got {value}")
+        return value if value is not None or count > 1 else 0
+
+    def _names(self) -> str:
+        return ", ".join(map(self._name, range(len(self._histories))))
+
+    def _name(self, index: int) -> str:
+        return f"{index} ({self._measured[index][0]})" if index < len(self._measured) else str(index)
+
+    def _norms(self, index: int) -> Norms:
+        rows = self._rows(index)
+        return Norms(
+            optimizer=f"optimizer {self._name(index)}",
+            norm_type=self._measured[index][1] if index < len(self._measured) else 2.0,
+            last=self.steps[index] if index < len(self.steps) else len(rows),
+            before=rows[:, _BEFORE],
+            after=rows[:, _AFTER],
+            bound=rows[:, _BOUND],
+            clipped=rows[:, _CLIPPED],
+        )
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
-        return {"recent": [history.state_dict() for history in self._histories], "skipped": list(self.skipped)}
+        return {
+            "recent": [history.state_dict() for history in self._histories],
+            "skipped": list(self.skipped),
+            "measured": [list(one) for one in self._measured],
+        }
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._extend(len(extra["recent"]))
         for history, saved in zip(self._histories, extra["recent"], strict=True):
             history.load_state_dict(saved)
         self.skipped = list(extra["skipped"])
+        self._measured = [(name, norm_type) for name, norm_type in extra.get("measured", [])]  # not in earlier versions
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_clipping": None, "_measurements": {}}
+
+
+def _scalar(value: Tensor | float | None, unknown: Tensor) -> Tensor:
+    """Return a value as a scalar with the device and dtype of ``unknown``, which stands for ``None``."""
+    if value is None:
+        return unknown
+    return value.to(unknown) if isinstance(value, Tensor) else unknown.new_full((), value)
 
 
 def _copies(weights: list[Tensor]) -> list[Tensor]:
@@ -288,6 +343,19 @@ def _copies(weights: list[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(shard) for shard in ours]
     torch._foreach_copy_(copies, ours)
     return [shards.placed_as(copy, weight) for copy, weight in zip(copies, weights, strict=True)]
+
+
+def _percentile(norms: Norms, percentile: float) -> float:
+    finite = norms.before[norms.before.isfinite()].double()
+    if not len(finite):
+        raise RuntimeError("The history holds no finite norm yet: train some steps first.")
+    return float(torch.quantile(finite, percentile / 100.0))
+
+
+def _ordinal(number: float) -> str:
+    is_teen = number % 100 in (11, 12, 13)
+    suffix = next((text for digit, text in ((1, "st"), (2, "nd"), (3, "rd")) if number % 10 == digit), "th")
+    return f"{number:g}{'th' if is_teen else suffix}"
 
 
 def _norms_by_label(labels: list[str], each: Tensor, norm_type: float) -> dict[str, Tensor]:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
 import pytest
 import torch
+from lightning_utilities.core import rank_zero
+from matplotlib import colors, pyplot
 
-from lightning_optim import AGC, Centralize, ClipByNorm, ClipByValue, GradientClipping, GradientMonitor, drop_step
+from lightning_optim import (
+    AGC,
+    AutoClip,
+    Centralize,
+    ClipByNorm,
+    ClipByValue,
+    GradientClipping,
+    GradientMonitor,
+    Linear,
+    ZClip,
+    drop_step,
+)
 from lightning_optim.base import norms
 from lightning_optim.base.norms import total_norm
+from lightning_optim.gradients.gradient_monitor import _ordinal
 from tests.gradients.test_gradient_clipping import CELL, Bad
 from tests.harness import models, run
 from tests.harness.cells import Cell
@@ -19,6 +34,12 @@ from tests.harness.process_group import Group
 from tests.lightning import Callback, LightningModule, Trainer
 
 matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    pyplot.close("all")
 
 
 def _fit(monitor: GradientMonitor, *others: Callback, cell: Cell = CELL, **changes: Any) -> dict[str, dict[int, float]]:
@@ -234,6 +255,185 @@ def test_plot_shows_the_norms(clips: bool) -> None:
     assert monitor.plot(0, ax=axes) == (figure, axes)
     with pytest.raises(ValueError, match="`metric_or_optimizer` must be an integer >= 0, got 'val_loss'"):
         monitor.plot("val_loss")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="train some steps first"):
+    with pytest.raises(ValueError, match=r"`metric_or_optimizer` must be the index of an optimizer, 0 \(SGD\), got 1"):
         monitor.plot(1)
     plt.close(figure)
+
+
+# ---- the bound in force, and the optimizer that a plot or a suggestion is about --------------------------------------
+
+TWO = Cell("two", "32-true", "single", "1")
+
+
+def _bound(axes: Any) -> dict[int, float]:
+    """Return the bound that a plot shows, by step; steps without one are left out."""
+    (line,) = [line for line in axes.lines if "bound in force" in str(line.get_label())]
+    pairs = zip(line.get_xdata(), line.get_ydata(), strict=True)
+    return {int(step): float(bound) for step, bound in pairs if math.isfinite(bound)}
+
+
+def _norms(axes: Any) -> list[float]:
+    return [float(norm) for norm in axes.lines[0].get_ydata()]
+
+
+@pytest.mark.parametrize(
+    ("policy", "bound"),
+    [
+        (0.5, 0.5),
+        (500.0, 500.0),  # nothing is clipped
+        ([ClipByValue(1e3), ClipByNorm(0.5)], 0.5),
+        ([0.5, 0.7], 0.5),
+        ({"*": 0.5}, 0.5),
+        ({0: 0.5}, 0.5),
+    ],
+    ids=repr,
+)
+def test_the_plot_shows_a_fixed_bound(policy: Any, bound: float) -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping(policy))
+    _, axes = monitor.plot()
+    assert _bound(axes) == pytest.approx(dict.fromkeys(range(1, 13), bound))
+    assert any(f"bound in force, {bound:g}" in str(line.get_label()) for line in axes.lines)
+
+
+def test_the_plot_shows_the_bound_of_a_schedule_at_each_step() -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping(ClipByNorm(Linear(1.2, 0.1))), log_every_n_steps=4)
+    _, axes = monitor.plot()
+    assert _bound(axes) == pytest.approx({step: 1.2 - 0.1 * (step - 1) for step in range(1, 13)}, rel=1e-5)
+
+
+def test_the_plot_shows_the_bound_of_a_percentile_at_each_step() -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping(AutoClip(50.0)), log_every_n_steps=4)
+    _, axes = monitor.plot()
+    norms = torch.tensor(_norms(axes))
+    assert _bound(axes) == pytest.approx({n: float(norms[:n].quantile(0.5)) for n in range(1, 13)}, rel=1e-5)
+
+
+def test_the_plot_shows_the_norm_above_which_a_score_is_clipped() -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping(ZClip(z=1.5, warmup=4)))
+    _, axes = monitor.plot()
+    bound, norms = _bound(axes), dict(enumerate(_norms(axes), start=1))
+    assert min(bound) == 5, "none in the warm-up"
+    first = torch.tensor(_norms(axes)[:4])
+    assert bound[5] == pytest.approx(float(first.mean() + 1.5 * first.std(correction=0)), rel=1e-4)
+    clipped = monitor._rows(0)[:, 3]
+    assert [bool(flag) for flag in clipped] == [norms[n] > bound.get(n, math.inf) for n in norms]
+
+
+def test_of_several_bounds_the_smallest_is_in_force() -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping([AutoClip(50.0), ClipByNorm(Linear(1e3, 1e-3))]))
+    _, axes = monitor.plot()
+    bound = _bound(axes)
+    assert bound[12] == pytest.approx(1e-3)
+    assert bound[1] == pytest.approx(_norms(axes)[0])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [ClipByValue(0.1), ClipByNorm(0.5, scope="tensor"), ClipByNorm(0.5, on="*.inner.*"), {"*.inner.*": 0.5, "*": 1}],
+)
+def test_no_bound_is_shown_where_none_is_on_the_whole_norm(policy: Any) -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping(policy))
+    _, axes = monitor.plot()
+    assert not [line for line in axes.lines if "in force" in str(line.get_label())]
+
+
+def test_a_step_that_is_not_logged_reads_nothing_for_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> float:
+        raise AssertionError("the host waits for the device")
+
+    class Refusing(Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            for name in ("__float__", "item", "__bool__", "tolist"):
+                monkeypatch.setattr(torch.Tensor, name, refuse)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            monkeypatch.undo()
+
+    policies = [AutoClip(50.0), ZClip(), ClipByNorm(Linear(1.0, 0.5))]
+    monitor = GradientMonitor()
+    _fit(monitor, Refusing(), GradientClipping(policies, nonfinite="ignore"), log_every_n_steps=1000)
+    assert len(monitor._rows(0)) == 12
+
+
+def test_a_history_of_an_earlier_version_has_no_bound() -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping(0.5))
+    state = monitor.state_dict()
+    state["recent"][0]["rows"] = state["recent"][0]["rows"][:, :4]
+    del state["measured"]
+    other = GradientMonitor()
+    other.load_state_dict(state)
+    _, axes = other.plot()
+    assert not [line for line in axes.lines if "in force" in str(line.get_label())]
+    assert axes.get_title().startswith("Gradient norms of optimizer 0: 12 steps")
+
+
+def test_a_suggestion_says_of_which_optimizer_and_norm_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping({1: ClipByNorm(0.5, norm_type=math.inf)}), cell=TWO)
+    with pytest.raises(
+        ValueError, match=r"several optimizers, 0 \(SGD\), 1 \(SGD\): name one.*`suggest_clip\(optimizer"
+    ):
+        monitor.suggest_clip()
+    with pytest.raises(ValueError, match=r"`optimizer` must be the index of an optimizer, 0 \(SGD\), 1 \(SGD\), got 2"):
+        monitor.suggest_clip(optimizer=2)
+    with caplog.at_level("INFO", logger=rank_zero.log.name):
+        bounds = [monitor.suggest_clip(50.0, optimizer) for optimizer in (0, 1)]
+    assert [record.message for record in caplog.records if "percentile" in record.message] == [
+        f"The 50th percentile of the last 12 gradient norms (2-norm) of optimizer 0 (SGD) is {bounds[0]:.4g}.",
+        "The 50th percentile of the last 12 gradient norms (largest absolute value) of optimizer 1 (SGD) is"
+        f" {bounds[1]:.4g}.",
+    ]
+
+
+def test_a_plot_of_several_optimizers_names_each_and_gives_it_one_colour() -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping({0: 0.5}), cell=TWO)
+    _, axes = monitor.plot()
+    assert axes.get_title() == "Gradient norms of 2 optimizers"
+    labels = {str(line.get_label()): line.get_color() for line in axes.lines}
+    assert [label.partition(", ")[2] for label in labels if label.startswith("optimizer 0 (SGD)")] == [
+        "before clipping",
+        "after clipping (12 steps, 100 % of them clipped)",
+        "bound in force, 0.5",
+    ]
+    assert [label for label in labels if label.startswith("optimizer 1 (SGD)")] == ["optimizer 1 (SGD), not clipped"]
+    assert len(set(labels.values())) == 2
+    _, one = monitor.plot(1)
+    assert one.get_title() == "Gradient norms of optimizer 1 (SGD): 12 steps"
+    assert [str(line.get_label()).partition(",")[0] for line in one.lines] == [
+        "not clipped",
+        "suggested bound (90th percentile)",
+    ]
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_all_that_is_drawn_can_be_seen(style: str) -> None:
+    monitor = GradientMonitor()
+    _fit(monitor, GradientClipping(ClipByNorm(Linear(1.2, 0.1))))
+    with pyplot.style.context(style):
+        figure, axes = monitor.plot()
+        background = colors.to_rgb(figure.get_facecolor())
+        for line in axes.lines:
+            seen = zip(colors.to_rgb(line.get_color()), background, strict=True)
+            assert max(abs(a - b) for a, b in seen) > 0.4
+        assert axes.get_xlabel() == "optimizer steps"
+        assert axes.get_ylabel() == "norm of the gradients (2-norm)"
+        assert axes.get_title() == f"Gradient norms of optimizer 0 (SGD): 12 steps, {_share(monitor)} % of them clipped"
+
+
+def _share(monitor: GradientMonitor) -> str:
+    return f"{100.0 * float(monitor._rows(0)[:, 3].mean()):.0f}"
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (11, "11th"), (90.0, "90th"), (99.9, "99.9th")]
+)
+def test_ordinal_numbers(number: float, wanted: str) -> None:
+    assert _ordinal(number) == wanted

@@ -66,6 +66,10 @@ class ClipByNorm(NormClipping):
     def _bound(self, norms: Tensor) -> float:
         return self.current(self.max_norm)
 
+    def bound_in_force(self, *, step: int = 0, total: float = math.inf) -> float | None:
+        # Also where `clip_` was not called, because the policy was idle.
+        return value_at(self.max_norm, step, total) if self.scope == "global" else None
+
     def is_idle(self, norm: float, *, step: int = 0, total: float = math.inf) -> bool:
         # A part has no larger norm than the whole, so it holds for every scope.
         return norm + 1e-6 <= value_at(self.max_norm, step, total)

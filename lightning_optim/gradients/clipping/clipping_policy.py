@@ -102,6 +102,19 @@ class Clipping(ParameterPolicy):
         """True if the last :meth:`clip_` made anything smaller: a scalar on the device, or ``None`` if unknown."""
         return None
 
+    def bound_in_force(self, *, step: int = 0, total: float = math.inf) -> Tensor | float | None:
+        """Return the norm above which this step's gradients are clipped, for plots; nothing is computed for it.
+
+        Args:
+            step: Number of optimizer steps made before this one, to which :meth:`clip_` was applied.
+            total: Number of optimizer steps in the run.
+
+        Returns:
+            A number, or a scalar on the device; infinity where nothing is clipped; ``None`` if there is no bound on the
+            norm of all gradients together.
+        """
+        return None
+
     def is_idle(self, norm: float, *, step: int = 0, total: float = math.inf) -> bool:
         """Return True if :meth:`clip_` would neither change gradients of this norm nor remember it.
 

@@ -44,6 +44,7 @@ class NormClipping(Clipping):
     identity_args = ("on", "exclude", "norm_type", "scope")
     formulas = (("_bound", "bound", "clip_"),)
     _factors: Tensor | None = None
+    _last_bound: Tensor | float | None = None
 
     def __init__(
         self, norm_type: float = 2.0, scope: Scope = "global", on: Selectors = None, exclude: Selectors = None
@@ -95,7 +96,8 @@ class NormClipping(Clipping):
             units = range(len(grads)) if self.scope == "tensor" and not units else units
             count = max([self._known_units(), *(unit + 1 for unit in units)])
             norms = _by_unit(each, units, count, self.norm_type)
-        factors = torch.clamp(self.bound(norms, step=step, total=total) / (norms + 1e-6), max=1.0)
+        self._last_bound = self.bound(norms, step=step, total=total)
+        factors = torch.clamp(self._last_bound / (norms + 1e-6), max=1.0)
         self._factors = factors
         if self.scope == "global":
             for device, some_grads in by_device(grads).items():
@@ -114,8 +116,12 @@ class NormClipping(Clipping):
     def clipped(self) -> Tensor | None:
         return None if self._factors is None else (self._factors < 1.0).any()
 
+    def bound_in_force(self, *, step: int = 0, total: float = math.inf) -> Tensor | float | None:
+        bound = self._last_bound if self.scope == "global" else None
+        return bound.reshape(-1)[0] if isinstance(bound, Tensor) else bound
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_factors": None}
+        return {**self.__dict__, "_factors": None, "_last_bound": None}
 
 
 def _by_unit(each: Tensor, units: Sequence[int], count: int, norm_type: float) -> Tensor:

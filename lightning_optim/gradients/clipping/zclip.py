@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.schedules import Schedule
+from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.base.selection import Selectors
 from lightning_optim.base.state import per_unit
 from lightning_optim.gradients.clipping.clipping_policy import Scope
@@ -51,6 +54,7 @@ class ZClip(NormClipping):
     """
 
     statistics: Tensor
+    _used: tuple[Tensor, Tensor, Tensor] | None = None  # of the last step: whether it was warm, mean, deviation
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class ZClip(NormClipping):
         deviation = variance.sqrt() + 1e-6
         score = (norms - mean) / deviation
         warm, finite = seen >= self.warmup, norms.isfinite()
+        self._used = warm, mean, deviation
         clips = warm & finite & (score > z_max)
         bound = torch.where(clips, mean + z_max**2 * deviation / score, torch.inf)
 
@@ -89,3 +94,13 @@ class ZClip(NormClipping):
         new = torch.stack([seen + 1.0, new_mean, new_variance, torch.where(clips, run + 1.0, 0.0)])
         self.statistics = torch.where(finite, new, torch.stack([seen, mean, variance, run]))
         return bound
+
+    def bound_in_force(self, *, step: int = 0, total: float = math.inf) -> Tensor | None:
+        # The largest norm that is not clipped; the bound of a clipped one depends on its score.
+        if self._used is None or self.scope != "global":
+            return None
+        warm, mean, deviation = self._used
+        return torch.where(warm, mean + value_at(self.z, step, total) * deviation, torch.inf)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_used": None}
