@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -176,11 +177,15 @@ def test_axes_that_are_given_hold_all_metrics() -> None:
     assert [line.get_label() for line in single.lines] == ["raw", "averaged"] and single.get_ylabel() == "score"
 
 
-def test_the_callbacks_of_the_run_say_which_value_is_best() -> None:
+def test_the_callbacks_of_the_run_say_which_value_is_best(tmp_path: Path) -> None:
     average = WeightAveraging(EMA(0.9), compare=True)
     other = "averaging/raw/val_loss"
     stop = EarlyStopping(AnyOf([Plateau("val_loss"), Threshold(other, 9.0, mode="max")]), best_by="val_loss")
-    fit(BY_NAME["plain"], Cell("automatic", "32-true", "single", "1"), callbacks=[average, stop, ModelCheckpoint()])
+    fit(
+        BY_NAME["plain"],
+        Cell("automatic", "32-true", "single", "1"),
+        callbacks=[average, stop, ModelCheckpoint(tmp_path)],
+    )
     assert average.comparison.modes == {"val_loss": "min", other: "max"}
 
 
