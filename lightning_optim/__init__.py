@@ -67,5 +67,7 @@ from lightning_optim.stopping.criteria import NonFinite as NonFinite
 from lightning_optim.stopping.criteria import Plateau as Plateau
 from lightning_optim.stopping.criteria import Threshold as Threshold
 from lightning_optim.stopping.early_stopping import EarlyStopping as EarlyStopping
+from lightning_optim.version import installed_version as _installed_version
 
+__version__ = _installed_version()
 __all__ = publish(globals())

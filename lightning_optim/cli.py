@@ -1,25 +1,28 @@
-"""Average and describe checkpoints from the command line: ``lightning-optim average`` and ``inspect``."""
+"""Average and describe checkpoints from the command line: ``lightning-optim average``, ``soup`` and ``inspect``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-import torch
+from torch import Tensor
 
 from lightning_optim.averaging.checkpoints import reading
-from lightning_optim.averaging.checkpoints.average_checkpoints import average_checkpoints
+from lightning_optim.averaging.checkpoints.average_checkpoints import mean_of_checkpoints
 from lightning_optim.averaging.checkpoints.describing import describe
-from lightning_optim.averaging.checkpoints.safetensors_writing import save_safetensors
+from lightning_optim.averaging.checkpoints.running_mean import StateDict
+from lightning_optim.averaging.checkpoints.soup import make_soup
+from lightning_optim.averaging.checkpoints.writing import ENDINGS, check_ending, write_average
+from lightning_optim.base.suggestions import nearest
 from lightning_optim.runtime.files import safe_reading
-from lightning_optim.runtime.files.atomic_writing import write_atomically
-from lightning_optim.runtime.lightning.torch_internals import tree_leaves
+from lightning_optim.version import installed_version
 
-# Entries that belong to the training of one checkpoint, not to the mean of several.
-_TRAINING = ("callbacks", "optimizer_states", "lr_schedulers", "loops", "current_model_state", "averaging_state")
+_FILES = "checkpoints, state dicts, .safetensors files, or folders of shards"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: The command and its arguments. Default: those of the process.
+
+    Raises:
+        SystemExit: If the arguments cannot be understood, with the code 2; after ``--help`` and ``--version``, with 0.
 
     Example::
 
@@ -36,14 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
+    except KeyboardInterrupt:
+        _say("interrupted; no file was written")
+        return 130
+    except BrokenPipeError:  # what reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:  # a damaged file may raise anything
-        expected = isinstance(error, OSError | ValueError | ImportError)
-        message = str(error) if expected else safe_reading.first_line(error)
+        message = _message_of(error, options.files)
     paths = [*options.files, *([options.output] if "output" in options else [])]
-    if not any(path in message for path in paths):
+    if not message.startswith("--") and not any(path in message for path in paths):
         message = f"{', '.join(options.files)}: {message}"
-    print(f"lightning-optim: {_on_one_line(message)}", file=sys.stderr)
+    _say(message)
     return 1
+
+
+def _say(message: str) -> None:
+    print(f"lightning-optim: {_on_one_line(message)}", file=sys.stderr)
 
 
 def _on_one_line(text: str) -> str:
@@ -51,35 +66,106 @@ def _on_one_line(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def _message_of(error: Exception, files: Sequence[str]) -> str:
+    """Return the sentence of an error; of a file that does not exist, with the name of one like it."""
+    if not isinstance(error, OSError | ValueError | ImportError):
+        return safe_reading.first_line(error)
+    if not isinstance(error, OSError) or not error.strerror or not isinstance(error.filename, str):
+        return str(error)
+    path = next((file for file in files if os.path.abspath(file) == error.filename), error.filename)
+    fix = ""
+    if isinstance(error, FileNotFoundError):
+        folder = os.path.dirname(path) or "."
+        fix = nearest(os.path.basename(path), os.listdir(folder)) if os.path.isdir(folder) else ""
+        fix = fix or "; check the path"
+    return f"{path}: {error.strerror}{fix}"
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Say in one line what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {_on_one_line(message)}; see `{self.prog} --help`\n")
+
+
+class _CommandParser(_Parser):
+    """Parse files and options in any order: by itself a parser takes the files before an option, and no later ones."""
+
+    _is_within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._is_within:
+            return super().parse_known_args(args, namespace)
+        self._is_within = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_within = False
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightning-optim", description="Average the weights of checkpoints, or describe what a checkpoint holds."
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"lightning-optim {installed_version()}")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_CommandParser)
 
     average = commands.add_parser(
         "average",
         help="write the weighted mean of the weights of several checkpoints",
         description="Write the weighted mean of the weights of several checkpoints, computed in fp32 or better.",
     )
-    average.add_argument("files", nargs="+", help="checkpoints, state dicts, .safetensors files, or folders of shards")
-    average.add_argument("-o", "--output", required=True, help="the .ckpt or .safetensors file to write")
-    average.add_argument("--weights", nargs="+", type=float, help="one number >= 0 for each file; default: equal")
-    average.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+    average.add_argument("files", nargs="+", metavar="file", help=_FILES)
+    average.add_argument(
+        "--weights",
+        action="append",
+        metavar="W,W,…",
+        help="a number >= 0 for each file, with commas; or the option once for each file. Default: equal",
+    )
     average.set_defaults(run=_average)
+
+    soup = commands.add_parser(
+        "soup",
+        help="write the mean of those of several checkpoints that do not make a score worse",
+        description="Write a greedy soup: the mean of those of several checkpoints that do not make a score worse.",
+    )
+    soup.add_argument("files", nargs="+", metavar="file", help=_FILES)
+    soup.add_argument(
+        "--score",
+        required=True,
+        metavar="MODULE:FUNCTION",
+        help="a function from a state dict to a number, such as the accuracy on the validation set, in a module of the"
+        " current folder, or in an installed one",
+    )
+    soup.add_argument("--mode", choices=("min", "max"), default="max", help="which score is best; default: max")
+    soup.add_argument(
+        "--no-barrier", action="store_true", help="also average models that are not linearly mode-connected"
+    )
+    soup.set_defaults(run=_soup)
 
     inspect = commands.add_parser(
         "inspect",
         help="print whether the weights of a checkpoint are averaged, and which averages it holds",
-        description="Print whether the weights of each checkpoint are raw or averaged, and the averages that it holds:"
-        " their kind, and the number and the steps of their updates.",
+        description="Print whether the weights of each checkpoint are raw or averaged, of which others they are the"
+        " mean, and the averages that it holds: their kind, and the number and the steps of their updates.",
     )
     inspect.add_argument(
         "files", nargs="+", metavar="file", help="a checkpoint, state dict, .safetensors file or folder"
     )
     inspect.set_defaults(run=_inspect)
 
-    for command in (average, inspect):
+    for command in (average, soup):
+        endings = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        command.add_argument("-o", "--output", required=True, help=f"the file to write, which ends in {endings}")
+        command.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+    for command in (average, soup, inspect):
         command.add_argument(
             "--key",
             help="name of the entry with the weights; default: state_dict, model, model_state_dict or ema, or the whole"
@@ -93,63 +179,166 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# ---- average ---------------------------------------------------------------------------------------------------------
+
+
 def _average(options: argparse.Namespace) -> int:
     _check_output(options.output, options.force)
+    weights = _weights(options.weights, options.files)
     safe = not options.unsafe
-    mean = average_checkpoints(
-        options.files, options.weights, key=options.key, weights_only=safe, progress=sys.stderr.isatty()
+    mean, provenance = mean_of_checkpoints(
+        options.files, weights, key=options.key, weights_only=safe, progress=sys.stderr.isatty()
     )
-    left_out: list[str] = []
-    if safe_reading.is_safetensors(options.output):
-        save_safetensors(mean, options.output)
-    else:
-        content, left_out = _content(options.files[-1], mean, options.key, safe)
-        with write_atomically(options.output) as beside, open(beside, "wb") as file:
-            torch.save(content, file)
-    note = f"; other tensors of the last file are left out: {', '.join(left_out)}" if left_out else ""
-    print(f"{options.output}: the mean of {len(options.files)} files" + _on_one_line(note))
+    left_out = write_average(mean, options.output, provenance, options.files[-1], options.key, safe)
+    print(f"{options.output}: the mean of {_counted(len(options.files), 'file')}{_note(left_out)}")
+    if len(options.files) > 1:
+        _warn_of_statistics(options.output, mean)
     return 0
+
+
+def _weights(given: list[str] | None, files: Sequence[str]) -> list[float] | None:
+    """Return the numbers of ``--weights``, one for each file."""
+    if given is None:
+        return None
+    for text in (text for part in given for text in part.split(",")):
+        try:
+            float(text)
+        except ValueError:
+            raise ValueError(
+                f"--weights takes numbers with commas, such as --weights 0.25,0.75, and {text!r} is no number"
+            ) from None
+    weights = [float(text) for part in given for text in part.split(",")]
+    if len(weights) != len(files):
+        numbers = [file for file in files if not os.path.exists(file) and _is_number(file)]
+        hint = f"; with commas {','.join([*given, *numbers])} would be weights" if numbers else ""
+        raise ValueError(
+            f"--weights has {_counted(len(weights), 'number')} for {_counted(len(files), 'file')} ({', '.join(files)}):"
+            f" give one for each file{hint}"
+        )
+    return weights
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
 
 
 def _check_output(path: str, force: bool) -> None:
     """Raise if the output could not be written, before anything is read."""
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: pass the name of a file as --output")
+    check_ending(path)
     if os.path.lexists(path) and not force:
         raise ValueError(f"{path} exists: choose another name, or pass --force")
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise ValueError(f"{path} cannot be written: the folder {folder} does not exist")
+        raise ValueError(f"{path} cannot be written: the folder {folder} does not exist, make it first")
 
 
-def _content(last: str, mean: dict[Any, Any], key: str | None, weights_only: bool) -> tuple[dict[Any, Any], list[str]]:
-    """Return the last checkpoint with the mean as its weights, and the names of its entries that are left out.
-
-    A Lightning checkpoint loses its training state: ``load_from_checkpoint`` finds the arguments of the module, and
-    nothing that belongs to one checkpoint alone. Other files lose all other entries with tensors, such as the state of
-    an optimizer.
-    """
-    loaded = {} if safe_reading.is_safetensors(last) else reading.load_checkpoint(last, weights_only)
-    is_lightning = "pytorch-lightning_version" in loaded
-    is_folder = os.path.isdir(last)
-    where = (key or reading.STATE_DICT) if is_folder else reading.weights_key(loaded, last, key)
-    if where is None or (is_folder and not is_lightning):
-        return mean, []
-    kept, left_out = {}, []
-    for name, value in loaded.items():
-        if name == where:
-            kept[name] = mean
-        elif is_lightning and name in _TRAINING:
-            continue
-        elif (not is_lightning or where != reading.STATE_DICT) and _has_tensors(value):
-            left_out.append(str(name))
-        else:
-            kept[name] = value
-    return {**kept, where: mean}, left_out
+def _note(left_out: Sequence[str]) -> str:
+    return _on_one_line(f"; other tensors of the last file are left out: {', '.join(left_out)}" if left_out else "")
 
 
-def _has_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+def _statistics(weights: Mapping[Any, Any]) -> dict[Any, Tensor]:
+    """Return the running variances of BatchNorm in a state dict."""
+    leaves = ((path, value) for path, value in reading.leaves(weights) if isinstance(value, Tensor))
+    return {path: value for path, value in leaves if str(path[-1]).rpartition(".")[2] == "running_var"}
+
+
+def _warn_of_statistics(path: str, weights: Mapping[Any, Any]) -> None:
+    """Warn of running statistics, which were averaged like weights."""
+    layers = len(_statistics(weights))
+    if layers:
+        _say(
+            f"warning: {path} has the running statistics of {_counted(layers, 'BatchNorm layer')}, averaged like"
+            " weights. Estimate better ones from training batches, with the averaged weights in the model:"
+        )
+        print("  lightning_optim.refresh_batchnorm_(model, train_loader)", file=sys.stderr)
+
+
+# ---- soup ------------------------------------------------------------------------------------------------------------
+
+
+def _soup(options: argparse.Namespace) -> int:
+    _check_output(options.output, options.force)
+    function = _imported(options.score)
+    changes = False  # True if the function estimates running statistics itself
+
+    def score(weights: StateDict) -> float:
+        nonlocal changes
+        before = {name: value.clone() for name, value in _statistics(weights).items()}
+        try:
+            found = function(weights)
+        except Exception as error:
+            raise ValueError(f"--score {options.score} raised {_place_of(error)}") from error
+        try:
+            value = float(found)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"--score {options.score} returned {found!r:.80}: it must return a number") from None
+        changes |= any(not value.equal(before[name]) for name, value in _statistics(weights).items() if name in before)
+        return value
+
+    barrier = None if options.no_barrier else 0.1
+    soup = make_soup(
+        options.files,
+        score,
+        options.mode,
+        barrier=barrier,
+        key=options.key,
+        weights_only=not options.unsafe,
+        report=_print_step,
+    )
+    left_out = soup._write(options.output)
+    print(
+        f"{options.output}: a greedy soup of {len(soup.kept)} of {_counted(len(options.files), 'file')},"
+        f" score {soup.score:.6g}{_note(left_out)}"
+    )
+    if len(soup.kept) > 1 and not changes:
+        _warn_of_statistics(options.output, soup)
+    return 0
+
+
+def _print_step(path: str, score: float, kept: bool | None, is_first: bool) -> None:
+    if kept is None:
+        line = f"{path} alone: {score:.6g}"
+    elif is_first:
+        line = f"soup of {path}: {score:.6g}"
+    else:
+        line = f"soup + {path}: {score:.6g}, {'kept' if kept else 'left out'}"
+    print(_on_one_line(line), flush=True)
+
+
+def _imported(name: str) -> Callable[[StateDict], Any]:
+    """Return the function ``module:function``; modules in the current folder are found."""
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name or module_name.endswith(".py"):
+        raise ValueError(f"--score must be a module and a function in it, such as my_score:accuracy, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        modules = [file.removesuffix(".py") for file in os.listdir() if file.endswith(".py")]
+        near = nearest(module_name, modules) if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"--score {name}: importing {module_name} raised {_place_of(error)}{near}") from error
+    function = getattr(found, function_name, None)
+    if not callable(function):
+        near = nearest(function_name, [one for one, value in vars(found).items() if callable(value)])
+        raise ValueError(f"--score {name}: {module_name} has no function {function_name}{near or ': check the name'}")
+    return function
+
+
+def _place_of(error: Exception) -> str:
+    """Return an error in one line, with the file and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    strange = ("-packages", "importlib", "<")  # the user's own line is wanted, and not one of torch
+    theirs = [
+        frame for frame in frames if frame.filename != __file__ and not any(part in frame.filename for part in strange)
+    ]
+    place = f" ({os.path.basename(theirs[-1].filename)}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{safe_reading.first_line(error)}{place}"
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from lightning_optim import EMA, LAWA, WeightAveraging, average_checkpoints, cli
+import lightning_optim
+from lightning_optim import EMA, LAWA, WeightAveraging, average_checkpoints, cli, version
 from tests.averaging.models import Model, assert_equal, fit, snapshot
 from tests.lightning import EMAWeightAveraging as TheirEMA
 from tests.lightning import ModelCheckpoint
@@ -40,7 +42,7 @@ def test_average_writes_a_checkpoint_that_loads(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = str(tmp_path / "out.ckpt")
-    assert cli.main(["average", *files, "-o", out, "--weights", "1", "3"]) == 0
+    assert cli.main(["average", *files, "-o", out, "--weights", "1,3"]) == 0
     assert capsys.readouterr().out == f"{out}: the mean of 2 files\n"
     model = Given.load_from_checkpoint(out, weights_only=True)
     assert model.lr == 0.05
@@ -72,7 +74,12 @@ def test_average_of_other_kinds_of_files(files: list[str], tmp_path: Path) -> No
     ("arguments", "sentence"),
     [
         (["none.ckpt"], "No such file or directory"),
-        (["--weights", "1"], "`weights` must be 2 numbers >= 0"),
+        (["--weights", "1"], "--weights has 1 number for 2 files"),
+        (["--weights", "1,2,3"], "--weights has 3 numbers for 2 files"),
+        (["--weights", "1", "2"], "give one for each file; with commas 1,2 would be weights"),
+        (["--weights", "a.ckpt"], "--weights takes numbers with commas, such as --weights 0.25,0.75, and 'a.ckpt'"),
+        (["--weights", "0,0"], "`weights` must be 2 numbers >= 0, not all zero"),
+        (["epoch0.ckpt"], "epoch0.ckpt: No such file or directory; did you mean 'epoch=0.ckpt'?"),
         (["strange.ckpt"], "pass `weights_only=False` if you trust it"),
     ],
 )
@@ -84,6 +91,92 @@ def test_errors_are_a_sentence(
     assert cli.main(["average", "-o", "out.ckpt", *files, *arguments]) == 1
     assert sentence in capsys.readouterr().err
     assert not Path("out.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["A", "B", "--weights", "1,3"],
+        ["--weights", "1,3", "A", "B"],
+        ["--weights", "1", "A", "--weights", "3", "B"],
+        ["A", "--weights=1", "B", "--weights=3"],
+    ],
+    ids=" ".join,
+)
+def test_weights_and_files_in_any_order(files: list[str], arguments: list[str], tmp_path: Path) -> None:
+    given = [{"A": files[0], "B": files[1]}.get(argument, argument) for argument in arguments]
+    out = str(tmp_path / "out.ckpt")
+    for place in (0, len(given)):
+        assert cli.main(["average", *given[:place], "-o", out, *given[place:], "--force"]) == 0
+        assert_equal(torch.load(out, weights_only=True)["state_dict"], average_checkpoints(files, [1, 3]))
+
+
+@pytest.mark.parametrize("name", ["out", "out.bin", "out.ckpt.bak", "out.npz"])
+def test_an_output_of_another_ending_is_refused_before_anything_is_read(name: str, tmp_path: Path, capsys) -> None:
+    for command in (["average"], ["soup", "--score", "none:none"]):
+        assert cli.main([*command, "missing.ckpt", "-o", name]) == 1
+        assert capsys.readouterr().err == (
+            f"lightning-optim: {name} must end in .ckpt, .pt, .pth or .safetensors, which chooses the format\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "lightning-optim: the following arguments are required: command; see `lightning-optim --help`"),
+        (["average", "a.ckpt"], "lightning-optim average: the following arguments are required: -o/--output; see"),
+        (["avrage"], "lightning-optim: argument command: invalid choice: 'avrage'"),
+        (["inspect", "--wieghts"], "lightning-optim inspect: the following arguments are required: file"),
+    ],
+)
+def test_wrong_arguments_are_answered_in_a_line(arguments: list[str], sentence: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert said.startswith(sentence) and said.count("\n") == 1
+
+
+def test_the_version(capsys: pytest.CaptureFixture) -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{version.VERSION}"\n' in project
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"lightning-optim {lightning_optim.__version__}\n"
+    assert "__version__" not in lightning_optim.__all__
+
+
+def test_the_version_of_a_source_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(version.metadata, "version", lambda name: "7.1")
+    assert version.installed_version() == "7.1"
+
+    def missing(name: str) -> str:
+        raise version.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(version.metadata, "version", missing)
+    assert version.installed_version() == version.VERSION
+
+
+def test_an_interrupt_is_no_traceback(tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "mean_of_checkpoints", interrupted)
+    assert cli.main(["average", "a.ckpt", "-o", str(tmp_path / "out.ckpt")]) == 130
+    assert capsys.readouterr().err == "lightning-optim: interrupted; no file was written\n"
+
+
+def test_batchnorm_is_told_of(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        torch.save(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)).state_dict(), name)
+    assert cli.main(["average", "a.pt", "b.pt", "-o", "out.safetensors"]) == 0
+    first, line = capsys.readouterr().err.splitlines()
+    assert first.startswith(
+        "lightning-optim: warning: out.safetensors has the running statistics of 2 BatchNorm layers"
+    )
+    assert line == "  lightning_optim.refresh_batchnorm_(model, train_loader)"
+    assert cli.main(["average", "a.pt", "-o", "one.pt"]) == 0
+    assert capsys.readouterr().err == "", "the statistics of one model are its own"
 
 
 @pytest.mark.parametrize("command", [["average", "-o", "out.ckpt"], ["inspect"]], ids=lambda command: command[0])
@@ -115,6 +208,7 @@ def test_inspect_says_what_is_in_a_file(files: list[str], tmp_path: Path, capsys
     ]
 
 
+@pytest.mark.filterwarnings("ignore:WeightAveraging.* has no effect")  # it is not started in this run
 @pytest.mark.parametrize(
     ("callbacks", "weights_only", "lines"),
     [
@@ -147,7 +241,7 @@ def test_inspect_of_plain_weights(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert cli.main(["inspect", str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors")]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path}/a.pt: weights, 5 numbers in 2 tensors (1 float32, 1 int64)",
-        f"{tmp_path}/a.safetensors: weights, 2 numbers in 1 tensors (1 bfloat16)",
+        f"{tmp_path}/a.safetensors: weights, 2 numbers in 1 tensor (1 bfloat16)",
     ]
 
 
@@ -254,6 +348,6 @@ def test_an_unexpected_error_names_the_files(tmp_path: Path, monkeypatch, capsys
     def fails(*_: Any, **__: Any) -> Any:
         raise TypeError("of\nsome kind")
 
-    monkeypatch.setattr(cli, "average_checkpoints", fails)
+    monkeypatch.setattr(cli, "mean_of_checkpoints", fails)
     assert cli.main(["average", "a.ckpt", "b.ckpt", "-o", str(tmp_path / "out.ckpt")]) == 1
     assert capsys.readouterr().err == "lightning-optim: a.ckpt, b.ckpt: TypeError: of\n"

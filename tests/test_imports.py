@@ -20,12 +20,13 @@ ROOT = Path(lightning_optim.__file__).parent
 WALL = "lightning_optim.runtime.lightning"
 ROOMS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {"base", "runtime"}
 LIGHTNING = {"lightning", "pytorch_lightning", "torchmetrics"}
-ALL = ROOMS | {"base", "runtime", "plotting", ""}
+ALL = ROOMS | {"base", "runtime", "plotting", "version", ""}
 # What may be imported, by folder or file of the package; the package's own `__init__` has the name "".
 ALLOWED: dict[str, set[str]] = {
     "base": {"base"},
     "runtime": {"base", "runtime"},
     "plotting": {"base"},
+    "version": set(),
     **{room: {"base", "runtime", "plotting", room} for room in ROOMS},
     "ensembling": {"base", "runtime", "plotting", "ensembling", "resume"},
     "cli": ALL,

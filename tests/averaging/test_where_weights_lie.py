@@ -49,11 +49,13 @@ def test_under_a_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         f"{out}: the mean of 2 files; other tensors of the last file are left out: optimizer\n",
     )
     written = torch.load(out)
-    assert list(written) == [name, "epoch", "args"]  # in the order of the last file, and what it says of itself
+    # In the order of the last file, with what it says of itself.
+    assert list(written) == [name, "epoch", "args", "lightning_optim_average"]
     assert (written[name]["w"].tolist(), written["epoch"], written["args"]) == ([2.0, 2.0], 3, {"lr": 3.0})
     assert _run(capsys, "inspect", out) == (
         0,
-        f"{out}: weights under `{name}`, 2 numbers in 1 tensors (1 float32)\n",
+        f"{out}: averaged weights under `{name}`, 2 numbers in 1 tensor (1 float32)\n"
+        "the mean of 2 files:\n  0.5 * 0.pt\n  0.5 * 1.pt\n",
     )
 
 
@@ -65,9 +67,9 @@ def test_under_a_name_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture
     code, said = _run(capsys, "average", *paths, "-o", out, "--key", "teacher")
     assert (code, "are left out: state_dict" in said) == (0, True)
     written = torch.load(out)
-    assert (written["teacher"]["w"].tolist(), written["step"], len(written)) == ([2.0, 2.0], 5, 2)
+    assert (written["teacher"]["w"].tolist(), written["step"], len(written)) == ([2.0, 2.0], 5, 3)
     assert "under `teacher`, 2 numbers" in _run(capsys, "inspect", paths[0], "--key", "teacher")[1]
-    for command in (["inspect"], ["average", "-o", f"{out}2"]):
+    for command in (["inspect"], ["average", "-o", str(tmp_path / "no.pt")]):
         code, said = _run(capsys, *command, paths[0], "--key", "student")
         assert (code, said.count("\n")) == (1, 1)
         assert f"{paths[0]} has no weights under `student`; there are ['state_dict', 'teacher', 'step']" in said

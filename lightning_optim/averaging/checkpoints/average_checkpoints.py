@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_optim.averaging.checkpoints import reading
+from lightning_optim.averaging.checkpoints.provenance import Provenance, provenance_of
 from lightning_optim.averaging.checkpoints.running_mean import RunningMean, StateDict
 from lightning_optim.runtime.files import safe_reading
 
@@ -112,13 +113,28 @@ def average_checkpoints(
     ``Trainer(callbacks=[ModelCheckpoint(monitor="val_loss", save_top_k=5), CheckpointAveraging(top=5)])`` averages the
     best checkpoints at the end of a fit.
     """
+    return mean_of_checkpoints(paths, weights, key=key, weights_only=weights_only, progress=progress)[0]
+
+
+def mean_of_checkpoints(
+    paths: Sequence[PathLike],
+    weights: Sequence[float] | None = None,
+    *,
+    key: str | None = None,
+    weights_only: bool = True,
+    progress: bool = False,
+) -> tuple[StateDict, Provenance]:
+    """Return what :func:`average_checkpoints` does, and of which checkpoints it is the mean."""
     names = listed(paths)
     given = _checked(weights, len(names))
-    mean = RunningMean()
+    mean, averages = RunningMean(), []
     with contextlib.closing(_checked_ahead(names, weights_only)) as files:
         for (path, is_checked), weight in shown(zip(files, given, strict=True), len(names), progress):
-            mean.add(reading.weights_in(path, weights_only, key, check=not is_checked), weight, path)
-    return mean.finish()
+            read, average = reading.weights_and_provenance(path, weights_only, key, check=not is_checked)
+            mean.add(read, weight, path)
+            averages.append(average)
+            del read  # or the last file would stay in memory while the next one is read
+    return mean.finish(), provenance_of(names, given, averages)
 
 
 def listed(paths: Sequence[PathLike]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.averaging.checkpoints.average_checkpoints import PathLike
 from lightning_optim.averaging.checkpoints.averaged_state_dict import averages_in, callback_states
+from lightning_optim.averaging.checkpoints.provenance import read_provenance
 
 
 def describe(path: PathLike, weights_only: bool = True, key: str | None = None) -> Iterator[str]:
@@ -22,20 +23,25 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
         weights = reading.weights_in(path, weights_only, key)
     else:
         weights = reading.weights_of(checkpoint, path, key)
+    provenance = read_provenance(path, checkpoint)
     if "pytorch-lightning_version" not in checkpoint:
-        yield from _describe_plain(path, reading.weights_key(checkpoint, path, key), weights)
+        yield _describe_plain(path, reading.weights_key(checkpoint, path, key), weights, provenance is not None)
+        yield from provenance.lines() if provenance else ()
         return
     kind = "a distributed checkpoint" if os.path.isdir(path) else "a checkpoint"
     is_bare = "callbacks" not in checkpoint  # such a checkpoint does not say if its weights are averaged
     if is_bare:
         kind = f"{kind} with weights only"
     yield f"{path}: {kind} of Lightning {checkpoint['pytorch-lightning_version']}"
-    yield f"epoch {checkpoint.get('epoch', 'unknown')}, global step {checkpoint.get('global_step', 'unknown')}"
+    of_last = f", those of {provenance.sources[-1].file}" if provenance else ""
+    yield f"epoch {checkpoint.get('epoch', 'unknown')}, global step {checkpoint.get('global_step', 'unknown')}{of_last}"
     found = averages_in(checkpoint)
     evaluated = next((one for one in found if one.evaluated), None)
     theirs = isinstance(checkpoint.get("averaging_state"), Mapping) and not _holds_ours(checkpoint)
-    what = "averaged" if evaluated or theirs else "unknown whether raw or averaged" if is_bare else "raw"
+    is_averaged = evaluated or theirs or provenance
+    what = "averaged" if is_averaged else "unknown whether raw or averaged" if is_bare else "raw"
     yield f"{key}: weights, {_size(weights)}" if key else f"state_dict: {what} weights, {_size(weights)}"
+    yield from provenance.lines() if provenance else ()
     if theirs:
         count = int(checkpoint["averaging_state"].get("n_averaged", 0))
         yield f"an average of Lightning's WeightAveraging: {count} updates; raw weights in current_model_state"
@@ -45,10 +51,11 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
         yield f"{one.kind}{name}: {one.updates} updates, the first at step {one.first}, the last at {one.last}; {where}"
 
 
-def _describe_plain(path: str, key: str | None, weights: Mapping[Any, Any]) -> Iterator[str]:
+def _describe_plain(path: str, key: str | None, weights: Mapping[Any, Any], is_averaged: bool) -> str:
     if not reading.holds_tensors(weights):
         raise ValueError(f"{path} holds no weights" + (f" under `{key}`" if key else ""))
-    yield f"{path}: weights" + (f" under `{key}`" if key else "") + f", {_size(weights)}"
+    what = "averaged weights" if is_averaged else "weights"
+    return f"{path}: {what}" + (f" under `{key}`" if key else "") + f", {_size(weights)}"
 
 
 def _holds_ours(checkpoint: Mapping[str, Any]) -> bool:
@@ -59,4 +66,5 @@ def _size(weights: Mapping[str, Any]) -> str:
     tensors = [value for _, value in reading.leaves(weights) if isinstance(value, Tensor)]
     dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in tensors)
     kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
-    return f"{sum(value.numel() for value in tensors):,} numbers in {len(tensors)} tensors ({kinds})"
+    plural = "" if len(tensors) == 1 else "s"
+    return f"{sum(value.numel() for value in tensors):,} numbers in {len(tensors)} tensor{plural} ({kinds})"

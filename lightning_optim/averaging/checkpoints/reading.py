@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lightning_optim.averaging.checkpoints.provenance import Provenance, read_provenance
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.files.sharded_reading import check_folder, load_folder, reader_of
 
@@ -55,12 +56,24 @@ def weights_in(
     skip_objects: bool = False,
 ) -> dict[Any, Any]:
     """Read the weights of a checkpoint, which :func:`weights_key` finds."""
+    return weights_and_provenance(path, weights_only, key, check, skip_objects)[0]
+
+
+def weights_and_provenance(
+    path: str | os.PathLike[str],
+    weights_only: bool = True,
+    key: str | None = None,
+    check: bool = True,
+    skip_objects: bool = False,
+) -> tuple[dict[Any, Any], Provenance | None]:
+    """Read the weights of a checkpoint, and of which other checkpoints they are the mean, if the file says so."""
     path = os.fspath(path)
     if os.path.isdir(path):
-        return _weights_of_folder(path, weights_only, key)
-    weights = weights_of(load_checkpoint(path, weights_only, check, skip_objects), path, key)
+        return _weights_of_folder(path, weights_only, key), None
+    loaded = load_checkpoint(path, weights_only, check, skip_objects)
+    weights = weights_of(loaded, path, key)
     _check_extent(path, weights)
-    return weights
+    return weights, read_provenance(path, loaded)
 
 
 def weights_of(loaded: Mapping[Any, Any], path: str, key: str | None = None) -> dict[Any, Any]:

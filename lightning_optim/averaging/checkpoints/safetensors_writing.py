@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_optim.averaging.checkpoints.provenance import KEY
 from lightning_optim.averaging.checkpoints.reading import leaves
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 
 
-def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -> None:
+def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str], provenance: Any = None) -> None:
     """Write the tensors in ``weights`` to a file; the keys of nested dictionaries are joined with dots.
 
     The functions of safetensors hold a second copy of all tensors, or write a temporary file that stays behind after a
     kill. The format is the length of the header in 8 bytes, the header as a JSON object, and all tensors in sequence.
+
+    Args:
+        weights: Tensors in a dictionary, or in dictionaries within it.
+        path: The file to write.
+        provenance: Plain values about the origin of the weights, for the metadata of the file.
 
     Raises:
         ModuleNotFoundError: If safetensors is not installed.
@@ -37,7 +43,8 @@ def save_safetensors(weights: Mapping[Any, Any], path: str | os.PathLike[str]) -
             named[name] = value
     # Large elements first, so that all are aligned.
     order = sorted(named, key=lambda name: (-named[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    about = {} if provenance is None else {KEY: json.dumps(provenance)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
     end = 0
     for name in order:
         tensor, start = named[name], end
