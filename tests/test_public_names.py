@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim
-from lightning_optim import base
+from lightning_optim import OptimCallback, Policy, base
 
 ROOT = Path(lightning_optim.__file__).parent
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -95,3 +96,12 @@ def test_public_classes_can_be_inspected() -> None:
         assert inspect.getdoc(thing)
         if inspect.isclass(thing) and inspect.isfunction(vars(thing).get("__init__")):
             assert "def __init__" in inspect.getsource(thing.__init__)
+
+
+@pytest.mark.parametrize("name", lightning_optim.__all__)
+def test_policies_and_callbacks_have_the_line_for_a_trainer(name: str) -> None:
+    kind = getattr(lightning_optim, name)
+    if not (inspect.isclass(kind) and issubclass(kind, Policy | OptimCallback)) or kind in (Policy, OptimCallback):
+        return
+    lines = re.findall(r"Trainer\(\s*callbacks=|callbacks=\[", inspect.getdoc(kind) or "")
+    assert lines, f"the docstring of {name} does not show it in a Trainer's list"

@@ -28,6 +28,8 @@ class Schedule(Policy, abc.ABC):
         ...         return self.value if position(step, total) < 0.5 else self.value / 2
         >>> [Half(1.0)(step, 4) for step in range(4)]
         [1.0, 1.0, 0.5, 0.5]
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(Half(1e-3)))])``.
     """
 
     used_in = "WeightRegularization(L2({}))"
@@ -72,6 +74,8 @@ class Constant(Schedule):
 
         >>> Constant(0.1)(step=7, total=10)
         0.1
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(Constant(1e-3)))])``.
     """
 
     def __init__(self, value: float) -> None:
@@ -134,6 +138,8 @@ class Linear(_Ramp):
         [1.0, 0.75, 0.5, 0.25, 0.0]
         >>> [Linear(1.0, 0.0, until=0.5)(step, total=5) for step in range(5)]
         [1.0, 0.5, 0.0, 0.0, 0.0]
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(Linear(1e-3, 0.0)))])``.
     """
 
     def _between(self, share: float) -> float:
@@ -158,6 +164,8 @@ class Cosine(_Ramp):
 
         >>> [round(Cosine(1.0, 0.0)(step, total=5), 3) for step in range(5)]
         [1.0, 0.854, 0.5, 0.146, 0.0]
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(Cosine(1e-3, 0.0)))])``.
     """
 
     def _between(self, share: float) -> float:
@@ -183,6 +191,8 @@ class Exponential(_Ramp):
 
         >>> [round(Exponential(1.0, 0.01)(step, total=3), 6) for step in range(3)]
         [1.0, 0.1, 0.01]
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(Exponential(1e-3, 1e-5)))])``.
     """
 
     def __init__(self, start: float, end: float, begin: float = 0.0, until: float = 1.0) -> None:
@@ -209,6 +219,8 @@ class Piecewise(Schedule):
 
         >>> [Piecewise({0.0: 1.0, 0.5: 0.1})(step, total=5) for step in range(5)]
         [1.0, 1.0, 0.1, 0.1, 0.1]
+
+    For a Trainer: ``Trainer(callbacks=[ScheduledDropout({"head.*": Piecewise({0.0: 0.1, 0.2: 0.0})})])``.
     """
 
     def __init__(self, values: dict[float, float]) -> None:

@@ -93,6 +93,8 @@ class GradientMonitor(OptimCallback):
         >>> trainer.fit(BoringModel())
         >>> 0.0 < monitor.suggest_clip(percentile=50.0) < monitor.suggest_clip(percentile=90.0)
         True
+
+    For a Trainer: ``Trainer(callbacks=[GradientMonitor()])``.
     """
 
     slot = Slot.MEASURE

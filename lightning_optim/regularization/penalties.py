@@ -41,6 +41,8 @@ class Penalty(ParameterPolicy):
         on: The parameters that are penalized, for :func:`~lightning_optim.base.select`; ``None`` takes those with two
             dimensions or more.
         exclude: The parameters that are left out, in the same terms.
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(Sum())])``.
     """
 
     used_in = "WeightRegularization({})"

@@ -39,6 +39,8 @@ class Proximal(ParameterPolicy):
         on: The parameters that are projected, for :func:`~lightning_optim.base.select`; ``None`` takes those with two
             dimensions or more.
         exclude: The parameters that are left out, in the same terms.
+
+    For a Trainer: ``Trainer(callbacks=[WeightRegularization(Box())])``.
     """
 
     used_in = "WeightRegularization({})"

@@ -35,6 +35,8 @@ class AtLeast(Criterion):
         (False, False)
         >>> two.update({"loss": 2.0, "error": 0.4})
         True
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(AtLeast(1, [Plateau("a"), Plateau("b")]), best_by="a")])``.
     """
 
     identity_args = ("criteria",)
@@ -99,6 +101,8 @@ class AllOf(AtLeast):
         >>> both = AllOf([Threshold("loss", 1.0), Plateau("error", patience=1)])
         >>> [both.update({"loss": loss, "error": 0.5}) for loss in (2.0, 2.0, 0.9)]
         [False, False, True]
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(AllOf([Plateau("loss"), Plateau("error")]), best_by="error")])``.
     """
 
     def __init__(self, criteria: Criterion | list[Criterion], *more: Criterion) -> None:
@@ -125,6 +129,8 @@ class AnyOf(AtLeast):
         >>> both = AnyOf([NonFinite("loss"), Plateau("loss", patience=1)])
         >>> [both.update({"loss": loss}) for loss in (2.0, float("inf"), 1.0, 1.5)]
         [False, True, False, True]
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(AnyOf([NonFinite("loss"), Plateau("loss")]))])``.
     """
 
     def __init__(self, criteria: Criterion | list[Criterion], *more: Criterion) -> None:

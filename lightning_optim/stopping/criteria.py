@@ -42,6 +42,8 @@ class Criterion(Policy):
         mode: ``"min"`` if less is better, ``"max"`` if more is.
         improved: True if the last validation was the best so far; its weights are worth keeping.
         reason: The reason to stop, in one sentence; empty as long as there is no reason.
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(Worse("val_loss"))])``.
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ("monitor", "mode")
@@ -132,6 +134,8 @@ class Plateau(Criterion):
         [False, False, False, True]
         >>> plateau.reason
         "Monitored metric 'val_loss' did not improve in the last 2 checks. Best score: 0.700."
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(Plateau("val_loss", patience=5))])``.
     """
 
     best: float
@@ -175,6 +179,8 @@ class Threshold(Criterion):
         >>> threshold = Threshold("accuracy", 0.9, mode="max")
         >>> [threshold.update({"accuracy": accuracy}) for accuracy in (0.8, 0.9, 0.95)]
         [False, False, True]
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(Threshold("val_loss", 0.1))])``.
     """
 
     best: float
@@ -212,6 +218,8 @@ class Divergence(Criterion):
         >>> divergence = Divergence("loss", 10.0)
         >>> [divergence.update({"loss": loss}) for loss in (3.0, 10.0, 11.0)]
         [False, False, True]
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(Divergence("val_loss", 10.0))])``.
     """
 
     def __init__(self, monitor: str, value: float, mode: Mode = "min") -> None:
@@ -237,6 +245,8 @@ class NonFinite(Criterion):
         >>> criterion = NonFinite("loss")
         >>> criterion.update({"loss": float("nan")}), criterion.reason
         (True, "Monitored metric 'loss' = nan is not finite.")
+
+    For a Trainer: ``Trainer(callbacks=[EarlyStopping(NonFinite("val_loss"))])``.
     """
 
     def __init__(self, monitor: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_optim.base.construction import Constructed
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import (
     CELL,
@@ -89,6 +90,15 @@ def test_repr(entry: Entry) -> None:
         assert text.startswith(type(callback).__name__)
         assert "\n" not in text
         assert not re.search(r" at 0x|object at", text)
+        assert repr(eval(text, {**constructed(), "torch": torch, "nn": nn})) == text
+
+
+def constructed(kind: type = Constructed) -> dict[str, type]:
+    """Return all classes whose objects print as calls, by name."""
+    found = {kind.__name__: kind}
+    for derived in kind.__subclasses__():
+        found |= constructed(derived)
+    return found
 
 
 @each_slot

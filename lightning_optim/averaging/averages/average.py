@@ -38,6 +38,8 @@ class Average(Policy):
 
     An average of another form overrides :meth:`update_`, keeps its tensors in ``self._averaged`` and counts in
     ``self._counters``.
+
+    For a Trainer: ``Trainer(callbacks=[WeightAveraging(Mean())])``.
     """
 
     identity_args: ClassVar[tuple[str, ...]] = ()

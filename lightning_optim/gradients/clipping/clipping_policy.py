@@ -45,6 +45,8 @@ class Clipping(ParameterPolicy):
             If it is not ``"global"``, the caller passes ``units=`` to :meth:`clip_`: the number of each gradient's
             group, or of its tensor.
         limits: True if it makes gradients smaller, so that a step is clipped or not.
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping(Sign())])``.
     """
 
     used_in = "GradientClipping({})"

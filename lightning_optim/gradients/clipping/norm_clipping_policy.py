@@ -39,6 +39,8 @@ class NormClipping(Clipping):
         on: The parameters on whose gradients it acts: a glob over names, a module class, a predicate, or a list of
             these. Default: all.
         exclude: The parameters that are left out, in the same terms.
+
+    For a Trainer: ``Trainer(callbacks=[GradientClipping(ToMean())])``.
     """
 
     identity_args = ("on", "exclude", "norm_type", "scope")
