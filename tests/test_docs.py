@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import lightning_optim
 from lightning_optim import EMA, Schedule
 from lightning_optim.runtime import refusals
+from tests import lightning
 
 ROOT = Path(lightning_optim.__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"])
@@ -130,7 +132,10 @@ def written_calls() -> list[tuple[str, ast.Call]]:
     """Return the calls of public names in the code of all pages, inline or in blocks: the page, and the parsed call."""
     found = []
     for page in PAGES:
-        text = page.read_text().replace("…", "...").replace("\\|", "|")
+        text = page.read_text()
+        if page.name == "coming-from.md":  # the first columns have the names of other packages
+            text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+        text = text.replace("…", "...").replace("\\|", "|")
         blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
         inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         for code in [*blocks, *(" ".join(piece.split()) for piece in inline)]:
@@ -185,6 +190,58 @@ def test_the_picture_is_that_of_the_code() -> None:
     page = draw.PAGE.read_text()
     assert page == draw.written(page), "run `python docs/draw.py --write`"
     assert len(page.splitlines()) < 120, "the architecture fits on two screens"
+
+
+# ---- other packages --------------------------------------------------------------------------------------------------
+
+
+def rows_of(package: str) -> list[str]:
+    """Return the first columns of the table of a package in coming-from.md."""
+    section = (ROOT / "docs" / "coming-from.md").read_text().partition(f"\n## {package}\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    return rows[2:]
+
+
+LIGHTNINGS = (
+    *("EarlyStopping", "EMAWeightAveraging", "WeightAveraging"),
+    *("StochasticWeightAveraging", "GradientAccumulationScheduler"),
+)
+
+
+@pytest.mark.parametrize("name", LIGHTNINGS)
+def test_each_argument_of_lightnings_callbacks_has_a_counterpart(name: str) -> None:
+    if not lightning.has(name):
+        pytest.skip("this version of Lightning has no such callback")
+    shown = " ".join(row for row in rows_of("Lightning") if f"`{name}(" in row)
+    arguments = inspect.signature(getattr(lightning, name)).parameters
+    assert [a for a in arguments if a != "kwargs" and not re.search(rf"\b{a}\b", shown)] == []
+
+
+def test_the_flags_of_lightnings_trainer_exist() -> None:
+    flags = {
+        flag
+        for row in rows_of("Lightning")
+        for call in re.findall(r"`Trainer\(([^`]*)\)`", row)
+        for flag in re.findall(r"(\w+)=", call)
+    }
+    assert flags and flags <= inspect.signature(lightning.Trainer).parameters.keys()
+
+
+def test_each_argument_of_ema_pytorch_has_a_counterpart() -> None:
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    rows = rows_of("ema-pytorch")
+    arguments = inspect.signature(ema_pytorch.EMA.__init__).parameters
+    named = {name: value for row in rows for name, value in re.findall(r"(\w+)=([\w./]+)", row)}
+    for name, value in named.items():
+        default = arguments[name].default
+        if name not in ("update_every", "update_after_step"):  # with other numbers, to show what they do
+            assert eval(value) == default, f"ema-pytorch has {name}={default}"
+    if version("ema-pytorch") == "0.8.3":  # that the page was written for
+        missing = [
+            a for a in arguments if a not in ("self", "model") and not any(re.search(rf"\b{a}\b", r) for r in rows)
+        ]
+        assert missing == []
 
 
 # ---- what is supported -----------------------------------------------------------------------------------------------

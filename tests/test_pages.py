@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import lightning_optim
+from lightning_optim import OptimCallback
 from tests.harness import pages
 from tests.harness.pages import PAGES, ROOT, Classifier, Data, blocks
-from tests.lightning import LightningCLI
+from tests.lightning import LightningCLI, ModelCheckpoint, Trainer
 
 WITH = ROOT / "docs" / "with"  # their blocks need other packages: `.ci/clients` runs them
 
@@ -33,6 +35,26 @@ def with_blocks(language: str) -> list[Path]:
 @pytest.mark.parametrize("page", with_blocks("python"), ids=title)
 def test_blocks_run_in_their_order(page: Path) -> None:
     pages.run(page, blocks(page, "python"), pages.given())
+
+
+def test_what_choose_says_to_turn_on_runs(tmp_path: Path) -> None:
+    """Each callback in the second column can be made; the first of each class run together."""
+    page = ROOT / "docs" / "choose.md"
+    cells = [line.split("|")[2] for line in page.read_text().splitlines() if "](techniques/" in line]
+    letters = {"s": 1e-4, "p": 0.1, "n": 4, "count_tokens": lambda batch: len(batch[1]), "ModelCheckpoint": None}
+    names = {**vars(lightning_optim), **letters, "model": Classifier()}
+    made = {}
+    for code in [code for cell in cells for code in re.findall(r"`([A-Z]\w+\([^`]*\))`", cell)]:
+        if "..." not in code:
+            callback = eval(code, names)
+            made.setdefault(type(callback), callback)
+    callbacks = [callback for callback in made.values() if isinstance(callback, OptimCallback)]
+    assert len(callbacks) >= 8
+    trainer = Trainer(
+        max_epochs=16, callbacks=[ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=5), *callbacks]
+    )
+    data = pages.given()
+    trainer.fit(data["model"], data["train_loader"], data["val_loader"])
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=title)
