@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.construction import written
+from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.regularization import dropout
 from lightning_optim.runtime.callback import OptimCallback
@@ -32,8 +33,8 @@ class ScheduledDropout(OptimCallback):
     :class:`Piecewise`.
 
     Args:
-        rates: Dictionary from a glob over module names to a rate in [0, 1], a number or a schedule. The first pattern
-            that matches a module counts.
+        rates: A rate in [0, 1] for all modules, a number or a schedule; or a dictionary from a glob over module names
+            to a rate. The first pattern that matches a module counts. ``0.2`` is short for ``{"*": 0.2}``.
         insert: True to add dropout to modules that have none: to every module that a glob matches and that has weights
             of its own with two dimensions or more, and to any module that a pattern names in full.
         name: Distinguishes two such callbacks in checkpoints.
@@ -47,36 +48,43 @@ class ScheduledDropout(OptimCallback):
         >>> from lightning_optim import Linear, ScheduledDropout
         >>> ScheduledDropout({"encoder.*": 0.1, "head.*": Linear(0.5, 0.0)}).rates["head.*"]
         Linear(0.5, 0.0)
+        >>> ScheduledDropout(0.2, insert=True)
+        ScheduledDropout(0.2, insert=True)
 
     For a Trainer: ``Trainer(callbacks=[ScheduledDropout({"head.*": 0.5})])``.
     """
 
     def __init__(
-        self, rates: dict[str, float | Schedule], insert: bool = False, name: str | None = None, summary: bool = True
+        self,
+        rates: float | Schedule | dict[str, float | Schedule],
+        insert: bool = False,
+        name: str | None = None,
+        summary: bool = True,
     ) -> None:
         super().__init__(name, summary)
-        if not isinstance(rates, dict) or not rates or not all(isinstance(pattern, str) for pattern in rates):
-            raise ValueError(f"`rates={rates!r}` must be a dictionary of glob to rate, such as {{'encoder.*': 0.1}}")
-        for pattern, rate in rates.items():
-            check_number(f"rates[{pattern!r}]", rate, low=0.0, high=1.0, schedule=True)
         self.rates, self.insert = rates, insert
+        _check(rates)
         self.reset()
 
     @property
+    def _by_pattern(self) -> dict[str, float | Schedule]:
+        return self.rates if isinstance(self.rates, dict) else {"*": self.rates}
+
+    @property
     def needs_total(self) -> bool:
-        return any(isinstance(rate, Schedule) and rate.scheduled for rate in self.rates.values())
+        return any(isinstance(rate, Schedule) and rate.scheduled for rate in self._by_pattern.values())
 
     def reset(self) -> None:
         self._setters: dict[str, list[Callable[[float], None]]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        for pattern, sites in dropout.find_sites(pl_module, self.rates, self.insert).items():
+        for pattern, sites in dropout.find_sites(pl_module, self._by_pattern, self.insert).items():
             self._setters[pattern] = [self._setter(site) for site in sites]
 
     def describe_run(self) -> str:
         words = []
-        for pattern, rate in self.rates.items():
+        for pattern, rate in self._by_pattern.items():
             count = len(self._setters[pattern])
             words.append(f"{written(rate)} on {pattern} ({count} layer{'' if count == 1 else 's'})")
         return f"dropout {', '.join(words)}"
@@ -107,7 +115,7 @@ class ScheduledDropout(OptimCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = self.steps[0] if self.steps else 0
         logs = self.logs_now(trainer)
-        for pattern, rate in self.rates.items():
+        for pattern, rate in self._by_pattern.items():
             now = value_at(rate, step, self.session.total)
             for set_rate in self._setters[pattern]:
                 set_rate(now)
@@ -116,6 +124,18 @@ class ScheduledDropout(OptimCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_setters": {}}
+
+
+def _check(rates: Any) -> None:
+    """Raise if the rates are neither one rate nor a dictionary of glob to rate."""
+    one = isinstance(rates, int | float | Schedule)
+    if not one and (not isinstance(rates, dict) or not rates or not all(isinstance(name, str) for name in rates)):
+        raise ValueError(
+            "`rates` must be a rate or a dictionary of glob to rate, such as {'encoder.*': 0.1}, got"
+            f" {rates!r}{belongs_to(rates, Schedule)}"
+        )
+    for argument, rate in [("rates", rates)] if one else [(f"rates[{name!r}]", rates[name]) for name in rates]:
+        check_number(argument, rate, low=0.0, high=1.0, schedule=True)
 
 
 class _Inserted:

@@ -29,6 +29,7 @@ from lightning_optim import (
     Piecewise,
     Plateau,
     Policy,
+    ScheduledDropout,
     Threshold,
     WeightAveraging,
     WeightRegularization,
@@ -198,6 +199,27 @@ OTHER_FORMS = {
             dirpath: best
         """,
         EarlyStopping(AnyOf([Plateau("val_loss", patience=5), Threshold("val_loss", 0.1)]), dirpath="best"),
+    ),
+    "one rate of dropout": (
+        "[{class_path: ScheduledDropout, init_args: {rates: 0.2, insert: true}}]",
+        ScheduledDropout(0.2, insert=True),
+    ),
+    "a schedule of dropout": (
+        """
+        - class_path: ScheduledDropout
+          init_args: {rates: {class_path: Linear, init_args: {start: 0.1, end: 0.5}}}
+        """,
+        ScheduledDropout(Linear(0.1, 0.5)),
+    ),
+    "rates of dropout": (
+        """
+        - class_path: ScheduledDropout
+          init_args:
+            rates:
+              encoder.*: 0.1
+              head.*: {class_path: Linear, init_args: {start: 0.1, end: 0.5}}
+        """,
+        ScheduledDropout({"encoder.*": 0.1, "head.*": Linear(0.1, 0.5)}),
     ),
     "an infinite patience": (
         "[{class_path: lightning_optim.EarlyStopping, init_args: {monitor: val_loss, patience: .inf}}]",

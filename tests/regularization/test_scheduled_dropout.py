@@ -53,6 +53,18 @@ def test_rate_follows_its_schedule_by_optimizer_steps() -> None:
     assert [rates[2] for rates in model.rates] == [0.5] * 4 + [0.0] * 4
 
 
+@pytest.mark.parametrize("rate", [0.25, Linear(0.7, 0.0)], ids=repr)
+def test_one_rate_is_that_of_all_modules(rate: Any) -> None:
+    models = []
+    for rates in (rate, {"*": rate}):
+        torch.manual_seed(0)
+        models.append(Net())
+        fit(models[-1], ScheduledDropout(rates, insert=True))
+    one, by_pattern = models
+    assert one.rates == by_pattern.rates and one.rates[0] == (one.rates[0][0],) * 3
+    assert torch.equal(one.head[0].weight, by_pattern.head[0].weight)
+
+
 def test_originals_come_back_after_an_exception() -> None:
     model = Net()
     model.fail_at = 2
@@ -124,7 +136,7 @@ def test_an_output_that_is_no_tensor_is_refused_with_its_name() -> None:
         fit(Recurrent(), ScheduledDropout({"cell": 0.1}, insert=True))
 
 
-@pytest.mark.parametrize("rates", [{}, 0.1, {"*": 1.5}, {"*": -0.1}, {"*": Linear(0.0, 2.0)}])
+@pytest.mark.parametrize("rates", [{}, -0.1, {"*": 1.5}, {"*": -0.1}, {"*": Linear(0.0, 2.0)}])
 def test_wrong_rates(rates: Any) -> None:
     with pytest.raises(ValueError, match="rates"):
         ScheduledDropout(rates)
