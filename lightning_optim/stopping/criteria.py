@@ -94,6 +94,9 @@ class Criterion(Policy):
         self.improved, self.reason = False, ""
 
 
+DEFAULT_PATIENCE = 3  # Lightning's
+
+
 def check_patience(patience: int | float) -> int | float:
     """Check that ``patience`` is an integer >= 0 or infinite, and return it."""
     if patience == math.inf and isinstance(patience, float):
@@ -141,7 +144,9 @@ class Plateau(Criterion):
     best: float
     wait: int
 
-    def __init__(self, monitor: str, patience: int | float = 3, mode: Mode = "min", min_delta: float = 0.0) -> None:
+    def __init__(
+        self, monitor: str, patience: int | float = DEFAULT_PATIENCE, mode: Mode = "min", min_delta: float = 0.0
+    ) -> None:
         self.monitor = check_monitor(monitor, "Plateau", "patience", patience)
         self.patience = check_patience(patience)
         self.min_delta = check_number("min_delta", min_delta, low=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory,
 from lightning_optim.stopping.criteria import Criterion, Plateau
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
+from lightning_optim.stopping.second_stopping import warn_of_second_stopping
 from lightning_optim.stopping.stopping_reason import EarlyStoppingReason, as_lightnings, reason_to_stop
+from lightning_optim.stopping.unreachable_patience import why_unreachable
 from lightning_optim.stopping.unread_metric import why_unread
 
 if TYPE_CHECKING:
@@ -209,7 +212,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         if isinstance(self._monitor, Criterion):
             rule = self.criterion.in_words
         else:
-            rule = f"{self.monitor}{' (max)' if self.mode == 'max' else ''}, patience {self.patience}"
+            patience = "never" if self.patience == math.inf else f"patience {self.patience}"
+            rule = f"{self.monitor}{' (max)' if self.mode == 'max' else ''}, {patience}"
         best = "not kept" if not self.restore_best else f"kept in {'memory' if self.dirpath is None else self.dirpath}"
         return f"stop on {rule}, best {best}"
 
@@ -245,6 +249,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         OptimCallback.setup(self, trainer, pl_module, stage)
         self._package = package_of(trainer)
+        if stage == "fit":
+            warn_of_second_stopping(self.criterion.monitors, trainer)
         overridden = [name for name in _NOT_CALLED if overrides(type(self), name, LightningEarlyStopping)]
         if overridden:
             raise MisconfigurationException(
@@ -258,6 +264,16 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self._best_weights.resume_(pl_module)
         self._training = True
         self._requested_stop = self._requested_stop and trainer.should_stop  # a resumed run decides anew
+        self._warn_if_unreachable(trainer)
+
+    def _warn_if_unreachable(self, trainer: Trainer) -> None:
+        # A subclass may read the metric at other times.
+        chosen = any(is_overridden_by_user(self, name) for name in ("_should_skip_check", "_run_early_stopping_check"))
+        patience = self.patience if isinstance(self._monitor, str) else None
+        if not chosen and not trainer.fast_dev_run:
+            why = why_unreachable(self.criterion, patience, trainer, self._checks_at_epoch_end(trainer))
+            if why:
+                rank_zero_warn(why)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._best_weights.add_unfrozen()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -373,7 +374,7 @@ def test_greedy_ends_with_the_best_if_the_models_are_not_mode_connected(tmp_path
 def test_it_goes_before_the_best_of_early_stopping_and_an_average(tmp_path: Path) -> None:
     callback = CheckpointAveraging(top=2)
     average = WeightAveraging(EMA(0.5, warmup=None))
-    model, _, saved = _fit(tmp_path, callback, average, EarlyStopping("val_loss", patience=9), keep=2)
+    model, _, saved = _fit(tmp_path, callback, average, EarlyStopping("val_loss", patience=math.inf), keep=2)
     files = sorted(saved.best_k_models, key=lambda path: float(saved.best_k_models[path]))
     mean = average_checkpoints(files)
     assert_close(_state(callback.path), mean)

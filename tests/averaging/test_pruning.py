@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_early_stopping_ends_with_the_zeros_of_its_best(first: bool, in_director
             self.log("val_loss", (3.0, 1.0, 2.0, 4.0)[self.current_epoch])
 
     model, files = Scripted(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    stop = EarlyStopping("val_loss", patience=9, dirpath=str(tmp_path / "best") if in_directory else None)
+    stop = EarlyStopping("val_loss", patience=math.inf, dirpath=str(tmp_path / "best") if in_directory else None)
     ours = [WeightAveraging(SWA()), stop]
     callbacks = [pruning(amount=0.2), *ours, files] if first else [*ours, pruning(amount=0.2), files]
     fit(model, callbacks, enable_checkpointing=True, max_epochs=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -79,7 +80,9 @@ def test_of_a_single_one_nothing_is_averaged(tmp_path: Path) -> None:
     assert module.net.weight.item() == 4.0
 
 
-@pytest.mark.parametrize("others", [(), (EarlyStopping("val_loss", patience=9),)], ids=["alone", "with EarlyStopping"])
+@pytest.mark.parametrize(
+    "others", [(), (EarlyStopping("val_loss", patience=math.inf),)], ids=["alone", "with EarlyStopping"]
+)
 def test_without_any_the_weights_stay(tmp_path: Path, others: Any) -> None:
     module, ours, said = run(tmp_path, Meddles(lambda paths: [remove(path) for path in paths]), *others)
     assert len(said) == 1 and said[0].endswith("None is left, and CheckpointAveraging changes no weights.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ AVERAGES: dict[str, Callable[[], list[Any]]] = {
     "two and the best": lambda: [
         WeightAveraging(SWA(), compare=True),
         WeightAveraging(EMA(0.8), evaluate=False, apply_at_end=False),
-        EarlyStopping("val_loss", patience=9),
+        EarlyStopping("val_loss", patience=math.inf),
     ],
 }
 

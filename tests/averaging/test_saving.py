@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -377,7 +378,7 @@ def test_a_file_of_a_hook_after_the_end_holds_what_the_module_holds(tmp_path, st
             trainer.save_checkpoint(tmp_path / "one.ckpt")
 
     def callbacks() -> list[Callback]:
-        stop = EarlyStopping("val_loss", patience=9, dirpath=dirpath and str(tmp_path / dirpath))
+        stop = EarlyStopping("val_loss", patience=math.inf, dirpath=dirpath and str(tmp_path / dirpath))
         return [averaging(), *([stop] if stops else [])]
 
     fit(model := Scripted(), [*callbacks(), AtTheEnd()], max_epochs=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def averaged_in_the_weights_own_dtype() -> list[Any]:
 
 def best_restored() -> list[Any]:
     # Nothing improves by so much: the best is of the first check, before the checkpoint.
-    return [EarlyStopping("val_loss", patience=9, min_delta=9.0)]
+    return [EarlyStopping("val_loss", patience=math.inf, min_delta=9.0)]
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])

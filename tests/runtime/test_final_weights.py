@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,10 @@ class OfTheModule(Model):
 
 
 WRITERS: dict[str, Any] = {
-    "EarlyStopping": (lambda: EarlyStopping("val_loss", patience=9), "pass `restore_best=False` to EarlyStopping"),
+    "EarlyStopping": (
+        lambda: EarlyStopping("val_loss", patience=math.inf),
+        "pass `restore_best=False` to EarlyStopping",
+    ),
     "WeightAveraging": (lambda: WeightAveraging(EMA(0.5)), "pass `apply_at_end=False` to WeightAveraging"),
 }
 each_writer = pytest.mark.parametrize("ours", WRITERS)
@@ -147,7 +151,7 @@ def test_told_once_and_as_it_is_said(ours: str, tmp_path: Path) -> None:
     assert len(said(module, InAMethod(), make(), max_epochs=3)) == 1
     said(alone, make(), max_epochs=3)
     assert_equal(snapshot(module), snapshot(alone))  # ours has written over theirs
-    off: Any = {"EarlyStopping": EarlyStopping("val_loss", patience=9, restore_best=False)}
+    off: Any = {"EarlyStopping": EarlyStopping("val_loss", patience=math.inf, restore_best=False)}
     off["WeightAveraging"] = WeightAveraging(EMA(0.5), apply_at_end=False)
     module, theirs = Model(), InAMethod()
     assert said(module, theirs, off[ours], max_epochs=3) == []
@@ -199,7 +203,7 @@ def test_a_module_with_a_switch(ours: str) -> None:
 
 
 def test_averages_of_lightning() -> None:
-    stop = EarlyStopping("val_loss", patience=9)
+    stop = EarlyStopping("val_loss", patience=math.inf)
     for theirs in (LightningSWA(0.01, swa_epoch_start=1), LightningAverage()):
         (sentence,) = said(Model(), theirs, stop, max_epochs=3)
         assert (
@@ -209,7 +213,7 @@ def test_averages_of_lightning() -> None:
 
 
 def test_each_of_ours_is_named_in_the_way_out(tmp_path: Path) -> None:
-    ours = [WeightAveraging(EMA(0.5)), EarlyStopping("val_loss", patience=9), CheckpointAveraging(top=2)]
+    ours = [WeightAveraging(EMA(0.5)), EarlyStopping("val_loss", patience=math.inf), CheckpointAveraging(top=2)]
     saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
     (sentence,) = said(Model(), InAMethod(), *ours, saved, enable_checkpointing=True)
     assert "leave CheckpointAveraging out and pass `restore_best=False` to EarlyStopping and pass `apply_" in sentence
@@ -285,7 +289,7 @@ def test_all_of_ours_together_say_nothing(tmp_path: Path) -> None:
     ours = [
         WeightAveraging(EMA(0.5), buffers="refresh"),
         WeightAveraging(EMA(0.8), evaluate=False, apply_at_end=False, name="other"),
-        EarlyStopping("val_loss", patience=9),
+        EarlyStopping("val_loss", patience=math.inf),
         CheckpointAveraging(top=2),
     ]
     saved = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
@@ -297,11 +301,11 @@ def test_weights_that_are_not_finite() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx) * float("nan")
 
-    assert said(Diverges(), EarlyStopping("val_loss", patience=9, check_finite=False)) == []
+    assert said(Diverges(), EarlyStopping("val_loss", patience=math.inf, check_finite=False)) == []
 
 
 def sharded() -> list[str]:
-    callbacks = [Zeroes(), EarlyStopping("val_loss", patience=9)]
+    callbacks = [Zeroes(), EarlyStopping("val_loss", patience=math.inf)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         two_processes(callbacks, max_epochs=2).fit(build(Cell("automatic", "32-true", "fsdp2", "1")))

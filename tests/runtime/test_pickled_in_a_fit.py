@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ ONE_BY_ONE: dict[str, Callable[[], OptimCallback]] = {
     "clipping": lambda: GradientClipping(0.1),
     "EMA": lambda: WeightAveraging(EMA(0.8)),
     "checkpoints": lambda: CheckpointAveraging(top=2),
-    "stopping": lambda: EarlyStopping("val_loss", patience=9),
+    "stopping": lambda: EarlyStopping("val_loss", patience=math.inf),
     "resume": ExactResume,
 }
 CALLBACKS: dict[str, Callable[[], list[OptimCallback]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -42,8 +43,8 @@ NEEDS_A_FIT: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "averaged_weights": (lambda: WeightAveraging(EMA(0.8)), read_average),
     "averaged_state": (lambda: WeightAveraging(EMA(0.8)), lambda average: average.averaged_state()),
     "plot of an average": (lambda: WeightAveraging(EMA(0.8), compare=True), lambda average: average.plot()),
-    "restore_best_": (lambda: EarlyStopping("val_loss", patience=9), lambda stop: stop.restore_best_(Model())),
-    "plot of a metric": (lambda: EarlyStopping("val_loss", patience=9), lambda stop: stop.plot()),
+    "restore_best_": (lambda: EarlyStopping("val_loss", patience=math.inf), lambda stop: stop.restore_best_(Model())),
+    "plot of a metric": (lambda: EarlyStopping("val_loss", patience=math.inf), lambda stop: stop.plot()),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import tempfile
 from pathlib import Path
@@ -52,8 +53,8 @@ def callbacks(folder: str) -> dict[str, Any]:
         "average": WeightAveraging(EMA(0.8), apply_at_end=False, compare=True),
         "other": WeightAveraging(SWA(), evaluate=False, apply_at_end=False),
         "stop": EarlyStopping("val_loss", patience=1, restore_best=False),
-        "best": EarlyStopping("val_loss", patience=9, name="best"),
-        "file": EarlyStopping("val_loss", patience=9, name="file", dirpath=folder),
+        "best": EarlyStopping("val_loss", patience=math.inf, name="best"),
+        "file": EarlyStopping("val_loss", patience=math.inf, name="file", dirpath=folder),
         "terms": WeightRegularization([L2(0.1)]),
         "clip": GradientClipping(1.0),
         "own": Counting(),
@@ -114,7 +115,7 @@ class Unpicklable(Callback):
 
 
 def test_what_cannot_come_back_says_so() -> None:
-    average, stop = WeightAveraging(EMA(0.8), apply_at_end=False), EarlyStopping("val_loss", patience=9)
+    average, stop = WeightAveraging(EMA(0.8), apply_at_end=False), EarlyStopping("val_loss", patience=math.inf)
     options: dict[str, Any] = {"strategy": "ddp_fork", **LAUNCHED}
     with pytest.warns(UserWarning, match="The fit ran in other processes, and WeightAveraging could not"):
         fit(Model(), [average, stop, Unpicklable(average)], **options)

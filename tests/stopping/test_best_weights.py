@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import time
@@ -24,7 +25,7 @@ each_place = pytest.mark.parametrize("in_directory", [False, True])
 
 
 def stopping(tmp_path: Path, in_directory: bool) -> EarlyStopping:
-    return EarlyStopping("val_loss", patience=9, dirpath=str(tmp_path / "best") if in_directory else None)
+    return EarlyStopping("val_loss", patience=math.inf, dirpath=str(tmp_path / "best") if in_directory else None)
 
 
 class Buffered(Scripted):

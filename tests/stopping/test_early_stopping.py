@@ -40,16 +40,16 @@ def outcome(stop: Any, scores: list[float], **options: Any) -> dict[str, Any]:
     ("arguments", "scores", "options"),
     [
         ({"patience": 2}, DIPS, {}),
-        ({"patience": 9}, DIPS, {}),
+        ({"patience": math.inf}, DIPS, {}),
         ({"patience": 0}, DIPS, {}),
         ({"patience": 1, "mode": "max"}, DIPS, {}),
         ({"patience": 2, "min_delta": 0.75}, DIPS, {}),
         ({"patience": 2, "min_delta": 1.0, "mode": "max"}, [-score for score in DIPS], {}),
         ({"stopping_threshold": 3.25}, DIPS, {}),
         ({"stopping_threshold": 3.0}, DIPS, {}),
-        ({"divergence_threshold": 4.5, "patience": 9}, [4.0, 4.5, 4.6], {}),
-        ({"divergence_threshold": -1.0, "mode": "max", "patience": 9}, [0.0, -1.0, -1.5], {}),
-        ({"patience": 9}, [4.0, NAN, 3.0], {}),
+        ({"divergence_threshold": 4.5, "patience": math.inf}, [4.0, 4.5, 4.6], {}),
+        ({"divergence_threshold": -1.0, "mode": "max", "patience": math.inf}, [0.0, -1.0, -1.5], {}),
+        ({"patience": math.inf}, [4.0, NAN, 3.0], {}),
         ({"patience": 2, "check_finite": False}, [4.0, NAN, 3.0, NAN, NAN, 1.0], {}),
         ({"patience": 3}, DIPS, {"val_check_interval": 0.5}),
         ({"patience": 2}, DIPS, {"check_val_every_n_epoch": 2}),
@@ -78,7 +78,7 @@ def test_it_does_what_lightnings_does(arguments: dict[str, Any], scores: list[fl
     ],
 )
 def test_one_check_after_each_validation(options: dict[str, Any], checks: int) -> None:
-    stop = EarlyStopping("val_loss", patience=99)
+    stop = EarlyStopping("val_loss", patience=math.inf)
     running = fit(Scripted(DIPS), stop, **({"max_epochs": 3} | options))
     assert len(stop.history) == checks
     running.validate(running.lightning_module, running.val_dataloaders, verbose=False)
@@ -86,7 +86,7 @@ def test_one_check_after_each_validation(options: dict[str, Any], checks: int) -
 
 
 def test_a_second_fit_finds_out_anew_where_to_check() -> None:
-    stop = EarlyStopping("val_loss", patience=99)
+    stop = EarlyStopping("val_loss", patience=math.inf)
     fit(Scripted(DIPS), stop, max_epochs=2)
     fit(Scripted(DIPS), stop, max_epochs=2, val_check_interval=0.25)
     assert len(stop.history) == 8
@@ -196,7 +196,7 @@ def test_only_an_improvement_withdraws_a_stop() -> None:
     stop = EarlyStopping(Threshold("val_loss", 0.5))
     assert fit(Scripted([1.0, 0.4, 0.6, 0.6, 0.6, 0.6]), stop, min_epochs=4, max_epochs=6).current_epoch == 4
     assert stop.stopped_epoch == 1
-    either = AnyOf([Threshold("val_loss", 0.5), Plateau("other", patience=9)])
+    either = AnyOf([Threshold("val_loss", 0.5), Plateau("other", patience=math.inf)])
     scores = {"val_loss": [1.0, 0.4, 0.6, 0.6, 0.6, 0.6], "other": [5.0, 5.0, 5.0, 4.0, 4.0, 4.0]}
     stop = EarlyStopping(either, best_by="other")
     assert fit(Scripted(scores), stop, min_epochs=4, max_epochs=6).current_epoch == 6
@@ -285,7 +285,7 @@ def test_best_by(best_by: Any, mode: str, best: int) -> None:
         "tie": [2.0, 1.0, 1.0, 3.0],
     }
     module = Scripted(scores)
-    stop = EarlyStopping(Plateau("val_loss", patience=9), best_by=best_by, mode=mode)
+    stop = EarlyStopping(Plateau("val_loss", patience=math.inf), best_by=best_by, mode=mode)
     fit(module, stop, max_epochs=4)
     assert stop.best_check == best
     assert same(weights(module), module.seen[best])
@@ -300,7 +300,7 @@ def test_best_by_says_what_is_kept_and_the_criterion_when_to_stop() -> None:
 
 
 def test_a_second_fit_has_its_own_best() -> None:
-    stop = EarlyStopping("val_loss", patience=9, best_by="val_loss")
+    stop = EarlyStopping("val_loss", patience=math.inf, best_by="val_loss")
     fit(Scripted([0.1, 0.2]), stop, max_epochs=2)
     module = Scripted([3.0, 2.0, 2.5])
     fit(module, stop, max_epochs=3)
@@ -411,8 +411,8 @@ def test_plot() -> None:
 
 def test_two_callbacks_on_one_metric_need_names() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        trainer(EarlyStopping("val_loss"), EarlyStopping("val_loss", patience=9))
-    first, second = EarlyStopping("val_loss", patience=1), EarlyStopping("val_loss", patience=9, name="second")
+        trainer(EarlyStopping("val_loss"), EarlyStopping("val_loss", patience=math.inf))
+    first, second = EarlyStopping("val_loss", patience=1), EarlyStopping("val_loss", patience=math.inf, name="second")
     fit(Scripted([1.0, 2.0, 3.0]), first, second)
     assert (first.stopped_epoch, second.stopped_epoch, second.wait_count) == (1, 0, 1)
     assert first.state_key != second.state_key

@@ -57,7 +57,7 @@ def epochs(stop: Any, scores: list[float], epoch: int | None, attributes: dict[s
         (4, [1.0, 2.0, 30.0, 40.0, 5.0, 6.0, 7.0], 3, {"divergence_threshold": 10.0}),
         (7, [1.0, NAN, 1.0, 1.0, 1.0, 1.0, 1.0], None, {"check_finite": False}),
         (7, [1.0, 1.0, NAN, 1.0, 1.0, 1.0, 1.0], 1, {"check_finite": False}),
-        (3, FLAT, 1, {"wait_count": 8}),
+        (3, FLAT, 1, {"wait_count": 8, "patience": 10}),
         (3, FALLING, 1, {"best_score": torch.tensor(1.0), "patience": 2}),
         (2, FLAT, None, {"wait_count": 9, "best_score": torch.tensor(0.5), "patience": 11}),
         (2, RISING, None, {"patience": 1}),
@@ -66,7 +66,7 @@ def epochs(stop: Any, scores: list[float], epoch: int | None, attributes: dict[s
 def test_a_changed_attribute_counts(
     right: int, scores: list[float], epoch: int | None, attributes: dict[str, Any]
 ) -> None:
-    assert epochs(EarlyStopping("val_loss", patience=10), scores, epoch, attributes) == right
+    assert epochs(EarlyStopping("val_loss", patience=math.inf), scores, epoch, attributes) == right
     signed = attributes | ({"min_delta": -attributes["min_delta"]} if "min_delta" in attributes else {})
     assert epochs(theirs.EarlyStopping("val_loss", patience=10), scores, epoch, signed) == right
 

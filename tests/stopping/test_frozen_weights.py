@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ WORSE = [1.0, 2.0, 3.0]
 
 
 def stopping(tmp_path: Path, in_directory: bool) -> EarlyStopping:
-    return EarlyStopping("val_loss", patience=9, dirpath=str(tmp_path / "best") if in_directory else None)
+    return EarlyStopping("val_loss", patience=math.inf, dirpath=str(tmp_path / "best") if in_directory else None)
 
 
 class Adapted(Scripted):
@@ -76,7 +77,7 @@ def test_a_frozen_base_is_not_in_a_checkpoint_after_a_fit_that_wrote_none(tmp_pa
     again = Adapted([*WORSE, 4.0, 5.0])
     again.base.load_state_dict(module.base.state_dict())
     unfreeze = after(3, lambda module: module.base.requires_grad_(True))
-    fit(again, EarlyStopping("val_loss", patience=9), unfreeze, ckpt_path=tmp_path / "after.ckpt")
+    fit(again, EarlyStopping("val_loss", patience=math.inf), unfreeze, ckpt_path=tmp_path / "after.ckpt")
     assert not torch.equal(again.seen[1]["base.0.weight"], module.base[0].weight)
     assert same(weights(again), weights(module)), "the best is that of the first run"
 

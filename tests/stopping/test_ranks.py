@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_rank_0_says_what_is_the_best(best_by: Any, group: Group) -> None:
     """Weights of different checks on two ranks would be a model that never was."""
     first, second = [5.0, 1.0, 2.0], [5.0, 6.0, 4.0]
     for scores, best in (((first, second), 1), ((second, first), 2)):
-        ends = group.run(disagreeing, scores, {"best_by": best_by, "patience": 9}, {"max_epochs": 3})
+        ends = group.run(disagreeing, scores, {"best_by": best_by, "patience": math.inf}, {"max_epochs": 3})
         assert [end[1:3] for end in ends] == [(best, [best])] * 2
         assert [end[4] for end in ends] == [min(scores[0]), min(scores[1])]
 
@@ -109,7 +110,7 @@ SCORES = [3.0, 1.0, 2.0, 2.0]
 
 def after_a_fit(folder: Path, distributed: bool, in_directory: bool, average: bool) -> Any:
     def callbacks() -> list[Any]:
-        stop = EarlyStopping("val_loss", patience=9, dirpath=str(folder / "best") if in_directory else None)
+        stop = EarlyStopping("val_loss", patience=math.inf, dirpath=str(folder / "best") if in_directory else None)
         return [stop, *([WeightAveraging(EMA(0.9))] if average else [])]
 
     def train(module: Any, **options: Any) -> tuple[Trainer, Any]:
@@ -138,7 +139,7 @@ def test_a_file_written_after_a_fit(
 
 
 def going_back() -> Any:
-    stop = EarlyStopping("val_loss", patience=9)
+    stop = EarlyStopping("val_loss", patience=math.inf)
 
     class GoingBack(Sharded):
         def on_validation_end(self) -> None:
@@ -189,7 +190,7 @@ class ShardedAdapted(Sharded):
 def adapted(folder: Path) -> Any:
     module = ShardedAdapted(SCORES)
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
-    stop = EarlyStopping("val_loss", patience=9)
+    stop = EarlyStopping("val_loss", patience=math.inf)
     fit(module, stop, saver, **two(run.fsdp2(False), max_epochs=4, enable_checkpointing=True))
     moved = not torch.equal(module.validated[3]["base.weight"], module.validated[1]["base.weight"])
     names = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ AVERAGES: dict[str, Callable[[], list[Callback]]] = {
 
 
 def stopping(dirpath: Path | None, **options: Any) -> EarlyStopping:
-    return EarlyStopping("val_loss", patience=9, dirpath=dirpath and str(dirpath), **options)
+    return EarlyStopping("val_loss", patience=math.inf, dirpath=dirpath and str(dirpath), **options)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
@@ -230,8 +231,8 @@ def test_a_new_best_is_kept_where_it_is_wanted_now(tmp_path: Path) -> None:
 def test_criteria_that_are_new_on_resume(more: dict[str, Any], tmp_path: Path) -> None:
     """Load the state of the criteria that are in the checkpoint."""
     first = Scripted([1.0, 2.0, 2.0, 2.0, 2.0])
-    fit(first, EarlyStopping("val_loss", patience=9), max_epochs=2).save_checkpoint(tmp_path / "after.ckpt")
-    callback = EarlyStopping("val_loss", **({"patience": 9} | more))
+    fit(first, EarlyStopping("val_loss", patience=math.inf), max_epochs=2).save_checkpoint(tmp_path / "after.ckpt")
+    callback = EarlyStopping("val_loss", **({"patience": math.inf} | more))
     trainer = fit(Scripted(first.scores), callback, ckpt_path=tmp_path / "after.ckpt")
     assert callback.best_score == 1.0
     assert trainer.current_epoch == (3 if "patience" in more else 5)
@@ -304,11 +305,11 @@ def test_a_best_that_cannot_be_read_does_not_lose_the_run(tmp_path: Path) -> Non
 def test_a_stop_of_an_earlier_run_is_no_stop_of_this_one(tmp_path: Path) -> None:
     """Withdraw a stop that was requested before `min_epochs` in a run that is resumed with more patience."""
     scores = {"val_loss": [1.0, 1.0, 1.0, 2.0, 0.5, 0.4, 0.3], "other": [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]}
-    first = [EarlyStopping("val_loss", patience=9), EarlyStopping("other", patience=1)]
+    first = [EarlyStopping("val_loss", patience=math.inf), EarlyStopping("other", patience=1)]
     running = fit(Scripted(scores), *first, max_epochs=7)
     assert running.current_epoch == 2
     running.save_checkpoint(tmp_path / "after.ckpt")
-    patient = [EarlyStopping("val_loss", patience=2), EarlyStopping("other", patience=9)]
+    patient = [EarlyStopping("val_loss", patience=2), EarlyStopping("other", patience=math.inf)]
     trainer = fit(Scripted(scores), *patient, min_epochs=5, max_epochs=7, ckpt_path=tmp_path / "after.ckpt")
     assert trainer.current_epoch == 7
     assert patient[0].stopping_reason_message is None

@@ -132,7 +132,7 @@ def callbacks():
     return [
         lo.GradientAccumulation(2), lo.WeightRegularization([lo.L2(1e-3), lo.ProximalL1(1e-4)]), lo.GradientMonitor(),
         lo.GradientClipping(0.5), lo.ScheduledDropout({"*": lo.Linear(0.1, 0.3)}), lo.WeightAveraging(lo.EMA(0.9)),
-        lo.EarlyStopping("val_loss", patience=9), lo.ExactResume(),
+        lo.EarlyStopping("val_loss", patience=float("inf")), lo.ExactResume(),
     ]
 
 def module_of(package):
