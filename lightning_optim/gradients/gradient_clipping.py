@@ -151,7 +151,8 @@ class GradientClipping(OptimCallback):
             for part in self._parts
             if part.acts_on(index)
         ]
-        return (", " if isinstance(self.policy, Mapping) else " → ").join(words), ""
+        is_by_pattern = any(part.pattern is not None for part in self._parts)
+        return (", " if is_by_pattern else " → ").join(words), ""
 
     def report(self) -> str:
         return "; ".join(filter(None, map(self._report_of, range(len(self.steps)))))

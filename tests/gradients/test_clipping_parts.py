@@ -243,3 +243,15 @@ def test_an_optimizer_that_gets_a_new_parameter_follows_the_patterns() -> None:
     run.make_trainer(CELL, [GradientClipping({"net.*": 1e-2, "*": 0.5}), norms]).fit(Growing(CELL))
     assert norms.norms["head"] == pytest.approx([0.5] * len(norms.norms["head"]), rel=1e-4)
     assert max(norms.norms["net"]) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted"),
+    [
+        ({0: [ClipByValue(0.5), 1.0]}, ["clip value 0.5 → clip norm 1.0", ""]),
+        ({"a.*": 1.0, "*": 0.5}, ["clip norm 1.0 on a.*, clip norm 0.5 on *"] * 2),
+    ],
+)
+def test_the_line_at_the_start_says_who_is_clipped_how(policy: Any, wanted: list[str]) -> None:
+    clipping = GradientClipping(policy)
+    assert [clipping.describe_step(index)[0] for index in range(2)] == wanted
