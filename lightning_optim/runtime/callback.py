@@ -217,7 +217,8 @@ class OptimCallback(Constructed, OverridableHooks):
     def report(self) -> str:
         """Return a few words on what it has done, to be logged at the end of a fit; "" adds none.
 
-        Called on rank zero, when the module holds the weights that it keeps (``self.session.wrote_final``).
+        Called on rank zero, when the module holds the weights that it keeps (``self.session.wrote_final``), and when the
+        user has interrupted the fit (``self.session.failed``), which leaves the raw weights in the module.
         """
         return ""
 
@@ -357,7 +358,7 @@ class OptimCallback(Constructed, OverridableHooks):
         if self._is_in_another_fit(trainer):
             self._return_to_fit()
         elif self.fit is not None:
-            self.fit.fail()
+            self.fit.fail(exception)
 
     def _leave_fit(self) -> None:
         self.fit = None

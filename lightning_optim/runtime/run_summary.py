@@ -41,6 +41,12 @@ class RunSummary:
         if self._said_start and (parts := [part for callback in self._by_rank() if (part := callback.report())]):
             self._log(" · ".join(parts))
 
+    def interrupted(self) -> None:
+        """Log what was done until a user interrupted the fit. Called at ``on_exception``."""
+        if self._said_start:
+            parts = [part for callback in self._by_rank() if (part := callback.report())]
+            self._log(" · ".join(["interrupted: the module holds its raw weights", *parts]))
+
     def _is_on(self) -> bool:
         shows_model = any(isinstance(callback, ModelSummary) for callback in self._trainer.callbacks)
         return shows_model and self._trainer.is_global_zero and all(one.summary for one in self._callbacks)

@@ -241,7 +241,7 @@ class Session:
             self.average = None  # a checkpoint that a later hook writes holds what the module holds, as after the fit
         self._summary.end()
 
-    def fail(self) -> None:
+    def fail(self, exception: BaseException) -> None:
         """Close the session in the strategy's teardown, the last thing that the Trainer does.
 
         Called at ``on_exception``, after which Lightning calls no ``teardown`` of callbacks. It cannot close at once:
@@ -250,6 +250,8 @@ class Session:
         """
         if not self._enter(SessionState.FAILED):
             return
+        if isinstance(exception, KeyboardInterrupt):
+            self._summary.interrupted()
         strategy = self.trainer.strategy
         teardown = strategy.teardown
 

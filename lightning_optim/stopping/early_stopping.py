@@ -222,6 +222,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
             return ""
         best = ", ".join(f"{name} {value:.4g}" for name, value in self.history[self.best_check].items())
         restored = ", restored" if self.session.wrote_final is self else ""
+        if self.session.failed and self._best_weights.has_best:
+            restored = ", which `restore_best_(model)` writes into it"
         return f"best {best} at validation {self.best_check + 1:,} of {len(self.history):,}{restored}"
 
     def reset(self) -> None:

@@ -239,6 +239,27 @@ def test_a_resumed_run_counts_on_and_an_ended_one_says_nothing(said: list[str], 
     assert not said
 
 
+class Interrupted(Classifier):
+    """Press Ctrl-C in the third epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2:
+            raise self.exception
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt(), RuntimeError("a fault")], ids=repr)
+def test_an_interrupted_fit_says_what_the_module_holds(exception: BaseException, said: list[str]) -> None:
+    callback, model = EarlyStopping("val_loss"), Interrupted([0.1, 0.2])
+    model.exception = exception
+    with pytest.raises((SystemExit, RuntimeError, KeyboardInterrupt)):
+        fit([callback, GradientClipping(0.01)], model)
+        raise SystemExit  # some versions of Lightning end the fit without an exception
+    best = "best val_loss 0.1 at validation 1 of 2, which `restore_best_(model)` writes into it"
+    interrupted = f"interrupted: the module holds its raw weights · {best} · 0 of 8 steps skipped, 100 % clipped"
+    assert said[1:] == ([interrupted] if isinstance(exception, KeyboardInterrupt) else [])
+    callback.restore_best_(model)
+
+
 def two_processes() -> list[str]:
     logger, handler = logging.getLogger(LOGGER), Said()
     logger.setLevel(logging.INFO)
