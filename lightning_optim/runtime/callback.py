@@ -217,8 +217,8 @@ class OptimCallback(Constructed, OverridableHooks):
     def report(self) -> str:
         """Return a few words on what it has done, to be logged at the end of a fit; "" adds none.
 
-        Called on rank zero, when the module holds the weights that it keeps (``self.session.wrote_final``), and when the
-        user has interrupted the fit (``self.session.failed``), which leaves the raw weights in the module.
+        Called on rank zero, when the module holds the weights that it keeps (``self.session.wrote_final``), and when
+        the user has interrupted the fit (``self.session.failed``), which leaves the raw weights in the module.
         """
         return ""
 
