@@ -121,12 +121,13 @@ def _parser() -> argparse.ArgumentParser:
         "average",
         help="write the weighted mean of the weights of several checkpoints",
         description="Write the weighted mean of the weights of several checkpoints, computed in fp32 or better.",
+        epilog="example: lightning-optim average --weights 0.25,0.75 A.ckpt B.ckpt -o OUT.ckpt",
     )
     average.add_argument("files", nargs="+", metavar="file", help=_FILES)
     average.add_argument(
         "--weights",
         action="append",
-        metavar="W,W,…",
+        metavar="W,W",
         help="a number >= 0 for each file, with commas; or the option once for each file. Default: equal",
     )
     average.set_defaults(run=_average)
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "soup",
         help="write the mean of those of several checkpoints that do not make a score worse",
         description="Write a greedy soup: the mean of those of several checkpoints that do not make a score worse.",
+        epilog="example: lightning-optim soup A.ckpt B.ckpt C.ckpt --score my_score:accuracy -o OUT.ckpt",
     )
     soup.add_argument("files", nargs="+", metavar="file", help=_FILES)
     soup.add_argument(
@@ -190,7 +192,7 @@ def _average(options: argparse.Namespace) -> int:
         options.files, weights, key=options.key, weights_only=safe, progress=sys.stderr.isatty()
     )
     left_out = write_average(mean, options.output, provenance, options.files[-1], options.key, safe)
-    print(f"{options.output}: the mean of {_counted(len(options.files), 'file')}{_note(left_out)}")
+    print(_on_one_line(f"{options.output}: the mean of {_counted(len(options.files), 'file')}{_note(left_out)}"))
     if len(options.files) > 1:
         _warn_of_statistics(options.output, mean)
     return 0
@@ -235,7 +237,7 @@ def _check_output(path: str, force: bool) -> None:
 
 
 def _note(left_out: Sequence[str]) -> str:
-    return _on_one_line(f"; other tensors of the last file are left out: {', '.join(left_out)}" if left_out else "")
+    return f"; other tensors of the last file are left out: {', '.join(left_out)}" if left_out else ""
 
 
 def _statistics(weights: Mapping[Any, Any]) -> dict[Any, Tensor]:
@@ -288,10 +290,9 @@ def _soup(options: argparse.Namespace) -> int:
         report=_print_step,
     )
     left_out = soup._write(options.output)
-    print(
-        f"{options.output}: a greedy soup of {len(soup.kept)} of {_counted(len(options.files), 'file')},"
-        f" score {soup.score:.6g}{_note(left_out)}"
-    )
+    kept, tried = len(soup.kept), _counted(len(options.files), "file")
+    line = f"{options.output}: a greedy soup of {kept} of {tried}, score {soup.score:.6g}{_note(left_out)}"
+    print(_on_one_line(line))
     if len(soup.kept) > 1 and not changes:
         _warn_of_statistics(options.output, soup)
     return 0
