@@ -1,8 +1,9 @@
-"""`docs/logged.md` lists what a run with all callbacks logs, and what the code can log."""
+"""`docs/logged.md` lists what a run with all callbacks logs, what the code can log, and what a fit prints."""
 
 from __future__ import annotations
 
 import ast
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from lightning_optim import (
     WeightAveraging,
     WeightRegularization,
 )
+from tests.harness import pages
 from tests.harness.pages import ROOT, Classifier, given
-from tests.lightning import Callback, Logger, ModelCheckpoint, Trainer
+from tests.lightning import PACKAGE, Callback, Logger, ModelCheckpoint, Trainer
 
 PAGE = (ROOT / "docs" / "logged.md").read_text()
 ROWS = [line.split("|")[1].strip().strip("`") for line in PAGE.splitlines() if line.startswith("| `")]
@@ -170,3 +172,18 @@ def names_in(tree: ast.AST) -> list[str]:
     plain = [n.value for n in constants if isinstance(n.value, str)]
     filled = ["".join(str(p.value) if isinstance(p, ast.Constant) else "x" for p in node.values) for node in formatted]
     return plain + filled
+
+
+def test_a_fit_prints_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in pages.TRAINER.items():
+        monkeypatch.setenv(name, value)
+    caplog.set_level(logging.INFO, logger=f"{PACKAGE}.callbacks.model_summary")
+    page = ROOT / "docs" / "logged.md"
+    pages.run(page, pages.blocks(page, "python"), given())
+    printed = [re.sub(r"[\d.]+", "0", line) for message in caplog.messages for line in message.splitlines()]
+    (shown,) = pages.blocks(page, "text")
+    for line in shown.code.splitlines():
+        assert re.sub(r"[\d.]+", "0", line) in printed, f"{line!r} is not among {printed}"
