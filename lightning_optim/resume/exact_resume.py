@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_optim.resume import rank_state
+from lightning_optim.resume.first_run import why_inexact
 from lightning_optim.resume.loop_progress import Resume
 from lightning_optim.resume.unsaved_buffers import Buffers
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.callback_state import from_each_rank
-from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.lightning.loops import is_resuming
 from lightning_optim.runtime.lightning.modules import running_hook
 from lightning_optim.runtime.logged_values import logged_values, metric_updates
@@ -42,12 +43,14 @@ class ExactResume(OptimCallback):
 
     This holds for checkpoints that are written in ``on_train_batch_end``, in a validation, in ``on_train_epoch_end`` or
     between these, by a ``ModelCheckpoint``, on SIGTERM or with ``trainer.save_checkpoint``, for epochs and for
-    ``max_steps``; on one device, with DDP and with FSDP2. Resume with the same arguments::
+    ``max_steps``; on one device, with DDP and with FSDP2. Resume with the same arguments. With a plain ``DataLoader``
+    write checkpoints at the end of epochs, as ``ModelCheckpoint`` does by default::
 
-        trainer = Trainer(callbacks=[ExactResume(), ModelCheckpoint(every_n_train_steps=100, save_last=True)])
-        trainer.fit(model, ckpt_path="last")
+        trainer = Trainer(max_epochs=50, callbacks=[ExactResume(), ModelCheckpoint(save_last=True)])
+        trainer.fit(model, train_loader, val_loader, ckpt_path="last")
 
-    A warning says once what cannot be made exact, and what to do instead:
+    The first run warns at its start if a ``ModelCheckpoint`` will write in the middle of epochs and a training loader
+    cannot go on from there. A resumed run warns once of all that is not exact, with what to do instead:
 
     * A checkpoint from the middle of an epoch with a loader that does not save its position. Use torchdata's
       ``StatefulDataLoader``, or resume from an epoch's end, where a plain ``DataLoader(shuffle=True)`` is exact.
@@ -69,16 +72,36 @@ class ExactResume(OptimCallback):
 
     Example::
 
+        >>> import tempfile
         >>> import torch
         >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> trainer = Trainer(callbacks=[ExactResume()], max_epochs=1, limit_train_batches=2, limit_val_batches=1,
-        ...                   logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        ...                   enable_model_summary=False)
-        >>> trainer.fit(BoringModel())
-        >>> ranks = trainer.callbacks[0].state_dict()["ranks"]
-        >>> len(ranks), torch.equal(ranks[0]["moment"]["random"]["torch"], torch.get_rng_state())
-        (1, True)
+        >>> class Shuffled:
+        ...     '''Batches in random order; the state is the batches of the epoch that are left.'''
+        ...     def __init__(self, data, size):
+        ...         self.data, self.size, self.left = data, size, []
+        ...     def __len__(self):
+        ...         return len(self.data) // self.size
+        ...     def __iter__(self):
+        ...         self.left = self.left or list(torch.randperm(len(self.data)).split(self.size))
+        ...         while self.left:
+        ...             yield self.data[self.left.pop(0)]
+        ...     def state_dict(self):
+        ...         return {"left": list(self.left)}
+        ...     def load_state_dict(self, state):
+        ...         self.left = list(state["left"])
+        >>> folder, data = tempfile.mkdtemp(), torch.randn(32, 32)
+        >>> def train(ckpt_path=None):
+        ...     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+        ...     trainer = Trainer(max_epochs=2, callbacks=[ExactResume(summary=False), saver], logger=False,
+        ...                       enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)
+        ...     model = BoringModel()
+        ...     trainer.fit(model, Shuffled(data, size=4), ckpt_path=ckpt_path)
+        ...     return model.layer.weight
+        >>> whole = train()
+        >>> torch.equal(train(f"{folder}/step=3.ckpt"), whole)  # from the middle of the first epoch of eight batches
+        True
     """
 
     gathers_ranks = True
@@ -158,6 +181,12 @@ class ExactResume(OptimCallback):
         run, validate = fit_loop.run, val_loop.run
         self.session.patch(fit_loop, "run", lambda: self._run(trainer, run))
         self.session.patch(val_loop, "run", lambda: self._validate(trainer, validate))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        is_first = trainer.global_step == 0  # a resumed run says of itself what is not exact
+        if is_first and not trainer.fast_dev_run and (why := why_inexact(trainer)):
+            rank_zero_warn(why)
 
     def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
         # The learning-rate finder runs the loop too, without the callbacks.

@@ -38,22 +38,14 @@ def inexact_parts(trainer: Trainer, within_epoch: bool) -> list[str]:
 
 
 def _inexact_within_epoch(trainer: Trainer) -> list[str]:
-    parts, loaders = [], training_loaders(trainer)
-    if not all(map(saves_position, loaders)):
-        parts.append(
-            "the checkpoint is from the middle of an epoch and a training loader does not save its position: give it"
-            " `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader` has them), or resume from an"
-            " epoch's end"
-        )
-    if any(getattr(loader, "num_workers", 0) for loader in loaders):
+    parts = [
+        f"the checkpoint is from the middle of an epoch and {doubt}, or resume from an epoch's end"
+        for doubt in loader_doubts(trainer)
+    ]
+    if any(getattr(loader, "num_workers", 0) for loader in training_loaders(trainer)):
         parts.append(
             "the checkpoint is from the middle of an epoch and holds no random state of worker processes: set"
             " `num_workers=0`, or resume from an epoch's end, if the data set draws random numbers"
-        )
-    if not all(map(_has_length, loaders)):
-        parts.append(
-            "a training loader has no length, so Lightning had fetched the next batch already, and the checkpoint does"
-            " not hold it: give the loader `__len__`, or resume from an epoch's end"
         )
     if window_is_open(trainer) and not _window_is_saved(trainer):
         parts.append(
@@ -61,6 +53,22 @@ def _inexact_within_epoch(trainer: Trainer) -> list[str]:
             " `GradientAccumulation` in place of `Trainer(accumulate_grad_batches=…)`"
         )
     return parts
+
+
+def loader_doubts(trainer: Trainer) -> list[str]:
+    """Return what keeps the training loaders from going on in the middle of an epoch, with what to change."""
+    doubts, loaders = [], training_loaders(trainer)
+    if not all(map(saves_position, loaders)):
+        doubts.append(
+            "a training loader does not save its position: give it `state_dict` and `load_state_dict` (torchdata's"
+            " `StatefulDataLoader` has them)"
+        )
+    if not all(map(_has_length, loaders)):
+        doubts.append(
+            "a training loader has no length, so that Lightning fetches one batch more than the checkpoint holds: give"
+            " the loader `__len__`"
+        )
+    return doubts
 
 
 def _window_is_saved(trainer: Trainer) -> bool:

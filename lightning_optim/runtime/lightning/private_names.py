@@ -85,6 +85,13 @@ PRIVATE_NAMES = (
     PrivateName("_make_pruning_permanent", "pruning.is_permanent_in_checkpoints", "save an average as its weights"),
     PrivateName("_prune_on_train_epoch_end", "pruning.prunes_in_validation", "refuse pruning of an average"),
     PrivateName("_use_lottery_ticket_hypothesis", "pruning.resets_weights", "refuse first weights over an average"),
+    PrivateName("_every_n_train_steps", "checkpoint_times.step_interval", "say at a start that no resume is exact"),
+    PrivateName("_train_time_interval", "checkpoint_times.time_interval", "say at a start that no resume is exact"),
+    PrivateName(
+        "_should_save_on_train_epoch_end",
+        "checkpoint_times.writes_after_validations",
+        "say at a start that no resume is exact",
+    ),
     # ---- torch ----
     PrivateName("_step_supports_amp_scaling", "precision.unscale_before_hooks", "unscale before hooks read gradients"),
     PrivateName("_per_optimizer_states", "precision.agree_on_overflow", "keep one loss scale on all ranks"),

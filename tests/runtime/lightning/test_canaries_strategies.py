@@ -1,9 +1,10 @@
-"""The private names of strategies, the GradScaler and pruning mean what `runtime/lightning/` takes them for."""
+"""The private names of strategies, the GradScaler, pruning and checkpoints mean what the wall takes them for."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,14 @@ from torch.distributed.checkpoint import state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
-from lightning_optim.runtime.lightning import precision, pruning, strategies
+from lightning_optim.runtime.lightning import checkpoint_times, precision, pruning, strategies
 from lightning_optim.runtime.patching import patched
 from tests.harness.process_group import Group
 from tests.lightning import (
     AsyncCheckpointIO,
     DDPStrategy,
     MixedPrecision,
+    ModelCheckpoint,
     ModelParallelStrategy,
     ModelPruning,
     TorchCheckpointIO,
@@ -275,3 +277,26 @@ def test_name_of_a_pruned_parameter() -> None:
     (hook,) = layer._forward_pre_hooks.values()
     assert pruning.pruned_name(hook) == "bias"  # type: ignore[arg-type]
     assert {"bias_orig", "bias_mask"} <= {*dict(layer.named_parameters()), *dict(layer.named_buffers())}
+
+
+@canary("_every_n_train_steps")
+def test_checkpoints_by_steps() -> None:
+    assert checkpoint_times.step_interval(ModelCheckpoint(every_n_train_steps=3)) == 3
+    assert checkpoint_times.step_interval(ModelCheckpoint()) == 0
+
+
+@canary("_train_time_interval")
+def test_checkpoints_by_the_clock() -> None:
+    assert checkpoint_times.time_interval(ModelCheckpoint(train_time_interval=timedelta(seconds=2))) == timedelta(0, 2)
+    assert checkpoint_times.time_interval(ModelCheckpoint(every_n_train_steps=3)) is None
+
+
+@canary("_should_save_on_train_epoch_end")
+def test_checkpoints_after_validations() -> None:
+    asked = At("on_train_start", lambda trainer: checkpoint_times.writes_after_validations(ModelCheckpoint(), trainer))
+    fit(Model(), asked, validation=numbers())
+    fit(Model(), asked, validation=numbers(), val_check_interval=2)
+    steps = ModelCheckpoint(every_n_train_steps=3)
+    by_steps = At("on_train_start", lambda trainer: checkpoint_times.writes_after_validations(steps, trainer))
+    fit(Model(), by_steps, validation=numbers(), val_check_interval=2)
+    assert (asked.seen, by_steps.seen) == ([False, True], [False])
