@@ -1,8 +1,8 @@
 """LightningCLI: every callback comes from YAML, and nothing of this package from code but its import.
 
-::
+The extra ``cli`` installs what ``LightningCLI`` needs, and ``examples`` the data::
 
-    python examples/cli.py fit --config examples/cli.yaml
+    pip install -c constraints.txt -e ".[examples,cli]" && python examples/cli.py fit --config examples/cli.yaml
 """
 
 from __future__ import annotations
@@ -56,4 +56,4 @@ class Classifier(LightningModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(Classifier, Digits)
+    LightningCLI(Classifier, Digits, save_config_callback=None)  # no file is written, so it can be run again

@@ -3,7 +3,7 @@
 Penalty, accumulation (with a last window that is not full), clipping by the norm of all gradients and an EMA, on
 scikit-learn's digits. Each rank takes its half of every batch, so that the mean over ranks is the mean over the batch::
 
-    torchrun --nproc-per-node 2 examples/distributed.py
+    pip install -c constraints.txt -e ".[examples]" && torchrun --nproc-per-node 2 examples/distributed.py
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def train(strategy: Strategy, processes: int) -> tuple[dict[str, Tensor], float]
             GradientAccumulation(4),
             WeightRegularization(L2(1e-3)),
             GradientClipping(ClipByNorm(0.5)),
-            WeightAveraging(EMA(0.9)),
+            WeightAveraging(EMA(0.8)),
         ],
         logger=False,
         enable_checkpointing=False,
@@ -110,7 +110,7 @@ def main() -> None:
         raise SystemExit("start it with: torchrun --nproc-per-node 2 examples/distributed.py")
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
     strategies: dict[str, Any] = {
         "DDP": DDPStrategy(process_group_backend="gloo"),
         "FSDP2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),

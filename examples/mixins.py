@@ -4,7 +4,7 @@ Manual optimization needs one mixin and one call, ``self.optimize(loss, optimize
 each optimizer by itself. The discriminator's penalty on its gradients at the real data (R1, arXiv:1801.04406) needs the
 batch, so it is a term of ``RegularizationMixin``. Real data from scikit-learn, nothing is downloaded::
 
-    python examples/mixins.py
+    pip install -c constraints.txt -e ".[examples]" && python examples/mixins.py
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--out", default="gan.png")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)  # tips; the summary stays
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
 
@@ -114,11 +114,10 @@ def main() -> None:
     trainer = Trainer(
         max_epochs=arguments.epochs,
         check_val_every_n_epoch=max(1, arguments.epochs // 6),
-        callbacks=[average, GradientClipping(5.0), GradientAccumulation(2)],
+        callbacks=[average, GradientClipping(1.0), GradientAccumulation(2)],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
     )
     trainer.fit(
