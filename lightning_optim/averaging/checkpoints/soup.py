@@ -96,7 +96,8 @@ def greedy_soup(
     Args:
         paths: Paths of the checkpoints, as for :func:`average_checkpoints`.
         score: Function from a ``state_dict`` to a number, such as the accuracy on the validation set. For a model with
-            BatchNorm call :func:`refresh_batchnorm_` in it.
+            BatchNorm call :func:`refresh_batchnorm_` in it. What it writes into the ``state_dict``, such as these
+            statistics, is in the soup.
         mode: ``"max"`` (default) if a higher score is better, ``"min"`` if a lower one is.
         scores: Scores of the single models, if they are known. Default: compute them with ``score``.
         barrier: Largest allowed loss of score at the midpoint of the best two models, as a share of the mean of their
