@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -89,6 +90,21 @@ def test_a_command_installs_what_its_example_imports(example: str, extras: set[s
     assert needed
     for distribution in needed:
         assert distribution in installed, f"{example} needs {distribution}, and {extras} lack it"
+
+
+# ---- the table of the digits example ---------------------------------------------------------------------------------
+
+
+def test_the_table_has_the_rows_of_the_example() -> None:
+    spec = importlib.util.spec_from_file_location("digits", ROOT / "examples" / "digits.py")
+    assert spec is not None and spec.loader is not None
+    digits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(digits)
+    names = [digits.LAST, digits.BEST, *map(str, digits.METHODS), digits.ALL, *digits.ENSEMBLES]
+    table = README.read_text().partition(f"{digits.line(digits.HEADER)}\n")[2].partition("\n\n")
+    assert [row.split("|")[1].strip(" `") for row in table[0].splitlines()[1:]] == names
+    together = ", ".join(str(method) for method in digits.together(digits.METHODS))
+    assert table[2].startswith(f"{digits.ALL}: {together}; at most ")
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
