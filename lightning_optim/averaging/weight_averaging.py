@@ -236,20 +236,22 @@ class WeightAveraging(AveragedCheckpoints):
 
     def _warn_before_first_step(self) -> None:
         """Warn if the average cannot do in this run what its arguments say."""
+        trainer = self.session.trainer
+        if self._user_decides or trainer.fast_dev_run or trainer.train_dataloader is None:
+            return
         steps = self.session.total - self._start_step
-        if self._user_decides or math.isinf(steps) or self.session.trainer.fast_dev_run:
+        if math.isinf(steps):
             return
         if steps <= 0:
-            self._warn_never_updated(f"it starts after {self._start_step:,} optimizer steps")
+            self._warn_never_updated(
+                f"it starts after {self._start_step:,} optimizer steps, and this run has {self.session.total:,}"
+            )
         elif unreached := self.average.unreached(int(steps)):
             rank_zero_warn(unreached)
 
     def _warn_never_updated(self, reason: str) -> None:
         self._warned_never_updated = True
-        rank_zero_warn(
-            f"{self.brief} has no effect: {reason}, and this run has {self.session.total:,}. Start it earlier, or leave"
-            " it out."
-        )
+        rank_zero_warn(f"{self.brief} has no effect: {reason}. Start it earlier, or leave it out.")
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.average.keep_in(self.dtype, self.device)
@@ -295,7 +297,7 @@ class WeightAveraging(AveragedCheckpoints):
         super().on_train_end(trainer, pl_module)
         self._follow_pruning()
         if not (self.started or self._warned_never_updated or trainer.fast_dev_run) and any(self.steps):
-            self._warn_never_updated(f"it was not updated in {max(self.steps):,} optimizer steps")
+            self._warn_never_updated(f"it was not updated in the {max(self.steps):,} optimizer steps of this run")
         if self.apply_at_end or self.evaluates:
             self._make_ready(pl_module)
 

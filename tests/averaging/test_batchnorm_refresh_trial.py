@@ -90,6 +90,7 @@ def _refusal(model: Model, average: Callback, *others: Callback, **arguments: An
     return str(refused.value)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 @pytest.mark.parametrize("average", AVERAGES, ids=lambda average: type(average).__name__)
 def test_a_step_that_fails_in_eval_mode_is_refused(average: Callback) -> None:
     said = _refusal(OnlyInTraining(make=norm_net), average)
@@ -259,6 +260,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 def test_a_trial_leaves_no_trace(loader: Any) -> None:
     seen = []

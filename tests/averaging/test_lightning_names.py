@@ -305,6 +305,7 @@ def test_the_warm_up_goes_on_from_the_first_update_of_lightnings(tmp_path, start
     assert_close(snapshot(model), averaged, PARAMETERS)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 def test_an_average_of_lightnings_that_never_started_is_not_taken_for_one(tmp_path) -> None:
     path = _saved(tmp_path, TheirEMA(decay=DECAY, update_starting_at_step=1000), "never")
     saved = torch.load(path, weights_only=True)

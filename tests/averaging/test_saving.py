@@ -214,6 +214,7 @@ def test_a_checkpoint_holds_the_evaluated_average_whichever_the_module_holds(tmp
     assert torch.equal(saved["callbacks"]["Exports"]["first"]["of"][0], model.trajectory[-1]["net.0.weight"])
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 def test_a_checkpoint_holds_raw_weights_before_the_evaluated_average_begins(tmp_path) -> None:
     """Also if the module holds another average then: training resumes from the raw weights."""
     other = averaging(average=SWA(), evaluate=False, apply_at_end=False)

@@ -42,6 +42,7 @@ DECISIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 @pytest.mark.parametrize("decision", DECISIONS)
 @pytest.mark.parametrize("batches", [1, 3])
 def test_the_average_and_the_moments_are_those_of_lightning(decision: str, batches: int) -> None:

@@ -315,6 +315,7 @@ def test_a_file_that_is_written_after_an_exception_resumes(tmp_path) -> None:
     assert_close(averaged, ema(model.trajectory, DECAY))
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 def test_an_average_that_never_started_is_never_used(tmp_path) -> None:
     model, alone = Model(), Model()
     files = ModelCheckpoint(tmp_path, filename="one")
@@ -386,6 +387,7 @@ def test_another_module_gets_the_average_also_while_the_model_holds_it() -> None
         assert_close(snapshot(other), ema(model.trajectory, DECAY))
 
 
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 def test_averaged_weights_before_the_start_are_the_raw_ones() -> None:
     model, callback = Model(), averaging(start=1000)
     with callback.averaged_weights(model):
@@ -500,7 +502,7 @@ def test_compare_validates_both_and_plots() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"average": "ema"}, "`average='ema'` must be an average"),
+        ({"average": "ema"}, "`average` must be an average, such as EMA\\(0.999\\), got 'ema'"),
         ({"start": -1}, "`start` must be an integer >= 0, got -1"),
         ({"start": 1.5}, r"`start` must be a number in \[0.0, 1.0\], got 1.5"),
         ({"every": 0}, '`every` must be an integer >= 1 or "epoch", got 0'),

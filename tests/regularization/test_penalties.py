@@ -164,7 +164,7 @@ def test_no_temporary_has_the_size_of_the_model(shapes: list[tuple[int, ...]]) -
         (lambda: L1("1e-3"), "`strength` must be .*, got '1e-3'"),
         (lambda: L2(float("nan")), "`strength` must be .*, got nan"),
         (lambda: L2(float("inf")), "`strength` must be .*, got inf"),
-        (lambda: L2(Linear(1.0, -1.0)), r"`strength` must be .*, got Linear\(start=1.0, end=-1.0\)"),
+        (lambda: L2(Linear(1.0, -1.0)), r"`strength` must be .*, got Linear\(1.0, -1.0\)"),
         (lambda: ElasticNet(-1.0, 0.0), "`l1` must be .*, got -1.0"),
         (lambda: ElasticNet(0.0, True), "`l2` must be .*, got True"),
     ],
@@ -184,7 +184,7 @@ def test_refused(build, sentence: str) -> None:
         ),
         (
             "strength: {class_path: lightning_optim.base.schedules.Linear, init_args: {start: 1.0, end: 0.0}}",
-            "L1(strength=Linear(start=1.0, end=0.0))",
+            "L1(strength=Linear(1.0, 0.0, begin=0.0, until=1.0))",
         ),
     ],
 )
