@@ -382,7 +382,7 @@ def resumed_files(client: Client, plain: Fit, folder: Path) -> None:
 
     def callbacks() -> list[Any]:
         best = client.saver(folder, monitor=client.monitor, save_top_k=3, save_last=True, filename="{epoch}")
-        stop = lo.EarlyStopping(client.monitor, mode="max", patience=9, dirpath=str(folder / "stop"))
+        stop = lo.EarlyStopping(client.monitor, mode="max", patience=float("inf"), dirpath=str(folder / "stop"))
         return [best, lo.CheckpointAveraging(top=3), stop]
 
     first = client.fit(*callbacks(), epochs=2)
@@ -411,7 +411,7 @@ def everything(client: Client, plain: Fit) -> list[Any]:
         lo.GradientClipping([lo.Centralize(), lo.ClipByNorm(norm / 2)]),
         lo.WeightAveraging(lo.EMA(0.8)),
         lo.WeightAveraging(lo.SWA(), start=0.5, evaluate=False, apply_at_end=False),
-        lo.EarlyStopping(client.monitor, patience=10),
+        lo.EarlyStopping(client.monitor, patience=float("inf")),
         lo.ExactResume(),
     ]
 
