@@ -29,6 +29,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def with_blocks(language: str) -> list[Path]:
+    """Return the pages whose blocks run here; `test_readme.py` runs those of the README, the first one alone."""
     return [page for page in PAGES if page.parent != WITH and page.name != "README.md" and blocks(page, language)]
 
 
@@ -82,9 +83,21 @@ def test_other_packages_pages_are_run_by_the_script_of_clients() -> None:
         assert all(block.code in run for block in blocks(page))
 
 
+# Who runs or compares the blocks of a page that are not Python or YAML.
+OTHERS = {
+    ("console", "docs/command-line.md"): "test_command_line_page.py",
+    ("text", "README.md"): "test_readme.py",
+    ("text", "docs/architecture.md"): "test_docs.py",
+    ("text", "docs/logged.md"): "test_logged_names.py",
+    ("toml", "docs/support.md"): None,  # settings of another tool
+}
+
+
 def test_each_kind_of_block_has_a_runner() -> None:
-    languages = {block.language for page in PAGES for block in blocks(page)}
-    assert languages <= {"python", "yaml", "text", "toml", "console"}
+    kinds = {(block.language, title(page)) for page in PAGES for block in blocks(page)}
+    assert {kind for kind in kinds if kind[0] not in ("python", "yaml")} <= OTHERS.keys()
+    for name in filter(None, OTHERS.values()):
+        assert (ROOT / "tests" / name).exists() or name == "test_readme.py"
     for page in PAGES:  # a fence that the pattern misses would be an example that nothing runs
         assert len(re.findall(r"^ *```", page.read_text(), flags=re.MULTILINE)) == 2 * len(blocks(page)), page.name
 
