@@ -97,7 +97,7 @@ def test_each_kind_of_block_has_a_runner() -> None:
     kinds = {(block.language, title(page)) for page in PAGES for block in blocks(page)}
     assert {kind for kind in kinds if kind[0] not in ("python", "yaml")} <= OTHERS.keys()
     for name in filter(None, OTHERS.values()):
-        assert (ROOT / "tests" / name).exists() or name == "test_readme.py"
+        assert (ROOT / "tests" / name).exists()
     for page in PAGES:  # a fence that the pattern misses would be an example that nothing runs
         assert len(re.findall(r"^ *```", page.read_text(), flags=re.MULTILINE)) == 2 * len(blocks(page)), page.name
 
