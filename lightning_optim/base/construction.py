@@ -39,9 +39,9 @@ class _Argument(NamedTuple):
 class Constructed:
     """Print an object as the call that constructs an equal one, with the arguments that were passed.
 
-    Arguments without a default are shown without their name. Arguments that are no number and equal their default are
-    left out, since a configuration file passes them all. A number or text that the object keeps in an attribute of the
-    argument's name is shown as it is now.
+    Arguments without a default are shown without their name. Arguments that equal their default are left out if they
+    are no number, or if all arguments were passed, as a configuration file does. A number or text that the object keeps
+    in an attribute of the argument's name is shown as it is now.
 
     Example::
 
@@ -113,13 +113,15 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
         return []
     parameters = list(signature.parameters.values())[1:]
     unnamed = any(one.kind is Parameter.VAR_POSITIONAL and bound.get(one.name) for one in parameters)
+    optional = [one.name for one in parameters if one.default is not Parameter.empty]
+    all_passed = len(optional) > 1 and all(name in bound for name in optional)
     found: list[_Argument] = []
     for place, parameter in enumerate(parameters):
         name, kind = parameter.name, parameter.kind
         if name not in bound:
             continue
         value = bound[name]
-        if type(value) in (bool, str, type(None)) and value == parameter.default:
+        if (all_passed or not _is_number(value)) and _is_default(value, parameter):
             continue
         if kind is Parameter.VAR_POSITIONAL:
             found += [_Argument("", False, written(one), False, place + more) for more, one in enumerate(value)]
@@ -131,6 +133,14 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
             named = not (unnamed or parameter.default is Parameter.empty)
             found.append(_Argument(name, named, written(value), _is_plain(value), place))
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_default(value: Any, parameter: Parameter) -> bool:
+    return isinstance(value, bool | int | float | str | None) and value == parameter.default
 
 
 def _is_plain(value: Any) -> bool:

@@ -90,6 +90,8 @@ def test_prints_the_arguments_that_were_passed() -> None:
     assert repr(Plateau("x", patience=3)) == "Plateau('x', patience=3)"
     assert repr(Plateau(monitor="x", mode="max")) == "Plateau('x', mode='max')"
     assert EMA(half_life=5).brief == "EMA(half_life=5)"
+    every_argument = {"monitor": "x", "patience": 3, "mode": "min", "min_delta": 0.5}  # as a configuration file passes
+    assert repr(Plateau(**every_argument)) == "Plateau('x', min_delta=0.5)"
 
 
 @pytest.mark.parametrize(

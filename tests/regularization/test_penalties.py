@@ -184,7 +184,7 @@ def test_refused(build, sentence: str) -> None:
         ),
         (
             "strength: {class_path: lightning_optim.base.schedules.Linear, init_args: {start: 1.0, end: 0.0}}",
-            "L1(strength=Linear(1.0, 0.0, begin=0.0, until=1.0))",
+            "L1(strength=Linear(1.0, 0.0))",
         ),
     ],
 )
