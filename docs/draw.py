@@ -59,7 +59,7 @@ def about(folder: str) -> str:
 def picture() -> str:
     """Return the picture: one line for each folder, the roof above, the ground below, and what each imports."""
     reached = imports()
-    lines = ["__init__, cli.py               the public names; the command line   ── import every folder", ""]
+    lines = ["__init__, __main__, cli.py     the public names; the command line   ── import every folder", ""]
     for floor in reversed(FLOORS):
         for folder in floor:
             names = [name for row in FLOORS for name in row if name in reached[folder]]

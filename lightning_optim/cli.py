@@ -347,3 +347,7 @@ def _inspect(options: argparse.Namespace) -> int:
         for line in describe(path, weights_only=not options.unsafe, key=options.key):
             print(_on_one_line(line))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,18 @@ def test_the_entry_point_and_its_help(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["average", "--help"])
     assert capsys.readouterr().out.startswith("usage: lightning-optim average")
+
+
+@pytest.mark.parametrize("module", ["lightning_optim", "lightning_optim.cli"])
+def test_the_command_as_a_module(module: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["module", "--version"])
+    monkeypatch.delitem(sys.modules, module if module.endswith("cli") else f"{module}.__main__", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(module, run_name="__main__")
+    assert capsys.readouterr().out == f"lightning-optim {lightning_optim.__version__}\n"
+    monkeypatch.setattr("sys.argv", ["module", "inspect", "missing.ckpt"])
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_module(module, run_name="__main__")
 
 
 # ---- contents that nobody would write ----

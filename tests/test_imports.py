@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: {"base", "runtime", "plotting", room} for room in ROOMS},
     "ensembling": {"base", "runtime", "plotting", "ensembling", "resume"},
     "cli": ALL,
+    "__main__": {"cli"},
     "": ALL,
 }
 
