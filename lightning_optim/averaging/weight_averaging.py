@@ -198,10 +198,15 @@ class WeightAveraging(AveragedCheckpoints):
         return f"{every} from step {start + 1:,} on".lstrip() if start else every
 
     def report(self) -> str:
-        if self.session.wrote_final is not self or self._averaged is None:
+        if self._averaged is None or not self.started:
             return ""
-        updates = max(average.counters.get("updates", 0) for average in self._averaged.averages)
-        return f"the module holds the average of {updates:,} updates"
+        counts = [average.counters.get("updates", 0) for average in self._averaged.averages]
+        updates = f"{' and '.join(f'{count:,}' for count in counts)} update{'' if counts == [1] else 's'}"
+        average = f"the average {self.average.in_words} of {updates}"
+        writer = self.session.wrote_final
+        if writer is self:
+            return f"the module holds {average}"
+        return "" if writer is not None else f"{average} is in `averaged_weights(model)`, raw weights are in the module"
 
     # ---- life --------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from lightning_optim import (
     EMA,
     L1,
     L2,
+    LAWA,
     SWA,
     AllOf,
     CheckpointAveraging,
@@ -132,7 +133,29 @@ def test_skipped_steps_and_the_average_are_reported(said: list[str]) -> None:
     callbacks = [GradientClipping(1e6), WeightAveraging(EMA(0.9, warmup=None))]
     fit(callbacks, Classifier(spike=1))
     _, end = said
-    assert end == "the module holds the average of 9 updates · 3 of 12 steps skipped, 0 % clipped"
+    assert end == "the module holds the average EMA(0.9, warmup=None) of 9 updates · 3 of 12 steps skipped, 0 % clipped"
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "optimizers", "end"),
+    [
+        ([WeightAveraging(SWA(), start=11)], 1, "the module holds the average SWA() of 1 update"),
+        ([WeightAveraging(SWA(), start=10)], 2, "the module holds the average SWA() of 2 and 2 updates"),
+        (
+            [WeightAveraging(SWA(), apply_at_end=False)],
+            1,
+            "the average SWA() of 12 updates is in `averaged_weights(model)`, raw weights are in the module",
+        ),
+        (
+            [WeightAveraging(SWA()), WeightAveraging(LAWA(2), evaluate=False, apply_at_end=False)],
+            1,
+            "the module holds the average SWA() of 12 updates",
+        ),
+    ],
+)
+def test_where_an_average_is(callbacks: list[Callback], optimizers: int, end: str, said: list[str]) -> None:
+    fit(callbacks, Classifier(optimizers=optimizers))
+    assert said[1] == end
 
 
 class Own(OptimCallback):

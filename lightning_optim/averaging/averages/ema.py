@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from lightning_optim.averaging.averages.average import Average
 from lightning_optim.base.arguments import check_number
 
@@ -84,13 +82,10 @@ class EMA(Average):
         reached = self.decay_at(steps - 1)
         if self.warmup is None or reached >= self._decay:
             return ""
-        # The share that is not kept, rounded up to one digit, so that the decay is reached before the end.
-        digit = 10.0 ** math.floor(math.log10(1.0 - reached))
-        near = 1.0 - math.ceil((1.0 - reached) / digit) * digit
         return (
             f"The warm-up of {self!r} ends at a decay of {reached:.4g} after the {steps:,} steps of this run, so every"
-            f" larger `decay` gives the same average: pass `decay={near:.4g}`, or `warmup=None` for the whole decay"
-            " from the second update on."
+            " larger `decay` gives the same average. Pass a smaller one, which averages over fewer steps, or"
+            " `warmup=None`, which has the whole decay from the second update on."
         )
 
     def _share(self, step: int) -> float:
