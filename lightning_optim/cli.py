@@ -192,8 +192,10 @@ def _average(options: argparse.Namespace) -> int:
         options.files, weights, key=options.key, weights_only=safe, progress=sys.stderr.isatty()
     )
     left_out = write_average(mean, options.output, provenance, options.files[-1], options.key, safe)
-    print(_on_one_line(f"{options.output}: the mean of {_counted(len(options.files), 'file')}{_note(left_out)}"))
-    if len(options.files) > 1:
+    count = len(options.files)
+    what = f"the mean of {count} files" if count > 1 else "the weights of one file, which is no average"
+    print(_on_one_line(f"{options.output}: {what}{_note(left_out)}"))
+    if count > 1:
         _warn_of_statistics(options.output, mean)
     return 0
 
@@ -291,7 +293,8 @@ def _soup(options: argparse.Namespace) -> int:
     )
     left_out = soup._write(options.output)
     kept, tried = len(soup.kept), _counted(len(options.files), "file")
-    line = f"{options.output}: a greedy soup of {kept} of {tried}, score {soup.score:.6g}{_note(left_out)}"
+    alone = f": the weights of {soup.kept[0]} alone" if kept == 1 else ""
+    line = f"{options.output}: a greedy soup of {kept} of {tried}, score {soup.score:.6g}{alone}{_note(left_out)}"
     print(_on_one_line(line))
     if len(soup.kept) > 1 and not changes:
         _warn_of_statistics(options.output, soup)

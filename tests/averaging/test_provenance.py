@@ -132,6 +132,7 @@ def test_names_by_which_files_can_be_told_apart() -> None:
         {"files": [{"file": "a", "weight": "much"}], "score": None},
         {"files": [{"file": "a", "weight": float("nan")}], "score": None},
         {"files": torch.ones(3), "score": None},
+        {"files": [{"file": "a", "weight": 1.0}], "score": 1.0, "tried": 1 << 40},
     ],
     ids=str,
 )
@@ -168,7 +169,42 @@ def test_the_command_prints_each_step(numbers: list[str], capsys) -> None:
         "soup.pt: a greedy soup of 2 of 4 files, score 0.1",
     ]
     torch.testing.assert_close(torch.load("soup.pt")["w"], torch.tensor([2.4]))
-    assert inspected("soup.pt", capsys)[1:] == ["a greedy soup of 2 files, score 0.1:", "  0.5 * c.pt", "  0.5 * d.pt"]
+    assert inspected("soup.pt", capsys)[1:] == [
+        "a greedy soup of 2 of 4 files, score 0.1:",
+        "  0.5 * c.pt",
+        "  0.5 * d.pt",
+    ]
+
+
+def test_files_of_a_soup_are_told_apart_from_all_that_were_tried(numbers: list[str], capsys) -> None:
+    for run, name in (("run_a", "c.pt"), ("run_b", "b.pt")):
+        Path(run).mkdir()
+        Path(name).rename(f"{run}/last.pt")
+    arguments = ["--score", "score_of_numbers:distance", "--mode", "min", "--no-barrier", "-o", "soup.pt"]
+    assert cli.main(["soup", "run_a/last.pt", "run_b/last.pt", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "soup.pt: a greedy soup of 1 of 2 files, score 0.3: the weights of run_a/last.pt alone"
+    )
+    assert inspected("soup.pt", capsys) == [
+        "soup.pt: the weights of one file, 2 numbers in 2 tensors (1 float32, 1 int64)",
+        "a greedy soup of 1 of 2 files, score 0.3:",
+        "  1 * run_a/last.pt",
+    ]
+
+
+def test_one_file_is_no_average(files: list[str], numbers: list[str], capsys) -> None:
+    assert cli.main(["average", files[0], "-o", "one.ckpt"]) == 0
+    assert capsys.readouterr().out == "one.ckpt: the weights of one file, which is no average\n"
+    assert inspected("one.ckpt", capsys)[2:] == [
+        "state_dict: the weights of one file, 41 numbers in 4 tensors (4 float32)",
+        "a copy of 1 file:",
+        "  1 * epoch=0.ckpt",
+    ]
+    assert cli.main(["average", *files, "--weights", "1,0", "-o", "first.ckpt"]) == 0
+    assert "the weights of one file, 41" in inspected("first.ckpt", capsys)[2]
+    assert cli.main(["average", *files, "-o", "mean.ckpt"]) == 0
+    assert cli.main(["average", "mean.ckpt", "-o", "copy.ckpt"]) == 0
+    assert "averaged weights" in inspected("copy.ckpt", capsys)[2]
 
 
 def test_a_soup_saves_itself(numbers: list[str], capsys) -> None:
@@ -187,7 +223,7 @@ def test_a_soup_saves_itself(numbers: list[str], capsys) -> None:
     with pytest.raises(ValueError, match=r"soup\.bin must end in \.ckpt"):
         soup.save("soup.bin")
     assert cli.main(["average", "soup.pt", "a.pt", "-o", "both.pt"]) == 0
-    assert "  0.5 * soup.pt, which is a greedy soup of 2 files, score 0.1:" in inspected("both.pt", capsys)
+    assert "  0.5 * soup.pt, which is a greedy soup of 2 of 4 files, score 0.1:" in inspected("both.pt", capsys)
 
 
 def test_a_saved_soup_of_lightning_checkpoints_loads(files: list[str]) -> None:

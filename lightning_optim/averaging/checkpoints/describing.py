@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.averaging.checkpoints.average_checkpoints import PathLike
 from lightning_optim.averaging.checkpoints.averaged_state_dict import averages_in, callback_states
-from lightning_optim.averaging.checkpoints.provenance import read_provenance
+from lightning_optim.averaging.checkpoints.provenance import Provenance, read_provenance
 
 
 def describe(path: PathLike, weights_only: bool = True, key: str | None = None) -> Iterator[str]:
@@ -25,7 +25,7 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
         weights = reading.weights_of(checkpoint, path, key)
     provenance = read_provenance(path, checkpoint)
     if "pytorch-lightning_version" not in checkpoint:
-        yield _describe_plain(path, reading.weights_key(checkpoint, path, key), weights, provenance is not None)
+        yield _describe_plain(path, reading.weights_key(checkpoint, path, key), weights, provenance)
         yield from provenance.lines() if provenance else ()
         return
     kind = "a distributed checkpoint" if os.path.isdir(path) else "a checkpoint"
@@ -38,9 +38,13 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
     found = averages_in(checkpoint)
     evaluated = next((one for one in found if one.evaluated), None)
     theirs = isinstance(checkpoint.get("averaging_state"), Mapping) and not _holds_ours(checkpoint)
-    is_averaged = evaluated or theirs or provenance
-    what = "averaged" if is_averaged else "unknown whether raw or averaged" if is_bare else "raw"
-    yield f"{key}: weights, {_size(weights)}" if key else f"state_dict: {what} weights, {_size(weights)}"
+    if key:
+        what = "weights"
+    elif evaluated or theirs or provenance:
+        what = _of_provenance(provenance) if provenance else "averaged weights"
+    else:
+        what = "unknown whether raw or averaged weights" if is_bare else "raw weights"
+    yield f"{key or reading.STATE_DICT}: {what}, {_size(weights)}"
     yield from provenance.lines() if provenance else ()
     if theirs:
         count = int(checkpoint["averaging_state"].get("n_averaged", 0))
@@ -51,10 +55,14 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
         yield f"{one.kind}{name}: {one.updates} updates, the first at step {one.first}, the last at {one.last}; {where}"
 
 
-def _describe_plain(path: str, key: str | None, weights: Mapping[Any, Any], is_averaged: bool) -> str:
+def _of_provenance(provenance: Provenance) -> str:
+    return "averaged weights" if provenance.is_mean else "the weights of one file"
+
+
+def _describe_plain(path: str, key: str | None, weights: Mapping[Any, Any], provenance: Provenance | None) -> str:
     if not reading.holds_tensors(weights):
         raise ValueError(f"{path} holds no weights" + (f" under `{key}`" if key else ""))
-    what = "averaged weights" if is_averaged else "weights"
+    what = _of_provenance(provenance) if provenance else "weights"
     return f"{path}: {what}" + (f" under `{key}`" if key else "") + f", {_size(weights)}"
 
 

@@ -43,10 +43,18 @@ class Provenance:
     Attributes:
         sources: The checkpoints, in the order in which they were averaged.
         score: The score of a greedy soup; ``None`` for a plain mean.
+        tried: Number of checkpoints that a greedy soup tried; ``None`` for a plain mean, or if it is not known.
     """
 
     sources: tuple[Source, ...]
     score: float | None = None
+    tried: int | None = None
+
+    @property
+    def is_mean(self) -> bool:
+        """True if more than one checkpoint is in it: a soup may keep one alone, and a mean may be of one."""
+        used = [source for source in self.sources if source.weight]
+        return len({source.file for source in used}) > 1 or any(one.average and one.average.is_mean for one in used)
 
     def as_plain_values(self, depth: int = _DEPTH) -> dict[str, Any]:
         """Return the dictionary that is written into a checkpoint."""
@@ -58,15 +66,22 @@ class Provenance:
             }
             for source in self.sources
         ]
-        return {"version": 1, "files": files, "score": self.score}
+        tried = {} if self.tried is None else {"tried": self.tried}
+        return {"version": 1, "files": files, "score": self.score, **tried}
 
     def lines(self) -> Iterator[str]:
         """Yield what ``lightning-optim inspect`` prints; of very many files the first."""
         yield from itertools.islice(self._lines("", ""), _LINES)
 
     def _lines(self, before: str, indent: str) -> Iterator[str]:
-        number = f"{len(self.sources)} file{'s' if len(self.sources) != 1 else ''}"
-        kind = f"the mean of {number}" if self.score is None else f"a greedy soup of {number}, score {self.score:.6g}"
+        count = len(self.sources) if self.tried is None else self.tried
+        number = f"{count} file{'s' if count != 1 else ''}"
+        if self.tried is not None:
+            number = f"{len(self.sources)} of {number}"
+        if self.score is not None:
+            kind = f"a greedy soup of {number}, score {self.score:.6g}"
+        else:
+            kind = f"the mean of {number}" if len(self.sources) > 1 else f"a copy of {number}"
         yield f"{before}{kind}:"
         for source in self.sources:
             begin = f"{indent}  {source.weight:.4g} * {source.file}"
@@ -81,6 +96,7 @@ def provenance_of(
     weights: Sequence[float],
     averages: Sequence[Provenance | None],
     score: float | None = None,
+    tried: Sequence[str] | None = None,
 ) -> Provenance:
     """Return the provenance of a mean.
 
@@ -89,10 +105,14 @@ def provenance_of(
         weights: Their weights, not all zero.
         averages: The provenance of each.
         score: The score of a greedy soup.
+        tried: Paths of all checkpoints that a greedy soup tried, from which its own are told apart.
     """
+    all_paths = list(dict.fromkeys([*paths, *(tried or ())]))
+    names = dict(zip(all_paths, short_names(all_paths), strict=True))
     total = math.fsum(weights)
     shares = [weight / total for weight in weights]
-    return Provenance(tuple(map(Source, short_names(paths), shares, averages)), score)
+    sources = map(Source, [names[path] for path in paths], shares, averages)
+    return Provenance(tuple(sources), score, None if tried is None else len(tried))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -151,8 +171,9 @@ def _parsed(value: Any, depth: int = _DEPTH) -> Provenance | None:
         files = value["files"][:_FILES]
         sources = [Source(str(one["file"])[:300], float(one["weight"]), _inner(one, depth)) for one in files]
         score = None if value["score"] is None else float(value["score"])
-        is_right = bool(sources) and all(math.isfinite(one.weight) for one in sources)
-        return Provenance(tuple(sources), score) if is_right else None
+        tried = None if value.get("tried") is None else int(value["tried"])
+        is_right = bool(sources) and all(math.isfinite(one.weight) for one in sources) and (tried or 0) < 1 << 32
+        return Provenance(tuple(sources), score, tried) if is_right else None
     except Exception:
         return None
 

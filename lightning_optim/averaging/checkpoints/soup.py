@@ -71,7 +71,8 @@ class Soup(dict[str, Any]):
     def _write(self, path: str) -> list[str]:
         """Write the checkpoint; return the names of entries that were left out."""
         averages = [self._averages.get(one) for one in self.kept]
-        provenance = provenance_of(self.kept, [1.0] * len(self.kept), averages, self.score)
+        tried = [one.path for one in self.tried]
+        provenance = provenance_of(self.kept, [1.0] * len(self.kept), averages, self.score, tried)
         return write_average(dict(self), path, provenance, self.kept[-1], self._key, self._weights_only)
 
 
