@@ -29,6 +29,7 @@ class Window:
         scale: Loss scale of these gradients.
         unit: Weight that is taken for 1, equal on all ranks; ``None`` if all micro-batches weigh the same.
         total: Sum of the weights on this rank, in units.
+        holds_grads: True if a parameter had a gradient after a micro-batch of it.
     """
 
     size: int
@@ -36,6 +37,7 @@ class Window:
     scale: float = 1.0
     unit: Tensor | None = None
     total: Tensor | None = None
+    holds_grads: bool = False
 
     def weigh(self, weight: Tensor, unit: Tensor) -> Tensor:
         """Add the weight of a micro-batch, and return the factor for its loss.

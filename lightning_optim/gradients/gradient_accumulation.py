@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,8 +64,9 @@ class GradientAccumulation(OptimCallback):
     Raises:
         ValueError: If an argument is out of its range.
         MisconfigurationException: Under manual optimization of a module that is not a
-            :class:`ManualOptimizationMixin`; beside ``Trainer(accumulate_grad_batches=…)``; or if
-            :class:`TargetBatchSize` cannot find the size of a micro-batch.
+            :class:`ManualOptimizationMixin`, or that steps an optimizer without its ``optimize``; beside
+            ``Trainer(accumulate_grad_batches=…)``; or if :class:`TargetBatchSize` cannot find the size of a
+            micro-batch.
 
     Example::
 
@@ -115,6 +117,7 @@ class GradientAccumulation(OptimCallback):
         self._largest: int | None = None  # micro-batches that a step of this epoch had, if it was seen from its start
         self._in_batch = False
         self._warned = False
+        self._closing: int | None = None  # index of the optimizer that `optimize` steps now
 
     def describe_step(self, index: int) -> tuple[str, str]:
         size = self.n if isinstance(self.n, dict) else self.batches_per_step(0)
@@ -133,6 +136,15 @@ class GradientAccumulation(OptimCallback):
     def is_open(self) -> bool:
         """True if the window of any optimizer holds gradients with which no step was taken yet."""
         return any(window.count for window in self._windows.values())
+
+    @contextlib.contextmanager
+    def closing(self, index: int) -> Iterator[None]:
+        """Context manager: the step of the optimizer with this index is that of its window."""
+        self._closing = index
+        try:
+            yield
+        finally:
+            self._closing = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -167,6 +179,9 @@ class GradientAccumulation(OptimCallback):
         self._set_size(trainer, pl_module)
         self._warn_of_overrides(pl_module)
         self._restore(trainer, pl_module)
+        if not pl_module.automatic_optimization:
+            for optimizer in trainer.optimizers:  # for a step of torch's optimizer itself, without Lightning's hooks
+                self.session.on_close(optimizer.register_step_pre_hook(self._refuse_step_by_hand).remove)
 
     def _warn_of_overrides(self, pl_module: LightningModule) -> None:
         """Warn of hooks that run less often than without accumulation, as GradientAccumulationScheduler does."""
@@ -178,6 +193,23 @@ class GradientAccumulation(OptimCallback):
                     f"{type(self).__name__} accumulates, and {type(pl_module).__name__} overrides `{name}`: Lightning"
                     " calls it at every optimizer step, and not at every batch."
                 )
+
+    def _refuse_step_by_hand(self, optimizer: Optimizer, *_: Any) -> None:
+        """Raise before a step that ``optimize`` does not take, since it would come whatever has been accumulated."""
+        session, size = self.fit, max(self._sizes.values())
+        if session is None or size == 1 or not session.counts_steps or session.windows is not self:
+            return
+        trainer, module = session.trainer, session.trainer.lightning_module
+        if module.automatic_optimization:
+            return
+        index = trainer.optimizers.index(optimizer) if optimizer in trainer.optimizers else None
+        if index is not None and index != self._closing:
+            raise MisconfigurationException(
+                f"{type(self).__name__} accumulates {size} micro-batches for a step, and {type(module).__name__} calls"
+                f" `step` of optimizer {index} ({type(optimizer).__name__}) itself, whatever has been accumulated. Step"
+                " with `self.optimize(loss, optimizer)` alone, which also does the backward pass and `zero_grad`:"
+                " remove your calls of `manual_backward`, `step` and `zero_grad`."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set_size(trainer, pl_module)
@@ -242,6 +274,7 @@ class GradientAccumulation(OptimCallback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._refuse_step_by_hand(optimizer)  # also where the scaler would skip the step, or the optimizer is a new one
         step = self.current_step(optimizer)
         window = self._windows.pop(step.index, None)
         if window is None or window.count == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,12 +13,14 @@ from torch.optim import Optimizer
 from lightning_optim.gradients.accumulation_window import Window
 from lightning_optim.runtime.lightning import (
     LightningOptimizer,
+    MisconfigurationException,
     ModuleMixin,
     Trainer,
 )
 from lightning_optim.runtime.lightning.precision import scaler_of
 from lightning_optim.runtime.lightning.strategies import without_reduction
 from lightning_optim.runtime.order import AccumulationWindows
+from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.step import parameters_of
 
@@ -62,19 +65,22 @@ class ManualOptimizationMixin(ModuleMixin):
 
         Raises:
             TypeError: If ``loss`` is not a tensor, as when the two are swapped.
-            ValueError: If ``optimizer`` is not one of the module's, or is left out although there are several.
+            ValueError: If ``loss`` is not a scalar or has no gradient; if ``optimizer`` is not one of the module's, or
+                is left out although there are several.
+            MisconfigurationException: If the loss of the optimizer's first step has reached none of its parameters; or
+                if the gradients of an open window are gone, as after a ``zero_grad`` of your own.
         """
         trainer = self.trainer
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"write `self.optimize(loss, optimizer)`: the loss, a tensor, comes first, got {type(loss).__name__}"
-            )
+        _check_loss(loss)
         wrapped = _wrapped(trainer, optimizer)
         plain = wrapped.optimizer
         windows = _open_windows(trainer)
-        window = None if windows is None else windows.window(trainer, trainer.optimizers.index(plain))
+        index = -1 if windows is None else trainer.optimizers.index(plain)
+        window = None if windows is None else windows.window(trainer, index)
         if window is None or window.count == 0:
             plain.zero_grad()
+        elif window.holds_grads and not _holds_grads(plain):
+            raise _removed(window, plain, trainer)
         if windows is not None and window is not None:
             _rescale_(window, plain, trainer)
             share = windows.weigh(window)
@@ -85,8 +91,12 @@ class ManualOptimizationMixin(ModuleMixin):
         block = not closes and len(trainer.optimizers) == 1
         with without_reduction(trainer.strategy, block), _only(plain, trainer):
             self.manual_backward(loss)
+        if window is not None:
+            window.holds_grads = _holds_grads(plain)
         if closes:
-            wrapped.step()
+            _check_reached(plain, trainer)
+            with contextlib.nullcontext() if windows is None else windows.closing(index):
+                wrapped.step()
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of an open window: under manual optimization Lightning takes every batch for a step."""
@@ -109,11 +119,76 @@ def _wrapped(trainer: Trainer, optimizer: Optimizer | LightningOptimizer | None)
     for wrapper in wrappers:
         if optimizer is wrapper or optimizer is wrapper.optimizer:
             return wrapper
+    given = f"another {type(optimizer).__name__}" if isinstance(optimizer, Optimizer) else type(optimizer).__name__
+    fix = ""
+    if optimizer is None:
+        given = "none"
+    elif isinstance(optimizer, list | tuple):
+        given, fix = f"a {given} of them", "; call it once for each, with a loss for each"
+    elif isinstance(optimizer, int) and not isinstance(optimizer, bool):
+        inside = optimizer if 0 <= optimizer < len(wrappers) else 0
+        given = str(optimizer)
+        fix = "; write " + (
+            f"`self.optimizers()[{inside}]`" if len(wrappers) > 1 else "`self.optimizers()`, or leave it out"
+        )
     known = ", ".join(f"{index} ({type(wrapper.optimizer).__name__})" for index, wrapper in enumerate(wrappers))
-    given = "none" if optimizer is None else f"another {type(optimizer).__name__}"
     raise ValueError(
-        f"`self.optimize(loss, optimizer)` takes one of `self.optimizers()`, which are {known}; got {given}"
+        f"`self.optimize(loss, optimizer)` takes one of `self.optimizers()`, which are {known}; got {given}{fix}"
     )
+
+
+def _check_loss(loss: Any) -> None:
+    """Raise if the loss is not a tensor that has one element and a gradient."""
+    call = "`self.optimize(loss, optimizer)`"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"write {call}: the loss, a tensor, comes first, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss of {call} must be a scalar, got a tensor of shape {tuple(loss.shape)}: pass its mean,"
+            " `loss.mean()`"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of {call} has no gradient: it was detached, computed under `torch.no_grad()`, or depends on no"
+            " trainable parameter"
+        )
+
+
+def _holds_grads(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for parameter in parameters_of(optimizer))
+
+
+_REACHED: WeakSet[Optimizer] = WeakSet()  # optimizers that had a gradient at one of their steps
+
+
+def _check_reached(optimizer: Optimizer, trainer: Trainer) -> None:
+    """Raise at the optimizer's first step if no loss of its window has reached any of its trainable parameters.
+
+    A later step without a gradient moves nothing, and may be meant, as where a batch has nothing for this optimizer. A
+    resumed run has taken its first step before.
+    """
+    if optimizer in _REACHED or trainer.ckpt_path or hides_weights(trainer.strategy):
+        return
+    if _holds_grads(optimizer):
+        _REACHED.add(optimizer)
+    elif any(parameter.requires_grad for parameter in parameters_of(optimizer)):
+        raise MisconfigurationException(
+            f"The loss that `self.optimize` got for {_name(optimizer, trainer)} depends on none of its trainable"
+            " parameters, so that its first step would move nothing. Is it the loss of another optimizer, or was"
+            " `detach()` called on the way? Call `optimize` only with a loss that depends on them."
+        )
+
+
+def _removed(window: Window, optimizer: Optimizer, trainer: Trainer) -> MisconfigurationException:
+    """Make the error for an open window whose gradients are gone."""
+    return MisconfigurationException(
+        f"After {window.count} of {window.size} micro-batches the gradients of {_name(optimizer, trainer)} are gone:"
+        " remove your calls of `zero_grad`, which `self.optimize` does itself where a window begins."
+    )
+
+
+def _name(optimizer: Optimizer, trainer: Trainer) -> str:
+    return f"optimizer {trainer.optimizers.index(optimizer)} ({type(optimizer).__name__})"
 
 
 def _rescale_(window: Window, optimizer: Optimizer, trainer: Trainer) -> None:

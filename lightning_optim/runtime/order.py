@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -128,3 +129,6 @@ class AccumulationWindows(Protocol):
 
     def weigh(self, window: Any) -> Tensor | None:
         """Add the present micro-batch to a window; return the factor for its loss, ``None`` if all weigh the same."""
+
+    def closing(self, index: int) -> AbstractContextManager[None]:
+        """Context manager: the step of the optimizer with this index is that of its window."""

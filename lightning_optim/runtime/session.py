@@ -268,10 +268,19 @@ class Session:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
+    @property
+    def counts_steps(self) -> bool:
+        """True if a step of an optimizer is one of the run.
+
+        Before training torch (FSDP2) makes the state that it restores by a step with learning rate 0, and so it does
+        when it saves an optimizer that has no state yet.
+        """
+        return self.state is SessionState.TRAINING and not self._saving_optimizer
+
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.state is not SessionState.TRAINING or self._saving_optimizer:
-            return  # before training, torch (FSDP2) makes the state that it restores by a step with learning rate 0
+        if not self.counts_steps:
+            return
         self._steps.setdefault(optimizer, None)  # a user may call `step` of torch's optimizer itself
         step, callbacks = self.current_step(optimizer), self._acting()
         if not step.dropped:  # torch calls the hook although nothing moved

@@ -57,7 +57,7 @@ def test_one_of_several_optimizers_must_be_named() -> None:
 
 
 def test_a_list_or_a_foreign_optimizer_is_none_of_them() -> None:
-    with pytest.raises(ValueError, match="got another list"):
+    with pytest.raises(ValueError, match="got a list of them; call it once for each"):
         _fit(Manual(2, lambda module, loss: module.optimize(loss, module.optimizers())))
     with pytest.raises(ValueError, match=r"which are 0 \(SGD\); got another SGD"):
         _fit(Manual(1, lambda module, loss: module.optimize(loss, torch.optim.SGD(module.parameters(), 0.1))))
