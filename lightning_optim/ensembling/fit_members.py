@@ -179,7 +179,9 @@ def _add_callbacks(trainer: Trainer, label: LabelCheckpoints, folder: Path) -> N
             # Lightning would choose a folder by the logger's version, which changes when the run is started again.
             callback.dirpath = str(folder)
     if savers and not any(isinstance(callback, ExactResume) for callback in trainer.callbacks):
-        added.append(ExactResume())
+        exact = ExactResume()
+        exact.warns_at_start = False  # a member resumes from exact checkpoints only
+        added.append(exact)
     trainer.callbacks = added + trainer.callbacks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -153,7 +154,7 @@ class GradientMonitor(OptimCallback):
         found = self._measurements.get(step.index)
         if found is None:
             return
-        unknown = torch.full_like(found.norm, math.nan)
+        unknown = _constant(math.nan, found.norm.device, found.norm.dtype)
         row = [unknown for _ in _COLUMNS]
         row[_BEFORE] = found.norm
         if self._clipping is not None:
@@ -337,7 +338,13 @@ def _scalar(value: Tensor | float | None, unknown: Tensor) -> Tensor:
     """Return a value as a scalar with the device and dtype of ``unknown``, which stands for ``None``."""
     if value is None:
         return unknown
-    return value.to(unknown) if isinstance(value, Tensor) else unknown.new_full((), value)
+    return value.to(unknown) if isinstance(value, Tensor) else _constant(float(value), unknown.device, unknown.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a number on the device, where it is written once and not in each step."""
+    return torch.full((), value, device=device, dtype=dtype)
 
 
 def _copies(weights: list[Tensor]) -> list[Tensor]:

@@ -105,6 +105,8 @@ class ExactResume(OptimCallback):
     """
 
     gathers_ranks = True
+    warns_at_start: bool = True
+    """False if what resumes a run asks itself whether a checkpoint is exact, as ``fit_members`` does."""
     _trainer: weakref.ref[Trainer] | None = None
     _loaded: dict[str, Any] | None = None
     _before_validation: tuple[dict[str, Any], dict[str, int]] | None = None
@@ -185,7 +187,7 @@ class ExactResume(OptimCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         is_first = trainer.global_step == 0  # a resumed run says of itself what is not exact
-        if is_first and not trainer.fast_dev_run and (why := why_inexact(trainer)):
+        if self.warns_at_start and is_first and not trainer.fast_dev_run and (why := why_inexact(trainer)):
             rank_zero_warn(why)
 
     def _run(self, trainer: Trainer, run: Callable[[], None]) -> None:
