@@ -35,6 +35,7 @@ from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_l
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
 from lightning_optim.stopping.criteria import Criterion, Plateau
+from lightning_optim.stopping.directions import check_mode
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
 from lightning_optim.stopping.second_stopping import warn_of_second_stopping
@@ -103,8 +104,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         dirpath: Directory for the best weights, as the checkpoint ``best.ckpt``, or ``<name>.ckpt``. Default: keep them
             in memory.
         best_by: Metrics by which weights are the best: the name of one, a weighted sum ``{metric: weight}``, or a list
-            in which a later metric decides only ties; ``mode`` gives the direction of each. Default: each improvement
-            of the criterion.
+            in which a later metric decides only ties. The direction of each metric is that of the criterion that reads
+            it; ``mode`` is that of the others, and of a weighted sum. Default: each improvement of the criterion.
         name: Distinguishes two callbacks with the same metric in a checkpoint.
         summary: See :class:`OptimCallback`.
 
@@ -117,7 +118,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         stopping_reason_message: Reason to stop, in a sentence; ``None`` without a stop.
 
     Raises:
-        ValueError: If an argument is not in its range, or an argument of the plateau is passed beside a criterion.
+        ValueError: If an argument is not in its range, if an argument of the plateau is passed beside a criterion, or
+            if ``mode`` or the sign of a weight contradicts the criterion of a metric.
         MisconfigurationException: In a fit, if a subclass overrides a private method of Lightning's class that this one
             does not call.
         RuntimeError: If ``strict`` and the metric was not logged.
@@ -127,7 +129,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         >>> from lightning_optim import EarlyStopping, Plateau
         >>> EarlyStopping("val_loss", patience=5)
         EarlyStopping('val_loss', patience=5)
-        >>> EarlyStopping(Plateau("accuracy", mode="max"), best_by=["accuracy", "f1"], mode="max").criterion
+        >>> EarlyStopping(Plateau("accuracy", mode="max"), best_by=["accuracy", "val_loss"]).criterion
         Plateau('accuracy', mode='max')
 
     With a Trainer::
@@ -172,6 +174,8 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self.best_by = best_by
         if best_by is None:
             check_choice("mode", mode, Mode)  # beside `best_by` it may be a list, which that has checked
+            if isinstance(monitor, Criterion):
+                check_mode(mode, monitor)
         self.restore_best = restore_best
         self.reset()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.stopping.combined_criteria import AnyOf
 from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold, check_patience
+from lightning_optim.stopping.directions import directions, modes_of_best
 from lightning_optim.stopping.improvement import Best, Mode, check_monitor, initial_best
 from lightning_optim.stopping.monitor_argument import check_early_stopping_monitor
 
@@ -49,8 +50,10 @@ class EarlyStoppingAttributes:
         if isinstance(value, Criterion):
             value.check_complete()
             check_best(value, self.best_by, self.restore_best)
+            self._best_by = self._best_with(value, self.mode)
             self.criterion = value
         elif isinstance(self._monitor, Criterion):
+            self._best_by = self._best_with(None, self.mode)
             self.criterion = AnyOf([NonFinite(value), Plateau(value, mode=self.mode)])
         else:
             for one in self._alternatives():
@@ -66,7 +69,7 @@ class EarlyStoppingAttributes:
     def mode(self, value: Mode) -> None:
         if self._mode == value:
             return
-        best_by = None if self._best_by is None else Best(self._best_by.by, value)
+        best_by = self._best_with(self._criterion_passed, value)
         of_criterion = best_by is None or not isinstance(self._monitor, Criterion)
         if of_criterion:
             check_choice("mode", value, Mode)
@@ -87,7 +90,18 @@ class EarlyStoppingAttributes:
     @best_by.setter
     def best_by(self, value: str | dict[str, float] | list[str] | None) -> None:
         check_best(self.criterion, value, self.restore_best)
-        self._best_by = None if value is None else Best(value, self.mode)
+        self._best_by = None if value is None else _best(value, self.mode, self._criterion_passed)
+
+    @property
+    def _criterion_passed(self) -> Criterion | None:
+        """The criterion, if the user wrote it: with a metric's name all directions are those of ``mode``."""
+        return self.criterion if isinstance(self._monitor, Criterion) else None
+
+    def _best_with(self, criterion: Criterion | None, mode: Mode) -> Best | None:
+        """Return what compares by ``best_by`` for another criterion or mode; the present one if nothing changes."""
+        present = self._best_by
+        new = None if present is None else _best(present.by, mode, criterion)
+        return present if new is None or present is None or new.mode == present.mode else new
 
     @property
     def restore_best(self) -> bool:
@@ -222,6 +236,10 @@ class EarlyStoppingAttributes:
         if value is not None and value is not False:
             criteria.append(kind(self._monitor, *arguments))
         self.criterion.criteria = sorted(criteria, key=lambda one: _ORDER.index(type(one)))
+
+
+def _best(by: Any, mode: Any, criterion: Criterion | None) -> Best:
+    return Best(by, modes_of_best(by, mode, {} if criterion is None else directions(criterion)))
 
 
 def check_best(criterion: Criterion, best_by: object, restore_best: bool) -> None:
