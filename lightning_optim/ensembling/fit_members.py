@@ -14,6 +14,7 @@ from typing import Any
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.shards import reshard_
 from lightning_optim.ensembling.member_files import FinishedMembers, LabelCheckpoints, last_checkpoint
+from lightning_optim.ensembling.member_functions import MemberMaker
 from lightning_optim.resume.exact_resume import ExactResume
 from lightning_optim.runtime.files.checkpoint_io import AtomicCheckpointIO, using_checkpoint_io
 from lightning_optim.runtime.lightning import (
@@ -36,6 +37,7 @@ def fit_members(
     *,
     dirpath: str | Path,
     seed: int = 0,
+    val_dataloaders: Any = None,
 ) -> list[str]:
     r"""Train several models that differ in their seed, and in all that ``make_member`` changes with the index.
 
@@ -57,23 +59,27 @@ def fit_members(
     FSDP2 every process calls this function; they must share the file system of ``dirpath``.
 
     Args:
-        make_member: Function from the index to a new model. It may choose another architecture for each index.
+        make_member: Function from the index to a new model. It may choose another architecture for each index. Models
+            may share submodules that no fit changes.
         size: The number of members, at least 1. `Deep Ensembles <https://arxiv.org/abs/1612.01474>`_ uses five. The
             first few gain the most; measure it with :func:`~lightning_optim.cost_benefit`.
         make_trainer: Function from the index to a new Trainer.
-        data: The argument of ``trainer.fit``: a LightningDataModule, one or several loaders, ``None`` for the members'
-            own; or a function from the index to one of these, for members on different data (bagging). Loaders are
-            copied for each member, without their data sets, so that a member's order of data depends on no other
-            member.
+        data: The data of ``trainer.fit``: a LightningDataModule, one training loader, a list or a dictionary of them,
+            ``None`` for the members' own; or a function from the index to one of these, for members on different data
+            (bagging). Loaders are copied for each member, without their data sets, so that a member's order of data
+            depends on no other member.
         dirpath: The folder for the members.
         seed: The seed of the ensemble, an integer of at least 0. Default 0. Another seed needs another ``dirpath``.
+        val_dataloaders: The validation loader, as for ``trainer.fit``: one or several loaders, or a function from the
+            index to them. Default ``None``: those of the LightningDataModule or of the members themselves; without
+            either, no validation runs.
 
     Returns:
         The paths of the members' checkpoints, in order, for ``Ensemble.from_checkpoints``.
 
     Raises:
-        ValueError: If an argument is not allowed, ``dirpath`` holds members of another seed, or its ``members.json`` is
-            damaged.
+        ValueError: If an argument is not allowed, a function does not return a new object for each member, ``dirpath``
+            holds members of another seed, or its ``members.json`` is damaged.
 
     Example::
 
@@ -87,18 +93,24 @@ def fit_members(
         ...     paths = fit_members(lambda index: BoringModel(), 2, make_trainer, None, dirpath=folder)
         ...     [Path(path).name for path in paths]
         ['member-0.ckpt', 'member-1.ckpt']
+
+    With a validation loader, for Trainers with ``EarlyStopping("val_loss")``::
+
+        fit_members(make_member, 5, make_trainer, train_loader, dirpath="members", val_dataloaders=val_loader)
     """
+    make = MemberMaker(make_member, make_trainer)
     check_number("size", size, low=1, integer=True)
     check_number("seed", seed, low=0, integer=True)
     finished = FinishedMembers(Path(dirpath), seed)
     missing = [index for index in range(size) if index not in finished]
-    rank_zero_info(f"Members: {size - len(missing)} of {size} are finished in {finished.folder}")
+    rank_zero_info(f"{size - len(missing)} of {size} members are finished in {finished.folder}")
     begin = time.monotonic()
     with _preserved_random_state():
         for done, index in enumerate(missing, 1):
-            _fit_member(make_member, index, make_trainer, data, finished)
-            left = (time.monotonic() - begin) / done * (len(missing) - done)
-            rank_zero_info(f"Members: {index} is finished, {len(missing) - done} to go, about {left:.0f} s")
+            _fit_member(make, index, (data, val_dataloaders), finished)
+            left = len(missing) - done
+            rest = f", about {(time.monotonic() - begin) / done * left:.0f} s to go" if left else ""
+            rank_zero_info(f"{size - left} of {size} members finished (member {index}){rest}")
     return [str(finished.path(index)) for index in range(size)]
 
 
@@ -139,26 +151,15 @@ def _preserved_random_state() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _fit_member(
-    make_member: Callable[[int], LightningModule],
-    index: int,
-    make_trainer: Callable[[int], Trainer],
-    data: Any,
-    finished: FinishedMembers,
-) -> None:
+def _fit_member(make: MemberMaker, index: int, data: tuple[Any, Any], finished: FinishedMembers) -> None:
     own_seed = member_seed(finished.seed, index)
     seed_everything(own_seed)
-    member, trainer = make_member(index), make_trainer(index)
-    if not isinstance(member, LightningModule):
-        raise ValueError(f"`make_member` must return a LightningModule, got a {type(member).__name__}")
-    if not isinstance(trainer, Trainer) or trainer.state.fn is not None:
-        got = "one that was used already" if isinstance(trainer, Trainer) else f"a {type(trainer).__name__}"
-        raise ValueError(f"`make_trainer` must return a new Trainer for each member, got {got}")
+    member, trainer = make(index)
     label = LabelCheckpoints(finished.seed, index)
     _add_callbacks(trainer, label, finished.folder / f"member-{index}")
     label.resume_from = last_checkpoint(trainer, label)
     start = time.monotonic()
-    trainer.fit(member, _data_of(data, index), ckpt_path=label.resume_from)
+    trainer.fit(member, *_data_of(*data, index), ckpt_path=label.resume_from)
     if trainer.state.status != "finished":
         raise RuntimeError(f"The fit of member {index} was interrupted: call `fit_members` again to go on from there.")
     reshard_(member)
@@ -185,8 +186,25 @@ def _add_callbacks(trainer: Trainer, label: LabelCheckpoints, folder: Path) -> N
     trainer.callbacks = added + trainer.callbacks
 
 
-def _data_of(data: Any, index: int) -> Any:
-    """Return the data of a member; loaders are copied, so that their generators and positions are unused."""
+def _data_of(data: Any, val_dataloaders: Any, index: int) -> tuple[Any, Any]:
+    """Return the data of a member, and its validation loaders; in this order, since both may draw random numbers."""
+    train, val = _own("data", data, index), _own("val_dataloaders", val_dataloaders, index)
+    if type(train) is tuple:
+        raise ValueError(
+            f"`data` must be a LightningDataModule or training loaders, got a tuple of {len(train)}: write"
+            " `data=train_loader, val_dataloaders=val_loader` to validate, or `data=[…]`, a list, to train on several"
+            " loaders at once"
+        )
+    if val is not None and isinstance(train, LightningDataModule):
+        raise ValueError(
+            f"`val_dataloaders` must not be given with `data={type(train).__name__}(…)`, a LightningDataModule: define"
+            " its `val_dataloader`"
+        )
+    return train, val
+
+
+def _own(name: str, data: Any, index: int) -> Any:
+    """Return an argument's loaders for a member; they are copied, so that their generators and positions are unused."""
     if isinstance(data, LightningDataModule):
         return data
     if callable(data) and not isinstance(data, Iterable):
@@ -196,8 +214,8 @@ def _data_of(data: Any, index: int) -> Any:
         return copy.deepcopy(data, {id(dataset): dataset for dataset in datasets if dataset is not None})
     except Exception as error:
         raise ValueError(
-            f"`data` is copied for each member, and that failed ({type(error).__name__}: {error}): pass a function from"
-            " the index to the loaders."
+            f"`{name}` is copied for each member, and that failed ({type(error).__name__}: {error}): pass a function"
+            " from the index to the loaders."
         ) from error
 
 

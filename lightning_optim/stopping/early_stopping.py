@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.base.arguments import check_choice
-from lightning_optim.base.suggestions import nearest, shown
+from lightning_optim.base.suggestions import shown
 from lightning_optim.plotting import check_metric, finish_panels, mark_best, nothing_to_plot, panels
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
@@ -41,7 +41,7 @@ from lightning_optim.stopping.improvement import Mode
 from lightning_optim.stopping.second_stopping import warn_of_second_stopping
 from lightning_optim.stopping.stopping_reason import EarlyStoppingReason, as_lightnings, reason_to_stop
 from lightning_optim.stopping.unreachable_patience import why_unreachable
-from lightning_optim.stopping.unread_metric import why_unread
+from lightning_optim.stopping.unread_metric import why_missing, why_unread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,6 +242,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self._training = False
         self._checked_in = ""  # hook in which the metric was read last, by this class
         self._checks = 0  # number of checks in this fit
+        self._validated = False  # a validation has ended in this fit
         self._missing: list[str] = []  # metrics that a check did not find
         self.history: list[dict[str, float]] = []
         self.best_check = -1
@@ -290,6 +291,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self._check_in("on_train_epoch_end", trainer, self._checks_at_epoch_end(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = self._validated or not trainer.sanity_checking
         self._check_in("on_validation_end", trainer, not self._checks_at_epoch_end(trainer))
 
     def _check_in(self, hook: str, trainer: Trainer, chosen: bool) -> None:
@@ -316,7 +318,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         if self._checked_in in self._package_results:  # a subclass calls it in the same hook, as it must in Lightning
             return
         metrics = trainer.callback_metrics
-        if trainer.fast_dev_run or not self._available(metrics):
+        if trainer.fast_dev_run or not self._available(trainer):
             return
         self._checks += 1
         stop = self.criterion.update(metrics)
@@ -332,15 +334,16 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
             if self.restore_best:
                 self._store_best(trainer, left_out)
 
-    def _available(self, metrics: dict[str, Tensor]) -> bool:
+    def _available(self, trainer: Trainer) -> bool:
+        metrics = trainer.callback_metrics
         needed = [*self.criterion.monitors, *(self._best_by.monitors if self._best_by else ())]
         missing = [name for name in needed if name not in metrics]
         self._missing = missing
         if not missing:
             return True
         message = (
-            f"Early stopping reads {shown(missing)}, which is not logged{nearest(missing[0], metrics) or '.'} Log it in"
-            f" `validation_step`, or pass `strict=False` to go on without it. Logged metrics: {shown(sorted(metrics))}."
+            f"Early stopping reads {shown(missing)}, which {why_missing(missing, trainer, self._validated)}, or pass"
+            f" `strict=False` to go on without it. Logged metrics: {shown(sorted(metrics))}."
         )
         if self.strict:
             raise RuntimeError(message)
@@ -393,7 +396,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         if not self._checks and not self.history and not trainer.fast_dev_run and not told:
             rank_zero_warn(
                 f"EarlyStopping read no value of {list(self.criterion.monitors)} in the whole fit, and so neither"
-                f" stopped it nor kept weights of it as the best: {why_unread(self._missing, trainer)}"
+                f" stopped it nor kept weights of it as the best: {why_unread(self._missing, trainer, self._validated)}"
             )
 
     # ---- the best weights --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_optim import EMA, Ensemble, WeightAveraging, fit_members
+from lightning_optim import EMA, EarlyStopping, Ensemble, WeightAveraging, fit_members
 from lightning_optim.ensembling.fit_members import member_seed
 from lightning_optim.ensembling.member_files import FinishedMembers
 from tests.ensembling.models import QUIET
@@ -299,6 +300,61 @@ def test_kinds_of_data(tmp_path: Path) -> None:
     assert not same(weights(bags), expected)
 
 
+class Validated(Net):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", mse_loss(self.net(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("val", [shuffling(), [shuffling()], lambda index: shuffling(index)], ids=["one", "list", "of"])
+def test_a_validation_loader(val: Any, tmp_path: Path) -> None:
+    makes = Makes(lambda: EarlyStopping("val_loss"))
+    make = lambda index: Validated(4)  # noqa: E731
+    fit_members(make, 2, makes, shuffling(), dirpath=tmp_path, val_dataloaders=val)
+    read = [trainer.callbacks[i] for trainer in makes.trainers for i in range(len(trainer.callbacks))]
+    assert [len(cb.history) for cb in read if isinstance(cb, EarlyStopping)] == [EPOCHS, EPOCHS]
+    assert makes.trainers[0].val_dataloaders is not makes.trainers[1].val_dataloaders
+
+
+def test_one_module_for_all_members_is_refused(tmp_path: Path) -> None:
+    one = Net()
+    with pytest.raises(ValueError, match=r"new module for each member, got the same Net again.*`lambda index: Net"):
+        fit_members(lambda index: one, 2, Makes(), shuffling(), dirpath=tmp_path)
+
+
+class Wraps(Net):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_members_share_only_what_no_fit_changes(frozen: bool, tmp_path: Path) -> None:
+    shared = nn.Linear(2, 4).requires_grad_(not frozen)
+
+    def make(index: int) -> Net:
+        return Wraps(nn.Sequential(shared, nn.Linear(4, 1)))
+
+    expected = (
+        contextlib.nullcontext() if frozen else pytest.raises(ValueError, match=r"'net\.0\.weight' of this Wraps")
+    )
+    with expected:
+        fit_members(make, 3, Makes(), shuffling(), dirpath=tmp_path)
+
+
+def test_what_is_told_of_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_optim.ensembling.fit_members.rank_zero_info", said.append)
+    fit_members(make_member, 1, Makes(), shuffling(), dirpath=tmp_path)
+    fit_members(make_member, 3, Makes(), shuffling(), dirpath=tmp_path)
+    assert [re.sub(r"\d+ s ", "N s ", sentence) for sentence in said] == [
+        f"0 of 1 members are finished in {tmp_path}",
+        "1 of 1 members finished (member 0)",
+        f"1 of 3 members are finished in {tmp_path}",
+        "2 of 3 members finished (member 1), about N s to go",
+        "3 of 3 members finished (member 2)",
+    ]
+
+
 class Several(Net):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         return super().training_step(batch["a"], batch_idx)
@@ -333,10 +389,19 @@ def test_a_fit_that_fails_is_no_member(tmp_path: Path) -> None:
         ({"size": 0}, "`size` must be an integer >= 1"),
         ({"size": 2.0}, "`size` must be an integer >= 1"),
         ({"seed": -1}, "`seed` must be an integer >= 0"),
+        ({"make_member": Net()}, r"function from the index .* got a Net: write `make_member=lambda index: Net\(…\)`"),
+        ({"make_member": Net}, r"the class Net, .*: write `make_member=lambda index: Net\(…\)`"),
+        ({"make_member": lambda: Net()}, r"called with the index alone.*: write `make_member=lambda index: …`"),
+        ({"make_trainer": Makes()(0)}, r"got a Trainer: write `make_trainer=lambda index: Trainer\(…\)`"),
+        ({"make_trainer": 3}, "`make_trainer` must be a function from the index to a new Trainer, got a int"),
         ({"make_member": lambda index: nn.Linear(1, 1)}, "`make_member` must return a LightningModule, got a Linear"),
         ({"make_trainer": lambda index: None}, "`make_trainer` must return a new .* got a NoneType"),
         ({"make_trainer": lambda index: USED, "size": 2}, "used already"),
         ({"data": [(x for x in ())]}, "`data` is copied for each member, and that failed"),
+        ({"val_dataloaders": [(x for x in ())]}, "`val_dataloaders` is copied for each member, and that failed"),
+        ({"data": (shuffling(), shuffling())}, "tuple of 2: write `data=train_loader, val_dataloaders=val_loader`"),
+        ({"data": lambda index: (shuffling(), shuffling())}, "tuple of 2"),
+        ({"data": Module(), "val_dataloaders": shuffling()}, "`val_dataloaders` must not be given with `data=Module"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], sentence: str, tmp_path: Path) -> None:

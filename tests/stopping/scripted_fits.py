@@ -67,10 +67,12 @@ def trainer(*callbacks: Callback, **options: Any) -> Trainer:
     return Trainer(callbacks=list(callbacks), **(defaults | options))
 
 
-def fit(module: LightningModule, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:
-    """Train the module with these callbacks."""
+def fit(
+    module: LightningModule, *callbacks: Callback, ckpt_path: Any = None, validates: bool = True, **options: Any
+) -> Trainer:
+    """Train the module with these callbacks, with or without a validation loader."""
     running = trainer(*callbacks, **options)
-    running.fit(module, data(), data(seed=1), ckpt_path=ckpt_path)
+    running.fit(module, data(), data(seed=1) if validates else None, ckpt_path=ckpt_path)
     return running
 
 

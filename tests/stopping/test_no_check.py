@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_optim import EarlyStopping, Plateau
-from tests.lightning import Callback
+from tests.lightning import Callback, LightningModule
 from tests.stopping.scripted_fits import Scripted, data, fit, trainer
 
 
@@ -31,7 +31,7 @@ NO_CHECK: dict[str, Any] = {
         Scripted,
         {},
         {"limit_val_batches": 0, "check_val_every_n_epoch": 2},
-        "no validation ran.*`limit_val_batches` above 0.*`check_on_train_epoch_end=True`",
+        r"no validation ran: set `Trainer\(limit_val_batches=…\)` above 0.*`check_on_train_epoch_end=True`",
     ),
     "a validation that is never due": (
         Scripted,
@@ -44,6 +44,12 @@ NO_CHECK: dict[str, Any] = {
         {"strict": False},
         {},
         r"'val_loss' was never logged\. Log it in `validation_step`; logged metrics: 'accuracy'",
+    ),
+    "a metric of a validation without a loader": (
+        Scripted,
+        {"strict": False},
+        {"validates": False},
+        r"no validation ran: pass a validation loader, as in `trainer\.fit\(model, train_loader, val_dataloaders=",
     ),
     "only after validations": (
         Scripted,
@@ -62,6 +68,38 @@ def test_no_check_is_told_once(what: str) -> None:
     assert sentence.startswith("EarlyStopping read no value of ['val_loss'] in the whole fit, and so neither")
     assert re.search(reason, sentence), sentence
     assert not stop.history
+
+
+class DoesNotValidate(Scripted):
+    validation_step = LightningModule.validation_step
+
+
+MISSING: dict[str, Any] = {
+    "no loader": (
+        Scripted,
+        "val_loss",
+        {"validates": False},
+        "no validation runs: pass a validation loader, as in",
+    ),
+    "no step": (DoesNotValidate, "val_loss", {}, "no validation runs: define `validation_step`"),
+    "no batches": (
+        Scripted,
+        "val_loss",
+        {"limit_val_batches": 0},
+        "no validation runs: set `Trainer(limit_val_batches=",
+    ),
+    "not yet": (Scripted, "val_loss", {"check_val_every_n_epoch": 2}, "no validation has run yet"),
+    "not logged": (NeverLogs, "val_loss", {}, "is not logged. Log it in `validation_step`"),
+    "another name": (Scripted, "train_los", {"limit_val_batches": 0}, "not logged; did you mean 'train_loss'?"),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_check_without_the_metric_says_whether_a_validation_ran(what: str) -> None:
+    module, monitor, options, reason = MISSING[what]
+    with pytest.raises(RuntimeError, match=re.escape(reason)) as raised:
+        fit(module(), EarlyStopping(monitor, check_on_train_epoch_end=True), **options)
+    assert ("Log it in `validation_step`" in str(raised.value)) == ("not logged" in reason)
 
 
 def test_what_each_check_has_told_is_not_told_again() -> None:
