@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -12,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_optim.base.construction import written
+from lightning_optim.base.dtypes import widest_dtype
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.runtime.lightning import MisconfigurationException, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.data_loading import batch_size_of
 
-WeightBy: TypeAlias = Literal["batch", "sample"] | Callable[[Any], int | float | Tensor]
+# A YAML parser compares the annotation of a function's result with this one, and most functions have none.
+WeightBy: TypeAlias = Literal["batch", "sample"] | Callable[[Any], Any]
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Window:
         unit: Weight that is taken for 1, equal on all ranks; ``None`` if all micro-batches weigh the same.
         total: Sum of the weights on this rank, in units.
         holds_grads: True if a parameter had a gradient after a micro-batch of it.
+        is_weighed: True if the sum over all ranks is not 0, a scalar on the device; known after :meth:`correction`.
     """
 
     size: int
@@ -38,6 +43,7 @@ class Window:
     unit: Tensor | None = None
     total: Tensor | None = None
     holds_grads: bool = False
+    is_weighed: Tensor | None = None
 
     def weigh(self, weight: Tensor, unit: Tensor) -> Tensor:
         """Add the weight of a micro-batch, and return the factor for its loss.
@@ -61,7 +67,8 @@ class Window:
         total = self.total.clone()
         if ranks > 1:
             dist.all_reduce(total)
-        return torch.where(total > 0, self.size * ranks / total, 1.0)
+        self.is_weighed = total > 0
+        return torch.where(self.is_weighed, self.size * ranks / total, 1.0)
 
 
 def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
@@ -71,8 +78,7 @@ def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
         RuntimeError: If ``weight_by`` raises an exception, which is its cause.
         ValueError: If the weight is not one number >= 0. A tensor on another device than the CPU is not read.
     """
-    given = repr(weight_by) if isinstance(weight_by, str) else getattr(weight_by, "__name__", repr(weight_by))
-    argument = f"`GradientAccumulation(weight_by={given})`"
+    argument = argument_of(weight_by)
     try:
         weight = batch_size_of(batch) if isinstance(weight_by, str) else weight_by(batch)
     except Exception as error:
@@ -84,11 +90,36 @@ def weight_of(batch: Any, weight_by: WeightBy, device: torch.device) -> Tensor:
         and weight.numel() == 1
         and (weight.device.type != "cpu" or _is_weight(weight.item()))
     ):
-        return weight.detach().to(device, torch.float32).reshape(())
+        return weight.detach().to(device, widest_dtype(device)).reshape(())
     if isinstance(weight, bool | Tensor) or not _is_weight(weight):
-        shape = f" of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
-        raise ValueError(f"{argument} must return a number >= 0 or a tensor with one element, got {weight!r}{shape}")
-    return torch.full((), float(weight), device=device, dtype=torch.float32)
+        given = reprlib.repr(weight)
+        if shape := getattr(weight, "shape", ()):
+            given = f"a {type(weight).__name__} of shape {tuple(shape)}; did you mean `.sum()`?"
+        raise ValueError(f"{argument} must return a number >= 0 or a tensor with one element, got {given}")
+    return torch.full((), float(weight), device=device, dtype=widest_dtype(device))
+
+
+def name_of(weight_by: WeightBy) -> str:
+    """Return a word for the ``weight_by`` argument: a name, or "a function" for one without a name.
+
+    Example::
+
+        >>> name_of("sample"), name_of(len), name_of(lambda batch: 1)
+        ('sample', 'len', 'a function')
+    """
+    if isinstance(weight_by, str):
+        return weight_by
+    name: str = getattr(weight_by, "__name__", "")
+    text = name or written(weight_by)
+    if " at 0x" in text:
+        return type(weight_by).__name__
+    return "a function" if "<lambda>" in text else text
+
+
+def argument_of(weight_by: WeightBy) -> str:
+    """Return the ``weight_by`` argument as it is written, for a message."""
+    name = name_of(weight_by)
+    return f"`GradientAccumulation(weight_by={repr(name) if isinstance(weight_by, str) else name})`"
 
 
 def _is_weight(number: Any) -> bool:
@@ -103,9 +134,11 @@ def unit_of(weight: Tensor, ranks: int, before: Tensor | None) -> Tensor:
     return torch.where(unit > 0, unit / ranks, 1.0 if before is None else before)
 
 
-def micro_batches_for(target: TargetBatchSize, trainer: Trainer) -> int:
-    """Return the number of micro-batches in a step, for a Trainer whose training data are loaded."""
-    return target.micro_batches(target.micro_batch_size or _loader_batch_size(trainer), _data_ranks(trainer))
+def micro_batches_for(target: TargetBatchSize, trainer: Trainer) -> tuple[int, int]:
+    """Return the micro-batches in a step, and its samples, for a Trainer whose training data are loaded."""
+    size, ranks = target.micro_batch_size or _loader_batch_size(trainer), _data_ranks(trainer)
+    count = target.micro_batches(size, ranks)
+    return count, count * size * ranks
 
 
 def _loader_batch_size(trainer: Trainer) -> int:

@@ -14,9 +14,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_optim.base import module_tensors, shards
-from lightning_optim.base.construction import written
+from lightning_optim.base.dtypes import widest_dtype
 from lightning_optim.base.policy import belongs_to
-from lightning_optim.gradients.accumulation_window import WeightBy, Window, micro_batches_for, unit_of, weight_of
+from lightning_optim.base.schedules import Schedule
+from lightning_optim.gradients.accumulation_window import (
+    WeightBy,
+    Window,
+    argument_of,
+    micro_batches_for,
+    name_of,
+    unit_of,
+    weight_of,
+)
 from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin
 from lightning_optim.gradients.target_batch_size import TargetBatchSize
 from lightning_optim.runtime.callback import OptimCallback
@@ -27,6 +36,8 @@ from lightning_optim.runtime.lightning.modules import is_overridden
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
 from lightning_optim.runtime.step import OptimizerStep
+
+_WINDOWS = 10  # From so many windows whose weights are all 0 on, a logged step warns, and not only the epoch's end.
 
 
 class GradientAccumulation(OptimCallback):
@@ -57,7 +68,8 @@ class GradientAccumulation(OptimCallback):
             :class:`TargetBatchSize`, which computes it.
         weight_by: Weight :math:`w_i` of a micro-batch: ``"batch"``, 1 for each; ``"sample"``, its size; or a function
             of the batch that counts the elements that its loss is the mean of, such as ``lambda batch:
-            batch["mask"].sum()`` for tokens. A tensor may stay on its device.
+            batch["mask"].sum()`` for tokens. A tensor may stay on its device. In YAML a function is written as
+            ``my_package.count_tokens``.
         name: Distinguishes two such callbacks in checkpoints.
         summary: See :class:`OptimCallback`.
 
@@ -91,9 +103,12 @@ class GradientAccumulation(OptimCallback):
         super().__init__(name, summary)
         sizes = n if isinstance(n, dict) else {0: 1 if isinstance(n, TargetBatchSize) else n}
         if not sizes or not all(_is_integer(epoch, 0) and _is_integer(size, 1) for epoch, size in sizes.items()):
+            instead = belongs_to(n, TargetBatchSize)
+            if isinstance(n, Schedule):
+                instead = "; write the number from each epoch on, such as `{0: 1, 10: 4}`, in place of a schedule"
             raise ValueError(
                 "`n` must be an integer >= 1, a dictionary of epochs >= 0 to such integers, or a TargetBatchSize, got"
-                f" {n!r}{belongs_to(n, TargetBatchSize)}"
+                f" {n!r}{instead}"
             )
         if not callable(weight_by) and weight_by not in ("batch", "sample"):
             example = ""
@@ -118,11 +133,15 @@ class GradientAccumulation(OptimCallback):
         self._in_batch = False
         self._warned = False
         self._closing: int | None = None  # index of the optimizer that `optimize` steps now
+        self._samples: int | None = None  # in a step, if a TargetBatchSize computes it
+        # Windows that closed, and whether the weights of any of them were positive; `None` once this was looked at.
+        self._closed: int | None = 0
+        self._any_weighed: Tensor | None = None
 
     def describe_step(self, index: int) -> tuple[str, str]:
-        size = self.n if isinstance(self.n, dict) else self.batches_per_step(0)
-        weights = self.weight_by if isinstance(self.weight_by, str) else written(self.weight_by)
-        return f"accumulate {size}" + ("" if weights == "batch" else f", weighted by {weights}"), ""
+        words = f"accumulate {self.n if isinstance(self.n, dict) else self.batches_per_step(0)}"
+        words += "" if self._samples is None else f" ({self._samples:,} samples)"
+        return words + ("" if self.weight_by == "batch" else f", weighted by {name_of(self.weight_by)}"), ""
 
     # ---- the window --------------------------------------------------------------------------------------------------
 
@@ -168,7 +187,8 @@ class GradientAccumulation(OptimCallback):
         def setup_data_and_size() -> None:
             setup_data()
             if trainer.train_dataloader is not None:
-                self._sizes = {0: micro_batches_for(target, trainer)}
+                size, self._samples = micro_batches_for(target, trainer)
+                self._sizes = {0: size}
                 self._set_size(trainer, pl_module)
 
         self.session.patch(trainer.fit_loop, "setup_data", setup_data_and_size)
@@ -222,6 +242,7 @@ class GradientAccumulation(OptimCallback):
         # Something else may have ended the epoch: a stop, or an `on_train_batch_start` that returned -1.
         if self._largest and is_last_batch(trainer) and not self._in_batch:
             self._warn_if_short(trainer, self._largest)
+        self._check_weights(least=1)
 
     def _saw(self, count: int) -> None:
         """Note the number of micro-batches that a step of this epoch may have, those without a loss included."""
@@ -237,6 +258,22 @@ class GradientAccumulation(OptimCallback):
                 f" {trainer.current_epoch} no step has more than {largest}, since the epoch ends before: its steps are"
                 f" those of smaller batches. Choose a size of at most {largest}, or make the epoch longer."
             )
+
+    def _check_weights(self, least: int) -> None:
+        """Warn if every weight of the run so far is 0. Waits for the device, once in a fit.
+
+        Args:
+            least: Number of windows from which on it is looked at.
+        """
+        if self._closed is None or self._any_weighed is None or self._closed < least:
+            return
+        if not bool(self._any_weighed):
+            rank_zero_warn(
+                f"{argument_of(self.weight_by)} has returned 0 for every micro-batch of the first {self._closed} steps,"
+                " so that no loss has moved any weight. Does `weight_by` count the right elements, such as those whose"
+                " label is not the index that your loss ignores?"
+            )
+        self._closed = self._any_weighed = None
 
     def _set_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.automatic_optimization:
@@ -284,9 +321,20 @@ class GradientAccumulation(OptimCallback):
         if window.unit is not None:
             # The mean weight is the unit of a next window that begins with a weight of 0.
             self._unit = window.unit * (window.size / window.count) / factor
+            self._note_weights(window, step)
         if isinstance(factor, Tensor) or factor != 1.0:
             for grad in shards.local_shards(step.dense[1]):
                 grad.mul_(factor.to(grad.device) if isinstance(factor, Tensor) else factor)
+
+    def _note_weights(self, window: Window, step: OptimizerStep) -> None:
+        """Note whether the weights of a closed window are all 0, of a run that was seen from its start."""
+        if self._closed is None or window.is_weighed is None:
+            return
+        self._closed += 1
+        before = self._any_weighed
+        self._any_weighed = window.is_weighed if before is None else before | window.is_weighed
+        if step.logs:
+            self._check_weights(least=_WINDOWS)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -323,8 +371,10 @@ class GradientAccumulation(OptimCallback):
         if self._loaded is None:
             return
         extra, self._loaded = self._loaded, None
+        dtype = widest_dtype(pl_module.device)
         if "unit" in extra:
-            self._unit = torch.tensor(extra["unit"], device=pl_module.device, dtype=torch.float32)
+            self._closed = None  # a resumed run may end with windows of zeros
+            self._unit = torch.tensor(extra["unit"], device=pl_module.device, dtype=dtype)
         if "windows" not in extra:
             return
         own, totals = (
@@ -334,9 +384,9 @@ class GradientAccumulation(OptimCallback):
         for index, saved in extra["windows"].items():
             window = self._windows[int(index)] = Window(saved["size"], saved["count"], saved["scale"])
             if saved["unit"] is not None:
-                window.unit = torch.tensor(saved["unit"], device=pl_module.device, dtype=torch.float32)
+                window.unit = torch.tensor(saved["unit"], device=pl_module.device, dtype=dtype)
                 self._unit = window.unit if self._unit is None else self._unit
-                window.total = totals[str(index)].to(pl_module.device)
+                window.total = totals[str(index)].to(pl_module.device, dtype)
         shards.reshard_(pl_module)
         live = _named(trainer, self._windows)
         for name, saved in {**extra["sharded"], **own}.items():

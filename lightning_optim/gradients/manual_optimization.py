@@ -10,6 +10,7 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.gradients.accumulation_window import Window
 from lightning_optim.runtime.lightning import (
     LightningOptimizer,
@@ -84,7 +85,7 @@ class ManualOptimizationMixin(ModuleMixin):
         if windows is not None and window is not None:
             _rescale_(window, plain, trainer)
             share = windows.weigh(window)
-            loss = loss / window.size if share is None else loss * (share / window.size)
+            loss = (loss if share is None else loss * share.to(accumulation_dtype(loss.dtype))) / window.size
         closes = window is None or window.count >= window.size or trainer.is_last_batch
         # A window that stays open needs no reduction over ranks. With several optimizers it is reduced all the same:
         # DDP would remember that the other windows' parameters were used, and look for gradients that are set aside.

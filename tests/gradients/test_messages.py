@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import lightning_optim
-from lightning_optim import Clipping, GradientAccumulation, ManualOptimizationMixin, OptimCallback, TargetBatchSize
+from lightning_optim import (
+    Clipping,
+    GradientAccumulation,
+    Linear,
+    ManualOptimizationMixin,
+    OptimCallback,
+    TargetBatchSize,
+)
 from lightning_optim.base.policy import Policy
-from tests.lightning import BoringModel, LightningModule, Trainer
+from lightning_optim.gradients.accumulation_window import weight_of
+from tests.lightning import BoringModel, LightningModule, Trainer, supported
 
 
 def _fit(module: LightningModule, *callbacks: OptimCallback, batches: int = 2) -> None:
@@ -92,7 +102,7 @@ def test_an_exception_in_weight_by_says_where_it_comes_from_and_is_kept() -> Non
     assert str(caught.value.__cause__) in str(caught.value)
 
 
-@pytest.mark.parametrize("weight", [-1, float("nan"), "many", True, None, torch.ones(2), torch.tensor(-1.0)])
+@pytest.mark.parametrize("weight", [-1, float("nan"), "many", True, None, torch.tensor(-1.0)])
 def test_a_wrong_weight_says_where_it_comes_from(weight: Any) -> None:
     def count(batch: Any) -> Any:
         return weight
@@ -100,6 +110,58 @@ def test_a_wrong_weight_says_where_it_comes_from(weight: Any) -> None:
     wanted = r"`GradientAccumulation\(weight_by=count\)` must return a number >= 0 or a tensor with one element, got "
     with pytest.raises(ValueError, match=wanted + re.escape(repr(weight))):
         _fit(BoringModel(), GradientAccumulation(2, weight_by=count))
+
+
+@pytest.mark.parametrize(("weight", "kind"), [(torch.ones(3, 512), "Tensor"), (np.ones((3, 512)), "ndarray")])
+def test_a_forgotten_sum_is_told_without_the_numbers(weight: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"got a {kind} of shape \(3, 512\); did you mean `\.sum\(\)`\?$"):
+        weight_of(None, lambda batch: weight, torch.device("cpu"))
+
+
+def _wrong_padding(batch: Tensor) -> Tensor:
+    return (batch == 99).sum()
+
+
+def _silent_fit(weight_by: Any, module: LightningModule | None = None, **arguments: Any) -> Trainer:
+    trainer = Trainer(
+        callbacks=[GradientAccumulation(2, weight_by=weight_by)], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        **arguments,
+    )  # fmt: skip
+    trainer.fit(module or BoringModel())
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"max_epochs": 3, "limit_train_batches": 5}, 3),  # at the end of the first epoch
+        ({"max_steps": 4}, 4),
+        ({"max_steps": 40, "log_every_n_steps": 4, "limit_train_batches": 64}, 12),  # before it
+    ],
+)
+def test_weights_that_are_all_zero_are_told_once(arguments: dict[str, Any], steps: int) -> None:
+    with pytest.warns(UserWarning, match=f"weight_by=_wrong_padding.* 0 for every micro-batch of the first {steps} st"):
+        _silent_fit(_wrong_padding, **{"max_epochs": 1} | arguments)
+
+
+def test_some_windows_of_zeros_are_not_told(tmp_path: Any) -> None:
+    weights = itertools.cycle([0.0] * 4 + [1.0] * 2)
+    trainer = _silent_fit(lambda batch: next(weights), max_epochs=2, limit_train_batches=6, log_every_n_steps=1)
+    # A resumed run may end with windows of zeros.
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = Trainer(
+        callbacks=[GradientAccumulation(2, weight_by=_wrong_padding)], max_epochs=3, barebones=True,
+        limit_train_batches=6,
+    )  # fmt: skip
+    other.fit(BoringModel(), ckpt_path=tmp_path / "last.ckpt", **supported(other.fit, weights_only=True))
+
+
+def test_a_schedule_of_sizes_is_answered_with_a_dictionary() -> None:
+    with pytest.raises(
+        ValueError, match=r"got Linear\(1, 4\); write the number from each epoch on, such as `{0: 1, 10"
+    ):
+        GradientAccumulation(Linear(1, 4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", ["token", "tokens", "n_tokens"])

@@ -131,6 +131,38 @@ def test_under_a_loss_scale(strategy: Any, kind: Any, group: Group) -> None:
         assert max(deviation(weights, wanted).values()) < 5e-4
 
 
+@pytest.mark.parametrize("kind", ["automatic", "manual"])
+def test_a_model_in_double_precision_is_exact_to_its_last_digits(kind: Any) -> None:
+    cell = Cell(kind, "32-true", "single", "1")
+    generator = torch.Generator().manual_seed(5)
+    data = [torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (1, 7, 3, 5, 2, 9)]
+
+    class Double(ManualOptimizationMixin, LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+            self.automatic_optimization = kind == "automatic"
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            loss = (batch @ self.weight).square().mean()
+            if self.automatic_optimization:
+                return loss
+            self.optimize(loss)
+            return None
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    ends = []
+    for batches, n in ((data, 3), ([torch.cat(data[:3]), torch.cat(data[3:])], 1)):
+        module, accumulation = Double(), GradientAccumulation(n, weight_by=len)
+        run.make_trainer(cell, [accumulation], max_epochs=3, limit_val_batches=0, val_check_interval=1.0).fit(
+            module, models.Batches(batches)
+        )
+        ends.append(module.weight.detach())
+    assert float((ends[0] - ends[1]).abs().max()) < 1e-14
+
+
 def test_the_mean_of_means_is_another() -> None:
     cell = Cell("automatic", "32-true", "single", "1")
     module = Masked(cell)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -116,7 +117,26 @@ def arguments(value: Any) -> str:
     if isinstance(value, Policy):
         public = {name: arguments(held) for name, held in vars(value).items() if not name.startswith("_")}
         return f"{type(value).__name__}{public}"
-    return repr(value)
+    return f"{value.__module__}.{value.__name__}" if isinstance(value, FunctionType) else repr(value)
+
+
+def count_tokens(batch):  # type: ignore[no-untyped-def]  # as most functions of a user are
+    return (batch != 0).sum()
+
+
+def count_samples(batch: Any) -> int:
+    return len(batch)
+
+
+class TokenCount:
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, batch: Any) -> int:
+        return int((batch != self.padding).sum())
+
+    def __repr__(self) -> str:
+        return f"TokenCount({self.padding})"
 
 
 OTHER_FORMS = {
@@ -185,6 +205,23 @@ OTHER_FORMS = {
     "epochs": (
         "[{class_path: GradientAccumulation, init_args: {n: {0: 8, 10: 4}}}]",
         GradientAccumulation({0: 8, 10: 4}),
+    ),
+    "a function that weighs batches": (
+        f"[{{class_path: GradientAccumulation, init_args: {{n: 4, weight_by: {__name__}.count_tokens}}}}]",
+        GradientAccumulation(4, weight_by=count_tokens),
+    ),
+    "an annotated function that weighs batches": (
+        f"[{{class_path: GradientAccumulation, init_args: {{n: 4, weight_by: {__name__}.count_samples}}}}]",
+        GradientAccumulation(4, weight_by=count_samples),
+    ),
+    "a callable class that weighs batches": (
+        f"""
+        - class_path: GradientAccumulation
+          init_args:
+            n: 4
+            weight_by: {{class_path: {__name__}.TokenCount, init_args: {{padding: 3}}}}
+        """,
+        GradientAccumulation(4, weight_by=TokenCount(padding=3)),
     ),
     "a criterion of criteria": (
         """

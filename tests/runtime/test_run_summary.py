@@ -33,6 +33,7 @@ from lightning_optim import (
     ProximalL1,
     ScheduledDropout,
     StochasticWeightAveraging,
+    TargetBatchSize,
     WeightAveraging,
     WeightRegularization,
 )
@@ -183,6 +184,9 @@ class Told(Own):
     [
         ([GradientMonitor()], ["measure norms"]),
         ([GradientAccumulation({0: 2, 1: 4}, weight_by="sample")], ["accumulate {0: 2, 1: 4}, weighted by sample"]),
+        ([GradientAccumulation(TargetBatchSize(14))], ["accumulate 4 (16 samples)"]),
+        ([GradientAccumulation(2, weight_by=lambda batch: 1)], ["accumulate 2, weighted by a function"]),
+        ([GradientAccumulation(2, weight_by=len)], ["accumulate 2, weighted by len"]),
         ([GradientClipping([ClipByValue(0.5), 1.0])], ["clip value 0.5 → clip norm 1.0"]),
         ([GradientClipping(ClipByNorm(Linear(1.0, 0.5)))], ["clip norm Linear(1.0, 0.5)"]),
         ([GradientClipping(ClipByNorm(1.0, scope="tensor"))], ["clip ClipByNorm(1.0, scope='tensor')"]),
