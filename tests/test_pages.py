@@ -86,6 +86,7 @@ def test_other_packages_pages_are_run_by_the_script_of_clients() -> None:
 # Who runs or compares the blocks of a page that are not Python or YAML.
 OTHERS = {
     ("console", "docs/command-line.md"): "test_command_line_page.py",
+    ("console", "docs/yaml.md"): "test_yaml_page.py",
     ("text", "README.md"): "test_readme.py",
     ("text", "docs/architecture.md"): "test_docs.py",
     ("text", "docs/logged.md"): "test_logged_names.py",
