@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_optim.base.dtypes import has_mean
 from lightning_optim.base.module_registry import with_submodules
 from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.ensembling.mean_prediction import Outputs, mean_prediction
+from lightning_optim.ensembling.probability_check import why_no_probabilities
 from lightning_optim.runtime.lightning import MisconfigurationException
 from lightning_optim.runtime.lightning.torch_internals import is_compiled, tree_map_only
 
@@ -66,6 +68,7 @@ class CombinedCall(nn.Module):
         self.outputs, self.on, self.dim = outputs, on, dim
         self.active: Sequence[int] = range(len(members))
         self.calls = 0
+        self._checked: set[int] = set()  # members whose first output has been checked
         self._running = False
         self._expected = False
         self.eval()
@@ -82,7 +85,25 @@ class CombinedCall(nn.Module):
 
     def member_outputs(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Yield the output of each active member, one after the other."""
-        return (self.callee(index)(*args, **kwargs) for index in self.active)
+        return (self._output(index, *args, **kwargs) for index in self.active)
+
+    def _output(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        output = self.callee(index)(*args, **kwargs)
+        if self.outputs == "probabilities" and not _is_traced():
+            self._check_probabilities(output, index)
+        return output
+
+    def _check_probabilities(self, output: Any, index: int) -> None:
+        """Raise if the first output of a member holds no probabilities: a check of each would wait for the device."""
+        if index in self._checked or not has_mean(output) or output.is_complex() or output.is_meta:
+            return
+        if why := why_no_probabilities(output):
+            raise ValueError(
+                f'`outputs="probabilities"` is not what member {index} returns: its values {why}. Set'
+                ' `outputs="logits"` for values before a softmax, or `outputs="binary_logits"` for values before a'
+                " sigmoid."
+            )
+        self._checked.add(index)
 
     def callee(self, index: int) -> Callable[..., Any]:
         """Return the module to call in a member. Looked up at each call: sharding and compilation replace submodules.
@@ -161,6 +182,11 @@ class CombinedCall(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _is_traced() -> bool:
+    """Return True if torch compiles, exports or traces, where nothing can depend on values."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
 
 
 def has_submodule(module: nn.Module, path: str) -> bool:

@@ -191,6 +191,11 @@ def cost_benefit(
         >>> [row.members for row in found.rows], found.rows[0].value > found.rows[2].value
         ([1, 2, 3], True)
     """
+    if not isinstance(trainer, Trainer):
+        raise ValueError(
+            f"`trainer` must be a Trainer, got a {type(trainer).__name__}: write `cost_benefit(ensemble, trainer, data,"
+            f" monitor={monitor!r})`"
+        )
     if groups is not None:
         check_number("groups", groups, low=1, integer=True)
     if mode is not None:

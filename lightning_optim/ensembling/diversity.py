@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,11 +13,11 @@ from torchmetrics import Metric
 from lightning_optim.base.arguments import check_choice
 from lightning_optim.base.dtypes import widest_dtype
 from lightning_optim.ensembling.mean_prediction import log_mean_exp
+from lightning_optim.ensembling.probability_check import why_no_probabilities
 from lightning_optim.runtime.lightning.metrics import plot
 
 Measure = Literal["pairwise", "mutual_information"]
 Scores = Literal["probabilities", "logits"]
-_SUM_TOLERANCE = 0.02  # for probabilities in bf16, each rounded to 1 part in 256
 
 
 class Disagreement(Metric):
@@ -34,9 +35,9 @@ class Disagreement(Metric):
     entropy of the mean prediction that comes from disagreement, between 0 and ``log M``, in nats. It also measures how
     differently confident members are that predict the same label.
 
-    Pass the members' predictions to ``update(predictions)``, stacked in the first dimension: integer labels
-    ``[M, batch, …]``, or probabilities or logits ``[M, batch, class, …]``. The states are sums, so processes add up.
-    The value has no gradient.
+    Pass the members' predictions to ``update(predictions)``: a list with the tensor of each member, or one tensor with
+    the members in the first dimension. They are integer labels ``[M, batch, …]``, or probabilities or logits
+    ``[M, batch, class, …]``. The states are sums, so processes add up. The value has no gradient.
 
     Args:
         measure: ``"pairwise"`` or ``"mutual_information"``.
@@ -60,7 +61,7 @@ class Disagreement(Metric):
 
     In the ``test_step`` of a module, where Lightning computes and resets it::
 
-        self.disagreement.update(torch.stack(self.member_outputs(x)))  # `self` is an Ensemble there
+        self.disagreement.update(self.member_outputs(x))  # `self` is an Ensemble there
         self.log("disagreement", self.disagreement)
     """
 
@@ -81,9 +82,9 @@ class Disagreement(Metric):
         self.add_state("total", torch.tensor(0 if counts_pairs else 0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, predictions: Tensor) -> None:
-        """Add a batch of predictions, with the members in the first dimension."""
-        predictions = predictions.detach()
+    def update(self, predictions: Tensor | Sequence[Tensor]) -> None:
+        """Add a batch of predictions: a tensor with the members in the first dimension, or a list of one for each."""
+        predictions = _stacked(predictions).detach()
         scores = predictions.is_floating_point()
         if predictions.ndim < (3 if scores else 2) or predictions.shape[0] < 2:
             raise ValueError(
@@ -103,12 +104,14 @@ class Disagreement(Metric):
         if not scores:
             raise ValueError('`measure="mutual_information"` needs probabilities or logits, got labels')
         wide = predictions.to(widest_dtype(predictions.device))
-        if self.outputs == "probabilities" and (((wide.sum(2) - 1).abs() > _SUM_TOLERANCE).any() or (wide < 0).any()):
-            raise ValueError(
-                "`predictions` are no probabilities: they do not add up to 1 over the classes, dimension 2. Set"
-                ' `outputs="logits"` for values before the softmax; for binary decisions pass both classes'
-            )
-        information = mutual_information(wide.log() if self.outputs == "probabilities" else wide.log_softmax(2), dim=2)
+        if self.outputs == "probabilities":
+            if why := why_no_probabilities(wide, dim=2):
+                raise ValueError(
+                    f'`predictions` are no probabilities: they {why}. Set `outputs="logits"` for values before the'
+                    " softmax; for binary decisions pass both classes"
+                )
+            wide = wide.clamp_min(0.0).log()
+        information = mutual_information(wide if self.outputs == "probabilities" else wide.log_softmax(2), dim=2)
         self.total += information.sum().to(self.total.dtype)
         self.count += information.numel()
 
@@ -119,6 +122,21 @@ class Disagreement(Metric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot a value, or a list of values, and return the figure and axes; see :meth:`torchmetrics.Metric.plot`."""
         return plot(self, val, ax)
+
+
+def _stacked(predictions: Any) -> Tensor:
+    """Return the members' predictions as one tensor."""
+    if isinstance(predictions, Tensor):
+        return predictions
+    given = list(predictions) if isinstance(predictions, list | tuple) else []
+    if not given or not all(isinstance(one, Tensor) for one in given) or len({one.shape for one in given}) > 1:
+        kinds = [list(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in given]
+        got = f"a {type(predictions).__name__}" + (f" of {', '.join(map(str, kinds))}" if given else "")
+        raise ValueError(
+            "`predictions` must be a tensor with the members in the first dimension, or a list with one tensor of the"
+            f" same shape for each member, as of `ensemble.member_outputs(x)`; got {got}"
+        )
+    return torch.stack(given)
 
 
 def pairwise_disagreement(labels: Tensor) -> tuple[Tensor, Tensor]:

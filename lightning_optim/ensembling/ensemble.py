@@ -71,7 +71,8 @@ class Ensemble(ModuleMixin):
             differ. A submodule that several members share is shared by the copies.
         outputs: Kind of the combined call's output: ``"values"`` (of a regression; tuples, lists and dictionaries are
             averaged leaf by leaf), ``"logits"`` of classes that exclude each other, ``"binary_logits"`` (each element
-            is a decision of its own) or ``"probabilities"``. Half precision is combined, and returned, in fp32.
+            is a decision of its own) or ``"probabilities"``, whose range is checked in the first call. Half precision
+            is combined, and returned, in fp32.
         on: The submodule whose call is combined, for instance ``"net"`` if the steps call ``self.net(x)``; every
             member's own submodule of this name is called. ``None``, the default: the members' ``forward``, for steps
             that call ``self(x)``.
@@ -79,7 +80,7 @@ class Ensemble(ModuleMixin):
             more than two it must be given.
 
     Raises:
-        ValueError: If an argument is not allowed.
+        ValueError: If an argument is not allowed, or ``"probabilities"`` are not between 0 and 1.
         MisconfigurationException: If a step does not reach the combined call, since its values would be those of one
             member; and in ``trainer.fit``.
 
@@ -280,7 +281,7 @@ class Ensemble(ModuleMixin):
 
         Example::
 
-            Disagreement()(torch.stack(ensemble.member_outputs(x)))
+            Disagreement()(ensemble.member_outputs(x))
         """
         return list(self._combined.member_outputs(*args, **kwargs))
 

@@ -112,6 +112,11 @@ def test_wrong_arguments_are_refused() -> None:
     ):
         cost_benefit(members(), trainer(), loader(), monitor="nll")
     served = Ensemble(members(), outputs="logits", on="net")
+    for swapped in ((served, loader(), trainer()), (trainer(), served, loader())):
+        with pytest.raises(
+            ValueError, match=r"`trainer` must be a Trainer, .*write `cost_benefit\(ensemble, trainer, data"
+        ):
+            cost_benefit(*swapped, monitor="nll")
     for contradicts in ({"outputs": "values"}, {"on": "net.4"}, {"dim": 1}):
         with pytest.raises(ValueError, match=r"is not the Ensemble's own .*: leave the argument out"):
             cost_benefit(served, trainer(), loader(), monitor="nll", **contradicts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +43,12 @@ def test_any_integers_and_any_shape() -> None:
 def test_the_labels_of_scores() -> None:
     scores = torch.randn(4, 20, 3, 2, generator=torch.Generator().manual_seed(0))
     assert float(Disagreement()(scores)) == pytest.approx(brute_force(scores.argmax(2)))
+
+
+def test_a_list_of_the_members_predictions_is_stacked() -> None:
+    scores = list(torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(0)))
+    for given in (scores, tuple(scores), [one.argmax(1) for one in scores]):
+        assert float(Disagreement()(given)) == pytest.approx(brute_force(torch.stack(scores).argmax(2)))
 
 
 def test_copies_agree_and_no_two_of_these_do() -> None:
@@ -132,11 +140,13 @@ def test_reset_pickle_and_plot() -> None:
         ({"measure": "mutual_information"}, torch.full((3, 5, 4), 0.275), "no probabilities"),
         ({"measure": "mutual_information"}, torch.tensor([1.5, -0.5]).expand(3, 5, 2), "no probabilities"),
         ({}, torch.rand(3, 5, 1), "scores of one class"),
+        ({}, [torch.rand(5, 2), torch.rand(4, 2)], r"for each member, .* got a list of \[5, 2\], \[4, 2\]"),
+        ({}, [{"logits": torch.rand(5, 2)}] * 2, "got a list of dict, dict"),
+        ({}, [], "got a list"),
+        ({}, np.zeros((3, 5)), "got a ndarray"),
         ({"measure": "mutual_information", "outputs": "logits"}, torch.rand(3, 5, 1), "scores of one class"),
     ],
 )
-def test_wrong_arguments_are_refused(
-    arguments: dict[str, str], predictions: torch.Tensor | None, sentence: str
-) -> None:
+def test_wrong_arguments_are_refused(arguments: dict[str, str], predictions: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Disagreement(**arguments).update(predictions)
