@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.base.policy import belongs_to
+from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selection, select
 from lightning_optim.base.suggestions import nearest_pattern, shown
 from lightning_optim.gradients.clipping.by_norm import ClipByNorm
@@ -133,7 +134,11 @@ def _policies(name: str, value: Any) -> list[Clipping]:
     policies = [ClipByNorm(float(one)) if _is_bound(one) else one for one in listed]
     if not policies or not all(isinstance(one, Clipping) for one in policies):
         allowed = _ALLOWED if name == "policy" else _ALLOWED.partition(";")[0]
-        raise ValueError(f"`{name}={value!r}` must be {allowed}{belongs_to(value, Clipping)}")
+        schedule = next((one for one in listed if isinstance(one, Schedule)), None)
+        instead = (
+            belongs_to(value, Clipping) if schedule is None else f"; for a schedule write ClipByNorm({schedule!r})"
+        )
+        raise ValueError(f"`{name}={value!r}` must be {allowed}{instead}")
     for one in policies:
         one.check_complete()
     return policies

@@ -17,6 +17,7 @@ from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.norms import tensor_norms
 from lightning_optim.base.ring_buffer import Ring
 from lightning_optim.gradients.gradient_clipping import GradientClipping
+from lightning_optim.gradients.module_clipping import bound_of_trainer
 from lightning_optim.gradients.norm_plot import Norms, draw, name_of_norm
 from lightning_optim.gradients.step_skipping import SkippedSteps
 from lightning_optim.plotting import canvas
@@ -67,8 +68,8 @@ class GradientMonitor(OptimCallback):
     policy, or 2 without clipping. A step that is not logged costs one norm, and nothing beside clipping by norm;
     nothing waits for the device. A logged step needs a copy of the weights for ``update_ratio``.
 
-    Policies that scale by a norm know if a step was clipped. For other policies it is seen from the norms before and
-    after, at logged steps.
+    Policies that scale by a norm know if a step was clipped, and so does ``Trainer(gradient_clip_val=…)``. For other
+    policies, and for modules that clip themselves, it is seen from the norms before and after, at logged steps.
 
     Args:
         level: Norms that are logged: ``"total"``; or for each ``"module"`` or ``"parameter"`` as well, which are many
@@ -120,6 +121,12 @@ class GradientMonitor(OptimCallback):
     def describe_step(self, index: int) -> tuple[str, str]:
         return "measure norms", ""
 
+    def report(self) -> str:
+        told = {place: self._norms(place).in_words for place, history in enumerate(self._histories) if history.count}
+        several = len(self._histories) > 1
+        words = [f"of optimizer {place}{text}" if several else text for place, text in told.items() if text]
+        return f"gradient norm{' ' if several else ''}{'; '.join(words)}" if words else ""
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         found = (callback for callback in trainer.callbacks if isinstance(callback, GradientClipping))
@@ -160,10 +167,16 @@ class GradientMonitor(OptimCallback):
         if self._clipping is not None:
             row[_CLIPPED] = _scalar(self._clipping.clipped(step.index), unknown)
             row[_BOUND] = _scalar(self._clipping.bound_in_force(step), unknown)
+        else:
+            bound = bound_of_trainer(trainer)
+            if bound is not None and math.isfinite(bound):
+                row[_CLIPPED], row[_BOUND] = (found.norm > bound).to(found.norm), _scalar(bound, unknown)
         if found.logs:
+            # Before the norm after clipping is asked for: then it is known.
+            only_limits = self._only_limits(trainer, step)
             row[_AFTER] = step.norm(self._norm_type(step.index))
             row[_UPDATE] = self._measure_update(found)
-            if row[_CLIPPED] is unknown and self._only_limits(step.index):
+            if row[_CLIPPED] is unknown and only_limits:
                 row[_CLIPPED] = (row[_AFTER] < found.norm).to(found.norm)
             found.values |= {"gradients/norm_clipped": row[_AFTER], "gradients/update_ratio": row[_UPDATE]}
             found.values |= self._by_label("gradients/norm_clipped", step)
@@ -201,9 +214,13 @@ class GradientMonitor(OptimCallback):
     def _norm_type(self, index: int) -> float:
         return 2.0 if self._clipping is None else self._clipping.norm_type_of(index)
 
-    def _only_limits(self, index: int) -> bool:
-        """Return True if each clipping policy only limits gradients: then a norm that became smaller was clipped."""
-        policies = [] if self._clipping is None else self._clipping.policies_of(index)
+    def _only_limits(self, trainer: Trainer, step: OptimizerStep) -> bool:
+        """Return True if what clips only limits gradients: then a norm that became smaller was clipped."""
+        if self._clipping is None:
+            # Many modules override `configure_gradient_clipping` and do nothing there.
+            has_written = step.known_norm(self._norm_type(step.index)) is None
+            return bound_of_trainer(trainer) is not None and has_written
+        policies = self._clipping.policies_of(step.index)
         return bool(policies) and all(policy.limits for policy in policies)
 
     def on_train_batch_end(
@@ -290,6 +307,11 @@ class GradientMonitor(OptimCallback):
     def _index(self, argument: str, value: int | None) -> int | None:
         """Return the index of an optimizer; ``None`` if several were measured and none is named."""
         count = len(self._histories)
+        if isinstance(value, str):
+            raise ValueError(
+                f"`{argument}` must be the index of an optimizer, {self._names() or 'such as 0'}, got {value!r}:"
+                f" {type(self).__name__} knows the norms of gradients, and no metric"
+            )
         if value is not None:
             check_number(argument, value, low=0, integer=True)
             if count and value >= count:

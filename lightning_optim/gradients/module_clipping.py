@@ -1,7 +1,8 @@
-"""Notice that a module clips its gradients itself, beside GradientClipping."""
+"""Notice what clips gradients beside GradientClipping: the module itself, or an argument of the Trainer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,20 @@ from lightning_optim.runtime.session import Session
 from lightning_optim.runtime.step import parameters_of
 
 Notice = Callable[[Optimizer, str], bool]
+
+
+def bound_of_trainer(trainer: Trainer) -> float | None:
+    """Return the bound on the 2-norm of all gradients by which Lightning clips, without :class:`GradientClipping`.
+
+    Returns:
+        The bound; NaN if gradients may be clipped in another way, by value or in the module's own
+        ``configure_gradient_clipping``; ``None`` if nothing clips.
+    """
+    if is_overridden("configure_gradient_clipping", trainer.lightning_module):
+        return math.nan
+    if not trainer.gradient_clip_val:
+        return None
+    return float(trainer.gradient_clip_val) if trainer.gradient_clip_algorithm in (None, "norm") else math.nan
 
 
 def watch_clipping(session: Session, trainer: Trainer, pl_module: LightningModule, notice: Notice) -> None:

@@ -49,6 +49,16 @@ class Norms:
         return f"{len(self.before):,} steps" + ("" if math.isnan(share) else f", {100.0 * share:.0f} % of them clipped")
 
     @property
+    def in_words(self) -> str:
+        """Words for the usual size of the norms before clipping, with the number of steps if there were more before."""
+        finite = self.before[self.before.isfinite()].double()
+        if not len(finite):
+            return ""
+        median, high = (float(torch.quantile(finite, share)) for share in (0.5, 0.9))
+        steps = f" in the last {len(self.before):,} steps" if len(self.before) < self.last else ""
+        return f"{steps}: median {median:.3g}, 90th percentile {high:.3g}"
+
+    @property
     def is_clipped(self) -> bool:
         """True if clipping policies acted, as far as it is known."""
         return bool(self.clipped.isfinite().any() or self.bound.isfinite().any())
@@ -91,7 +101,7 @@ def draw(axes: Axes, norms: Sequence[Norms], suggestion: tuple[str, float] | Non
 
 def _draw_optimizer(axes: Axes, norms: Norms, single: bool) -> None:
     prefix = "" if single else f"{norms.optimizer}, "
-    words = "before clipping" if norms.is_clipped else "not clipped"
+    words = "before clipping" if norms.is_clipped else "each step"
     (line,) = axes.plot(norms.steps, norms.before, linewidth=0.8, label=f"{prefix}{words}", alpha=0.8)
     # With several optimizers all that belongs to one has one colour.
     color: dict[str, Any] = {} if single else {"color": line.get_color()}

@@ -253,7 +253,7 @@ def test_plot_shows_the_norms(clips: bool) -> None:
     if clips:
         assert list(dots[0].get_xdata()) == [4, 8, 12]
     assert monitor.plot(0, ax=axes) == (figure, axes)
-    with pytest.raises(ValueError, match="`metric_or_optimizer` must be an integer >= 0, got 'val_loss'"):
+    with pytest.raises(ValueError, match=r"the index of an optimizer, 0 \(SGD\), got 'val_loss': .* no metric"):
         monitor.plot("val_loss")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`metric_or_optimizer` must be the index of an optimizer, 0 \(SGD\), got 1"):
         monitor.plot(1)
@@ -403,14 +403,78 @@ def test_a_plot_of_several_optimizers_names_each_and_gives_it_one_colour() -> No
         "after clipping (12 steps, 100 % of them clipped)",
         "bound in force, 0.5",
     ]
-    assert [label for label in labels if label.startswith("optimizer 1 (SGD)")] == ["optimizer 1 (SGD), not clipped"]
+    assert [label for label in labels if label.startswith("optimizer 1 (SGD)")] == ["optimizer 1 (SGD), each step"]
     assert len(set(labels.values())) == 2
     _, one = monitor.plot(1)
     assert one.get_title() == "Gradient norms of optimizer 1 (SGD): 12 steps"
     assert [str(line.get_label()).partition(",")[0] for line in one.lines] == [
-        "not clipped",
+        "each step",
         "suggested bound (90th percentile)",
     ]
+
+
+class Overriding(models.Model):
+    """Clip in a hook of its own, with a bound that no one else knows; infinite for a hook that does nothing."""
+
+    bound = 0.2
+
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        if math.isfinite(self.bound):
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self.bound)
+
+
+def _by_lightning(model: type[models.Model] = models.Model, **changes: Any) -> tuple[GradientMonitor, dict[str, Any]]:
+    monitor, recorder = GradientMonitor(), run.Recorder()
+    arguments = {"logger": recorder, "max_epochs": 3} | changes
+    run.make_trainer(CELL, [monitor], **arguments).fit(model(CELL))
+    return monitor, recorder.logged
+
+
+def test_the_clipping_of_the_trainer_is_shown_as_that_of_the_callback() -> None:
+    ours = GradientMonitor()
+    wanted = _fit(ours, GradientClipping(0.5), log_every_n_steps=4)
+    monitor, logged = _by_lightning(gradient_clip_val=0.5, log_every_n_steps=4)
+    for name in ("norm", "norm_clipped", "share_clipped"):
+        assert logged[f"gradients/{name}"] == pytest.approx(wanted[f"gradients/{name}"], rel=1e-5)
+    (_, axes), (_, expected) = monitor.plot(), ours.plot()
+    assert [line.get_label() for line in axes.lines] == [line.get_label() for line in expected.lines]
+    assert axes.get_title() == expected.get_title()
+    assert _bound(axes) == dict.fromkeys(range(1, 13), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        (models.Model, {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}),
+        (Overriding, {}),
+        (Overriding, {"gradient_clip_val": 7.0}),
+    ],
+)
+def test_a_clipping_without_a_known_bound_is_seen_from_the_norms(model: Any, arguments: dict[str, Any]) -> None:
+    monitor, logged = _by_lightning(model, **arguments)
+    assert set(logged["gradients/share_clipped"].values()) == {1.0}
+    _, axes = monitor.plot()
+    labels = [str(line.get_label()).partition(" (")[0] for line in axes.lines]
+    assert labels == ["before clipping", "after clipping", "suggested bound"]
+
+
+def test_a_hook_for_clipping_that_does_nothing_does_not_clip() -> None:
+    _, logged = _by_lightning(type("Idle", (Overriding,), {"bound": math.inf}))
+    assert "gradients/share_clipped" not in logged
+
+
+def test_the_report_is_of_the_history() -> None:
+    assert not GradientMonitor().report()
+    monitor, short = GradientMonitor(), GradientMonitor(history=5)
+    _fit(monitor)
+    median, high = monitor.suggest_clip(50.0), monitor.suggest_clip(90.0)
+    assert monitor.report() == f"gradient norm: median {median:.3g}, 90th percentile {high:.3g}"
+    _fit(short)
+    assert short.report().startswith("gradient norm in the last 5 steps: median ")
+    two = GradientMonitor()
+    _fit(two, cell=TWO)
+    first, second = two.report().split("; ")
+    assert first.startswith("gradient norm of optimizer 0: median ") and second.startswith("of optimizer 1: median ")
 
 
 @pytest.mark.parametrize("style", ["default", "dark_background"])

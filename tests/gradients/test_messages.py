@@ -17,6 +17,7 @@ import lightning_optim
 from lightning_optim import (
     Clipping,
     GradientAccumulation,
+    GradientClipping,
     Linear,
     ManualOptimizationMixin,
     OptimCallback,
@@ -162,6 +163,12 @@ def test_a_schedule_of_sizes_is_answered_with_a_dictionary() -> None:
         ValueError, match=r"got Linear\(1, 4\); write the number from each epoch on, such as `{0: 1, 10"
     ):
         GradientAccumulation(Linear(1, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", [Linear(1.0, 0.5), {"*": Linear(1.0, 0.5)}, [Linear(1.0, 0.5)]])
+def test_a_schedule_of_bounds_is_answered_with_the_policy_that_takes_it(policy: Any) -> None:
+    with pytest.raises(ValueError, match=r"; for a schedule write ClipByNorm\(Linear\(1.0, 0.5\)\)$"):
+        GradientClipping(policy)
 
 
 @pytest.mark.parametrize("wrong", ["token", "tokens", "n_tokens"])
