@@ -7,19 +7,23 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
 
 from lightning_optim.averaging.checkpoints import reading
 from lightning_optim.averaging.checkpoints.average_checkpoints import mean_of_checkpoints
+from lightning_optim.averaging.checkpoints.averaged_state_dict import SavedAverage, averages_in
 from lightning_optim.averaging.checkpoints.describing import describe
 from lightning_optim.averaging.checkpoints.running_mean import StateDict
 from lightning_optim.averaging.checkpoints.soup import make_soup
-from lightning_optim.averaging.checkpoints.writing import ENDINGS, check_ending, write_average
+from lightning_optim.averaging.checkpoints.writing import check_ending, write_average
 from lightning_optim.base.suggestions import nearest
+from lightning_optim.ensembling.file_entries import describe_entries, member_label
 from lightning_optim.runtime.files import safe_reading
+from lightning_optim.runtime.files.near_paths import nearest_path
 from lightning_optim.version import installed_version
 
 _FILES = "checkpoints, state dicts, .safetensors files, or folders of shards"
@@ -77,11 +81,7 @@ def _message_of(error: Exception, files: Sequence[str]) -> str:
     if not isinstance(error, OSError) or not error.strerror or not isinstance(error.filename, str):
         return str(error)
     path = next((file for file in files if os.path.abspath(file) == error.filename), error.filename)
-    fix = ""
-    if isinstance(error, FileNotFoundError):
-        folder = os.path.dirname(path) or "."
-        fix = nearest(os.path.basename(path), os.listdir(folder)) if os.path.isdir(folder) else ""
-        fix = fix or "; check the path"
+    fix = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
     return f"{path}: {error.strerror}{fix}"
 
 
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
 
     for command in (average, soup):
-        endings = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        endings = f"{', '.join(reading.ENDINGS[:-1])} or {reading.ENDINGS[-1]}"
         command.add_argument("-o", "--output", required=True, help=f"the file to write, which ends in {endings}")
         command.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     for command in (average, soup, inspect):
@@ -181,20 +181,72 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# ---- notes on the files ---------------------------------------------------------------------------------------------
+
+
+class _Notes:
+    """Tell after the result what a user may not expect of the files.
+
+    Args:
+        options: The arguments of the command.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._files, self._key = list(options.files), options.key
+        self._left: dict[str, SavedAverage] = {}  # an average that is not evaluated, by the path of its checkpoint
+        self._members: dict[str, tuple[int, int]] = {}
+
+    def hear(self, path: str, checkpoint: Mapping[Any, Any]) -> None:
+        """Take note of a checkpoint that is read."""
+        averages = averages_in(checkpoint)
+        if averages and not self._key and not any(average.evaluated for average in averages):
+            self._left[path] = averages[0]
+        if (label := member_label(checkpoint)) is not None:
+            self._members[path] = label
+
+    def say(self) -> None:
+        """Tell of files that are given twice, and of averages that were left where they are."""
+        known = Counter(os.path.realpath(file) for file in self._files)
+        for file in dict.fromkeys(self._files):
+            if (count := known.pop(os.path.realpath(file), 1)) > 1:
+                _say(f"note: {file} is given {count} times, and counts as often")
+        if self._left:
+            average = next(iter(self._left.values()))
+            name = "" if average.name is None else f", {average.name!r}"
+            _say(
+                f"note: the raw weights of {self._shown(self._left)} were taken, and not the average beside them,"
+                f" {average.kind}, which has evaluate=False: averaged_state_dict(path{name}) returns it"
+            )
+
+    def warn_of_members(self) -> None:
+        """Warn of members that were trained apart, of which the mean is mostly useless."""
+        if len({*self._members.values()}) > 1:
+            _say(
+                f"warning: {self._shown(self._members)} are members that fit_members trained, each with a seed of its"
+                " own. Unless all began with the same weights, their mean is useless: average their predictions"
+                " instead, with Ensemble.from_checkpoints"
+            )
+
+    def _shown(self, paths: Collection[str]) -> str:
+        return "all files" if len({*self._files}) == len(paths) > 1 else ", ".join(paths)
+
+
 # ---- average ---------------------------------------------------------------------------------------------------------
 
 
 def _average(options: argparse.Namespace) -> int:
     _check_output(options.output, options.force)
     weights = _weights(options.weights, options.files)
-    safe = not options.unsafe
+    safe, notes = not options.unsafe, _Notes(options)
     mean, provenance = mean_of_checkpoints(
-        options.files, weights, key=options.key, weights_only=safe, progress=sys.stderr.isatty()
+        options.files, weights, key=options.key, weights_only=safe, progress=sys.stderr.isatty(), notice=notes.hear
     )
     left_out = write_average(mean, options.output, provenance, options.files[-1], options.key, safe)
     count = len(options.files)
     what = f"the mean of {count} files" if count > 1 else "the weights of one file, which is no average"
     print(_on_one_line(f"{options.output}: {what}{_note(left_out)}"))
+    notes.say()
+    notes.warn_of_members()
     if count > 1:
         _warn_of_statistics(options.output, mean)
     return 0
@@ -281,7 +333,7 @@ def _soup(options: argparse.Namespace) -> int:
         changes |= any(not value.equal(before[name]) for name, value in _statistics(weights).items() if name in before)
         return value
 
-    barrier = None if options.no_barrier else 0.1
+    barrier, notes = None if options.no_barrier else 0.1, _Notes(options)
     soup = make_soup(
         options.files,
         score,
@@ -290,12 +342,14 @@ def _soup(options: argparse.Namespace) -> int:
         key=options.key,
         weights_only=not options.unsafe,
         report=_print_step,
+        notice=notes.hear,
     )
     left_out = soup._write(options.output)
     kept, tried = len(soup.kept), _counted(len(options.files), "file")
     alone = f": the weights of {soup.kept[0]} alone" if kept == 1 else ""
     line = f"{options.output}: a greedy soup of {kept} of {tried}, score {soup.score:.6g}{alone}{_note(left_out)}"
     print(_on_one_line(line))
+    notes.say()
     if len(soup.kept) > 1 and not changes:
         _warn_of_statistics(options.output, soup)
     return 0
@@ -347,7 +401,7 @@ def _place_of(error: Exception) -> str:
 
 def _inspect(options: argparse.Namespace) -> int:
     for path in options.files:
-        for line in describe(path, weights_only=not options.unsafe, key=options.key):
+        for line in describe(path, not options.unsafe, options.key, describe_entries):
             print(_on_one_line(line))
     return 0
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_optim
-from lightning_optim import EMA, LAWA, WeightAveraging, average_checkpoints, cli, version
-from tests.averaging.models import Model, assert_equal, fit, snapshot
+from lightning_optim import EMA, LAWA, Ensemble, WeightAveraging, average_checkpoints, cli, fit_members, version
+from tests.averaging.models import Model, assert_equal, data, fit, snapshot
+from tests.ensembling.models import QUIET
 from tests.lightning import EMAWeightAveraging as TheirEMA
-from tests.lightning import ModelCheckpoint
+from tests.lightning import ModelCheckpoint, Trainer
 
 
 class Given(Model):
@@ -82,6 +83,15 @@ def test_average_of_other_kinds_of_files(files: list[str], tmp_path: Path) -> No
         (["--weights", "a.ckpt"], "--weights takes numbers with commas, such as --weights 0.25,0.75, and 'a.ckpt'"),
         (["--weights", "0,0"], "`weights` must be 2 numbers >= 0, not all zero"),
         (["epoch0.ckpt"], "epoch0.ckpt: No such file or directory; did you mean 'epoch=0.ckpt'?"),
+        (["run/epoch0.ckpt"], "run/epoch0.ckpt: No such file or directory; did you mean 'run/epoch=5.ckpt'?"),
+        (["runn/epoch=5.ckpt"], "directory; there is no folder 'runn'; did you mean 'run/epoch=5.ckpt'?"),
+        (["runn/other.ckpt"], "directory; there is no folder 'runn'; did you mean 'run'?"),
+        (["elsewhere/epoch=5.ckpt"], "directory; there is no folder 'elsewhere'"),
+        (["run/other*.ckpt"], "No such file or directory; no file matches this pattern"),
+        (["run"], "run is a folder, and no distributed checkpoint: pass the 1 checkpoint in it, run/*.ckpt"),
+        (["."], ". is a folder, and no distributed checkpoint: pass the 3 checkpoints in it, ./*.ckpt"),
+        (["version_0"], "pass the 1 checkpoint in it, version_0/checkpoints/*.ckpt"),
+        (["cut.ckpt"], "cut.ckpt is damaged or incomplete, or no checkpoint: copy it again, or take another one\n"),
         (["strange.ckpt"], "pass `weights_only=False` if you trust it"),
     ],
 )
@@ -90,6 +100,11 @@ def test_errors_are_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "path": Path("x")}, "strange.ckpt")
+    for folder in ("run", "version_0/checkpoints", "cut"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "epoch=5.ckpt").write_bytes(Path(files[0]).read_bytes())
+    if arguments == ["cut.ckpt"]:
+        Path("cut.ckpt").write_bytes(Path(files[0]).read_bytes()[:2000])
     assert cli.main(["average", "-o", "out.ckpt", *files, *arguments]) == 1
     assert sentence in capsys.readouterr().err
     assert not Path("out.ckpt").exists()
@@ -205,8 +220,8 @@ def test_inspect_says_what_is_in_a_file(files: list[str], tmp_path: Path, capsys
     assert lines[1:] == [
         "epoch 0, global step 8",
         "state_dict: averaged weights, 41 numbers in 4 tensors (4 float32)",
-        "EMA(): 8 updates, the first at step 1, the last at 8; in state_dict, raw weights beside",
-        "LAWA() name='late': 4 updates, the first at step 5, the last at 8; in the callback's state",
+        "EMA(0.9): 8 updates, the first at step 1, the last at 8; in state_dict, raw weights beside",
+        "LAWA(2) name='late': 4 updates, the first at step 5, the last at 8; in the callback's state",
     ]
 
 
@@ -235,6 +250,78 @@ def test_inspect_of_other_files(callbacks, weights_only: bool, lines, tmp_path: 
     assert len(printed) == 2 + len(lines)
     for found, line in zip(printed[2:], lines, strict=True):
         assert found.startswith(line)
+
+
+def test_inspect_of_averages_without_their_numbers(files: list[str], capsys: pytest.CaptureFixture) -> None:
+    """As earlier versions wrote them."""
+    checkpoint = torch.load(files[0], weights_only=True)
+    assert [state.pop("policy", None) for state in checkpoint["callbacks"].values()].count("EMA(0.9)") == 1
+    torch.save(checkpoint, files[0])
+    assert cli.main(["inspect", files[0]]) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[3:]] == ["EMA", "LAWA name='late'"]
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> list[str]:
+    def trainer(index: int) -> Trainer:
+        averages = [WeightAveraging(EMA(0.9))] if index else []
+        return Trainer(max_epochs=1, callbacks=averages, **QUIET)
+
+    return fit_members(lambda index: Model(), 2, trainer, data(), dirpath=tmp_path / "members", seed=3)
+
+
+def test_inspect_knows_members_and_ensembles(members: list[str], tmp_path: Path, capsys) -> None:
+    weights = "41 numbers in 4 tensors (4 float32)"
+    for path, kind in zip(
+        members, ("weights at the end of its fit", "weights of WeightAveraging(EMA(decay=0.9))"), strict=True
+    ):
+        assert cli.main(["inspect", path]) == 0
+        assert capsys.readouterr().out.splitlines()[2:] == [
+            f"member {members.index(path)} of `fit_members`, seed 3",
+            f"state_dict: {kind}, {weights}",
+        ]
+    ensemble, out = Ensemble.from_checkpoints(Model, members, outputs="values"), str(tmp_path / "ensemble.ckpt")
+    trainer = Trainer(**QUIET)
+    trainer.predict(ensemble, data())
+    trainer.save_checkpoint(out)
+    assert cli.main(["inspect", out]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "an Ensemble of 2 Model, outputs=values",
+        "state_dict: weights of the members, 82 numbers in 8 tensors (8 float32)",
+    ]
+    assert cli.main(["average", *members, "-o", str(tmp_path / "mean.ckpt")]) == 0
+    assert capsys.readouterr().err.startswith(
+        "lightning-optim: warning: all files are members that fit_members trained, each with a seed of its own."
+    )
+    assert cli.main(["average", members[0], "-o", str(tmp_path / "one.ckpt")]) == 0
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "entry", [3, {}, {"seed": "a", "index": 1}, {"seed": 1, "index": -1}, {"members": [{}]}], ids=str
+)
+def test_entries_that_another_wrote_are_ignored(entry: Any, tmp_path: Path, capsys) -> None:
+    torch.save(_lightning(fit_members=entry, ensemble=entry), tmp_path / "odd.ckpt")
+    assert cli.main(["inspect", str(tmp_path / "odd.ckpt")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_it_is_said_that_raw_weights_were_taken(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    callbacks = [
+        ModelCheckpoint(".", filename="{epoch}", save_top_k=-1),
+        WeightAveraging(EMA(0.9), evaluate=False, apply_at_end=False, name="slow"),
+    ]
+    fit(Model(), callbacks, enable_checkpointing=True)
+    assert cli.main(["average", "epoch=0.ckpt", "epoch=1.ckpt", "-o", "out.ckpt"]) == 0
+    assert capsys.readouterr().err == (
+        "lightning-optim: note: the raw weights of all files were taken, and not the average beside them, EMA(0.9),"
+        " which has evaluate=False: averaged_state_dict(path, 'slow') returns it\n"
+    )
+    assert cli.main(["average", "epoch=0.ckpt", "out.ckpt", "./epoch=0.ckpt", "-o", "again.ckpt"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "lightning-optim: note: epoch=0.ckpt is given 2 times, and counts as often"
+    assert said[1].startswith("lightning-optim: note: the raw weights of epoch=0.ckpt, ./epoch=0.ckpt were taken")
 
 
 def test_inspect_of_plain_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

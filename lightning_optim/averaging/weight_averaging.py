@@ -403,7 +403,10 @@ class WeightAveraging(AveragedCheckpoints):
         averages = pruned_parameters.permanent(
             state_of(self._averaged, self._saved_as_state_dict), self._permanent_masks()
         )
-        return {**averages, **comparison, **asked, **self._unfrozen_by_name()}
+        told = {
+            "policy": self.average.brief
+        }  # with its numbers, which the key leaves out; for `lightning-optim inspect`
+        return {**averages, **told, **comparison, **asked, **self._unfrozen_by_name()}
 
     def _unfrozen_by_name(self) -> dict[str, list[str]]:
         """Return the names of the BatchNorm layers that were not frozen at the last update."""

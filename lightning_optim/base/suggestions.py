@@ -27,7 +27,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
         >>> nearest("val_loss", ["epoch", "val_acc", "train_loss"])
         ''
     """
+    return did_you_mean(nearest_name(name, known))
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is nearest, as :func:`nearest` finds it; empty if none is near."""
     return _most_similar(name, [one for one in known if _is_near(name, one)])
+
+
+def did_you_mean(name: str) -> str:
+    """Return the end of a message that suggests a name; empty without a name."""
+    return f"; did you mean {name!r}?" if name else ""
 
 
 def nearest_pattern(pattern: str, known: Iterable[str]) -> str:
@@ -43,7 +53,7 @@ def nearest_pattern(pattern: str, known: Iterable[str]) -> str:
     parts = pattern.split(".")
     if not any(letter in pattern for letter in "*?["):
         inside = f"{pattern}.*"  # the name of a module, in the place of the names of what is in it
-        return f"; did you mean {inside!r}?" if fnmatch.filter(names, inside) else nearest(pattern, names)
+        return did_you_mean(inside) if fnmatch.filter(names, inside) else nearest(pattern, names)
     candidates = set()
     for index, part in enumerate(parts):
         if any(letter in part for letter in "*?["):
@@ -54,7 +64,7 @@ def nearest_pattern(pattern: str, known: Iterable[str]) -> str:
             for place in (index, index - len(parts)):
                 if -len(theirs) <= place < len(theirs) and _is_near(part, theirs[place]):
                     candidates.add(".".join([*parts[:index], theirs[place], *parts[index + 1 :]]))
-    return _most_similar(pattern, sorted(one for one in candidates if fnmatch.filter(names, one)))
+    return did_you_mean(_most_similar(pattern, sorted(one for one in candidates if fnmatch.filter(names, one))))
 
 
 def shown(names: Iterable[str], most: int = 8) -> str:
@@ -71,7 +81,7 @@ def shown(names: Iterable[str], most: int = 8) -> str:
 
 
 def _most_similar(name: str, near: Sequence[str]) -> str:
-    return f"; did you mean {max(near, key=lambda one: _similarity(name, one))!r}?" if near else ""
+    return max(near, key=lambda one: _similarity(name, one)) if near else ""
 
 
 def _is_near(name: str, other: str) -> bool:

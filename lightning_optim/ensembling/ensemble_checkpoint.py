@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lightning_optim.ensembling.file_entries import ENSEMBLE_KEY, ensemble_entry
 from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.lightning import LightningModule
 from lightning_optim.runtime.lightning.loading import check_names, is_safe, load_from_checkpoint
 from lightning_optim.runtime.lightning.modules import HPARAMS, HPARAMS_NAME, HPARAMS_TYPE, hparams_name
 
-_KEY = "ensemble"
 _PREFIX = "members."
 
 
@@ -78,7 +78,7 @@ def save_members(members: nn.ModuleList, arguments: dict[str, Any], checkpoint: 
     classes = [f"{type(member).__module__}:{type(member).__qualname__}" for member in members]
     own = [{key: value for key, value in part.items() if value is not checkpoint.get(key)} for part in parts]
     written = [{"class": name, "checkpoint": part} for name, part in zip(classes, own, strict=True)]
-    checkpoint[_KEY] = {**arguments, "members": written}
+    checkpoint[ENSEMBLE_KEY] = {**arguments, "members": written}
 
 
 def load_members(members: nn.ModuleList, checkpoint: dict[str, Any]) -> None:
@@ -114,19 +114,8 @@ def read(path: Any, weights_only: bool) -> dict[str, Any]:
 
 def arguments_in(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the ensemble that wrote the checkpoint; empty if no ensemble wrote it."""
-    written = _entry(checkpoint)
+    written = ensemble_entry(checkpoint)
     return {} if written is None else {name: written.get(name) for name in ("outputs", "on", "dim")}
-
-
-def _entry(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the entry that :func:`save_members` wrote; ``None`` if it is missing or damaged."""
-    written = checkpoint.get(_KEY)
-    members = written.get("members") if isinstance(written, dict) else None
-    return written if isinstance(members, list) and members and all(map(_is_member_entry, members)) else None
-
-
-def _is_member_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("class"), str) and isinstance(entry.get("checkpoint"), dict)
 
 
 def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: bool) -> list[type[LightningModule]]:
@@ -135,7 +124,7 @@ def classes_in(path: Any, checkpoint: dict[str, Any], given: Any, weights_only: 
     Raises:
         ValueError: If no ensemble wrote the checkpoint, it is not trusted, or a class that it names cannot be imported.
     """
-    written = _entry(checkpoint)
+    written = ensemble_entry(checkpoint)
     if written is None:
         raise ValueError(
             f"{path} is no checkpoint of an Ensemble: use `Ensemble.from_checkpoints` for members in checkpoints of"
@@ -240,8 +229,8 @@ def _join(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _checkpoint_of(checkpoint: dict[str, Any], index: int) -> dict[str, Any]:
     """Return the checkpoint of one member. The hyper-parameters of the whole checkpoint are the first member's."""
-    written = _entry(checkpoint)
-    part = {key: value for key, value in checkpoint.items() if key != _KEY}
+    written = ensemble_entry(checkpoint)
+    part = {key: value for key, value in checkpoint.items() if key != ENSEMBLE_KEY}
     if written is not None and index < len(written["members"]):
         part = _without_hyper_parameters(part) | written["members"][index]["checkpoint"]
     if "state_dict" in checkpoint:

@@ -16,6 +16,7 @@ from lightning_optim.base.shards import reshard_
 from lightning_optim.ensembling.member_files import FinishedMembers, LabelCheckpoints, last_checkpoint
 from lightning_optim.ensembling.member_functions import MemberMaker
 from lightning_optim.resume.exact_resume import ExactResume
+from lightning_optim.runtime.callback_state import edit_before_write
 from lightning_optim.runtime.files.checkpoint_io import AtomicCheckpointIO, using_checkpoint_io
 from lightning_optim.runtime.lightning import (
     LightningDataModule,
@@ -164,7 +165,7 @@ def _fit_member(make: MemberMaker, index: int, data: tuple[Any, Any], finished: 
         raise RuntimeError(f"The fit of member {index} was interrupted: call `fit_members` again to go on from there.")
     reshard_(member)
     path = finished.path(index)
-    _save(trainer, path)
+    _save(trainer, path, label)
     if trainer.is_global_zero:
         seconds = round(time.monotonic() - start, 3)
         finished.add(index, seed=own_seed, epochs=trainer.current_epoch, steps=trainer.global_step, seconds=seconds)
@@ -219,9 +220,10 @@ def _own(name: str, data: Any, index: int) -> Any:
         ) from error
 
 
-def _save(trainer: Trainer, path: Path) -> None:
+def _save(trainer: Trainer, path: Path, label: LabelCheckpoints) -> None:
     """Write a checkpoint with the weights at the end of the fit; it is complete when this returns."""
     strategy = trainer.strategy
     # `load_from_checkpoint` reads a file, and no folder of shards.
     with writing_one_file(strategy), using_checkpoint_io(strategy, AtomicCheckpointIO()):
-        trainer.save_checkpoint(path, weights_only=True)
+        edit_before_write(strategy, lambda checkpoint: checkpoint.update(label.finished_member()))
+        trainer.save_checkpoint(path, weights_only=True)  # which asks no callback for what it adds

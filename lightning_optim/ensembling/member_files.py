@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_optim.ensembling.file_entries import MEMBER_KEY
 from lightning_optim.resume.exactness_checks import resumes_exactly_from_here
+from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.runtime.files.safe_reading import check, first_line, load
 from lightning_optim.runtime.lightning import (
@@ -17,8 +19,7 @@ from lightning_optim.runtime.lightning import (
     Trainer,
     rank_zero_warn,
 )
-
-_KEY = "fit_members"
+from lightning_optim.runtime.session import Session
 
 
 class FinishedMembers:
@@ -95,11 +96,13 @@ class LabelCheckpoints(CallbackBase):
 
     Attributes:
         resume_from: The checkpoint from which this fit goes on.
+        weights_of: The callback of this package that wrote the weights that the member holds after its fit.
     """
 
     def __init__(self, seed: int, index: int) -> None:
         self.seed, self.index = seed, index
         self.resume_from: Path | None = None
+        self.weights_of: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         mine = [self.index, self.resume_from and str(self.resume_from)]
@@ -109,13 +112,27 @@ class LabelCheckpoints(CallbackBase):
                 " must be on a file system that all of them share."
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ours = (callback.fit for callback in trainer.callbacks if isinstance(callback, OptimCallback))
+        session = next((session for session in ours if session is not None), None)
+        if session is not None:
+            session.on_close(lambda: self._remember_writer(session))
+
+    def _remember_writer(self, session: Session) -> None:
+        writer: Any = session.wrote_final
+        self.weights_of = None if writer is None else writer.brief
+
+    def finished_member(self) -> dict[str, Any]:
+        """Return what the checkpoint of the finished member holds beside its weights. No resume begins from it."""
+        return {MEMBER_KEY: {"seed": self.seed, "index": self.index, "weights_of": self.weights_of}}
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_KEY] = {"seed": self.seed, "index": self.index, "exact": resumes_exactly_from_here(trainer)}
+        checkpoint[MEMBER_KEY] = {"seed": self.seed, "index": self.index, "exact": resumes_exactly_from_here(trainer)}
 
     def accepts(self, checkpoint: Any) -> bool:
         """Return True if a checkpoint is this member's, and a resume from it is exact."""
         label = {"seed": self.seed, "index": self.index, "exact": True}
-        return isinstance(checkpoint, dict) and checkpoint.get(_KEY) == label
+        return isinstance(checkpoint, dict) and checkpoint.get(MEMBER_KEY) == label
 
 
 def last_checkpoint(trainer: Trainer, label: LabelCheckpoints) -> Path | None:

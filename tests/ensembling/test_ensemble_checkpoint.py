@@ -246,7 +246,7 @@ def test_files_of_other_content(tmp_path: Path) -> None:
         Ensemble.load_from_checkpoint(path, weights_only=False)
     path.write_bytes(path.read_bytes()[:500])
     for arguments in ({}, {"weights_only": False}, {"members": [Plain()], "outputs": "logits"}):
-        with pytest.raises(ValueError, match=r"other.ckpt is damaged, or no checkpoint"):
+        with pytest.raises(ValueError, match=r"other.ckpt is damaged or incomplete, or no checkpoint: copy"):
             Ensemble.load_from_checkpoint(path, **arguments)
 
 

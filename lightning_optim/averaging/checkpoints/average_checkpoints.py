@@ -123,14 +123,15 @@ def mean_of_checkpoints(
     key: str | None = None,
     weights_only: bool = True,
     progress: bool = False,
+    notice: reading.Notice | None = None,
 ) -> tuple[StateDict, Provenance]:
-    """Return what :func:`average_checkpoints` does, and of which checkpoints it is the mean."""
+    """Return what :func:`average_checkpoints` does, and its provenance; ``notice`` hears of each checkpoint."""
     names = listed(paths)
     given = _checked(weights, len(names))
     mean, averages = RunningMean(), []
     with contextlib.closing(_checked_ahead(names, weights_only)) as files:
         for (path, is_checked), weight in shown(zip(files, given, strict=True), len(names), progress):
-            read, average = reading.weights_and_provenance(path, weights_only, key, check=not is_checked)
+            read, average = reading.weights_and_provenance(path, weights_only, key, not is_checked, notice=notice)
             mean.add(read, weight, path)
             averages.append(average)
             del read  # or the last file would stay in memory while the next one is read

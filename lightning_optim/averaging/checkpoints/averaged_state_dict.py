@@ -23,7 +23,7 @@ class SavedAverage:
     """Describe an average in a checkpoint.
 
     Attributes:
-        kind: Identity of the policy, such as ``EMA()``.
+        kind: The policy with its numbers, such as ``EMA(0.999)``; of a file without them its class.
         name: The callback's ``name=``, if it has one.
         evaluated: True if ``state_dict`` is this average, and the callback's state has the raw weights.
         updates: Number of updates, of several optimizers the largest.
@@ -64,8 +64,9 @@ def _found(key: str, state: Any) -> SavedAverage | None:
     if not counters or not all(isinstance(tensor, Tensor) for tensor in averaged.values()):
         return None
     identity = _identity(key)
+    policy = state.get("policy")
     return SavedAverage(
-        str(identity.get("average", "")),
+        policy[:200] if isinstance(policy, str) else str(identity.get("average", "")).removesuffix("()"),
         identity.get("name"),
         is_evaluated,
         max(counter["updates"] for counter in counters),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +15,21 @@ from lightning_optim.averaging.checkpoints.averaged_state_dict import averages_i
 from lightning_optim.averaging.checkpoints.provenance import Provenance, read_provenance
 
 
-def describe(path: PathLike, weights_only: bool = True, key: str | None = None) -> Iterator[str]:
-    """Yield the lines that ``lightning-optim inspect`` prints."""
+def describe(
+    path: PathLike,
+    weights_only: bool = True,
+    key: str | None = None,
+    entries: Callable[[Mapping[Any, Any]], tuple[str, str] | None] = lambda checkpoint: None,
+) -> Iterator[str]:
+    """Yield the lines that ``lightning-optim inspect`` prints.
+
+    Args:
+        path: The checkpoint.
+        weights_only: If True, read only tensors and plain values.
+        key: Name of the weights.
+        entries: Function that returns of a checkpoint with entries of other parts of the package a line, and the kind
+            of its weights ("" if it does not know it).
+    """
     path = os.fspath(path)
     checkpoint = reading.load_checkpoint(path, weights_only)
     if os.path.isdir(path):
@@ -35,6 +48,9 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
     yield f"{path}: {kind} of Lightning {checkpoint['pytorch-lightning_version']}"
     of_last = f", those of {provenance.sources[-1].file}" if provenance else ""
     yield f"epoch {checkpoint.get('epoch', 'unknown')}, global step {checkpoint.get('global_step', 'unknown')}{of_last}"
+    line, kind = entries(checkpoint) or ("", "")
+    if line:
+        yield line
     found = averages_in(checkpoint)
     evaluated = next((one for one in found if one.evaluated), None)
     theirs = isinstance(checkpoint.get("averaging_state"), Mapping) and not _holds_ours(checkpoint)
@@ -42,6 +58,8 @@ def describe(path: PathLike, weights_only: bool = True, key: str | None = None) 
         what = "weights"
     elif evaluated or theirs or provenance:
         what = _of_provenance(provenance) if provenance else "averaged weights"
+    elif kind:
+        what = kind
     else:
         what = "unknown whether raw or averaged weights" if is_bare else "raw weights"
     yield f"{key or reading.STATE_DICT}: {what}, {_size(weights)}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,9 @@ from lightning_optim.runtime.files.sharded_reading import check_folder, load_fol
 
 Keys: TypeAlias = tuple[Any, ...]  # the keys that lead to a tensor in nested dictionaries
 
+Notice: TypeAlias = Callable[[str, Mapping[Any, Any]], None]  # is told of each checkpoint that is read: path, content
+
+ENDINGS = (".ckpt", ".pt", ".pth", ".safetensors")
 STATE_DICT = "state_dict"
 _OTHERS = ("model", "model_state_dict", "ema")  # keys that other training loops use
 _DEPTH, _MAPPINGS = 32, 1_000_000
@@ -65,12 +69,17 @@ def weights_and_provenance(
     key: str | None = None,
     check: bool = True,
     skip_objects: bool = False,
+    notice: Notice | None = None,
 ) -> tuple[dict[Any, Any], Provenance | None]:
     """Read the weights of a checkpoint, and of which other checkpoints they are the mean, if the file says so."""
     path = os.fspath(path)
     if os.path.isdir(path):
+        if notice is not None:
+            notice(path, load_checkpoint(path, weights_only))
         return _weights_of_folder(path, weights_only, key), None
     loaded = load_checkpoint(path, weights_only, check, skip_objects)
+    if notice is not None:
+        notice(path, loaded)
     weights = weights_of(loaded, path, key)
     _check_extent(path, weights)
     return weights, read_provenance(path, loaded)
@@ -156,8 +165,24 @@ def _check_extent(path: str, weights: Mapping[Any, Any]) -> None:
         )
 
 
+def _refuse_folder_of_checkpoints(path: str) -> None:
+    """Raise if a folder is no checkpoint, but has checkpoints in it, perhaps in Lightning's folder ``checkpoints``."""
+    if os.path.exists(os.path.join(path, ".metadata")):
+        return
+    for folder in (path, os.path.join(path, "checkpoints")):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        if found := [name for name in names if name.endswith(ENDINGS)]:
+            (ending, count), *_ = Counter(os.path.splitext(name)[1] for name in found).most_common()
+            number = f"{count} checkpoint{'' if count == 1 else 's'}"
+            raise ValueError(
+                f"{path} is a folder, and no distributed checkpoint: pass the {number} in it,"
+                f" {os.path.join(folder, '*')}{ending}"
+            )
+
+
 def _weights_of_folder(path: str, weights_only: bool, key: str | None) -> dict[str, Tensor]:
     """Read the full tensors of a distributed checkpoint, without a process group."""
+    _refuse_folder_of_checkpoints(path)
     metadata = reader_of(path, weights_only).read_metadata()
     check_folder(path, metadata, weights_only)
     described = {n: a for n, a in metadata.state_dict_metadata.items() if isinstance(a, TensorStorageMetadata)}

@@ -141,8 +141,9 @@ def make_soup(
     weights_only: bool = True,
     progress: bool = False,
     report: Report | None = None,
+    notice: reading.Notice | None = None,
 ) -> Soup:
-    """Return the :func:`greedy_soup`; ``report`` hears of each score when it is known."""
+    """Return the :func:`greedy_soup`; ``report`` hears of each score at once, ``notice`` of each checkpoint."""
     check_choice("mode", mode, Mode)
     names = listed(paths)
     if not names or (scores is not None and len(scores) != len(names)):
@@ -150,7 +151,7 @@ def make_soup(
     averages: dict[str, Provenance | None] = {}
 
     def read(name: str) -> StateDict:
-        weights, averages[name] = reading.weights_and_provenance(name, weights_only, key)
+        weights, averages[name] = reading.weights_and_provenance(name, weights_only, key, notice=notice)
         return weights
 
     def alone(name: str) -> float:

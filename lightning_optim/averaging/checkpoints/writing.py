@@ -15,8 +15,6 @@ from lightning_optim.runtime.files import safe_reading
 from lightning_optim.runtime.files.atomic_writing import write_atomically
 from lightning_optim.runtime.lightning.torch_internals import tree_leaves
 
-ENDINGS = (".ckpt", ".pt", ".pth", ".safetensors")
-
 # Entries that belong to the training of one checkpoint, not to the mean of several.
 _TRAINING = ("callbacks", "optimizer_states", "lr_schedulers", "loops", "current_model_state", "averaging_state")
 
@@ -28,8 +26,9 @@ def check_ending(path: str | os.PathLike[str]) -> str:
         ValueError: If the path ends otherwise than in ``.ckpt``, ``.pt``, ``.pth`` or ``.safetensors``.
     """
     path = os.fspath(path)
-    if not path.endswith(ENDINGS):
-        raise ValueError(f"{path} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which chooses the format")
+    if not path.endswith(reading.ENDINGS):
+        *endings, last = reading.ENDINGS
+        raise ValueError(f"{path} must end in {', '.join(endings)} or {last}, which chooses the format")
     return path
 
 

@@ -12,7 +12,9 @@ import errno
 import io
 import os
 import pickle
+import struct
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
@@ -28,6 +30,7 @@ _PIECE = 1 << 20
 _FOLDER = 0x10  # bit of a record's attributes by which DOS marks a folder
 _EXPANSION = 16  # weights of few digits are compressed to a third, those of a pruned model to a tenth
 _SMALL = 4 << 20
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, pickle.UnpicklingError)
 
 
 def load(
@@ -174,7 +177,13 @@ def _named_errors(path: str, weights_only: bool, is_whole: bool = False) -> Iter
         is_foreign = isinstance(error, pickle.UnpicklingError) and (is_whole or "operand" not in str(error))
         if weights_only and is_foreign:
             raise _more_than_tensors(path, first_line(error)) from error
-        raise ValueError(f"{path} is damaged, or no checkpoint ({first_line(error)})") from error
+        raise ValueError(f"{path} is damaged or incomplete, or no checkpoint{_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the end of a message about a damaged file; without what its format calls the damage."""
+    is_damage = isinstance(error, _DAMAGE) or type(error).__name__ == "SafetensorError"
+    return ": copy it again, or take another one" if is_damage else f" ({first_line(error)})"
 
 
 def _more_than_tensors(path: str, reason: str) -> ValueError:
@@ -245,7 +254,7 @@ def _check_record(path: str, archive: zipfile.ZipFile, record: zipfile.ZipInfo) 
             while content.read(_PIECE):
                 pass
     except Exception as error:  # zipfile and zlib raise errors of their own
-        raise ValueError(f"{path} is damaged in its record {record.filename!r} ({first_line(error)})") from error
+        raise ValueError(f"{path} is damaged in its record {record.filename!r}{_reason(error)}") from error
 
 
 def _mentions_bytearray(file: IO[bytes]) -> bool:
