@@ -9,7 +9,6 @@ drawn, not before.
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +18,6 @@ from lightning_optim.base.suggestions import nearest, shown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_SMALLER = {"loss", "error", "err", "nll", "bce", "mse", "mae", "rmse", "mape", "perplexity", "ece", "brier", "wer"}
-_LARGER = {"acc", "accuracy", "auc", "auroc", "ap", "map", "f1", "precision", "recall", "iou", "dice", "r2", "psnr"}
 
 
 def canvas(axes: Axes | None = None) -> tuple[Figure, Axes]:
@@ -136,19 +132,6 @@ def check_metric(metric: str | None, names: Collection[str]) -> str:
 def nothing_to_plot(fix: str) -> RuntimeError:
     """Return the error of a plot without any values; ``fix`` says how to get some."""
     return RuntimeError(f"There is nothing to plot yet: {fix}")
-
-
-def mode_of(metric: str) -> Literal["min", "max"] | None:
-    """Return whether the best value of a metric is its smallest, from words in its name; ``None`` if they do not say.
-
-    Example::
-
-        >>> mode_of("val_loss"), mode_of("valid/accuracy"), mode_of("score")
-        ('min', 'max', None)
-    """
-    words = set(re.split(r"[^a-z0-9]+", metric.lower()))
-    smaller, larger = bool(words & _SMALLER), bool(words & _LARGER)
-    return None if smaller == larger else "min" if smaller else "max"
 
 
 def best_index(values: Sequence[float], mode: Literal["min", "max"] | None) -> int | None:

@@ -181,11 +181,9 @@ def test_the_callbacks_of_the_run_say_which_value_is_best(tmp_path: Path) -> Non
     average = WeightAveraging(EMA(0.9), compare=True)
     other = "averaging/raw/val_loss"
     stop = EarlyStopping(AnyOf([Plateau("val_loss"), Threshold(other, 9.0, mode="max")]), best_by="val_loss")
-    fit(
-        BY_NAME["plain"],
-        Cell("automatic", "32-true", "single", "1"),
-        callbacks=[average, stop, ModelCheckpoint(tmp_path)],
-    )
+    callbacks = [average, stop, ModelCheckpoint(tmp_path)]
+    with pytest.warns(UserWarning, match=f"the largest value of '{other}'"):
+        fit(BY_NAME["plain"], Cell("automatic", "32-true", "single", "1"), callbacks=callbacks)
     assert average.comparison.modes == {"val_loss": "min", other: "max"}
 
 

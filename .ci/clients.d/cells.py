@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,7 @@ def dropout(client: Client, plain: Fit, folder: Path) -> None:
 @cell("`EarlyStopping(…)`, best weights restored")
 def early_stopping(client: Client, plain: Fit, folder: Path) -> None:
     # The largest loss is the best here, so that the best weights are not the last ones.
+    warnings.filterwarnings("ignore", "EarlyStopping takes the largest value")
     stop = lo.EarlyStopping(client.monitor, mode="max", patience=2)
     fit = client.fit(stop, epochs=8)
     stop = fit.used(stop)
@@ -379,6 +381,8 @@ def exact_resume(client: Client, plain: Fit, folder: Path) -> None:
 @cell("`CheckpointAveraging(top=3)`, `EarlyStopping(dirpath=…)` in a resumed run")
 def resumed_files(client: Client, plain: Fit, folder: Path) -> None:
     """Checkpoints of the earlier run hold objects of the package; their weights are read all the same."""
+
+    warnings.filterwarnings("ignore", "EarlyStopping takes the largest value")
 
     def callbacks() -> list[Any]:
         best = client.saver(folder, monitor=client.monitor, save_top_k=3, save_last=True, filename="{epoch}")

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from lightning_optim.base.arguments import check_choice, check_number
+from lightning_optim.base.metric_names import mode_of
 from lightning_optim.base.shards import local_shards
 from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.ensembling.standard_errors import standard_errors
-from lightning_optim.plotting import best_index, canvas, check_metric, finish, mark_best, mode_of
+from lightning_optim.plotting import best_index, canvas, check_metric, finish, mark_best
 from lightning_optim.runtime.lightning import (
     CallbackBase,
     LightningModule,

@@ -9,6 +9,8 @@ from lightning_optim.base import module_tensors, shards
 from lightning_optim.runtime.lightning import Trainer
 from lightning_optim.runtime.session import Session
 
+RAW_METRICS = "averaging/raw/"  # begins the name of a metric of the raw weights, where a validation uses an average
+
 
 def evaluated_state(trainer: Trainer) -> dict[str, Tensor]:
     """Return the weights and buffers that a validation would use now, by their names in the model's ``state_dict``.

@@ -10,7 +10,7 @@ from lightning_optim.base.construction import written
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.state import nested
 from lightning_optim.stopping.criteria import Criterion, Plateau
-from lightning_optim.stopping.improvement import Metrics
+from lightning_optim.stopping.improvement import Metrics, mode_argument
 
 
 class AtLeast(Criterion):
@@ -149,7 +149,7 @@ class AnyOf(AtLeast):
 
 def _as_list(given: object) -> str:
     """Return a list of criteria as one writes it, for a message; a metric's name stands for a plateau of it."""
-    each = [f"Plateau({one!r})" if isinstance(one, str) else repr(one) for one in _flat(given)]
+    each = [f"Plateau({one!r}{mode_argument(one)})" if isinstance(one, str) else repr(one) for one in _flat(given)]
     return f"[{', '.join(each) or repr(Plateau('val_loss'))}]"
 
 

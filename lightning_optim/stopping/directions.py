@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_optim.base.metric_names import mode_of
 from lightning_optim.stopping.combined_criteria import AtLeast
 from lightning_optim.stopping.criteria import Criterion
-from lightning_optim.stopping.improvement import Mode
+from lightning_optim.stopping.improvement import Best, Mode, mode_argument
 
 By = str | dict[str, float] | list[str]
 
@@ -85,6 +86,49 @@ def check_mode(mode: Mode, criterion: Criterion) -> None:
     stated = directions(criterion)
     if mode == "max" and stated and "max" not in stated.values():
         raise ValueError(f"`mode={mode!r}` belongs to the criterion: pass it to {criterion!r}")
+
+
+def why_unlikely(monitor: str | Criterion, criterion: Criterion, best: Best | None) -> str:
+    """Return a sentence if a metric is minimized whose name says that larger is better, or the reverse; else empty.
+
+    Args:
+        monitor: The argument of :class:`~lightning_optim.EarlyStopping`.
+        criterion: The criterion that was made from it.
+        best: What decides which weights are the best, if it is not the criterion.
+    """
+    found: dict[str, tuple[Mode, str]] = {}
+    for one in single_criteria(criterion):
+        for name in one.monitors if len(one.monitors) == 1 else ():
+            right = mode_of(name)
+            if right and getattr(one, "mode", right) != right:
+                way = f"write EarlyStopping({name!r}, mode={right!r})"
+                found.setdefault(name, (right, way if monitor == name else f"pass `mode={right!r}` to {one!r}"))
+    for name, mode in ({} if best is None else _modes_in(best)).items():
+        right = mode_of(name)
+        if best is not None and right and mode != right:
+            found.setdefault(name, (right, _way_of_best(monitor, best)))
+    told = [
+        f"the {'largest' if right == 'min' else 'smallest'} value of {name!r} as the best, but its name says that"
+        f" {'smaller' if right == 'min' else 'larger'} is better: {way}"
+        for name, (right, way) in found.items()
+    ]
+    return f"EarlyStopping takes {'; and '.join(told)}." if told else ""
+
+
+def _modes_in(best: Best) -> dict[str, Mode]:
+    """Return the mode of each metric by which weights are the best."""
+    if isinstance(best.by, dict):
+        return {name: mode_in_sum(weight, best.modes[0]) for name, weight in best.by.items() if weight}
+    return dict(zip(best.monitors, best.modes, strict=True))
+
+
+def _way_of_best(monitor: str | Criterion, best: Best) -> str:
+    """Return what to write in the place of a direction of ``best_by`` that a metric's name contradicts."""
+    if isinstance(best.by, dict):
+        return f"change the sign of its weight in `best_by={best.by!r}`"
+    modes = [mode_of(name) or mode for name, mode in _modes_in(best).items()]
+    first = f"Plateau({monitor!r}{mode_argument(monitor)})" if isinstance(monitor, str) else "…"
+    return f"write EarlyStopping({first}, best_by={best.by!r}, mode={modes if len(modes) > 1 else modes[0]!r})"
 
 
 def mode_in_sum(weight: float, mode: Mode) -> Mode:

@@ -17,6 +17,7 @@ from lightning_optim.base.suggestions import shown
 from lightning_optim.plotting import check_metric, finish_panels, mark_best, nothing_to_plot, panels
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
+from lightning_optim.runtime.evaluated_weights import RAW_METRICS
 from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.lightning import EarlyStopping as LightningEarlyStopping
 from lightning_optim.runtime.lightning import (
@@ -35,7 +36,7 @@ from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_l
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
 from lightning_optim.stopping.criteria import Criterion, Plateau
-from lightning_optim.stopping.directions import check_mode
+from lightning_optim.stopping.directions import check_mode, why_unlikely
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
 from lightning_optim.stopping.second_stopping import warn_of_second_stopping
@@ -120,8 +121,9 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
     Raises:
         ValueError: If an argument is not in its range, if an argument of the plateau is passed beside a criterion, or
             if ``mode`` or the sign of a weight contradicts the criterion of a metric.
-        MisconfigurationException: In a fit, if a subclass overrides a private method of Lightning's class that this one
-            does not call.
+        MisconfigurationException: In a fit, if averaged weights would be restored by a metric of the raw ones
+            (``averaging/raw/…``), or if a subclass overrides a private method of Lightning's class that this one does
+            not call.
         RuntimeError: If ``strict`` and the metric was not logged.
 
     Example::
@@ -258,11 +260,26 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self._package = package_of(trainer)
         if stage == "fit":
             warn_of_second_stopping(self.criterion.monitors, trainer)
+            if unlikely := why_unlikely(self._monitor, self.criterion, self._best_by):
+                rank_zero_warn(unlikely)
+            self._refuse_metrics_of_other_weights()
         overridden = [name for name in _NOT_CALLED if overrides(type(self), name, LightningEarlyStopping)]
         if overridden:
             raise MisconfigurationException(
                 f"{type(self).__name__} overrides {overridden} of Lightning's EarlyStopping, which this EarlyStopping"
                 " does not call: pass a subclass of `Criterion` as `monitor`, whose `update` decides when to stop."
+            )
+
+    def _refuse_metrics_of_other_weights(self) -> None:
+        """Raise if the averaged weights would be kept as the best by a metric of the raw ones."""
+        deciding = self.criterion.monitors if self._best_by is None else self._best_by.monitors
+        raw = [name for name in deciding if name.startswith(RAW_METRICS)]
+        if raw and self.restore_best:
+            evaluated = raw[0].removeprefix(RAW_METRICS)
+            raise MisconfigurationException(
+                f"EarlyStopping would restore averaged weights, which are those that a validation uses, by {raw[0]!r},"
+                f" a metric of the raw ones: monitor {evaluated!r}, which is that of the averaged weights; or pass"
+                f" `best_by={evaluated!r}`, or `restore_best=False`."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.base.arguments import check_choice, check_number
+from lightning_optim.base.metric_names import mode_of
 from lightning_optim.base.policy import Policy, belongs_to
 from lightning_optim.base.suggestions import nearest, shown
 
@@ -39,6 +40,17 @@ def initial_best(mode: Mode) -> float:
     return math.inf if mode == "min" else -math.inf
 
 
+def mode_argument(name: str) -> str:
+    """Return ", mode='max'" for a line to write, if larger values are better by the metric's name; else nothing.
+
+    Example::
+
+        >>> mode_argument("val_acc"), mode_argument("val_loss")
+        (", mode='max'", '')
+    """
+    return ", mode='max'" if mode_of(name) == "max" else ""
+
+
 def check_monitor(monitor: Any, kind: str = "", argument: str = "", second: object = None) -> str:
     """Check that ``monitor`` is text, and return it; tell arguments that were swapped.
 
@@ -59,7 +71,8 @@ def check_monitor(monitor: Any, kind: str = "", argument: str = "", second: obje
     if not isinstance(monitor, str):
         several = kind and isinstance(monitor, list | tuple) and all(isinstance(name, str) for name in monitor)
         rest = ", …" if argument == "value" else ""
-        lines = ", ".join(f"{kind}({name!r}{rest})" for name in monitor) if several else ""
+        names = monitor if several else ()
+        lines = ", ".join(f"{kind}({one!r}{rest}{mode_argument(one) if argument else ''})" for one in names)
         told = f": write AllOf([{lines}])" if lines else belongs_to(monitor, ())
         raise ValueError(f"`monitor` must be a metric's name, got {monitor!r}{told}")
     if isinstance(second, str) and second in modes:
@@ -80,6 +93,7 @@ class Best(Policy):
 
     Attributes:
         best: Best values so far, one for each rank; infinitely bad before the first.
+        modes: Mode of each of them.
 
     Raises:
         ValueError: If ``by`` or ``mode`` is not one of these.
@@ -110,8 +124,8 @@ class Best(Policy):
         if len(modes) != ranks:
             raise ValueError(f"`mode` must be one mode, or one for each name of `best_by`, got {mode!r} for {by!r}")
         self.by, self.mode = by, mode
-        self._modes = [check_choice("mode", one, Mode) for one in modes]
-        self.add_state("best", [initial_best(one) for one in self._modes])
+        self.modes = [check_choice("mode", one, Mode) for one in modes]
+        self.add_state("best", [initial_best(one) for one in self.modes])
 
     @property
     def monitors(self) -> tuple[str, ...]:
@@ -133,4 +147,4 @@ class Best(Policy):
 
     def _cost(self, values: list[float]) -> list[float]:
         """Return numbers that are less where they are better; lists compare by rank."""
-        return [value if mode == "min" else -value for value, mode in zip(values, self._modes, strict=True)]
+        return [value if mode == "min" else -value for value, mode in zip(values, self.modes, strict=True)]

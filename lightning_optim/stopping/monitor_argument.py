@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+from lightning_optim.base.metric_names import mode_of
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.stopping.combined_criteria import AllOf
 from lightning_optim.stopping.criteria import Criterion, Plateau
@@ -44,17 +45,18 @@ def check_early_stopping_monitor(monitor: Any, min_delta: Any = 0.0, patience: A
 def _for_several(monitor: Any, patience: Any, mode: Any) -> str:
     """Return the end of the message for several metrics or criteria: what to write."""
     modes = list(monitor.values()) if isinstance(monitor, dict) else mode
-    modes = modes if isinstance(modes, list | tuple) and len(modes) == len(monitor) else [mode] * len(monitor)
+    if not isinstance(modes, list | tuple) or len(modes) != len(monitor) or not set(modes) <= {"min", "max"}:
+        modes = [(mode_of(one) if isinstance(one, str) else None) or mode for one in monitor]
     parts = [_criterion(one, patience, its_mode) for one, its_mode in zip(monitor, modes, strict=True)]
     criteria = [part for part in parts if part is not None]
     if len(criteria) < len(parts):
         return belongs_to(list(monitor), Criterion)
     if len(criteria) == 1:
         (one,) = monitor
-        return f": write EarlyStopping({one!r})"
+        max_told = ", mode='max'" if isinstance(one, str) and modes[0] == "max" else ""
+        return f": write EarlyStopping({one!r}{max_told})"
     names = AllOf(criteria).monitors
     best_by = f", best_by={names[0]!r}" if len(names) > 1 else ""
-    best_by += ", mode='max'" if best_by and getattr(criteria[0], "mode", "min") == "max" else ""
     return (
         f": for several metrics write EarlyStopping(AllOf({criteria}){best_by}), which stops when none of them"
         " improves; AnyOf stops as soon as one of them does not."

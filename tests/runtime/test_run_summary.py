@@ -209,7 +209,6 @@ class Told(Own):
             [EarlyStopping(AllOf([Plateau("val_loss"), Plateau("val_error")]), best_by="val_loss", restore_best=False)],
             [None, "stop on AllOf([Plateau('val_loss'), Plateau('val_error')]), best not kept"],
         ),
-        ([EarlyStopping("val_loss", mode="max")], [None, "stop on val_loss (max), patience 3, best kept in memory"]),
     ],
     ids=lambda value: None if isinstance(value, list) and not isinstance(value[0], Callback) else repr(value),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -42,8 +43,8 @@ def test_the_weights_that_the_criteria_call_best_are_restored(best_by: Any, mode
 
 def test_a_metric_without_a_criterion_has_the_mode_that_is_passed() -> None:
     for mode, best in (("min", 0), ("max", 2)):
-        stop = EarlyStopping(Plateau("val_loss"), best_by="val_acc", mode=mode)
-        fit(Scripted(SCORES), stop)
+        stop = EarlyStopping(Plateau("val_loss"), best_by="other", mode=mode)
+        fit(Scripted(SCORES | {"other": SCORES["val_acc"]}), stop)
         assert stop.best_check == best
 
 
@@ -107,3 +108,35 @@ def test_the_best_of_a_checkpoint_goes_on(tmp_path: Any) -> None:
     second, module = EarlyStopping(both(), best_by=["val_acc", "val_loss"]), Scripted(SCORES)
     fit(module, second, ckpt_path=path)
     assert second.best_check == 3
+
+
+LIKELY = [
+    'EarlyStopping("val_loss")',
+    'EarlyStopping("val_acc", mode="max")',
+    'EarlyStopping("neg_loss", mode="max")',
+    'EarlyStopping("macro")',
+    'EarlyStopping(Plateau("val_loss"), best_by="val_acc", mode="max")',
+    'EarlyStopping("val_loss", best_by={"val_loss": 1.0, "val_acc": -0.5})',
+    'EarlyStopping(AllOf([NonFinite("val_acc"), Plateau("val_acc", mode="max")]))',
+]
+UNLIKELY = {
+    'EarlyStopping("val_acc")': "EarlyStopping takes the smallest value of 'val_acc' as the best, but its name says"
+    " that larger is better: write EarlyStopping('val_acc', mode='max').",
+    'EarlyStopping("val_loss", mode="max")': "EarlyStopping takes the largest value of 'val_loss' as the best, but its"
+    " name says that smaller is better: write EarlyStopping('val_loss', mode='min').",
+    'EarlyStopping(AnyOf([NonFinite("val_acc"), Plateau("val_acc")]))': "pass `mode='max'` to Plateau('val_acc').",
+    'EarlyStopping("val_loss", best_by="val_acc")': "write EarlyStopping(Plateau('val_loss'), best_by='val_acc',"
+    " mode='max').",
+    'EarlyStopping("val_loss", best_by=["val_acc", "other"])': "best_by=['val_acc', 'other'], mode=['max', 'min']).",
+    'EarlyStopping("val_loss", best_by={"val_loss": 1.0, "val_acc": 0.5})': "change the sign of its weight in `best",
+}
+
+
+@pytest.mark.parametrize("line", [*LIKELY, *UNLIKELY])
+def test_a_direction_that_the_name_contradicts_is_told_once(line: str) -> None:
+    scores = SCORES | {name: SCORES["val_acc"] for name in ("neg_loss", "macro", "other")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        fit(Scripted(scores), eval(line, NAMES))
+    said = [str(one.message) for one in caught if str(one.message).startswith("EarlyStopping takes")]
+    assert [UNLIKELY[line] in one for one in said] == ([True] if line in UNLIKELY else [])

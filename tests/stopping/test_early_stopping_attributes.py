@@ -73,8 +73,9 @@ def test_a_changed_attribute_counts(
 
 @pytest.mark.parametrize("epoch", [None, 0])
 def test_another_direction(epoch: int | None) -> None:
-    assert epochs(EarlyStopping("val_loss", patience=1), RISING, epoch, {"mode": "max"}) == 7
-    assert epochs(EarlyStopping("val_loss", patience=1, mode="max"), RISING, epoch, {"mode": "min"}) == 2
+    rising: Any = {"score": RISING}
+    assert epochs(EarlyStopping("score", patience=1), rising, epoch, {"mode": "max"}) == 7
+    assert epochs(EarlyStopping("score", patience=1, mode="max"), rising, epoch, {"mode": "min"}) == 2
     stop = EarlyStopping("val_loss", stopping_threshold=0.0, divergence_threshold=99.0, best_by="val_loss")
     stop.mode = "max"
     assert [getattr(one, "mode", "max") for one in stop.criterion.criteria] == ["max"] * 4

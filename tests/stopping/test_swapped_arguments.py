@@ -19,17 +19,23 @@ NAMES = dict(vars(lightning_optim))
         ("EarlyStopping(('a', 'b'))", "EarlyStopping(AllOf([Plateau('a'), Plateau('b')]), best_by='a')"),
         (
             "EarlyStopping({'a': 'max', 'b': 'min'}, patience=7)",
-            "EarlyStopping(AllOf([Plateau('a', patience=7, mode='max'), Plateau('b', patience=7)]), best_by='a',"
-            " mode='max')",
+            "EarlyStopping(AllOf([Plateau('a', patience=7, mode='max'), Plateau('b', patience=7)]), best_by='a')",
         ),
         (
             "EarlyStopping(['a', 'b'], mode='max')",
-            "EarlyStopping(AllOf([Plateau('a', mode='max'), Plateau('b', mode='max')]), best_by='a', mode='max')",
+            "EarlyStopping(AllOf([Plateau('a', mode='max'), Plateau('b', mode='max')]), best_by='a')",
         ),
         (
             "EarlyStopping([Plateau('a'), Plateau('a', patience=9)])",
             "EarlyStopping(AllOf([Plateau('a'), Plateau('a', patience=9)]))",
         ),
+        (
+            "EarlyStopping(['val_loss', 'val_acc'])",
+            "EarlyStopping(AllOf([Plateau('val_loss'), Plateau('val_acc', mode='max')]), best_by='val_loss')",
+        ),
+        ("EarlyStopping(['f1'], patience=7)", "EarlyStopping('f1', mode='max')"),
+        ("Plateau(['loss', 'acc'])", "AllOf([Plateau('loss'), Plateau('acc', mode='max')])"),
+        ("AllOf('loss', 'acc')", "AllOf([Plateau('loss'), Plateau('acc', mode='max')])"),
         ("EarlyStopping(['a'])", "EarlyStopping('a')"),
         ("EarlyStopping({'a': 1.0})", "EarlyStopping('a')"),
         ("EarlyStopping(5, 'a')", "EarlyStopping('a', patience=5)"),

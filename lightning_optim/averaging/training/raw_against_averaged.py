@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from lightning_optim.base.metric_names import mode_of
 from lightning_optim.plotting import (
     best_index,
     check_metric,
     finish_panels,
     mark_best,
-    mode_of,
     nothing_to_plot,
     panels,
 )
+from lightning_optim.runtime.evaluated_weights import RAW_METRICS
 from lightning_optim.runtime.lightning import Trainer, logger_connector
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Comparison:
             self.points.pop()  # its validation was cut short, and is run again after a resume
         self.points.append({**point, "averaged": {}})
         self.modes = _modes_of(trainer.callbacks)
-        beside = {f"averaging/raw/{name}": value for name, value in raw.items()}
+        beside = {f"{RAW_METRICS}{name}": value for name, value in raw.items()}
 
         def complete() -> dict[str, Tensor]:
             found = trainer.callback_metrics
