@@ -81,7 +81,29 @@ def mark_best(axes: Axes, x: float, y: float, label: str) -> None:
         axes.plot([x], [y], marker="*", color=ink(axes), label=label, zorder=5, **style)  # type: ignore[arg-type]
 
 
-def finish(axes: Axes, *, x: str | None = None, y: str | None = None, title: str | None = None) -> None:
+def make_room_above(axes: Axes, x: float, values: Sequence[float]) -> None:
+    """Extend the y-axis upwards by half the range of these values, so that a legend at the top covers none of them.
+
+    Args:
+        axes: The axes, on which the values are drawn already.
+        x: A place on the x-axis that has values.
+        values: All values that are drawn; those that are not finite are left out.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        low, high = min(finite), max(finite)
+        axes.update_datalim([(x, high + 0.5 * (high - low))])
+        axes.autoscale_view()
+
+
+def finish(
+    axes: Axes,
+    *,
+    x: str | None = None,
+    y: str | None = None,
+    title: str | None = None,
+    legend: Literal["best", "upper right"] = "best",
+) -> None:
     """Write the labels, a title that fits the width, and a legend; an x-axis that counts gets whole numbers.
 
     Args:
@@ -89,6 +111,7 @@ def finish(axes: Axes, *, x: str | None = None, y: str | None = None, title: str
         x: Label of the x-axis, which counts steps, validations or members.
         y: Label of the y-axis, with the unit if there is one.
         title: The title. It is broken into lines.
+        legend: Place of the legend.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -101,7 +124,7 @@ def finish(axes: Axes, *, x: str | None = None, y: str | None = None, title: str
     if title is not None:
         axes.set_title(textwrap.fill(title, 70), fontsize="medium")
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc=legend)
 
 
 def finish_panels(axes: Sequence[Axes], names: Sequence[str], *, x: str, title: str) -> None:

@@ -20,7 +20,7 @@ from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.ensembling.ensemble import Ensemble
 from lightning_optim.ensembling.mean_prediction import Outputs
 from lightning_optim.ensembling.standard_errors import standard_errors
-from lightning_optim.plotting import best_index, canvas, check_metric, finish, mark_best
+from lightning_optim.plotting import best_index, canvas, check_metric, finish, make_room_above, mark_best
 from lightning_optim.runtime.lightning import (
     CallbackBase,
     LightningModule,
@@ -87,7 +87,8 @@ class CostBenefit:
 
         The band is one standard error on both sides: by so much the curve would move with other members of the same
         kind. The whole curve moves together, so a difference between two numbers of members is more certain than the
-        band is wide. What another validation set would change is not in it.
+        band is wide. What another validation set would change is not in it. The label of the star says how many other
+        numbers of members have the best value within their band.
 
         Args:
             metric_or_optimizer: ``monitor``, ``"seconds"`` or ``"megabytes"``. Default: ``monitor``, and the seconds on
@@ -114,20 +115,26 @@ class CostBenefit:
         if metric_or_optimizer is None:
             self._draw_seconds(axes, numbers)
         units = {"seconds": "seconds per pass over the data", "megabytes": "megabytes of weights"}
-        finish(axes, x="members", y=units.get(metric, metric), title=title)
+        finish(axes, x="members", y=units.get(metric, metric), title=title, legend="upper right")
         return figure, axes
 
     def _draw_metric(self, axes: Axes, numbers: list[int]) -> None:
         values, errors = [row.value for row in self.rows], [row.error for row in self.rows]
         (line,) = axes.plot(numbers, values, marker="o", label=self.monitor)
-        if all(map(math.isfinite, errors)):
+        drawn, known = values, all(map(math.isfinite, errors))
+        if known:
             low, high = ([value + sign * e for value, e in zip(values, errors, strict=True)] for sign in (-1.0, 1.0))
             label = "± 1 standard error over members"
             axes.fill_between(numbers, low, high, alpha=0.25, linewidth=0, color=line.get_color(), label=label)
+            drawn = [*low, *high]
         best = best_index(values, self.mode or mode_of(self.monitor))
         if best is not None:
-            plural = "s" if numbers[best] > 1 else ""
-            mark_best(axes, numbers[best], values[best], f"best {values[best]:.4g}, {numbers[best]} member{plural}")
+            label = f"best {values[best]:.4g}, {numbers[best]} member{'s' if numbers[best] > 1 else ''}"
+            near = sum(abs(row.value - values[best]) <= row.error for row in self.rows) - 1
+            if known and near:
+                label += f", within one standard error of {near} other{'s' if near > 1 else ''}"
+            mark_best(axes, numbers[best], values[best], label)
+        make_room_above(axes, numbers[0], drawn)
 
     def _draw_seconds(self, axes: Axes, numbers: list[int]) -> None:
         """Draw the seconds on a second axis; an empty line on the first one is for its colour and the legend."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot
 from torch.nn.functional import nll_loss
 
 from lightning_optim import Ensemble, cost_benefit
-from lightning_optim.ensembling.cost_benefit import _windows
+from lightning_optim.ensembling.cost_benefit import Cost, CostBenefit, _windows
 from tests.ensembling.models import Classifier, data, loader, mean_probabilities, members, trainer
 from tests.lightning import MisconfigurationException
 
@@ -87,7 +88,8 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for edge in (row.value - row.error, row.value + row.error):
             assert any(point == pytest.approx([row.members, edge]) for point in drawn)
     labels = ["nll", "± 1 standard error over members", f"best {found.rows[2].value:.4g}, 3 members"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*labels, "seconds per pass over the data"]
+    *texts, last = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [text.partition(", within")[0] for text in texts] == labels and last == "seconds per pass over the data"
     assert figure.axes[1].lines[0].get_ydata().tolist() == [row.seconds for row in found.rows]
     assert figure.axes[1].lines[0].get_color() != axes.lines[0].get_color()
     figure.savefig(tmp_path / "cost.png")
@@ -100,6 +102,44 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         found.plot()
+
+
+def curve(*rows: tuple[float, float]) -> CostBenefit:
+    costs = (Cost(k, value, error, value, value, 0.1 * k, 0.1 * k) for k, (value, error) in enumerate(rows, 1))
+    return CostBenefit("val_loss", tuple(costs))
+
+
+FLAT = ((0.45, 0.02), (0.36, 0.018), (0.325, 0.014), (0.312, 0.022), (0.305, 0.016), (0.303, 0.012), (0.304, 0.011))
+
+
+@pytest.mark.parametrize(
+    ("found", "label"),
+    [
+        (curve(*FLAT), "best 0.303, 6 members, within one standard error of 3 others"),
+        (curve((0.5, 0.1), (0.45, 0.02), (0.3, 0.02)), "best 0.3, 3 members"),
+        (curve((0.3, 0.1), (0.35, 0.06)), "best 0.3, 1 member, within one standard error of 1 other"),
+        (curve((0.5, math.nan), (0.3, math.nan)), "best 0.3, 2 members"),
+    ],
+)
+def test_the_mark_says_of_how_many_others_the_band_holds_the_best(found: CostBenefit, label: str) -> None:
+    _, axes = found.plot()
+    assert label in [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+@pytest.mark.parametrize("rising", [False, True])
+def test_the_legend_covers_neither_the_band_nor_the_seconds(rising: bool, style: str) -> None:
+    found = curve(*((1.0 - value, error) if rising else (value, error) for value, error in FLAT))
+    with pyplot.style.context(style):
+        figure, axes = found.plot()
+        figure.canvas.draw()
+        bottom = axes.get_legend().get_window_extent().y0
+        high = max(row.value + row.error for row in found.rows)
+        assert axes.transData.transform((1, high))[1] < bottom
+        assert figure.axes[1].transData.transform((1, max(row.seconds for row in found.rows)))[1] < bottom
+        curve((2.0, 0.1), (1.5, 0.1)).plot("val_loss", ax=axes)
+        assert axes.get_ylim()[1] > 2.1, "a second curve in the same axes is seen"
+        pyplot.close(figure)
 
 
 def test_wrong_arguments_are_refused() -> None:
