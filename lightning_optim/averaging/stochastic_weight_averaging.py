@@ -72,7 +72,7 @@ class StochasticWeightAveraging(WeightAveraging):
         swa_epoch_start: int | float = 0.8,
         annealing_epochs: int = 10,
         annealing_strategy: Literal["cos", "linear"] = "cos",
-        avg_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        avg_fn: Callable[[Tensor, Tensor, Tensor], Any] | None = None,  # a YAML parser compares annotations of results
         device: str | torch.device | None = "cpu",
         *,
         refresh_batches: int | None = 100,

@@ -31,6 +31,7 @@ from lightning_optim import (
     Plateau,
     Policy,
     ScheduledDropout,
+    StochasticWeightAveraging,
     Threshold,
     WeightAveraging,
     WeightRegularization,
@@ -122,6 +123,10 @@ def arguments(value: Any) -> str:
 
 def count_tokens(batch):  # type: ignore[no-untyped-def]  # as most functions of a user are
     return (batch != 0).sum()
+
+
+def midpoint(averaged, weight, count):  # type: ignore[no-untyped-def]
+    return (averaged + weight) / 2
 
 
 def count_samples(batch: Any) -> int:
@@ -222,6 +227,13 @@ OTHER_FORMS = {
             weight_by: {{class_path: {__name__}.TokenCount, init_args: {{padding: 3}}}}
         """,
         GradientAccumulation(4, weight_by=TokenCount(padding=3)),
+    ),
+    "a function that averages": (
+        f"""
+        - class_path: lightning_optim.StochasticWeightAveraging
+          init_args: {{avg_fn: {__name__}.midpoint}}
+        """,
+        StochasticWeightAveraging(avg_fn=midpoint),
     ),
     "a criterion of criteria": (
         """
