@@ -96,6 +96,54 @@ def make_room_above(axes: Axes, x: float, values: Sequence[float]) -> None:
         axes.autoscale_view()
 
 
+def outline(axes: Axes) -> dict[str, Any]:
+    """Return the style of a line that can be seen on top of points: an edge in the colour of the background."""
+    from matplotlib import patheffects
+
+    return {"path_effects": [patheffects.withStroke(linewidth=2.4, foreground=axes.get_facecolor())]}
+
+
+def log_scale(axes: Axes) -> None:
+    """Make the y-axis logarithmic, with several labels in plain numbers; call it when all is drawn."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    major: ticker.Locator = ticker.LogLocator()
+    if decades < 0.5:
+        major = ticker.MaxNLocator(6)
+    elif decades < 4.0:
+        major = ticker.LogLocator(
+            subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1.3 else (1.0, 2.0, 5.0), numticks=99
+        )
+    axes.yaxis.set_major_locator(major)
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def legend_beside(axes: Axes) -> None:
+    """Write a legend that covers nothing that is drawn: below the axes, or within room that is made in them.
+
+    A figure without a layout makes no room below its axes. Call it last: it changes the limits of the y-axis.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    figure, labels = axes.figure, axes.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels)) < 40 else 1
+    if figure.get_layout_engine() is not None:
+        points = 3.6 * float(axes.xaxis.label.get_fontsize())  # for the numbers and the label of the x-axis
+        place = axes.transAxes + ScaledTranslation(0.0, -points / 72.0, figure.dpi_scale_trans)
+        where: dict[str, Any] = {"bbox_to_anchor": (0.5, 0.0), "bbox_transform": place, "borderaxespad": 0.0}
+        axes.legend(fontsize="small", ncols=columns, loc="upper center", **where)
+        return
+    legend = axes.legend(fontsize="small", ncols=columns, loc="upper center")
+    share = min(0.7, 1.2 * legend.get_window_extent().height / axes.get_window_extent().height)
+    scale = axes.yaxis.get_transform()
+    low, high = scale.transform(list(axes.get_ylim()))
+    axes.set_ylim(top=float(scale.inverted().transform([low + (high - low) / (1.0 - share)])[0]))
+
+
 def finish(
     axes: Axes,
     *,

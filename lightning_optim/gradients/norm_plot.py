@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_optim.plotting import finish, ink
+from lightning_optim.plotting import finish, ink, legend_beside, log_scale, outline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,8 @@ class Norms:
     def share_clipped(self) -> str:
         """Words for the share of steps that were clipped, or only the number of steps if it is not known."""
         share = float(self.clipped.nanmean())
-        return f"{len(self.before):,} steps" + ("" if math.isnan(share) else f", {100.0 * share:.0f} % of them clipped")
+        steps = f"{len(self.before):,} steps"
+        return steps if math.isnan(share) else f"{100.0 * share:.0f} % of {steps} clipped"
 
     @property
     def in_words(self) -> str:
@@ -89,7 +90,7 @@ def draw(axes: Axes, norms: Sequence[Norms], suggestion: tuple[str, float] | Non
     if suggestion is not None:
         words, bound = suggestion
         axes.axhline(bound, color=ink(axes), linestyle=":", linewidth=1.2, label=f"{words}, {bound:.3g}")
-    axes.set_yscale("log")
+    log_scale(axes)
     kinds = {name_of_norm(one.norm_type) for one in norms}
     unit = f" ({next(iter(kinds))})" if len(kinds) == 1 else ""
     if single:
@@ -97,6 +98,8 @@ def draw(axes: Axes, norms: Sequence[Norms], suggestion: tuple[str, float] | Non
     else:
         title = f"Gradient norms of {len(norms)} optimizers"
     finish(axes, x="optimizer steps", y=f"norm of the gradients{unit}", title=title)
+    if axes.get_legend() is not None:
+        legend_beside(axes)
 
 
 def _draw_optimizer(axes: Axes, norms: Norms, single: bool) -> None:
@@ -108,11 +111,13 @@ def _draw_optimizer(axes: Axes, norms: Norms, single: bool) -> None:
     logged = norms.after.isfinite()
     if logged.any() and norms.clipped.isfinite().any():
         words = "logged steps" if single else norms.share_clipped
-        axes.plot(norms.steps[logged], norms.after[logged], ".", label=f"{prefix}after clipping ({words})", **color)
+        label = f"{prefix}after clipping ({words})"
+        axes.plot(norms.steps[logged], norms.after[logged], ".", markersize=9.0, label=label, **color)
     finite = norms.bound.isfinite()
     if finite.any():
         first, last = (float(norms.bound[finite][place]) for place in (0, -1))
         numbers = f"{first:.3g}" if bool((norms.bound[finite] == first).all()) else f"{first:.3g} to {last:.3g}"
         shown = torch.where(finite, norms.bound, math.nan)
-        style = {"color": ink(axes), "linewidth": 1.2} if single else {**color, "linestyle": "--"}
+        style = {"color": ink(axes), "linewidth": 1.0} if single else {**color, "linewidth": 1.0, "linestyle": "--"}
+        style |= {"zorder": 3.0, **outline(axes)}  # where all steps are clipped, the points are all on the bound
         axes.plot(norms.steps, shown, drawstyle="steps-mid", label=f"{prefix}bound in force, {numbers}", **style)

@@ -371,7 +371,7 @@ def test_a_history_of_an_earlier_version_has_no_bound() -> None:
     other.load_state_dict(state)
     _, axes = other.plot()
     assert not [line for line in axes.lines if "in force" in str(line.get_label())]
-    assert axes.get_title().startswith("Gradient norms of optimizer 0: 12 steps")
+    assert axes.get_title() == "Gradient norms of optimizer 0: 100 % of 12 steps clipped"
 
 
 def test_a_suggestion_says_of_which_optimizer_and_norm_it_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -400,7 +400,7 @@ def test_a_plot_of_several_optimizers_names_each_and_gives_it_one_colour() -> No
     labels = {str(line.get_label()): line.get_color() for line in axes.lines}
     assert [label.partition(", ")[2] for label in labels if label.startswith("optimizer 0 (SGD)")] == [
         "before clipping",
-        "after clipping (12 steps, 100 % of them clipped)",
+        "after clipping (100 % of 12 steps clipped)",
         "bound in force, 0.5",
     ]
     assert [label for label in labels if label.startswith("optimizer 1 (SGD)")] == ["optimizer 1 (SGD), each step"]
@@ -489,7 +489,7 @@ def test_all_that_is_drawn_can_be_seen(style: str) -> None:
             assert max(abs(a - b) for a, b in seen) > 0.4
         assert axes.get_xlabel() == "optimizer steps"
         assert axes.get_ylabel() == "norm of the gradients (2-norm)"
-        assert axes.get_title() == f"Gradient norms of optimizer 0 (SGD): 12 steps, {_share(monitor)} % of them clipped"
+        assert axes.get_title() == f"Gradient norms of optimizer 0 (SGD): {_share(monitor)} % of 12 steps clipped"
 
 
 def _share(monitor: GradientMonitor) -> str:
