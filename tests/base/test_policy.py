@@ -42,6 +42,7 @@ from lightning_optim import (
     WeightRegularization,
 )
 from lightning_optim.base import PerOptimizer
+from lightning_optim.runtime.lightning.packages import version_of
 from lightning_optim.stopping.improvement import Best
 from tests.lightning import Trainer
 
@@ -286,6 +287,12 @@ def test_an_argument_that_does_not_exist_is_answered_with_the_nearest() -> None:
         Plateau(patience=3)
 
 
+asks_callbacks = pytest.mark.skipif(
+    version_of(Trainer) < (2, 6), reason="the Trainer refuses what is no callback in its own words"
+)
+
+
+@asks_callbacks
 @pytest.mark.parametrize("policy", [policy for policy in ALL if policy.used_in], ids=repr)
 def test_a_trainer_is_told_where_a_policy_belongs(policy: Policy) -> None:
     callback = policy.in_its_place
@@ -299,6 +306,7 @@ def test_a_trainer_is_told_where_a_policy_belongs(policy: Policy) -> None:
         eval(callback, {**vars(lightning_optim), **globals()})  # what the message says to write is no error
 
 
+@asks_callbacks
 def test_the_likeliest_first_mistake() -> None:
     with pytest.raises(TypeError) as told:
         Trainer(callbacks=[EMA(0.99)], logger=False, accelerator="cpu")

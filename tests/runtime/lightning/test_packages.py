@@ -263,6 +263,7 @@ def test_a_subclass_of_a_user_may_derive_from_a_package_too() -> None:
 
 
 @needs_both
+@pytest.mark.skipif(version_of(lightning.Trainer) < (2, 6), reason="the Trainer takes objects of its own class alone")
 def test_callbacks_of_the_other_package_are_seen_beside_ours() -> None:
     """A Trainer lists only those of its own package in ``checkpoint_callbacks`` and ``early_stopping_callbacks``."""
     run(
@@ -330,6 +331,7 @@ def test_a_package_that_was_imported_past_the_import_system_is_joined_in_a_fit()
 
 
 @needs_both
+@pytest.mark.skipif(version_of(lightning.Trainer) < (2, 6), reason="the Trainer takes objects of its own class alone")
 def test_a_package_that_is_being_imported_when_ours_is_joins_in_a_fit(tmp_path: Path) -> None:
     """As when a module that Lightning imports, such as a logger's, imports this package."""
     (tmp_path / "tensorboardX.py").write_text("import lightning_optim")
