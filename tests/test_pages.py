@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,11 @@ def test_what_choose_says_to_turn_on_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=title)
-def test_yaml_trains(page: Path) -> None:
+def test_yaml_trains(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = [block.code for block in blocks(page, "python") if block.code.startswith("def ")]
+    Path("my_package.py").write_text("\n\n".join(functions))
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.delitem(sys.modules, "my_package", raising=False)
     for block in blocks(page, "yaml"):
         Path("config.yaml").write_text(block.code)
         cli = LightningCLI(Classifier, Data, args=["fit", "--config", "config.yaml"], save_config_callback=None)

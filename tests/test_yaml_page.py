@@ -29,7 +29,7 @@ def ran(command: str, monkeypatch: pytest.MonkeyPatch) -> LightningCLI:
             super().__init__(*args, save_config_callback=None, **kwargs)
             made.append(self)
 
-    (script,) = pages.blocks(PAGE, "python")
+    script, *_ = pages.blocks(PAGE, "python")
     code = script.code.replace("from lightning.pytorch.cli import LightningCLI\n", "")
     assert code != script.code
     exec(code, {"__name__": "__main__", "LightningCLI": Kept, "Net": Classifier, "Data": Data})
