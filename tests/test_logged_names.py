@@ -158,7 +158,7 @@ def test_each_name_in_the_code_has_a_row() -> None:
     rooms = ("gradients/", "regularization/", "averaging/")
     for path in Path(lightning_optim.__file__).parent.rglob("*.py"):
         for name in names_in(ast.parse(path.read_text())):
-            if name.startswith(rooms) and " " not in name:
+            if name.startswith(rooms) and " " not in name and not name.endswith("/"):  # not the beginning of a name
                 assert any(matches(row, name) for row in ROWS), (
                     f"{path.name} has {name}, and docs/logged.md no row for it"
                 )
