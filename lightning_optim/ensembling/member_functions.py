@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -56,13 +56,15 @@ class MemberMaker:
         ValueError: If one of them is not such a function; in a call, if what it returns is not new.
     """
 
+    # Of all calls in this process: the next call after one that failed would begin with the module of the failed one.
+    _members: ClassVar[WeakValueDictionary[int, nn.Module]] = WeakValueDictionary()
+    _parameters: ClassVar[WeakValueDictionary[int, nn.Parameter]] = WeakValueDictionary()
+    _versions: ClassVar[dict[int, int]] = {}  # of these parameters, before the first fit
+
     def __init__(self, make_member: Callable[[int], LightningModule], make_trainer: Callable[[int], Trainer]) -> None:
         check_function("make_member", make_member, "LightningModule")
         check_function("make_trainer", make_trainer, "Trainer")
         self.make_member, self.make_trainer = make_member, make_trainer
-        self._members: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
-        self._parameters: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
-        self._versions: dict[int, int] = {}  # of these parameters, before the first fit
 
     def __call__(self, index: int) -> tuple[LightningModule, Trainer]:
         """Return the member of this index and its Trainer."""
