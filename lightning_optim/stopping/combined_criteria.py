@@ -79,10 +79,17 @@ class AtLeast(Criterion):
 
     def update(self, metrics: Metrics) -> bool:
         stops = [criterion.update(metrics) for criterion in self.criteria]
-        self.improved = any(criterion.improved for criterion in self.criteria)
+        self._gather(self.criteria)
         stop = sum(stops) >= self.k
         self.reason = " ".join(c.reason for c, says in zip(self.criteria, stops, strict=True) if says) if stop else ""
         return stop
+
+    def _gather(self, asked: list[Criterion]) -> None:
+        """Take over from the criteria that were asked at this validation whether, and what, improved."""
+        improved = [one for one in asked if one.improved]
+        self.improved = bool(improved)
+        told = [one.improvement or f"Metric {', '.join(one.monitors)} improved." for one in improved]
+        self.improvement = " ".join(dict.fromkeys(told))
 
 
 class AllOf(AtLeast):
@@ -137,10 +144,10 @@ class AnyOf(AtLeast):
         super().__init__(1, criteria, *more)
 
     def update(self, metrics: Metrics) -> bool:
-        self.improved, self.reason = False, ""
-        for criterion in self.criteria:
+        self.reason = ""
+        for index, criterion in enumerate(self.criteria):
             stop = criterion.update(metrics)
-            self.improved = self.improved or criterion.improved
+            self._gather(self.criteria[: index + 1])  # those behind it are as they were at an earlier validation
             if stop:
                 self.reason = criterion.reason
                 return True

@@ -41,6 +41,7 @@ class Criterion(Policy):
         monitor: Name of the metric.
         mode: ``"min"`` if less is better, ``"max"`` if more is.
         improved: True if the last validation was the best so far; its weights are worth keeping.
+        improvement: What improved, in a sentence for the log; empty to name the metric only.
         reason: The reason to stop, in one sentence; empty as long as there is no reason.
 
     For a Trainer: ``Trainer(callbacks=[EarlyStopping(Worse("val_loss"))])``.
@@ -52,6 +53,7 @@ class Criterion(Policy):
     monitor: str
     mode: Mode
     improved: bool = False
+    improvement: str = ""
     reason: str = ""
 
     @property
@@ -91,7 +93,7 @@ class Criterion(Policy):
     def reset(self) -> None:
         """Forget everything, as before the first validation."""
         super().reset()
-        self.improved, self.reason = False, ""
+        self.improved, self.improvement, self.reason = False, "", ""
 
 
 DEFAULT_PATIENCE = 3  # Lightning's
@@ -158,9 +160,14 @@ class Plateau(Criterion):
         value = self.read(metrics)
         delta = self.min_delta if self.mode == "min" else -self.min_delta
         self.improved = self.better(value + delta, self.best)
+        gain = abs(self.best - value.item())
+        amount = f" by {gain:.3f} >= min_delta = {self.min_delta}" if math.isfinite(gain) else ""
+        told = f"Metric {self.monitor} improved{amount}. New best score: {value.item():.3f}."
+        self.improvement = told if self.improved else ""
         self.best, self.wait = (value.item(), 0) if self.improved else (self.best, self.wait + 1)
         stop = not self.improved and self.wait >= self.patience
-        told = f"{self.monitor!r} did not improve in the last {self.wait} checks. Best score: {self.best:.3f}."
+        checks = "check" if self.wait == 1 else f"{self.wait} checks"
+        told = f"{self.monitor!r} did not improve in the last {checks}. Best score: {self.best:.3f}."
         self.reason = f"Monitored metric {told}" if stop else ""
         return stop
 

@@ -112,7 +112,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
 
     Attributes:
         criterion: The criterion in use; for the name of a metric an :class:`AnyOf` whose last is the :class:`Plateau`.
-        history: Values of the monitored metrics, a dictionary for each validation.
+        history: Values of the monitored metrics and of those of ``best_by``, a dictionary for each validation.
         best_check: Index in ``history`` of the best validation; -1 before the first.
         stopped_epoch: Epoch in which the stop was decided; 0 if it was not.
         stopping_reason: Lightning's ``EarlyStoppingReason``.
@@ -220,17 +220,25 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         else:
             patience = "never" if self.patience == math.inf else f"patience {self.patience}"
             rule = f"{self.monitor}{' (max)' if self.mode == 'max' else ''}, {patience}"
+        by = "" if self._best_by is None else f" by {self._best_by.in_words}"
         best = "not kept" if not self.restore_best else f"kept in {'memory' if self.dirpath is None else self.dirpath}"
-        return f"stop on {rule}, best {best}"
+        return f"stop on {rule}, best{by} {best}"
 
     def report(self) -> str:
         if self.best_check < 0:
             return ""
-        best = ", ".join(f"{name} {value:.4g}" for name, value in self.history[self.best_check].items())
-        restored = ", restored" if self.session.wrote_final is self else ""
+        values = ", ".join(f"{name} {value:.4g}" for name, value in self.history[self.best_check].items())
+        validation = f"validation {self.best_check + 1:,} of {len(self.history):,}"
+        which = " (averaged weights)" if self._best_is_averaged else ""
+        is_restored = self.session.wrote_final is self
+        last = f", restored{which}" if is_restored else ""
         if self.session.failed and self._best_weights.has_best:
-            restored = ", which `restore_best_(model)` writes into it"
-        return f"best {best} at validation {self.best_check + 1:,} of {len(self.history):,}{restored}"
+            last = ", which `restore_best_(model)` writes into it"
+        if self._best_by is None:
+            return f"best {values} at {validation}{last}"
+        # The values alone do not show why these are the best: another validation may be better in one of them.
+        first = f"restored {validation}{which}" if is_restored else f"best at {validation}{last}"
+        return f"{first}, best by {self._best_by.in_words}: {values}"
 
     def reset(self) -> None:
         self.criterion.reset()
@@ -248,6 +256,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self._missing: list[str] = []  # metrics that a check did not find
         self.history: list[dict[str, float]] = []
         self.best_check = -1
+        self._best_is_averaged = False  # the best weights are those of an average
         self._own_files = OwnFiles() if self.fit is None else self.fit.own_files
         self._best_weights = self._new_best_weights(self.dirpath)
         self._left_out: set[str] = set()
@@ -345,16 +354,21 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         improved, better, left_out = trainer.strategy.broadcast(rank_0)
         stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         self._decide(trainer, stop, improved)
-        self.history.append({name: float(metrics[name]) for name in self.criterion.monitors})
+        self.history.append({name: float(metrics[name]) for name in self._names_read})
         if better:
+            average = self.session.average
+            self._best_is_averaged = average is not None and bool(average.averaged_state())
             self.best_check = len(self.history) - 1
             if self.restore_best:
                 self._store_best(trainer, left_out)
 
+    @property
+    def _names_read(self) -> list[str]:
+        return list(dict.fromkeys([*self.criterion.monitors, *(self._best_by.monitors if self._best_by else ())]))
+
     def _available(self, trainer: Trainer) -> bool:
         metrics = trainer.callback_metrics
-        needed = [*self.criterion.monitors, *(self._best_by.monitors if self._best_by else ())]
-        missing = [name for name in needed if name not in metrics]
+        missing = [name for name in self._names_read if name not in metrics]
         self._missing = missing
         if not missing:
             return True
@@ -392,8 +406,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
     def _improvement(self) -> str:
         if not self.criterion.improved:
             return ""
-        best = f" New best score: {self.best_score:.3f}." if self._find(Plateau) else ""
-        return f"Metric {', '.join(self.criterion.monitors)} improved.{best}"
+        return self.criterion.improvement or f"Metric {', '.join(self.criterion.monitors)} improved."
 
     @staticmethod
     def _log_info(trainer: Trainer, message: str, log_rank_zero_only: bool) -> None:
@@ -531,6 +544,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
             "asked_to_stop": self._requested_stop,
             "history": [dict(values) for values in self.history],
             "best_check": self.best_check,
+            "best_is_averaged": self._best_is_averaged,
         }
         # The state key is that of Lightning's class, which fails to load a state without these.
         lightnings = {
@@ -562,6 +576,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
             plateau.best, plateau.wait = float(extra["best_score"]), extra["wait_count"]
         self._requested_stop = extra.get("asked_to_stop", False)
         self.history, self.best_check = list(extra.get("history", [])), extra.get("best_check", -1)
+        self._best_is_averaged = extra.get("best_is_averaged", False)
         self.stopped_epoch = extra["stopped_epoch"]
         self._reason = EarlyStoppingReason(extra.get("stopping_reason", 0))
         self.stopping_reason_message = extra.get("stopping_reason_message")

@@ -132,6 +132,12 @@ class Best(Policy):
         """Names of the metrics that are read."""
         return (self.by,) if isinstance(self.by, str) else tuple(self.by)
 
+    @property
+    def in_words(self) -> str:
+        if isinstance(self.by, dict):
+            return " + ".join(f"{weight:g} * {name}" for name, weight in self.by.items()).replace("+ -", "- ")
+        return ", ".join(self.monitors)
+
     def better(self, metrics: Metrics) -> bool:
         """Return True if the metrics are strictly better than the best so far, and keep them then; False for NaN.
 

@@ -112,6 +112,26 @@ def fit(callbacks: list[Callback], model: Classifier | None = None, ckpt_path: A
     return trainer
 
 
+@pytest.mark.parametrize(
+    ("best_by", "by"),
+    [
+        (["val_loss", "val_error"], "val_loss, val_error"),
+        ({"val_loss": 1.0, "val_error": -0.0}, "1 * val_loss - 0 * val_error"),
+    ],
+)
+def test_by_what_the_best_is_the_best(best_by: Any, by: str, said: list[str]) -> None:
+    criterion = AllOf([Plateau("val_loss"), Plateau("val_error")])
+    stop = EarlyStopping(criterion, best_by=best_by)
+    fit([stop], Classifier(losses=[0.3, 0.2104, 0.4]))
+    start, end = said
+    assert start.endswith(f", best by {by} kept in memory")
+    error = f"{stop.history[1]['val_error']:.4g}"
+    assert end == f"restored validation 2 of 3, best by {by}: val_loss 0.2104, val_error {error}"
+    said.clear()
+    fit([EarlyStopping("val_loss", best_by="val_error", restore_best=False)], Classifier(losses=[0.3, 0.2104, 0.4]))
+    assert "best at validation " in said[1] and ", best by val_error: val_loss 0." in said[1]
+
+
 def test_what_is_on_and_what_was_done(said: list[str]) -> None:
     callbacks = [
         EarlyStopping("val_loss", patience=2),
@@ -127,7 +147,10 @@ def test_what_is_on_and_what_was_done(said: list[str]) -> None:
         " tensors → average EMA(0.9, warmup=None)",
         "stop on val_loss, patience 2, best kept in memory",
     ]
-    assert end == "best val_loss 0.2104 at validation 2 of 3, restored · 0 of 6 steps skipped, 100 % clipped"
+    assert (
+        end
+        == "best val_loss 0.2104 at validation 2 of 3, restored (averaged weights) · 0 of 6 steps skipped, 100 % clipped"
+    )
 
 
 def test_skipped_steps_and_the_average_are_reported(said: list[str]) -> None:
@@ -207,7 +230,7 @@ class Told(Own):
         ([ExactResume()], [None, "exact resume from checkpoints"]),
         (
             [EarlyStopping(AllOf([Plateau("val_loss"), Plateau("val_error")]), best_by="val_loss", restore_best=False)],
-            [None, "stop on AllOf([Plateau('val_loss'), Plateau('val_error')]), best not kept"],
+            [None, "stop on AllOf([Plateau('val_loss'), Plateau('val_error')]), best by val_loss not kept"],
         ),
     ],
     ids=lambda value: None if isinstance(value, list) and not isinstance(value[0], Callback) else repr(value),

@@ -102,7 +102,7 @@ def test_improved_is_that_of_the_last_check() -> None:
 def test_the_reason_is_a_sentence_and_goes_away() -> None:
     plateau = Plateau("x", patience=1)
     _feed(plateau, [1.0, 2.0])
-    assert plateau.reason == "Monitored metric 'x' did not improve in the last 1 checks. Best score: 1.000."
+    assert plateau.reason == "Monitored metric 'x' did not improve in the last check. Best score: 1.000."
     plateau.update({"x": 0.5})
     assert plateau.reason == ""
 

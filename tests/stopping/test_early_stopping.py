@@ -370,8 +370,8 @@ def test_verbose_tells_of_improvements_and_of_the_stop(
     said = [record.message for record in caplog.records if "val_loss" in record.message]
     assert said == [
         "Metric val_loss improved. New best score: 2.000.",
-        "Metric val_loss improved. New best score: 1.500.",
-        "Monitored metric 'val_loss' did not improve in the last 1 checks. Best score: 1.500.",
+        "Metric val_loss improved by 0.500 >= min_delta = 0.0. New best score: 1.500.",
+        "Monitored metric 'val_loss' did not improve in the last check. Best score: 1.500.",
     ]
     caplog.clear()
     with caplog.at_level(logging.INFO, logger.name):
