@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from lightning_optim.base.suggestions import nearest, shown
@@ -20,7 +21,7 @@ def why_missing(missing: Sequence[str], trainer: Trainer, validated: bool) -> st
     logged = trainer.callback_metrics
     near = nearest(missing[0], logged)
     if validated or near:
-        return f"is not logged{near or '.'} Log it in `validation_step`"
+        return f"is not logged{near or '.'} {_where_to_log(missing[0])}"
     if not trainer.enable_validation:
         return f"is not there, since no validation runs: {_no_validation(trainer)}"
     return (
@@ -41,7 +42,7 @@ def why_unread(missing: Sequence[str], trainer: Trainer, validated: bool) -> str
     near = nearest(missing[0], logged) if missing else ""
     if missing and (validated or near):
         return (
-            f"{shown(missing)} was never logged{near or '.'} Log it in `validation_step`; logged metrics:"
+            f"{shown(missing)} was never logged{near or '.'} {_where_to_log(missing[0])}; logged metrics:"
             f" {shown(logged)}."
         )
     if not trainer.enable_validation:
@@ -49,6 +50,14 @@ def why_unread(missing: Sequence[str], trainer: Trainer, validated: bool) -> str
     return (
         f"the fit ended before its first validation. It is due by {_intervals(trainer)}: choose less, or train longer."
     )
+
+
+def _where_to_log(metric: str) -> str:
+    """Return where a metric of this name can be logged so that it is there when it is read."""
+    training = "in `training_step` with `on_epoch=True` and pass `check_on_train_epoch_end=True`"
+    if {"train", "training"}.isdisjoint(re.split("[^a-z]+", metric.lower())):
+        return f"Log it in `validation_step`, or {training}"
+    return f"Log it {training}"
 
 
 def _no_validation(trainer: Trainer) -> str:

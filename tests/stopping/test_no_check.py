@@ -43,7 +43,7 @@ NO_CHECK: dict[str, Any] = {
         NeverLogs,
         {"strict": False},
         {},
-        r"'val_loss' was never logged\. Log it in `validation_step`; logged metrics: 'accuracy'",
+        r"'val_loss' was never logged\. Log it in `validation_step`, or in `training_step` .*; logged metrics: 'accuracy'",
     ),
     "a metric of a validation without a loader": (
         Scripted,
@@ -164,3 +164,10 @@ def test_a_resumed_run_without_a_check(checked: bool, tmp_path: Any) -> None:
     sentences = said(Scripted(), stop, check_val_every_n_epoch=2 if checked else 9, **options)
     assert len(sentences) == (0 if checked else 1)
     assert len(stop.history) == (1 if checked else 0)
+
+
+def test_a_metric_of_training_is_logged_in_training_step() -> None:
+    with pytest.raises(
+        RuntimeError, match="Log it in `training_step` with `on_epoch=True` and pass `check_on_train_ep"
+    ):
+        fit(Scripted(), EarlyStopping("train_accuracy", mode="max"))
