@@ -180,3 +180,17 @@ def load(new: Criterion, old: Criterion) -> None:
     state = one.state_dict()
     del state["state_version"]
     other.load_state_dict({**state, "criterion": without_identities(state["criterion"])})
+
+
+def test_what_improved_is_told_of_each_metric_that_did() -> None:
+    any_of = AnyOf([Plateau("a", patience=1), Plateau("b", mode="max")])
+    both, said = AllOf([any_of, Threshold("b", 9.0, mode="max")]), []
+    for a, b in ((2.0, 1.0), (2.5, 2.0), (1.5, 1.5)):
+        both.update({"a": a, "b": b})
+        said.append(both.improvement)
+    assert said == [
+        "Metric a improved. New best score: 2.000. Metric b improved. New best score: 1.000.",
+        "",  # the first criterion stops, and the one behind it is not asked
+        "Metric a improved by 0.500 >= min_delta = 0.0. New best score: 1.500."
+        " Metric b improved by 0.500 >= min_delta = 0.0. New best score: 1.500.",
+    ]
