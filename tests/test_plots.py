@@ -18,6 +18,7 @@ import lightning_optim
 from lightning_optim import EMA, AnyOf, EarlyStopping, GradientMonitor, Plateau, Threshold, WeightAveraging
 from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.ensembling.cost_benefit import Cost, CostBenefit
+from lightning_optim.stopping.stopping_reason import EarlyStoppingReason
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import fit
 from tests.lightning import ModelCheckpoint
@@ -204,3 +205,22 @@ def test_nothing_to_plot(kind: Any) -> None:
     made = {EarlyStopping: ("loss",), WeightAveraging: (EMA(0.9),)}.get(kind, ())
     with pytest.raises(RuntimeError, match="rain"):  # "Train …", "train …"
         kind(*made).plot()
+
+
+def test_the_plot_of_a_stop_has_a_short_title_and_a_scale_on_which_all_of_a_loss_is_seen() -> None:
+    stop = EarlyStopping(AnyOf([Plateau("loss"), Plateau("accuracy", mode="max")]), best_by="loss")
+    stop.history = [{"loss": loss, "accuracy": 0.9 - loss / 3} for loss in (2.6, 0.3, 0.1, 0.2)]
+    stop.best_check, stop._reason = 2, EarlyStoppingReason.PATIENCE_EXHAUSTED
+    stop.stopping_reason_message = "A sentence. " * 20
+    figure, _ = stop.plot()
+    assert [one.get_yscale() for one in figure.axes] == ["log", "linear"]
+    assert figure._suptitle.get_text() == "Stopped in epoch 0: no improvement"
+    _, given = matplotlib.pyplot.subplots()
+    stop.plot("loss", ax=given)
+    assert given.get_yscale() == "linear", "the scale of axes that are passed is the user's"
+    stop.history = [{"loss": loss, "accuracy": 0.5} for loss in (2.6, 0.0)]
+    stop.best_check = 1
+    assert stop.plot("loss")[1].get_yscale() == "linear"
+    alone = EarlyStopping("loss", patience=5)
+    alone.history, alone._reason = [{"loss": 1.0}], EarlyStoppingReason.PATIENCE_EXHAUSTED
+    assert alone.plot()[1].get_title() == "Stopped in epoch 0: patience 5"

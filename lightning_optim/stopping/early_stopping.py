@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.base.arguments import check_choice
+from lightning_optim.base.metric_names import mode_of
 from lightning_optim.base.suggestions import shown
-from lightning_optim.plotting import check_metric, finish_panels, mark_best, nothing_to_plot, panels
+from lightning_optim.plotting import check_metric, finish_panels, log_scale, mark_best, nothing_to_plot, panels
 from lightning_optim.runtime import callback_state
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.evaluated_weights import RAW_METRICS
@@ -36,7 +37,7 @@ from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_l
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
 from lightning_optim.stopping.criteria import Criterion, Plateau
-from lightning_optim.stopping.directions import check_mode, why_unlikely
+from lightning_optim.stopping.directions import check_mode, directions, why_unlikely
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
 from lightning_optim.stopping.second_stopping import warn_of_second_stopping
@@ -531,9 +532,25 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
             if self.best_check >= 0:
                 best = self.best_check
                 mark_best(one, best + 1, values[best], f"best validation, {best + 1}: {values[best]:.4g}")
-        title = self.stopping_reason_message or "Monitored metrics: training was not stopped early"
-        finish_panels(axes, names, x="validations", title=title)
+            # On a linear axis the first values of a loss flatten all that follows.
+            falls = (directions(self.criterion).get(name) or mode_of(name)) == "min"
+            finite = [value for value in values if math.isfinite(value)]
+            if ax is None and falls and finite and min(finite) > 0 and max(finite) > 10 * min(finite):
+                log_scale(one)
+        finish_panels(axes, names, x="validations", title=self._title())
         return figure, axes[0]
+
+    def _title(self) -> str:
+        """Return in a few words why training stopped; the sentence is ``stopping_reason_message``."""
+        if self._reason is EarlyStoppingReason.NOT_STOPPED:
+            return "Monitored metrics: training was not stopped early"
+        why = {
+            EarlyStoppingReason.STOPPING_THRESHOLD: "threshold reached",
+            EarlyStoppingReason.DIVERGENCE_THRESHOLD: "divergence",
+            EarlyStoppingReason.NON_FINITE_METRIC: "a metric is not finite",
+        }
+        patience = f"patience {self.patience}" if isinstance(self._monitor, str) else "no improvement"
+        return f"Stopped in epoch {self.stopped_epoch}: {why.get(self._reason, patience)}"
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
