@@ -54,8 +54,8 @@ class WeightRegularization(OptimCallback):
         >>> from lightning_optim import L1, L2, WeightRegularization
         >>> WeightRegularization(L2(1e-4)).terms
         [L2(0.0001)]
-        >>> WeightRegularization([L1(1e-5, on="encoder.*"), L2(1e-4, exclude="head.*")])
-        WeightRegularization([L1(1e-05, on='encoder.*'), L2(0.0001, exclude='head.*')])
+        >>> WeightRegularization([L1(1e-5, on="encoder.*.weight"), L2(1e-4, exclude="head.*")])
+        WeightRegularization([L1(1e-05, on='encoder.*.weight'), L2(0.0001, exclude='head.*')])
 
     For a Trainer: ``Trainer(callbacks=[WeightRegularization(L2(1e-4))])``.
     """
