@@ -206,7 +206,10 @@ class WeightAveraging(AveragedCheckpoints):
         writer = self.session.wrote_final
         if writer is self:
             return f"the module holds {average}"
-        return "" if writer is not None else f"{average} is in `averaged_weights(model)`, raw weights are in the module"
+        if writer is not None:
+            return ""
+        where = f"{average} is in `averaged_weights(model)`"
+        return where if self.session.failed else f"{where}, raw weights are in the module"
 
     # ---- life --------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,11 @@ from inspect import Parameter
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim.base.suggestions import nearest
 
+_MOST_ITEMS, _LONGEST = 20, 200  # of a container, and letters of the text of an object
 _NOT_NAMED = (Parameter.POSITIONAL_ONLY, Parameter.VAR_POSITIONAL)
 
 
@@ -39,9 +40,9 @@ class _Argument(NamedTuple):
 class Constructed:
     """Print an object as the call that constructs an equal one, with the arguments that were passed.
 
-    Arguments without a default are shown without their name. Arguments that equal their default are left out if they
-    are no number, or if all arguments were passed, as a configuration file does. A number or text that the object keeps
-    in an attribute of the argument's name is shown as it is now.
+    An argument without a default is shown without its name. An argument that equals its default is shown only if it is
+    a number and other arguments were left to their defaults: a configuration file passes all of them. A number or text
+    that the object keeps in an attribute of the argument's name is shown as it is now.
 
     Example::
 
@@ -150,18 +151,19 @@ def _is_plain(value: Any) -> bool:
 def written(value: Any) -> str:
     """Return the text of an argument as a user would write it: ``eval`` gives an equal one, if there is such a text.
 
+    Long containers, tensors and long texts of other objects are cut, since this is called in each constructor.
+
     Example::
 
         >>> written({"lr": [float("inf"), torch.float32, nn.Linear, torch.device("cpu")]})
         "{'lr': [float('inf'), torch.float32, nn.Linear, 'cpu']}"
+        >>> written([torch.zeros(1000)]), written(list(range(1000)))
+        ('[<Tensor>]', '[…, 1000 items]')
     """
     if isinstance(value, float) and not math.isfinite(value):
         return f"float({str(float(value))!r})"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{written(key)}: {written(one)}' for key, one in value.items())}}}"
-    if type(value) in (list, tuple):
-        items = ", ".join(map(written, value))
-        return f"[{items}]" if isinstance(value, list) else f"({items}{',' if len(value) == 1 else ''})"
+    if type(value) in (dict, list, tuple):
+        return _written_container(value)
     if isinstance(value, os.PathLike | torch.device):
         return repr(str(value))
     if isinstance(value, type) and value in vars(nn).values():
@@ -169,4 +171,28 @@ def written(value: Any) -> str:
     if isinstance(value, functools.partial):
         named = [f"{name}={written(one)}" for name, one in value.keywords.items()]
         return f"partial({', '.join([written(value.func), *map(written, value.args), *named])})"
-    return getattr(value, "__qualname__", None) or repr(value)
+    if isinstance(value, Constructed | bool | int | float | str | None):
+        return repr(value)
+    return getattr(value, "__qualname__", None) or _short(value)
+
+
+def _written_container(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> str:
+    begin, end = ("{", "}") if isinstance(value, dict) else ("[", "]") if isinstance(value, list) else ("(", ")")
+    if len(value) > _MOST_ITEMS:
+        return f"{begin}…, {len(value)} items{end}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{written(key)}: {written(one)}' for key, one in value.items())}}}"
+    items = ", ".join(map(written, value))
+    return f"{begin}{items}{',' if type(value) is tuple and len(value) == 1 else ''}{end}"
+
+
+def _short(value: Any) -> str:
+    """Return the text of an object, or its class if that is long, fails or would read a tensor."""
+    name = f"<{type(value).__name__}>"
+    if isinstance(value, Tensor | nn.Module):
+        return name
+    try:
+        text = repr(value)
+    except Exception:
+        return name
+    return text if len(text) <= _LONGEST and "\n" not in text else name

@@ -18,6 +18,10 @@ from lightning_optim.base.selection import Selectors, check_selectors
 from lightning_optim.base.state import State, Value
 
 
+class NotACallback(AttributeError, TypeError):
+    """Say that a policy was passed in the place of a callback; for ``hasattr`` it is an attribute that is missing."""
+
+
 class Policy(Constructed):
     """Base class of all policies: formulas on tensors, in pure torch, without a Trainer.
 
@@ -46,7 +50,7 @@ class Policy(Constructed):
         needs: The smallest part of a tensor that the formula can be computed on. Shards hold any elements, but not
             whole rows or matrices; the looked-up rows of a sparse gradient are not a matrix.
         gathers: True if the formula gathers sharded tensors itself, so that a sharded model has what it needs.
-        used_in: Where a Trainer takes the policy, for messages: ``{}`` stands for it.
+        used_in: Callback that takes the policy, as a format string for messages.
         copy_index: Index of the optimizer that this copy belongs to, so that random draws differ.
     """
 
@@ -90,11 +94,11 @@ class Policy(Constructed):
     @property
     def state_key(self) -> str:
         """Tell that a policy is no callback: a Trainer asks each of its callbacks for this key."""
-        raise TypeError(self._is_no_callback())
+        raise NotACallback(self._is_no_callback())
 
     def __iter__(self) -> Iterator[Any]:
         """Tell the same to ``Trainer(callbacks=policy)``."""
-        raise TypeError(self._is_no_callback())
+        raise NotACallback(self._is_no_callback())
 
     def _is_no_callback(self) -> str:
         instead = f": write {self.in_its_place}" if self.used_in else ""

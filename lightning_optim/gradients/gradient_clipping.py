@@ -155,7 +155,7 @@ class GradientClipping(OptimCallback):
         return (", " if is_by_pattern else " → ").join(words), ""
 
     def report(self) -> str:
-        return "; ".join(filter(None, map(self._report_of, range(len(self.steps)))))
+        return "; ".join(filter(None, map(self._report_of, range(len(self.skipped)))))
 
     def _report_of(self, index: int) -> str:
         taken, skipped = self.steps[index], self.skipped[index]

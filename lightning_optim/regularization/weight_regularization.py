@@ -112,9 +112,9 @@ class WeightRegularization(OptimCallback):
             for term, selection in zip(self.terms, self._selections, strict=True):
                 if not (isinstance(term, Penalty) and term.decays):
                     continue
-                count = sum(len(_trainable(group["params"], selection)) for group in decayed)
-                if count:
-                    name, decay = type(optimizer).__name__, decayed[0]["weight_decay"]
+                found = [(len(_trainable(group["params"], selection)), group["weight_decay"]) for group in decayed]
+                if count := sum(count for count, _ in found):
+                    name, decay = type(optimizer).__name__, next(decay for count, decay in found if count)
                     rank_zero_warn(
                         f"{name}(weight_decay={decay}) shrinks {tensors(count)} that {term.brief} shrinks too: pass"
                         f" `weight_decay=0.0` to {name}, or leave the penalty out."

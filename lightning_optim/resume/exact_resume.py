@@ -106,7 +106,7 @@ class ExactResume(OptimCallback):
 
     gathers_ranks = True
     warns_at_start: bool = True
-    """False if what resumes a run asks itself whether a checkpoint is exact, as ``fit_members`` does."""
+    """False if the caller checks for itself that a checkpoint is exact, as ``fit_members`` does."""
     _trainer: weakref.ref[Trainer] | None = None
     _loaded: dict[str, Any] | None = None
     _before_validation: tuple[dict[str, Any], dict[str, int]] | None = None

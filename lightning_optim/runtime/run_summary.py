@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning_optim.runtime.lightning import ModelSummary, Trainer
+from lightning_optim.runtime.lightning import ModelSummary, Trainer, rank_zero_warn
 from lightning_optim.runtime.lightning.packages import package_of
 from lightning_optim.runtime.order import SessionCallback
 
@@ -37,15 +37,18 @@ class RunSummary:
 
     def end(self) -> None:
         """Log what was done. Called at ``on_fit_end``, when the module holds the weights that it keeps."""
-        # Nothing is said of a fit that had nothing left to train.
-        if self._said_start and (parts := [part for callback in self._by_rank() if (part := callback.report())]):
+        if parts := self._reports():
             self._log(" · ".join(parts))
 
     def interrupted(self) -> None:
         """Log what was done until a user interrupted the fit. Called at ``on_exception``."""
         if self._said_start:
-            parts = [part for callback in self._by_rank() if (part := callback.report())]
-            self._log(" · ".join(["interrupted: the module holds its raw weights", *parts]))
+            self._log(" · ".join(["interrupted: the module holds its raw weights", *self._reports()]))
+
+    def _reports(self) -> list[str]:
+        """Return what each callback reports; nothing of a fit that had nothing left to train."""
+        callbacks = self._by_rank() if self._said_start else []
+        return [text for callback in callbacks if (text := _text(callback, callback.report))]
 
     def _is_on(self) -> bool:
         shows_model = any(isinstance(callback, ModelSummary) for callback in self._trainer.callbacks)
@@ -70,18 +73,28 @@ def start_lines(trainer: Trainer, callbacks: Iterable[SessionCallback]) -> list[
     callbacks = list(callbacks)
     steps = []
     for index, optimizer in enumerate(trainer.optimizers):
-        described = [callback.describe_step(index) for callback in callbacks]
+        described = [_text(callback, callback.describe_step, index) or ("", "") for callback in callbacks]
         chain = [before for before, _ in described if before] + [after for _, after in described if after]
         if chain:
             count = sum(len(group["params"]) for group in optimizer.param_groups)
             steps.append(f"optimizer {index} ({type(optimizer).__name__}, {tensors(count)}): {' → '.join(chain)}")
-    rules = [rule for callback in callbacks if (rule := callback.describe_run())]
+    rules = [rule for callback in callbacks if (rule := _text(callback, callback.describe_run))]
     if len(steps) + len(rules) > _MOST_LINES:
         rules = [" · ".join(rules)] if rules else []
     if (more := len(steps) + len(rules) - _MOST_LINES) > 0:
         kept = len(steps) - more - 1
         steps = [*steps[:kept], f"… and {len(steps) - kept} more optimizers"]
     return steps + rules
+
+
+def _text(callback: SessionCallback, describe: Callable[..., Any], *args: Any) -> Any:
+    """Return what a callback says of itself; if that fails, warn: no fit may end because of a line that is logged."""
+    try:
+        return describe(*args)
+    except Exception as error:
+        method = getattr(describe, "__name__", "report")
+        rank_zero_warn(f"{type(callback).__name__}.{method} raised {type(error).__name__}: {error}")
+        return None
 
 
 def tensors(count: int) -> str:

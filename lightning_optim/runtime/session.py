@@ -250,8 +250,6 @@ class Session:
         """
         if not self._enter(SessionState.FAILED):
             return
-        if isinstance(exception, KeyboardInterrupt):
-            self._summary.interrupted()
         strategy = self.trainer.strategy
         teardown = strategy.teardown
 
@@ -260,6 +258,8 @@ class Session:
             teardown()
 
         self.patch(strategy, "teardown", close_and_teardown)
+        if isinstance(exception, KeyboardInterrupt):
+            self._summary.interrupted()
 
     def close(self) -> None:
         """Undo everything that was installed."""

@@ -330,3 +330,24 @@ def test_a_policy_in_the_wrong_callback_is_told(wrong: str, told: str) -> None:
     with pytest.raises(ValueError) as caught:
         eval(wrong, vars(lightning_optim))
     assert told in str(caught.value)
+
+
+def test_large_arguments_are_not_written_out() -> None:
+    class Fails:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    class Holds(Policy):
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+    shown = {1: range(3), 2: torch.zeros(3), 3: list(range(10**6)), 4: Fails(), 5: nn.Linear(1, 1)}
+    texts = [repr(Holds(value)) for value in shown.values()]
+    assert texts == [
+        "Holds(range(0, 3))",
+        "Holds(<Tensor>)",
+        "Holds([…, 1000000 items])",
+        "Holds(<Fails>)",
+        "Holds(<Linear>)",
+    ]
+    assert not hasattr(EMA(0.9), "state_key")

@@ -307,6 +307,41 @@ def test_an_interrupted_fit_says_what_the_module_holds(exception: BaseException,
     callback.restore_best_(model)
 
 
+class Broken(OptimCallback):
+    """Fail to describe itself."""
+
+    def describe_run(self) -> str:
+        raise RuntimeError("no words")
+
+    def report(self) -> str:
+        raise RuntimeError("no report")
+
+
+def test_a_callback_that_fails_to_describe_itself_ends_no_fit(said: list[str]) -> None:
+    with pytest.warns(UserWarning) as told:
+        fit([Broken(), GradientClipping(0.01)])
+    assert [str(one.message) for one in told if "Broken" in str(one.message)] == [
+        "Broken.describe_run raised RuntimeError: no words",
+        "Broken.report raised RuntimeError: no report",
+    ]
+    assert len(said) == 2
+
+
+class StopsAtOnce(Callback):
+    """Press Ctrl-C before the callbacks that come later have begun."""
+
+    def on_train_start(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_at_the_start_leaves_no_session_open(said: list[str]) -> None:
+    callbacks = [OptimCallback(), StopsAtOnce(), GradientClipping(1.0)]
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(callbacks)
+        raise SystemExit
+    assert callbacks[0].fit is None and callbacks[2].fit is None
+
+
 def two_processes() -> list[str]:
     logger, handler = logging.getLogger(LOGGER), Said()
     logger.setLevel(logging.INFO)

@@ -82,9 +82,10 @@ class EMA(Average):
         reached = self.decay_at(steps - 1)
         if self.warmup is None or reached >= self._decay:
             return ""
+        argument = "decay" if self.half_life is None else "half_life"
         return (
             f"The warm-up of {self!r} ends at a decay of {reached:.4g} after the {steps:,} steps of this run, so every"
-            " larger `decay` gives the same average. Pass a smaller one, which averages over fewer steps, or"
+            f" larger `{argument}` gives the same average. Pass a smaller one, which averages over fewer steps, or"
             " `warmup=None`, which has the whole decay from the second update on."
         )
 
