@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from lightning_optim.runtime.lightning import (
     MisconfigurationException,
     ModuleMixin,
     Trainer,
+    rank_zero_warn,
 )
 from lightning_optim.runtime.lightning.precision import scaler_of
 from lightning_optim.runtime.lightning.strategies import without_reduction
@@ -68,8 +68,10 @@ class ManualOptimizationMixin(ModuleMixin):
             TypeError: If ``loss`` is not a tensor, as when the two are swapped.
             ValueError: If ``loss`` is not a scalar or has no gradient; if ``optimizer`` is not one of the module's, or
                 is left out although there are several.
-            MisconfigurationException: If the loss of the optimizer's first step has reached none of its parameters; or
-                if the gradients of an open window are gone, as after a ``zero_grad`` of your own.
+            MisconfigurationException: If the gradients of an open window are gone, as after a ``zero_grad`` of your
+                own.
+
+        Warns once, at the end of the first epoch, of an optimizer that had a gradient in none of its steps.
         """
         trainer = self.trainer
         _check_loss(loss)
@@ -95,7 +97,7 @@ class ManualOptimizationMixin(ModuleMixin):
         if window is not None:
             window.holds_grads = _holds_grads(plain)
         if closes:
-            _check_reached(plain, trainer)
+            _warn_if_unreached(plain, trainer)
             with contextlib.nullcontext() if windows is None else windows.closing(index):
                 wrapped.step()
 
@@ -159,25 +161,32 @@ def _holds_grads(optimizer: Optimizer) -> bool:
     return any(parameter.grad is not None for parameter in parameters_of(optimizer))
 
 
-_REACHED: WeakSet[Optimizer] = WeakSet()  # optimizers that had a gradient at one of their steps
+_UNREACHED = "_lightning_optim_unreached"  # name of the attribute of an optimizer that has had no gradient so far
 
 
-def _check_reached(optimizer: Optimizer, trainer: Trainer) -> None:
-    """Raise at the optimizer's first step if no loss of its window has reached any of its trainable parameters.
+def _warn_if_unreached(optimizer: Optimizer, trainer: Trainer) -> None:
+    """Warn once, at the end of the first epoch, if the optimizer had a gradient in none of its steps.
 
-    A later step without a gradient moves nothing, and may be meant, as where a batch has nothing for this optimizer. A
-    resumed run has taken its first step before.
+    A step without a gradient moves nothing, and may be meant, as where a batch has nothing for this optimizer. An
+    optimizer that has no step in the last batch is told at its first step of the next epoch. A resumed run has had its
+    first epoch before. The count is kept at the optimizer, which each fit makes anew.
     """
-    if optimizer in _REACHED or trainer.ckpt_path or hides_weights(trainer.strategy):
+    if trainer.ckpt_path or trainer.fast_dev_run or hides_weights(trainer.strategy):
+        return
+    first_epoch, steps = vars(optimizer).setdefault(_UNREACHED, (trainer.current_epoch, 0))
+    if steps is None:  # told, or nothing to tell
         return
     if _holds_grads(optimizer):
-        _REACHED.add(optimizer)
+        setattr(optimizer, _UNREACHED, (first_epoch, None))
     elif any(parameter.requires_grad for parameter in parameters_of(optimizer)):
-        raise MisconfigurationException(
-            f"The loss that `self.optimize` got for {_name(optimizer, trainer)} depends on none of its trainable"
-            " parameters, so that its first step would move nothing. Is it the loss of another optimizer, or was"
-            " `detach()` called on the way? Call `optimize` only with a loss that depends on them."
-        )
+        is_over = trainer.is_last_batch or trainer.current_epoch > first_epoch
+        setattr(optimizer, _UNREACHED, (first_epoch, None if is_over else steps + 1))
+        if is_over:
+            rank_zero_warn(
+                f"{_name(optimizer, trainer)} has had no gradient in any of its {steps + 1} steps, so that they moved"
+                " nothing: no loss that `self.optimize` got for it depends on its trainable parameters. Is it the loss"
+                " of another optimizer, or was `detach()` called on the way?"
+            )
 
 
 def _removed(window: Window, optimizer: Optimizer, trainer: Trainer) -> MisconfigurationException:

@@ -1,4 +1,4 @@
-"""Under manual optimization a step that `optimize` does not take, or a loss that moves nothing, is an error."""
+"""Under manual optimization a step that `optimize` does not take is an error, and losses that move nothing are told."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class GAN(ManualOptimizationMixin, LightningModule):
 
 
 def fit(module: GAN, *callbacks: Any, **options: Any) -> GAN:
-    trainer = Trainer(max_epochs=1, callbacks=list(callbacks), barebones=True, accelerator="cpu", **options)
+    options = {"max_epochs": 1, "barebones": True} | options
+    trainer = Trainer(callbacks=list(callbacks), accelerator="cpu", **options)
     trainer.fit(module)
     return module
 
@@ -149,14 +150,44 @@ def right(module: GAN, batch: Tensor, og: Any, od: Any) -> None:
 
 
 @pytest.mark.parametrize("callbacks", [[], [GradientAccumulation(4)], [GradientClipping(1.0)]], ids=str)
-def test_a_loss_that_reaches_no_weight_of_the_optimizer_is_an_error(callbacks: Any) -> None:
+def test_losses_that_reach_no_weight_of_the_optimizer_are_told_once(callbacks: Any) -> None:
     def train(module: GAN, batch: Tensor, og: Any, od: Any) -> None:
         module.optimize(module.told(batch), od)
         module.optimize(module.told(batch), og)
 
     fit(GAN(right), *callbacks)
-    with pytest.raises(MisconfigurationException, match=r"optimizer 0 \(SGD\) depends on none of its trainable"):
-        fit(GAN(train), *callbacks)
+    with pytest.warns(UserWarning, match=r"^optimizer 0 \(SGD\) has had no gradient in any of its [26] steps") as told:
+        fit(GAN(train), *callbacks, max_epochs=3)
+    assert len([warning for warning in told if "has had no gradient" in str(warning.message)]) == 1
+    quiet = {"barebones": False, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    for options in ({"fast_dev_run": 2} | quiet, {"max_steps": 2}):  # the epoch does not end
+        fit(GAN(train), *callbacks, **options)
+
+
+def test_an_optimizer_without_a_step_in_the_last_batch_is_told_in_the_next_epoch() -> None:
+    def train(module: GAN, batch: Tensor, og: Any, od: Any) -> None:
+        calls.append(0)
+        if len(calls) % 2:
+            module.optimize(module.told(batch), og)
+
+    calls: list[int] = []
+    with pytest.warns(UserWarning, match=r"^optimizer 0 \(SGD\) has had no gradient in any of its 4 steps"):
+        fit(GAN(train), max_epochs=2)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_first_losses_may_reach_nothing(n: int) -> None:
+    """Training in stages: the weights of an optimizer are used from a later batch on."""
+    calls: list[int] = []
+
+    def train(module: GAN, batch: Tensor, og: Any, od: Any) -> None:
+        calls.append(0)
+        module.optimize(module.generated(batch) if len(calls) > 3 else module.told(batch), og)
+
+    module = GAN(train)
+    before = weights(module)
+    fit(module, GradientAccumulation(n))
+    assert len(calls) == 6 and not torch.equal(before[0], module.g.weight)
 
 
 @pytest.mark.parametrize("n", [1, 2])
