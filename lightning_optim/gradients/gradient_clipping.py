@@ -158,6 +158,8 @@ class GradientClipping(OptimCallback):
         return "; ".join(filter(None, map(self._report_of, range(len(self.skipped)))))
 
     def _report_of(self, index: int) -> str:
+        if index >= len(self.skipped):  # the run ended before its first step
+            return ""
         taken, skipped = self.steps[index], self.skipped[index]
         clipped, seen = self._clipped[index].state()
         share = f"{100 * clipped / seen:.0f} %" if seen else ""
@@ -285,13 +287,21 @@ class GradientClipping(OptimCallback):
         Returns:
             A scalar on the device, or False if no policy had anything to do.
         """
-        if not any(policy.limits for policy in self.policies_of(index)):
+        if not self._tells("clipped", index):
             return None
         flags = [policy.clipped for policy in self._applied.get(index, []) if policy.limits]
         known = [flag for flag in flags if flag is not None]
         if len(known) < len(flags):
             return None
         return torch.stack(known).any() if known else False
+
+    def _tells(self, what: Literal["clipped", "factors"], index: int) -> bool:
+        """Return True if something limits the gradients of an optimizer, and all that does tells whether it has.
+
+        Otherwise only the steps in which such a policy had nothing to do would be known, and none of them is clipped.
+        """
+        limiting = [type(policy) for policy in self.policies_of(index) if policy.limits]
+        return bool(limiting) and all(getattr(kind, what) is not getattr(Clipping, what) for kind in limiting)
 
     def bound_in_force(self, step: OptimizerStep) -> Tensor | float | None:
         """Return the bound on the norm of all gradients of a step, to be asked for after it; for plots.
@@ -345,7 +355,7 @@ class GradientClipping(OptimCallback):
         index = self.current_step(optimizer).index
         self._pending.after_step(index)
         self._skipped_in_a_row[index] = 0
-        if any(policy.limits for policy in self.policies_of(index)):
+        if self._tells("factors", index):
             factors = [policy.factors for policy in self._applied.get(index, []) if policy.limits]
             known = [factor for factor in factors if factor is not None]
             if len(known) == len(factors):

@@ -255,3 +255,51 @@ def test_an_optimizer_that_gets_a_new_parameter_follows_the_patterns() -> None:
 def test_the_line_at_the_start_says_who_is_clipped_how(policy: Any, wanted: list[str]) -> None:
     clipping = GradientClipping(policy)
     assert [clipping.describe_step(index)[0] for index in range(2)] == wanted
+
+
+# ---- which steps were clipped ----------------------------------------------------------------------------------------
+
+
+class HalfOfTheSteps(LightningModule):
+    """Use one of two layers, so that a clipping of the first has nothing to do in every other step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 1) for _ in range(2))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layers[batch_idx % 2](batch).sum()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "end", "flags"),
+    [
+        (ClipByValue(0.1, on="layers.0.*"), "0 of 4 steps skipped", [None] * 4),
+        ([ClipByNorm(1e3), ClipByValue(0.1, on="layers.0.*")], "0 of 4 steps skipped", [None] * 4),
+        (ClipByNorm(0.1, on="layers.0.*"), "0 of 4 steps skipped, 50 % clipped", [True, False] * 2),
+    ],
+    ids=str,
+)
+def test_a_share_of_clipped_steps_is_told_only_if_every_policy_can_tell(policy: Any, end: str, flags: Any) -> None:
+    class Flags(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            flag = clipping.clipped(0)
+            seen.append(flag if flag is None else bool(flag))
+
+    clipping = GradientClipping(policy)
+    seen: list[bool | None] = []
+    Trainer(max_epochs=1, barebones=True, accelerator="cpu", callbacks=[clipping, Flags()]).fit(HalfOfTheSteps())
+    assert seen == flags
+    assert clipping.report() == end
+
+
+def test_a_report_before_the_first_step_is_empty() -> None:
+    clipping = GradientClipping(1.0)
+    clipping.steps = [0]
+    assert not clipping.report()
