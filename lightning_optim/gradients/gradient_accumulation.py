@@ -210,8 +210,9 @@ class GradientAccumulation(OptimCallback):
         for name in ("optimizer_step", "optimizer_zero_grad"):
             if is_overridden(name, pl_module) and is_overridden_by_user(pl_module, name):
                 rank_zero_warn(
-                    f"{type(self).__name__} accumulates, and {type(pl_module).__name__} overrides `{name}`: Lightning"
-                    " calls it at every optimizer step, and not at every batch."
+                    f"{type(self).__name__} accumulates, and {type(pl_module).__name__} overrides `{name}`, which"
+                    " Lightning then calls once per step and not at every batch: if it counts batches, let it count"
+                    " steps; otherwise nothing is wrong."
                 )
 
     def _refuse_step_by_hand(self, optimizer: Optimizer, *_: Any) -> None:

@@ -209,8 +209,8 @@ def _warnings(module: LightningModule, n: Any) -> list[str]:
 def test_a_hook_that_runs_at_steps_only_is_told_once(kind: Any, hook: str, n: Any) -> None:
     (told,) = _warnings(kind(), n)
     assert told == (
-        f"GradientAccumulation accumulates, and {kind.__name__} overrides `{hook}`: Lightning calls it at every"
-        " optimizer step, and not at every batch."
+        f"GradientAccumulation accumulates, and {kind.__name__} overrides `{hook}`, which Lightning then calls"
+        " once per step and not at every batch: if it counts batches, let it count steps; otherwise nothing is wrong."
     )
 
 
