@@ -69,7 +69,7 @@ class ManualOptimizationMixin(ModuleMixin):
             ValueError: If ``loss`` is not a scalar or has no gradient; if ``optimizer`` is not one of the module's, or
                 is left out although there are several.
             MisconfigurationException: If the gradients of an open window are gone, as after a ``zero_grad`` of your
-                own.
+                own; or if a step has no gradient under a GradScaler, which takes no such step.
 
         Warns once, at the end of the first epoch, of an optimizer that had a gradient in none of its steps.
         """
@@ -99,7 +99,7 @@ class ManualOptimizationMixin(ModuleMixin):
         if closes:
             _warn_if_unreached(plain, trainer)
             with contextlib.nullcontext() if windows is None else windows.closing(index):
-                wrapped.step()
+                _step(wrapped, trainer)
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients of an open window: under manual optimization Lightning takes every batch for a step."""
@@ -159,6 +159,20 @@ def _check_loss(loss: Any) -> None:
 
 def _holds_grads(optimizer: Optimizer) -> bool:
     return any(parameter.grad is not None for parameter in parameters_of(optimizer))
+
+
+def _step(wrapped: LightningOptimizer, trainer: Trainer) -> None:
+    """Step; a step without any gradient moves nothing, and torch's GradScaler refuses it by an assertion."""
+    try:
+        wrapped.step()
+    except AssertionError as error:
+        if scaler_of(trainer) is None or _holds_grads(wrapped.optimizer):
+            raise
+        raise MisconfigurationException(
+            f"{_name(wrapped.optimizer, trainer)} has no gradient in this step, and torch's GradScaler takes no such"
+            " step. Call `optimize` only with a loss that depends on its trainable parameters: is it the loss of"
+            " another optimizer, or was `detach()` called on the way?"
+        ) from error
 
 
 _UNREACHED = "_lightning_optim_unreached"  # name of the attribute of an optimizer that has had no gradient so far

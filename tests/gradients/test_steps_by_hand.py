@@ -205,6 +205,13 @@ def test_a_later_loss_may_reach_nothing(n: int) -> None:
     assert len(calls) == 6 and not torch.equal(before[0], module.g.weight)
 
 
+def test_a_scaler_that_takes_no_step_without_a_gradient_is_told() -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+    module = GAN(lambda module, batch, og, od: module.optimize(module.told(batch), og))
+    with pytest.raises(MisconfigurationException, match=r"optimizer 0 \(SGD\) has no gradient in this step, .*Scaler"):
+        fit(module, plugins=[plugin])
+
+
 def test_an_optimizer_whose_weights_are_frozen_is_none_of_our_business() -> None:
     module = GAN(lambda module, batch, og, od: module.optimize(module.generated(batch), og))
     module.g.requires_grad_(False)
