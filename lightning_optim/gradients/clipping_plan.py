@@ -132,6 +132,12 @@ def parts_of(policy: Any) -> list[Part]:
 def _policies(name: str, value: Any) -> list[Clipping]:
     listed = list(value) if isinstance(value, list | tuple) else [value]
     policies = [ClipByNorm(float(one)) if _is_bound(one) else one for one in listed]
+    if name == "policy" and len(listed) > 1 and all(map(_is_bound, listed)):
+        by_optimizer = ", ".join(f"{index}: {bound}" for index, bound in enumerate(listed))
+        raise ValueError(
+            f"`{name}={value!r}`: the bounds in a list act in turn on each optimizer, so the smallest alone counts."
+            f" Write one bound, or one for each optimizer: {{{by_optimizer}}}"
+        )
     if not policies or not all(isinstance(one, Clipping) for one in policies):
         allowed = _ALLOWED if name == "policy" else _ALLOWED.partition(";")[0]
         schedule = next((one for one in listed if isinstance(one, Schedule)), None)

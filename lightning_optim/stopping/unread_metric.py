@@ -67,7 +67,10 @@ def _no_validation(trainer: Trainer) -> str:
         return f"define `validation_step`, {training}"
     if trainer.limit_val_batches == 0:
         return f"set `Trainer(limit_val_batches=…)` above 0, {training}"
-    return f"pass a validation loader, as in `trainer.fit(model, train_loader, val_dataloaders=val_loader)`, {training}"
+    return (
+        "pass a validation loader, as in `trainer.fit(model, train_loader, val_dataloaders=val_loader)` or"
+        f" `fit_members(…, val_dataloaders=val_loader)`, {training}"
+    )
 
 
 def _intervals(trainer: Trainer) -> str:

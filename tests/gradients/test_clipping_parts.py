@@ -303,3 +303,8 @@ def test_a_report_before_the_first_step_is_empty() -> None:
     clipping = GradientClipping(1.0)
     clipping.steps = [0]
     assert not clipping.report()
+
+
+def test_a_list_of_bounds_is_not_one_for_each_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"Write one bound, or one for each optimizer: \{0: 1.0, 1: 0.5\}"):
+        GradientClipping([1.0, 0.5])
