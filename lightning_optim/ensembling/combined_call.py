@@ -17,7 +17,7 @@ from lightning_optim.base.suggestions import nearest, shown
 from lightning_optim.ensembling.mean_prediction import Outputs, mean_prediction
 from lightning_optim.ensembling.probability_check import why_no_probabilities
 from lightning_optim.runtime.lightning import MisconfigurationException
-from lightning_optim.runtime.lightning.torch_internals import is_compiled, tree_map_only
+from lightning_optim.runtime.lightning.torch_internals import is_compiled, is_transformed, tree_map_only
 
 _MEANINGS: dict[Outputs, str] = {
     "values": "for regression: averaged as they are",
@@ -185,8 +185,10 @@ class CombinedCall(nn.Module):
 
 
 def _is_traced() -> bool:
-    """Return True if torch compiles, exports or traces, where nothing can depend on values."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+    """Return True if torch compiles, exports, traces or transforms, where nothing can depend on values."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
+    return is_transformed()
 
 
 def has_submodule(module: nn.Module, path: str) -> bool:

@@ -42,9 +42,9 @@ def within_epoch(callback: ModelCheckpoint, trainer: Trainer) -> str:
 
 
 def _is_within(steps: int, trainer: Trainer) -> bool:
-    """Return True if some multiple of a number of steps is neither an epoch's end nor that of the run."""
+    """Return True if some multiple of a number of steps is known to be neither an epoch's end nor that of the run."""
     if not trainer.lightning_module.automatic_optimization:
-        return True  # an epoch may have any number of steps
+        return False  # an epoch may have any number of steps: only a resume can tell whether it begins within one
     batches = trainer.num_training_batches
     return steps < total_steps(trainer) and (
         math.isinf(batches) or steps % math.ceil(batches / micro_batches(trainer, 0)) != 0

@@ -216,14 +216,14 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         return frozenset({"_best_weights"} if self.dirpath is None else ())
 
     def describe_run(self) -> str:
-        if isinstance(self._monitor, Criterion):
-            rule = self.criterion.in_words
-        else:
-            patience = "never" if self.patience == math.inf else f"patience {self.patience}"
-            rule = f"{self.monitor}{' (max)' if self.mode == 'max' else ''}, {patience}"
-        by = "" if self._best_by is None else f" by {self._best_by.in_words}"
         best = "not kept" if not self.restore_best else f"kept in {'memory' if self.dirpath is None else self.dirpath}"
-        return f"stop on {rule}, best{by} {best}"
+        by = "" if self._best_by is None else f" by {self._best_by.in_words}"
+        if isinstance(self._monitor, Criterion):
+            return f"stop on {self.criterion.in_words}, best{by} {best}"
+        metric = f"{self.monitor}{' (max)' if self.mode == 'max' else ''}"
+        if self.patience == math.inf:
+            return f"no stop by patience, best{by or f' by {metric}'} {best}"
+        return f"stop on {metric}, patience {self.patience}, best{by} {best}"
 
     def report(self) -> str:
         if self.best_check < 0:
@@ -269,9 +269,6 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         OptimCallback.setup(self, trainer, pl_module, stage)
         self._package = package_of(trainer)
         if stage == "fit":
-            warn_of_second_stopping(self.criterion.monitors, trainer)
-            if unlikely := why_unlikely(self._monitor, self.criterion, self._best_by):
-                rank_zero_warn(unlikely)
             self._refuse_metrics_of_other_weights()
         overridden = [name for name in _NOT_CALLED if overrides(type(self), name, LightningEarlyStopping)]
         if overridden:
@@ -298,13 +295,20 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self._best_weights.resume_(pl_module)
         self._training = True
         self._requested_stop = self._requested_stop and trainer.should_stop  # a resumed run decides anew
+        if not trainer.fast_dev_run:  # here and not in `setup`, which the Tuner calls for its trials too
+            self._warn_of_arguments(trainer)
+
+    def _warn_of_arguments(self, trainer: Trainer) -> None:
+        warn_of_second_stopping(self.criterion.monitors, trainer)
+        if unlikely := why_unlikely(self._monitor, self.criterion, self._best_by):
+            rank_zero_warn(unlikely)
         self._warn_if_unreachable(trainer)
 
     def _warn_if_unreachable(self, trainer: Trainer) -> None:
         # A subclass may read the metric at other times.
         chosen = any(is_overridden_by_user(self, name) for name in ("_should_skip_check", "_run_early_stopping_check"))
         patience = self.patience if isinstance(self._monitor, str) else None
-        if not chosen and not trainer.fast_dev_run:
+        if not chosen:
             why = why_unreachable(self.criterion, patience, trainer, self._checks_at_epoch_end(trainer))
             if why:
                 rank_zero_warn(why)

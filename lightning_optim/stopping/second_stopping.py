@@ -19,6 +19,6 @@ def warn_of_second_stopping(monitors: Iterable[str], trainer: Trainer) -> None:
             continue
         rank_zero_warn(
             f"The EarlyStopping of `{package_of(other)}` (patience={other.patience}) monitors {other.monitor!r} too,"
-            " and the run ends as soon as one of the two stops it: remove that one, since the EarlyStopping of"
+            " and the run ends as soon as one of the two stops it: remove Lightning's, since the EarlyStopping of"
             " lightning_optim takes the same arguments."
         )

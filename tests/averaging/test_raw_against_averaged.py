@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_optim import EMA, ExactResume, WeightAveraging
+from lightning_optim import EMA, AnyOf, EarlyStopping, ExactResume, Plateau, WeightAveraging
 from tests.averaging.models import Model, fit
 from tests.lightning import Callback, Logger, ModelCheckpoint
 
@@ -126,3 +126,21 @@ def test_a_module_that_saves_in_its_validation_saves_once_and_with_the_average(t
     saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
     (state,) = saved["callbacks"].values()
     assert len(state["comparison"]) == 2
+
+
+class Foreign(Callback):
+    """A callback whose ``criterion`` is another thing than ours, and leads back to itself."""
+
+    monitor, mode = "other", "max"
+
+    @property
+    def criterion(self) -> Any:
+        return self
+
+    criteria = property(lambda self: [self])
+
+
+def test_criteria_of_other_packages_are_not_followed() -> None:
+    average = comparing()
+    fit(Model(), [average, Foreign(), EarlyStopping(AnyOf(Plateau("val_loss")))])
+    assert average.comparison.modes == {"val_loss": "min", "other": "max"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_optim import Ensemble, cost_benefit, fit_members
 from tests.ensembling.models import Classifier, data, loader, members, trainer
@@ -92,3 +93,15 @@ def test_compiled_exported_and_traced_programs_have_no_check() -> None:
     assert torch.allclose(torch.export.export(ensemble, (x,)).module()(x), expected)
     assert torch.allclose(ensemble.to_torchscript(method="trace", example_inputs=x)(x), expected)
     assert torch.allclose(torch.compile(ensemble, backend="eager", fullgraph=True)(x), expected)
+
+
+def test_transforms_and_traces_are_not_checked() -> None:
+    ensemble = ensemble_of(nn.Softmax(-1), nn.Softmax(-1))
+    x = torch.rand(3, 4)
+    expected = x.softmax(-1)
+    torch.testing.assert_close(torch.func.vmap(ensemble)(x), expected)
+    torch.testing.assert_close(make_fx(ensemble)(x)(x), expected)
+    with pytest.raises(ValueError, match='`outputs="probabilities"` is not what member 0'):
+        logits = ensemble_of(nn.Identity())
+        torch.func.vmap(logits)(3 * x)
+        logits(3 * x)

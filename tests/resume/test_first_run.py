@@ -67,7 +67,6 @@ WITHIN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "over epochs": ({}, {"val_check_interval": 4, "check_val_every_n_epoch": None}, "val_check_interval=4)` writes"),
     "only the last": ({"every_n_train_steps": 4, "save_top_k": 0, "save_last": True}, {}, "every_n_train_steps=4"),
     "accumulated steps": ({"every_n_train_steps": 2}, {"accumulate_grad_batches": 2}, "every_n_train_steps=2"),
-    "manual": ({"every_n_train_steps": BATCHES}, {"net": ManualNet}, f"every_n_train_steps={BATCHES}"),
 }
 AT_THE_END: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epochs": ({}, {}),
@@ -81,6 +80,7 @@ AT_THE_END: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no validation": ({}, {"val_check_interval": 0.5, "limit_val_batches": 0}),
     "nothing": ({"save_top_k": 0, "every_n_train_steps": 4}, {}),
     "accumulated steps": ({"every_n_train_steps": BATCHES // 2}, {"accumulate_grad_batches": 2}),
+    "manual steps": ({"every_n_train_steps": BATCHES}, {"net": ManualNet}),
     "a trial": ({"every_n_train_steps": 4}, {"fast_dev_run": 5}),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -366,3 +367,11 @@ def test_the_average_of_checkpoints_is_reported(said: list[str], tmp_path) -> No
     start, end = said
     assert start == "average of the best 2 checkpoints at the end, kept if it is better than the best one"
     assert end.split(": ")[0] in ("average of 2 checkpoints restored", "best checkpoint restored")
+
+
+def test_an_early_stopping_that_never_stops() -> None:
+    assert EarlyStopping("val_loss", patience=math.inf).describe_run() == (
+        "no stop by patience, best by val_loss kept in memory"
+    )
+    by = EarlyStopping("val_loss", patience=math.inf, best_by="acc", mode="max", restore_best=False)
+    assert by.describe_run().startswith("no stop by patience, best by ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import pytest
 import lightning_optim
 from lightning_optim import AllOf, AnyOf, Criterion, EarlyStopping, NonFinite, Plateau, Threshold
 from lightning_optim.stopping.directions import directions
-from tests.stopping.scripted_fits import Scripted, fit, same, weights
+from tests.lightning import Tuner
+from tests.lightning import callbacks as theirs
+from tests.stopping.scripted_fits import Scripted, data, fit, same, trainer, weights
 
 NAMES = dict(vars(lightning_optim))
 SCORES = {"val_loss": [2.0, 1.0, 0.9, 0.8, 1.5], "val_acc": [0.4, 0.6, 0.9, 0.9, 0.7]}
@@ -140,3 +143,27 @@ def test_a_direction_that_the_name_contradicts_is_told_once(line: str) -> None:
         fit(Scripted(scores), eval(line, NAMES))
     said = [str(one.message) for one in caught if str(one.message).startswith("EarlyStopping takes")]
     assert [UNLIKELY[line] in one for one in said] == ([True] if line in UNLIKELY else [])
+
+
+class Tunable(Scripted):
+    """A module for the Tuner, which changes ``lr``."""
+
+    def __init__(self) -> None:
+        super().__init__({name: values * 3 for name, values in SCORES.items()})
+        self.lr = 0.05
+
+
+@pytest.mark.parametrize("trial", [False, True])
+def test_trials_are_silent(trial: bool, tmp_path: Path) -> None:
+    module = Tunable()
+    beside = theirs.EarlyStopping("val_acc", mode="max")
+    before = 0
+    running = trainer(EarlyStopping("val_acc"), beside, fast_dev_run=trial, default_root_dir=tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        if not trial:
+            Tuner(running).lr_find(module, data(), data(seed=1), num_training=5)
+        before = len([one for one in caught if "EarlyStopping" in str(one.message)])
+        running.fit(module, data(), data(seed=1))
+    said = [str(one.message) for one in caught if "EarlyStopping" in str(one.message)]
+    assert (before, len(said)) == (0, 0 if trial else 2), said

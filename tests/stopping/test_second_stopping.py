@@ -13,7 +13,7 @@ from tests.lightning import callbacks as theirs
 from tests.stopping.scripted_fits import Scripted, fit
 
 SCORES = {"val_loss": [5.0, 4.0, 6.0, 6.0, 6.0, 6.0], "other": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
-TOLD = r"monitors 'val_loss' too, and the run ends as soon as one of the two stops it: remove that one"
+TOLD = r"monitors 'val_loss' too, and the run ends as soon as one of the two stops it: remove Lightning's"
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lightning_optim.base.metric_names import mode_of
+from lightning_optim.base.policy import Policy
 from lightning_optim.plotting import (
     best_index,
     check_metric,
@@ -107,8 +108,8 @@ def _modes_of(things: Iterable[Any]) -> dict[str, Literal["min", "max"]]:
         monitor, mode = getattr(thing, "monitor", None), getattr(thing, "mode", None)
         if isinstance(monitor, str) and mode in ("min", "max"):
             found[monitor] = mode
-        inside = getattr(thing, "criteria", None)
-        if (criterion := getattr(thing, "criterion", None)) is not None:
-            found |= _modes_of([criterion])
-        found |= _modes_of(inside) if isinstance(inside, list | tuple) else {}
+        criterion, inside = getattr(thing, "criterion", None), getattr(thing, "criteria", None)
+        parts = [criterion, *(inside if isinstance(inside, list | tuple) else ())]
+        # What other packages call a criterion may be anything, and may lead back to itself.
+        found |= _modes_of([part for part in parts if isinstance(part, Policy)])
     return found

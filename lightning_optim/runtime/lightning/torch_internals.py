@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lightning_optim.runtime.lightning.private_names import read_private
@@ -17,6 +18,7 @@ __all__ = [
     "assert_in_graph",
     "is_compiled",
     "is_exporting",
+    "is_transformed",
     "keep_versions",
     "set_state_metadata",
     "state_metadata",
@@ -49,6 +51,11 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
 def is_exporting() -> bool:
     """Return True if ``torch.export`` runs; before torch 2.7, whether torch compiles or exports."""
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+def is_transformed() -> bool:
+    """Return True in a transform of ``torch.func`` and in a mode that sees each operation, as that of ``make_fx``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or is_in_torch_dispatch_mode()
 
 
 def uncompiled(module: Any) -> Any:
