@@ -61,7 +61,7 @@ def fit_members(
 
     Args:
         make_member: Function from the index to a new model. It may choose another architecture for each index. Models
-            may share submodules that no fit changes.
+            may share submodules that no fit changes, or that the function resets each time.
         size: The number of members, at least 1. `Deep Ensembles <https://arxiv.org/abs/1612.01474>`_ uses five. The
             first few gain the most; measure it with :func:`~lightning_optim.cost_benefit`.
         make_trainer: Function from the index to a new Trainer.
@@ -160,10 +160,11 @@ def _fit_member(make: MemberMaker, index: int, data: tuple[Any, Any], finished: 
     _add_callbacks(trainer, label, finished.folder / f"member-{index}")
     label.resume_from = last_checkpoint(trainer, label)
     start = time.monotonic()
-    trainer.fit(member, *_data_of(*data, index), ckpt_path=label.resume_from)
-    if trainer.state.status != "finished":
-        raise RuntimeError(f"The fit of member {index} was interrupted: call `fit_members` again to go on from there.")
-    reshard_(member)
+    with make.training(member):
+        trainer.fit(member, *_data_of(*data, index), ckpt_path=label.resume_from)
+        if trainer.state.status != "finished":
+            raise RuntimeError(f"The fit of member {index} was interrupted: call `fit_members` again to go on there.")
+        reshard_(member)
     path = finished.path(index)
     _save(trainer, path, label)
     if trainer.is_global_zero:

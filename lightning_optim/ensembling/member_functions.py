@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim.base.shards import version
 from lightning_optim.runtime.lightning import LightningModule, Trainer
+from lightning_optim.runtime.lightning.torch_internals import WeakTensorKeyDictionary
 
 
 def check_function(name: str, function: Any, kind: str) -> None:
@@ -45,8 +47,8 @@ def check_function(name: str, function: Any, kind: str) -> None:
 class MemberMaker:
     """Make each member and its Trainer, and check that both are new.
 
-    A member is not new if it is an earlier one again, or has weights that an earlier fit has changed. The members
-    themselves are not kept alive.
+    A member is not new if it is an earlier one again, or has weights that an earlier fit has changed and nothing
+    has written since. The members themselves are not kept alive.
 
     Args:
         make_member: Function from the index to a new LightningModule.
@@ -58,8 +60,8 @@ class MemberMaker:
 
     # Of all calls in this process: the next call after one that failed would begin with the module of the failed one.
     _members: ClassVar[WeakValueDictionary[int, nn.Module]] = WeakValueDictionary()
-    _parameters: ClassVar[WeakValueDictionary[int, nn.Parameter]] = WeakValueDictionary()
-    _versions: ClassVar[dict[int, int]] = {}  # of these parameters, before the first fit
+    # The version of each weight at the end of the last fit that changed it.
+    _trained: ClassVar[MutableMapping[Tensor, int]] = WeakTensorKeyDictionary()
 
     def __init__(self, make_member: Callable[[int], LightningModule], make_trainer: Callable[[int], Trainer]) -> None:
         check_function("make_member", make_member, "LightningModule")
@@ -77,6 +79,17 @@ class MemberMaker:
         self._check_new(member)
         return member, trainer
 
+    @contextmanager
+    def training(self, member: LightningModule) -> Iterator[None]:
+        """Context manager: remember which weights the fit in it has changed, also if it fails."""
+        before = [(parameter, version(parameter)) for parameter in member.parameters()]
+        try:
+            yield
+        finally:
+            for parameter, first in before:
+                if (last := version(parameter)) != first:
+                    self._trained[parameter] = last
+
     def _check_new(self, member: LightningModule) -> None:
         kind = type(member).__name__
         if id(member) in self._members:
@@ -86,12 +99,10 @@ class MemberMaker:
             )
         self._members[id(member)] = member
         for name, parameter in member.named_parameters():
-            if id(parameter) not in self._parameters:
-                self._parameters[id(parameter)] = parameter
-                self._versions[id(parameter)] = version(parameter)
-            elif parameter.requires_grad and version(parameter) != self._versions[id(parameter)]:
+            if parameter.requires_grad and self._trained.get(parameter) == version(parameter):
                 raise ValueError(
                     f"`make_member` must return a new module for each member, and the parameter {name!r} of this"
-                    f" {kind} has been trained in an earlier member: make its submodules inside the function too."
-                    " Members may share what no fit changes: freeze it with `requires_grad_(False)`"
+                    f" {kind} has been trained in an earlier member: make its submodules inside the function too,"
+                    " or load their first weights there. Members may share what no fit changes: freeze it with"
+                    " `requires_grad_(False)`"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -327,6 +328,7 @@ def test_one_module_for_all_members_is_refused(tmp_path: Path) -> None:
 class Wraps(Net):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
+        self.hparams.clear()  # no module in the files
         self.net = net
 
 
@@ -342,6 +344,24 @@ def test_members_share_only_what_no_fit_changes(frozen: bool, tmp_path: Path) ->
     )
     with expected:
         fit_members(make, 3, Makes(), shuffling(), dirpath=tmp_path)
+
+
+def test_members_may_share_what_is_reset(tmp_path: Path) -> None:
+    shared = nn.Linear(2, 4)
+    first = copy.deepcopy(shared)
+
+    def make(index: int) -> Net:
+        shared.load_state_dict(first.state_dict())
+        return Wraps(nn.Sequential(shared, nn.Linear(4, 1)))
+
+    def make_new(index: int) -> Net:
+        return Wraps(nn.Sequential(copy.deepcopy(first), nn.Linear(4, 1)))
+
+    paths = fit_members(make, 3, Makes(), shuffling(), dirpath=tmp_path / "reset")
+    new = fit_members(make_new, 3, Makes(), shuffling(), dirpath=tmp_path / "new")
+    assert same(weights(paths), weights(new))
+    with pytest.raises(ValueError, match=r"'net\.0\.weight' of this Wraps has been trained"):
+        fit_members(lambda index: Wraps(nn.Sequential(shared)), 1, Makes(), shuffling(), dirpath=tmp_path / "trained")
 
 
 def test_what_is_told_of_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

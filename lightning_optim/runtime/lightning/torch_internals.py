@@ -1,4 +1,4 @@
-"""Use what torch does not make public: trees of tensors, version counters, compiled modules, state dict versions."""
+"""Use what torch does not make public: trees of tensors, versions, weak keys, compiled modules, state dict versions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.runtime.lightning.private_names import read_private
 
 __all__ = [
+    "WeakTensorKeyDictionary",
     "assert_in_graph",
     "is_compiled",
     "is_exporting",
