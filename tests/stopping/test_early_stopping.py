@@ -393,7 +393,7 @@ def test_plot() -> None:
     assert other.get_xydata().tolist() == [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]
     assert [star.get_xydata().tolist(), other_star.get_xydata().tolist()] == [[[2.0, 1.0]], [[2.0, 6.0]]]
     assert axes is figure.axes[0]
-    assert " ".join(figure.get_suptitle().split()) == stop.stopping_reason_message
+    assert " ".join(figure.get_suptitle().split()) == "Stopped in epoch 2: no improvement"
     assert [one.get_ylabel() for one in figure.axes] == ["val_loss", "other"]
     given = matplotlib.pyplot.subplots()[1]
     assert stop.plot(ax=given)[1] is given and given.get_title() == figure.get_suptitle()
