@@ -43,6 +43,7 @@ def tolerance_here(case: Case, there: dict[str, Any]) -> float:
         Path("begun").mkdir()
         patch.chdir("begun")
         begun = runs.begun(case)
+    _tell_as_the_first_version(begun["read"], there["read"])
     assert not runs.differences(begun, there, case.tolerance)
     return case.tolerance if runs.differences(begun, there) else 0.0
 
@@ -58,7 +59,19 @@ def test_a_run_goes_on_from_its_file_and_ends_as_it_would_have(case: Case, tmp_p
     path, first = runs.unpack(case.name, tmp_path)
     tolerance = tolerance_here(case, first["there"])
     _, end = runs.resumed(case, path, first["there"]["position"])
+    _tell_as_the_first_version(end["read"], first["end"]["read"])
     assert not runs.differences(end, first["end"], tolerance)
+
+
+def _tell_as_the_first_version(read: list[Any], first: list[Any]) -> None:
+    """Undo in what is read from callbacks what is told otherwise since: more metrics in a history, and a singular."""
+    for ours, known in zip(read, first, strict=True):
+        for values, old in zip(ours.get("history", []), known.get("history", []), strict=True):
+            assert values.keys() >= old.keys()
+            for name in values.keys() - old.keys():
+                del values[name]
+        if message := ours.get("stopping_reason_message"):
+            ours["stopping_reason_message"] = message.replace("in the last check.", "in the last 1 checks.")
 
 
 @pytest.mark.parametrize("case", FORGETFUL, ids=lambda case: case.name)
