@@ -282,7 +282,7 @@ def _norms(axes: Any) -> list[float]:
         (0.5, 0.5),
         (500.0, 500.0),  # nothing is clipped
         ([ClipByValue(1e3), ClipByNorm(0.5)], 0.5),
-        ([0.5, 0.7], 0.5),
+        ([ClipByNorm(0.5), ClipByNorm(0.7)], 0.5),
         ({"*": 0.5}, 0.5),
         ({0: 0.5}, 0.5),
     ],

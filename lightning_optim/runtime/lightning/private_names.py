@@ -106,8 +106,11 @@ PRIVATE_NAMES = (
         "_unsafe_preserve_version_counter", "torch_internals.keep_versions", "swap weights inside an autograd graph"
     ),
     PrivateName("_assert_async", "torch_internals.assert_in_graph", "compare outputs in an exported program"),
+    PrivateName("_C", "torch_internals.is_transformed", "see a transform of `torch.func`, where no value can be read"),
     PrivateName("_compiled_call_impl", "torch_internals.is_compiled", "not have a compiled module compiled again"),
     PrivateName("_dynamo", "torch_internals.uncompiled", "find the module that `torch.compile` wrapped"),
+    PrivateName("_functorch", "torch_internals.is_transformed", "see a transform of `torch.func`"),
+    PrivateName("_python_dispatch", "torch_internals.is_transformed", "see a mode that traces, as `make_fx` does"),
     PrivateName("_orig_mod", "torch_internals.uncompiled", "find the module that `torch.compile` wrapped"),
     PrivateName("_metadata", "torch_internals.state_metadata", "keep the versions of modules in a state dict"),
     PrivateName("_pytree", "torch_internals.tree_leaves", "walk through outputs of any structure"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.parametrizations import spectral_norm as normalize
 
 from lightning_optim.base.module_tensors import plain_name
@@ -87,6 +88,20 @@ def test_modules_that_compile_in_place() -> None:
     assert not torch_internals.is_compiled(layer)
     layer.compile(backend="eager")
     assert torch_internals.is_compiled(layer) and torch_internals.uncompiled(layer) is layer
+
+
+@canary("_C", "_functorch", "_python_dispatch")
+def test_transforms_are_seen() -> None:
+    seen = []
+
+    def twice(value: Tensor) -> Tensor:
+        seen.append(torch_internals.is_transformed())
+        return 2 * value
+
+    twice(torch.ones(2))
+    torch.func.vmap(twice)(torch.ones(2))
+    make_fx(twice)(torch.ones(2))
+    assert seen == [False, True, True]
 
 
 @canary("_dynamo", "_orig_mod")

@@ -164,6 +164,11 @@ _OTHER_MUTATIONS: dict[str, Any] = {
     "_unsafe_preserve_version_counter": lambda patch: patch.delattr(torch.autograd, "_unsafe_preserve_version_counter"),
     "_assert_async": lambda patch: patch.delattr(torch, "_assert_async"),
     "_dynamo": lambda patch: patch.delattr(torch._dynamo, "OptimizedModule"),
+    "_C": lambda patch: patch.setattr(torch._C._functorch, "peek_interpreter_stack", lambda: None),
+    "_functorch": lambda patch: patch.delattr(torch._C._functorch, "peek_interpreter_stack"),
+    "_python_dispatch": lambda patch: patch.setattr(
+        f"{WALL_NAME}.torch_internals.is_in_torch_dispatch_mode", lambda: False
+    ),
     "_metadata": lambda patch: patch.setattr(f"{WALL_NAME}.torch_internals.getattr", lambda *args: None, raising=False),
     "_pytree": lambda patch: patch.setattr(f"{WALL_NAME}.torch_internals.tree_leaves", list),
 }
