@@ -141,7 +141,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_default(value: Any, parameter: Parameter) -> bool:
-    return isinstance(value, bool | int | float | str | torch.dtype | None) and value == parameter.default
+    return (_is_plain(value) or isinstance(value, torch.dtype)) and value == parameter.default
 
 
 def _is_plain(value: Any) -> bool:

@@ -155,11 +155,10 @@ class GradientClipping(OptimCallback):
         return (", " if is_by_pattern else " → ").join(words), ""
 
     def report(self) -> str:
+        # `skipped` is empty if the run ended before its first step.
         return "; ".join(filter(None, map(self._report_of, range(len(self.skipped)))))
 
     def _report_of(self, index: int) -> str:
-        if index >= len(self.skipped):  # the run ended before its first step
-            return ""
         taken, skipped = self.steps[index], self.skipped[index]
         clipped, seen = self._clipped[index].state()
         share = f"{100 * clipped / seen:.0f} %" if seen else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Container
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,14 @@ class Slot(enum.IntEnum):
 def callbacks_in(trainer: Trainer, slot: Slot) -> list[Any]:
     """Return the callbacks of the Trainer's list that act in a slot."""
     return [callback for callback in trainer.callbacks if getattr(callback, "slot", None) is slot]
+
+
+def in_order(callbacks: Container[SessionCallback], trainer: Trainer) -> list[Any]:
+    """Return those of some callbacks that are in the Trainer's list, in its order, which is that in which they act.
+
+    A learning-rate finder takes them out of that list for its trial steps, which they must not see.
+    """
+    return [callback for callback in trainer.callbacks if callback in callbacks]
 
 
 def arrange(trainer: Trainer) -> None:

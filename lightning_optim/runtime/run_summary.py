@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_optim.runtime.lightning import ModelSummary, Trainer, rank_zero_warn
 from lightning_optim.runtime.lightning.packages import package_of
-from lightning_optim.runtime.order import SessionCallback
+from lightning_optim.runtime.order import SessionCallback, in_order
 
 _MOST_LINES = 8
 
@@ -31,7 +31,7 @@ class RunSummary:
 
     def start(self) -> None:
         """Log what is on. Called at ``on_train_start``, when the length of the run and the weights are known."""
-        if self._is_on() and (lines := start_lines(self._trainer, self._listed())):
+        if self._is_on() and (lines := start_lines(self._trainer, in_order(self._callbacks, self._trainer))):
             self._said_start = True
             self._log("\n".join(lines))
 
@@ -54,23 +54,19 @@ class RunSummary:
         shows_model = any(isinstance(callback, ModelSummary) for callback in self._trainer.callbacks)
         return shows_model and self._trainer.is_global_zero and all(one.summary for one in self._callbacks)
 
-    def _listed(self) -> list[SessionCallback]:
-        """Return the callbacks in the order of the Trainer's list, which is the order in which they act."""
-        listed: list[Any] = self._trainer.callbacks
-        return [callback for callback in listed if callback in self._callbacks]
-
     def _by_rank(self) -> list[SessionCallback]:
         """Return the callbacks that may write the final weights first, then the others."""
         last = float("inf")
-        return sorted(self._listed(), key=lambda one: last if one.final_rank is None else one.final_rank)
+        return sorted(
+            in_order(self._callbacks, self._trainer), key=lambda one: last if one.final_rank is None else one.final_rank
+        )
 
     def _log(self, text: str) -> None:
         logging.getLogger(f"{package_of(self._trainer)}.callbacks.model_summary").info(text)
 
 
-def start_lines(trainer: Trainer, callbacks: Iterable[SessionCallback]) -> list[str]:
+def start_lines(trainer: Trainer, callbacks: Sequence[SessionCallback]) -> list[str]:
     """Return a line for each optimizer, with what happens at each of its steps, and a line for each rule of the run."""
-    callbacks = list(callbacks)
     steps = []
     for index, optimizer in enumerate(trainer.optimizers):
         described = [_text(callback, callback.describe_step, index) or ("", "") for callback in callbacks]

@@ -16,7 +16,7 @@ from lightning_optim.runtime.final_weights import FinalWeights
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.lightning.precision import unscale_before_hooks
-from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot
+from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot, in_order
 from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
 from lightning_optim.runtime.restored_weights import RestoredWeights
@@ -317,12 +317,7 @@ class Session:
         )
 
     def _acting(self) -> list[SessionCallback]:
-        """Return the callbacks in the order of the Trainer's list.
-
-        A learning-rate finder takes them out of that list for its trial steps, which they must not see.
-        """
-        listed: list[Any] = self.trainer.callbacks
-        return [callback for callback in listed if callback in self.callbacks]
+        return in_order(self.callbacks, self.trainer)
 
     def _watch(self, optimizer: Optimizer) -> None:
         self._watched.add(optimizer)

@@ -64,20 +64,20 @@ def modes_of_best(by: Any, mode: Any, stated: dict[str, Mode]) -> Any:
     given = mode if isinstance(mode, list) else [mode] * len(names)
     if len(given) != len(names) or not all(isinstance(name, str) for name in names):
         return mode  # an error, which the comparison raises
+    if not all(one in ("min", "max") for one in given):
+        return mode  # an error too
     found = [stated.get(name, one) for name, one in zip(names, given, strict=True)]
     contradictions = {
         name: right
         for name, one, right in zip(names, given, found, strict=True)
         if one != right and (one == "max" or isinstance(mode, list))
     }
-    if contradictions and all(one in ("min", "max") for one in given):
+    if contradictions:
         told = " and ".join(f"that {name!r} is best at its {right}imum" for name, right in contradictions.items())
         raise ValueError(
             f"`mode={mode!r}` contradicts the criteria, which say {told}: leave out `mode`, since `best_by={by!r}`"
             f" takes the modes of the criteria, here {found}."
         )
-    if not all(one in ("min", "max") for one in given):
-        return mode  # an error too
     return found if isinstance(by, list) else found[0]
 
 

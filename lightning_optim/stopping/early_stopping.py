@@ -36,7 +36,7 @@ from lightning_optim.runtime.overridden_hooks import is_overridden_by_user
 from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran, check_not_lost, check_weights_are_here
 from lightning_optim.runtime.refusals import hides_weights
 from lightning_optim.stopping.best_weights import BestInDirectory, BestInMemory, BestWeights
-from lightning_optim.stopping.criteria import Criterion, Plateau
+from lightning_optim.stopping.criteria import DEFAULT_PATIENCE, Criterion, Plateau
 from lightning_optim.stopping.directions import check_mode, directions, why_unlikely
 from lightning_optim.stopping.early_stopping_attributes import EarlyStoppingAttributes, criterion_of
 from lightning_optim.stopping.improvement import Mode
@@ -148,7 +148,7 @@ class EarlyStopping(EarlyStoppingAttributes, OptimCallback, EarlyStoppingBase):
         self,
         monitor: str | Criterion,
         min_delta: float = 0.0,
-        patience: int | float = 3,
+        patience: int | float = DEFAULT_PATIENCE,
         verbose: bool = False,
         mode: Mode = "min",
         strict: bool = True,

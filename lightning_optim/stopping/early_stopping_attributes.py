@@ -10,7 +10,15 @@ from torch import Tensor
 
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.stopping.combined_criteria import AnyOf
-from lightning_optim.stopping.criteria import Criterion, Divergence, NonFinite, Plateau, Threshold, check_patience
+from lightning_optim.stopping.criteria import (
+    DEFAULT_PATIENCE,
+    Criterion,
+    Divergence,
+    NonFinite,
+    Plateau,
+    Threshold,
+    check_patience,
+)
 from lightning_optim.stopping.directions import directions, modes_of_best
 from lightning_optim.stopping.improvement import Best, Mode, check_monitor, initial_best
 from lightning_optim.stopping.monitor_argument import check_early_stopping_monitor
@@ -263,7 +271,12 @@ def criterion_of(
     check_early_stopping_monitor(monitor, mode=mode, **plateau)
     if isinstance(monitor, Criterion):
         monitor.check_complete()
-        defaults = {"patience": 3, "min_delta": 0.0, "stopping_threshold": None, "divergence_threshold": None}
+        defaults = {
+            "patience": DEFAULT_PATIENCE,
+            "min_delta": 0.0,
+            "stopping_threshold": None,
+            "divergence_threshold": None,
+        }
         for argument, value in {**plateau, **bounds}.items():
             if value != defaults[argument]:
                 raise ValueError(f"`{argument}={value!r}` belongs to the criterion: pass it to {monitor!r}")

@@ -8,11 +8,13 @@ from typing import Any
 from lightning_optim.base.metric_names import mode_of
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.stopping.combined_criteria import AllOf
-from lightning_optim.stopping.criteria import Criterion, Plateau
+from lightning_optim.stopping.criteria import DEFAULT_PATIENCE, Criterion, Plateau
 from lightning_optim.stopping.improvement import check_monitor
 
 
-def check_early_stopping_monitor(monitor: Any, min_delta: Any = 0.0, patience: Any = 3, mode: Any = "min") -> None:
+def check_early_stopping_monitor(
+    monitor: Any, min_delta: Any = 0.0, patience: Any = DEFAULT_PATIENCE, mode: Any = "min"
+) -> None:
     """Raise for several metrics, for a list of criteria and for swapped arguments.
 
     Args:
@@ -67,7 +69,7 @@ def _criterion(one: Any, patience: Any, mode: Any) -> Criterion | None:
     if isinstance(one, Criterion):
         return one
     try:
-        chosen = {} if patience == 3 else {"patience": patience}
+        chosen = {} if patience == DEFAULT_PATIENCE else {"patience": patience}
         return Plateau(one, **chosen, mode="max" if mode == "max" else "min")
     except ValueError:
         return None

@@ -1,4 +1,4 @@
-"""Remember in a checkpoint of which others it is the mean, in plain values beside the weights."""
+"""Store in an averaged checkpoint the list of its source checkpoints, in plain values beside the weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Source:
     Attributes:
         file: Its name, without the folders that all have in common.
         weight: Its share, from 0 to 1.
-        average: Of what it is a mean itself; ``None`` if it is not, or if that is not known.
+        average: Sources of this checkpoint, if it is known to be an average itself; else ``None``.
     """
 
     file: str
