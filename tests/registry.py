@@ -330,6 +330,18 @@ ENTRIES = (
         lambda _: regularization.SoftThreshold(2.0),
     ),
     Entry(
+        "weight_decay",
+        "weights",
+        lambda _: [lo.WeightRegularization(lo.WeightDecay(2.0))],
+        lambda _: regularization.Decay(2.0),
+    ),
+    Entry(
+        "cautious_weight_decay",
+        "weights",
+        lambda _: [lo.WeightRegularization(lo.WeightDecay(0.02, cautious=True, follows_lr=False))],
+        lambda _: regularization.Decay(0.02, cautious=True, following=False),
+    ),
+    Entry(
         "scheduled_terms",
         "gradients",
         lambda _: [

@@ -26,6 +26,7 @@ from lightning_optim import (
     GradientClipping,
     GradientMonitor,
     Linear,
+    ProximalL1,
     RegularizationMixin,
     ScheduledDropout,
     WeightAveraging,
@@ -109,7 +110,9 @@ def matches(row: str, name: str) -> bool:
 def all_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     folder = tmp_path_factory.mktemp("logged")
     callbacks = [
-        WeightRegularization([L1(1e-5), L2(1e-4), L2(1e-4, on="head.*"), ElasticNet(1e-5, 1e-5)]),
+        WeightRegularization(
+            [L1(1e-5), L2(1e-4), L2(1e-4, on="head.*"), ElasticNet(1e-5, 1e-5), ProximalL1(1e-3, on="head.*")]
+        ),
         ScheduledDropout({"encoder.*": Linear(0.0, 0.1), "head.*": 0.1}),
         GradientAccumulation(2),
         GradientMonitor(level="parameter"),

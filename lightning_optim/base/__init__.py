@@ -5,6 +5,7 @@ from lightning_optim.base.arguments import check_number as check_number
 from lightning_optim.base.dtypes import accumulation_dtype as accumulation_dtype
 from lightning_optim.base.dtypes import without_autocast as without_autocast
 from lightning_optim.base.foreach import chunks as chunks
+from lightning_optim.base.norms import nonzero_counts as nonzero_counts
 from lightning_optim.base.norms import row_dims as row_dims
 from lightning_optim.base.norms import row_sums as row_sums
 from lightning_optim.base.norms import tensor_norms as tensor_norms

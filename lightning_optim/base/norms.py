@@ -75,16 +75,20 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     return torch.stack([results[position].to(widest) for position in range(len(tensors))])
 
 
-def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares: bool = False) -> list[Tensor]:
+def row_sums(
+    tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares: bool = False, dim: int = 0
+) -> list[Tensor]:
     """Return the sums of the rows of each tensor, or of their squares, exact over shards.
 
-    A row holds the weights of one output of a layer: all dimensions but the first. A vector or a scalar is one row.
-    Each of stacked ensemble members has rows of its own.
+    A row holds the weights of one output of a layer: all dimensions but the first. With ``dim=1`` it holds those of one
+    input: all dimensions but the second. A vector or a scalar is one row. Each of stacked ensemble members has rows of
+    its own.
 
     Args:
         tensors: Plain tensors and DTensors of any placement.
         like: Their parameters, if ``tensors`` are gradients: parameters know which dimension stacks ensemble members.
         squares: Sum the squares.
+        dim: Dimension that numbers the rows, 0 or 1.
 
     Returns:
         The sums of each tensor, in fp32 or better, in a shape that broadcasts against its local part.
@@ -98,7 +102,7 @@ def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares:
     sums: list[Tensor] = []
     cut: dict[dist.ProcessGroup, list[int]] = {}
     for position, (tensor, parameter) in enumerate(zip(tensors, like or tensors, strict=True)):
-        dims = row_dims(parameter)
+        dims = row_dims(parameter, dim)
         shard, dtype = local_shards([tensor])[0], accumulation_dtype(tensor.dtype)
         if not dims:
             sums.append(shard.to(dtype).square() if squares else shard.to(dtype, copy=True))
@@ -119,10 +123,38 @@ def row_sums(tensors: Sequence[Tensor], like: Sequence[Tensor] = (), *, squares:
     return sums
 
 
-def row_dims(parameter: Tensor) -> list[int]:
+def row_dims(parameter: Tensor, dim: int = 0) -> list[int]:
     """Return the dimensions that make up a row, for :func:`row_sums`; an empty list for a scalar."""
     members = parameter.ndim - dimensions(parameter)
-    return list(range(members + (dimensions(parameter) >= 2), parameter.ndim))
+    numbering = members + dim if dimensions(parameter) >= 2 else None
+    return [own for own in range(members, parameter.ndim) if own != numbering]
+
+
+def nonzero_counts(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the number of elements of each tensor that are not zero, exact over shards, with one reduction.
+
+    Args:
+        tensors: Plain tensors and DTensors of any placement, on any device.
+
+    Returns:
+        A vector of int64 on the device of the first tensor, the same on all ranks.
+
+    Example::
+
+        >>> nonzero_counts([torch.tensor([0.0, 4.0]), torch.zeros(2, 2)])
+        tensor([1, 0])
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.int64)
+    parts = [_shard_and_groups(tensor) for tensor in tensors]
+    device = parts[0][0].device
+    counts = torch.stack([torch.count_nonzero(shard).to(device) for shard, _ in parts])
+    for group in dict.fromkeys(group for _, over in parts for group in over):
+        places = [place for place, (_, over) in enumerate(parts) if group in over]
+        cut = counts[places]
+        dist.all_reduce(cut, group=group)
+        counts[places] = cut
+    return counts
 
 
 def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:

@@ -1,25 +1,39 @@
-"""Add the gradients of penalties before each optimizer step, and apply proximal steps after it."""
+"""Add the gradients of penalties before each optimizer step, decay weights in it, and project them after it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_optim.base import shards, sparse
+from lightning_optim.base.arguments import check_number
+from lightning_optim.base.norms import nonzero_counts
 from lightning_optim.base.policy import PerOptimizer, belongs_to
 from lightning_optim.base.selection import Selection, select
-from lightning_optim.regularization.penalties import Penalty
-from lightning_optim.regularization.proximal import Proximal
+from lightning_optim.plotting import nothing_to_plot
+from lightning_optim.regularization.penalties.penalty import Penalty, add_grads_
+from lightning_optim.regularization.projections.proximal import Proximal
+from lightning_optim.regularization.projections.weight_decay import WeightDecay
+from lightning_optim.regularization.sparsity_table import Sparsity
+from lightning_optim.regularization.term_history import ZEROS, TermHistory, draw
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.order import Slot
+from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran
 from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
 from lightning_optim.runtime.run_summary import tensors
+from lightning_optim.runtime.step import OptimizerStep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Term: TypeAlias = Penalty | Proximal | WeightDecay
 
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 
@@ -63,15 +77,13 @@ class WeightRegularization(OptimCallback):
     slot = Slot.PENALIZE
     touches = frozenset({"gradients", "weights"})
 
-    def __init__(
-        self, terms: Penalty | Proximal | list[Penalty | Proximal], name: str | None = None, summary: bool = True
-    ) -> None:
+    def __init__(self, terms: Term | list[Term], name: str | None = None, summary: bool = True) -> None:
         super().__init__(name, summary)
         self.terms = list(terms) if isinstance(terms, list | tuple) else [terms]
-        if not self.terms or not all(isinstance(term, Penalty | Proximal) for term in self.terms):
+        if not self.terms or not all(isinstance(term, Term) for term in self.terms):
             raise ValueError(
-                f"`terms` must be a penalty, a proximal term or a list of them, such as L2(1e-4), got {terms!r}"
-                + belongs_to(terms, (Penalty, Proximal))
+                f"`terms` must be a penalty, a proximal term, WeightDecay or a list of them, such as L2(1e-4), got"
+                f" {terms!r}{belongs_to(terms, (Penalty, Proximal, WeightDecay))}"
             )
         for term in self.terms:
             term.check_complete()
@@ -90,6 +102,10 @@ class WeightRegularization(OptimCallback):
         self._copies = PerOptimizer(self.terms)
         self._selections: list[Selection] = []
         self._looked_up: set[int] = set()
+        self._first_rates: dict[int, list[float]] = {}  # of each parameter group, by the optimizer's index
+        self._values: dict[str, Tensor] = {}  # of the penalties in the step that is under way
+        self._to_log: dict[int, dict[str, Tensor]] = {}  # shares of zeros by optimizer, until Lightning takes values
+        self._histories: list[TermHistory] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -110,14 +126,14 @@ class WeightRegularization(OptimCallback):
         for optimizer in trainer.optimizers:
             decayed = [group for group in optimizer.param_groups if group.get("weight_decay")]
             for term, selection in zip(self.terms, self._selections, strict=True):
-                if not (isinstance(term, Penalty) and term.decays):
+                if isinstance(term, Proximal) or not term.decays:
                     continue
                 found = [(len(_trainable(group["params"], selection)), group["weight_decay"]) for group in decayed]
                 if count := sum(count for count, _ in found):
                     name, decay = type(optimizer).__name__, next(decay for count, decay in found if count)
                     rank_zero_warn(
                         f"{name}(weight_decay={decay}) shrinks {tensors(count)} that {term.brief} shrinks too: pass"
-                        f" `weight_decay=0.0` to {name}, or leave the penalty out."
+                        f" `weight_decay=0.0` to {name}, or leave the term out."
                     )
                     return
 
@@ -127,8 +143,10 @@ class WeightRegularization(OptimCallback):
         after: list[str] = []
         for term, selection in zip(self.terms, self._selections, strict=True):
             if count := len(_trainable(parameters, selection)):
-                (before if isinstance(term, Penalty) else after).append(f"{term.in_words} on {tensors(count)}")
+                (after if isinstance(term, Proximal) else before).append(f"{term.in_words} on {tensors(count)}")
         return " → ".join(before), " → ".join(after)
+
+    # ---- in a step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -136,6 +154,7 @@ class WeightRegularization(OptimCallback):
         if step.dropped:
             return
         when: dict[str, Any] = {"step": step.number, "total": step.total}
+        alike: dict[tuple[int, ...], tuple[list[Penalty], list[Tensor]]] = {}  # penalties on the same weights
         for label, term, selection in zip(self._labels, self._copies[step.index], self._selections, strict=True):
             if selection.follow(step.parameters):
                 self._looked_up = _looked_up(pl_module)
@@ -143,28 +162,144 @@ class WeightRegularization(OptimCallback):
             if not weights or not isinstance(term, Penalty):
                 continue
             if step.logs:
-                value = term.value(weights, **when)
+                value = self._values[f"regularization/{label}"] = term.value(weights, **when)
                 self.log_value(pl_module, f"regularization/{label}", value, optimizer)
-            weights = [p for p in weights if p.grad is not None or id(p) not in self._looked_up]
+            alike.setdefault(tuple(map(id, weights)), ([], weights))[0].append(term)
+        for penalties, penalized in alike.values():
+            weights = [p for p in penalized if p.grad is not None or id(p) not in self._looked_up]
             rows, grads = sparse.dense_rows(weights, [_gradient_of(p) for p in weights])
-            refuse_looked_up_rows(term, weights, rows)
-            term.add_grad_(rows, grads, **when)
+            for term in penalties:
+                refuse_looked_up_rows(term, weights, rows)
+            add_grads_(penalties, rows, grads, **when)
+
+    def on_before_weight_update(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        step = self.current_step(optimizer)
+        for term, selection in zip(self._copies[step.index], self._selections, strict=True):
+            if isinstance(term, WeightDecay):
+                rates = zip(step.groups, step.lr, self._largest_rates(step), strict=True)
+                for group, lr, max_lr in rates:
+                    weights = [weight for weight in _trainable(group, selection) if weight.grad is not None]
+                    term.before_step_(weights, lr=lr, max_lr=max_lr, step=step.number, total=step.total)
+
+    def _largest_rates(self, step: OptimizerStep) -> list[float]:
+        """Return the largest learning rate of the run for each parameter group, as far as it is known."""
+        first = self._first_rates.setdefault(step.index, [])
+        first += step.lr[len(first) :]
+        known = ((group.get("max_lr"), group.get("initial_lr")) for group in step.optimizer.param_groups)
+        return [float(most or start or lr) for (most, start), lr in zip(known, first, strict=True)]
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = self.current_step(optimizer)
-        for term, selection in zip(self._copies[step.index], self._selections, strict=True):
+        terms = list(zip(self._copies[step.index], self._selections, strict=True))
+        for term, _ in terms:
+            if isinstance(term, WeightDecay):
+                term.after_step_()
+        for term, selection in terms:
             if isinstance(term, Proximal):
                 for group, lr in zip(step.groups, step.lr, strict=True):
                     term.project_(_trainable(group, selection), lr=lr, step=step.number, total=step.total)
+        if step.logs:
+            self._measure(step)
+
+    def _measure(self, step: OptimizerStep) -> None:
+        """Keep the values of this step for the log and the plot."""
+        zeros = self._shares_of_zeros(step)
+        values, self._values = self._values | zeros, {}
+        if values:
+            self._to_log[step.index] = zeros
+            self._history_of(step.index).append(self.steps[step.index], values)
+
+    def _shares_of_zeros(self, step: OptimizerStep) -> dict[str, Tensor]:
+        """Return the share of exact zeros of each weight on which a term makes some, and of all together."""
+        ids = {
+            key
+            for term, selection in zip(self.terms, self._selections, strict=True)
+            if isinstance(term, Proximal) and term.makes_zeros
+            for key in selection.existing
+        }
+        found = {
+            name: weight
+            for name, weight in zip(step.parameter_names, step.parameters, strict=True)
+            if id(weight) in ids and weight.requires_grad and weight.numel()
+        }
+        if not found:
+            return {}
+        sizes = [weight.numel() for weight in found.values()]
+        counts = nonzero_counts([weight.detach() for weight in found.values()]).to(torch.float32)
+        shares = {f"{ZEROS}/{name}": 1.0 - n / size for name, n, size in zip(found, counts, sizes, strict=True)}
+        return {ZEROS: 1.0 - counts.sum() / sum(sizes), **shares}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for index, values in self._to_log.items():
+            for name, value in values.items():
+                self.log_value(pl_module, name, value, trainer.optimizers[index])
+        self._to_log = {}
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def report(self) -> str:
+        if not any(isinstance(term, Proximal) and term.makes_zeros for term in self.terms):
+            return ""
+        module = self.session.trainer.lightning_module
+        names = {
+            name
+            for term in self.terms
+            if isinstance(term, Proximal) and term.makes_zeros
+            for name in select(module, term.on, term.exclude, required=False)
+        }
+        weights = {name: weight for name, weight in select(module, "*").items() if name in names}
+        if shards.any_sharded(weights.values()):
+            return ""  # to count those of other ranks is a collective, and this is called on one rank
+        return Sparsity.of(weights).in_words
+
+    def plot(self, metric_or_optimizer: int | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the values of the penalties over the logged steps, and the share of zeros of each layer.
+
+        Shares are drawn for terms that make weights exactly zero. The last 1000 logged steps are kept.
+
+        Args:
+            metric_or_optimizer: The index of the optimizer. Default: the first one.
+            ax: The axes to draw on; with it, only what the terms have, values before shares. Default: those of a new
+                figure, with a panel for each.
+
+        Returns:
+            The figure and its first axes.
+
+        Raises:
+            ValueError: If ``metric_or_optimizer`` is not the index of an optimizer.
+            RuntimeError: If no step was logged yet.
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        index = check_number("metric_or_optimizer", metric_or_optimizer or 0, low=0, integer=True)
+        if self._histories and index >= len(self._histories):
+            raise ValueError(f"`metric_or_optimizer` must be < {len(self._histories)}, got {index}")
+        if not self._histories or not self._histories[index].names:
+            check_no_copy_ran(self)
+            raise nothing_to_plot("train some steps with `Trainer(log_every_n_steps=…)` below their number.")
+        return draw(self._histories[index], ax)
+
+    def _history_of(self, index: int) -> TermHistory:
+        self._histories += [TermHistory() for _ in range(index + 1 - len(self._histories))]
+        return self._histories[index]
+
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
-        return {"terms": self._copies.state_dict()}
+        return {
+            "terms": self._copies.state_dict(),
+            "first_rates": dict(self._first_rates),
+            "histories": [history.state_dict() for history in self._histories],
+        }
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._copies.load_state_dict(extra["terms"])
+        self._first_rates = dict(extra.get("first_rates", {}))  # not in earlier versions, nor is the next one
+        self._histories = [TermHistory.loaded(saved) for saved in extra.get("histories", [])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_selections": [], "_looked_up": set()}
+        return {**super().__getstate__(), "_selections": [], "_looked_up": set(), "_values": {}, "_to_log": {}}
 
 
 def _looked_up(module: nn.Module) -> set[int]:
@@ -185,7 +320,7 @@ def _gradient_of(parameter: Tensor) -> Tensor:
     return grad
 
 
-def _labels(terms: Sequence[Penalty | Proximal]) -> list[str]:
+def _labels(terms: Sequence[Term]) -> list[str]:
     """Return the name of each term for the log: its class, with a number from the second term of a class on."""
     seen: Counter[str] = Counter()
     labels = []

@@ -131,6 +131,13 @@ class OptimCallback(Constructed, OverridableHooks):
 
     # ---- to override -------------------------------------------------------------------------------------------------
 
+    def on_before_weight_update(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Act just before a step of ``optimizer`` moves the weights. Gradients are not tracked.
+
+        All hooks of the step have run and gradients are clipped. It is called only if the step will be taken: not when
+        it was dropped, nor when the scaler skips it. Read the weights here, or change them as weight decay does.
+        """
+
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Act after a step of ``optimizer`` that was really taken. Gradients are not tracked.
 

@@ -106,6 +106,9 @@ class SessionCallback(Protocol):
     def report(self) -> str:
         """Return what it has done, for the line at the end."""
 
+    def on_before_weight_update(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Act just before a step that will be taken moves the weights."""
+
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Act after a step."""
 

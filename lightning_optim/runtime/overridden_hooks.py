@@ -14,7 +14,7 @@ from lightning_optim.runtime.patching import without_patches
 
 _PACKAGE = __name__.partition(".")[0]
 # The hooks of a step are left out: a subclass that overrides one changes the step itself, and decides by `super()`.
-_HOOKS_OF_A_STEP = {"on_before_optimizer_step", "on_after_optimizer_step"}
+_HOOKS_OF_A_STEP = {"on_before_optimizer_step", "on_before_weight_update", "on_after_optimizer_step"}
 _OTHER_HOOKS = {"setup", "teardown", "state_dict", "load_state_dict"}
 _OTHER_HOOKS |= {"reset", "extra_state", "load_extra_state", "rank_state"}
 

@@ -15,7 +15,7 @@ from lightning_optim.runtime.files.own_files import OwnFiles
 from lightning_optim.runtime.final_weights import FinalWeights
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
-from lightning_optim.runtime.lightning.precision import unscale_before_hooks
+from lightning_optim.runtime.lightning.precision import after_gradients, skips_step, unscale_before_hooks
 from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot, in_order
 from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
@@ -197,6 +197,7 @@ class Session:
             self._watch(optimizer)
         strategy = self.trainer.strategy
         self.patch(strategy, "optimizer_step", self._watching_new_optimizers(strategy.optimizer_step))
+        after_gradients(self.trainer, self._about_to_step, self.patch)
         if isinstance(strategy, ModelParallelStrategy):
             self.patch(strategy, "optimizer_state", self._not_counting(strategy.optimizer_state))
 
@@ -276,6 +277,16 @@ class Session:
         when it saves an optimizer that has no state yet.
         """
         return self.state is SessionState.TRAINING and not self._saving_optimizer
+
+    @torch.no_grad()
+    def _about_to_step(self, optimizer: Any) -> None:
+        """Tell callbacks that the optimizer moves the weights next, if it will."""
+        plain: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not self.counts_steps or plain not in self._steps:
+            return
+        if not self.current_step(plain).dropped and not skips_step(self.trainer, plain):
+            for callback in self._acting():
+                callback.on_before_weight_update(self.trainer, self.trainer.lightning_module, plain)
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:

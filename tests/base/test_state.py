@@ -36,6 +36,7 @@ from lightning_optim import (
     Schedule,
     TargetBatchSize,
     Threshold,
+    WeightDecay,
     ZClip,
 )
 from lightning_optim.base import PerOptimizer, local_shards, nested, per_unit, per_weight, ring
@@ -89,6 +90,12 @@ def act(policy: Policy, step: int) -> Any:
         projected = [weight.clone() for weight in weights]
         policy.project_(projected, lr=0.1, step=step, total=STEPS)
         return projected
+    if isinstance(policy, WeightDecay):
+        decayed = [weight.clone() for weight in weights]
+        policy.before_step_(decayed, lr=0.1, step=step, total=STEPS)
+        torch._foreach_add_(decayed, grads)
+        policy.after_step_()
+        return decayed
     if isinstance(policy, Average):
         weights = tensors(step + 100)[:2]
         policy.update_(weights, step=step + step // 4)

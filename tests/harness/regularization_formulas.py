@@ -58,6 +58,32 @@ class SoftThreshold(Formula):
                 weight.copy_(torch.sign(weight) * torch.clamp(weight.abs() - step.lr * self.strength, min=0.0))
 
 
+class Decay(Formula):
+    """Subtract ``lr * strength`` times a matrix as it was before the step; if cautious, where this goes with the step.
+
+    With ``following`` the learning rate counts once more, as a share of the largest one.
+    """
+
+    def __init__(self, strength: float, cautious: bool = False, following: bool = True) -> None:
+        self.strength = strength
+        self.cautious = cautious
+        self.following = following
+        self.before: dict[tuple[int, str], torch.Tensor] = {}
+
+    def before_step(self, step: Step) -> None:
+        for name, weight in zip(step.names, step.weights, strict=True):
+            self.before[step.optimizer, name] = weight.clone()
+
+    def after_step(self, step: Step) -> None:
+        for name, weight in zip(step.names, step.weights, strict=True):
+            if weight.ndim < 2:
+                continue
+            for new, old in zip(weight.view(-1), self.before[step.optimizer, name].view(-1), strict=True):
+                moves_away = (old - new) * old < 0.0
+                if not (self.cautious and moves_away):
+                    new -= (step.lr if self.following else 1.0) * self.strength * old
+
+
 class Shrink(Formula):
     """Multiply the weights by ``factor`` after each step, as a user's callback in the registry does."""
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from lightning_optim import L1, L2, ElasticNet, Penalty
 from lightning_optim.base import shards
 from lightning_optim.base.schedules import Linear, Piecewise
-from lightning_optim.regularization.penalties import L1, L2, ElasticNet, Penalty
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
 from tests.harness.yaml_parsing import instantiate
@@ -191,7 +191,7 @@ def test_refused(build, sentence: str) -> None:
 def test_from_yaml(arguments: str, shown: str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--terms", type=Penalty | list[Penalty])
-    text = f"{{class_path: lightning_optim.regularization.penalties.L1, init_args: {{{arguments}}}}}"
+    text = f"{{class_path: lightning_optim.L1, init_args: {{{arguments}}}}}"
     one = instantiate(parser, parser.parse_args([f"--terms={text}"])).terms
     several = instantiate(parser, parser.parse_args([f"--terms=[{text}, {text}]"])).terms
     assert [type(penalty) for penalty in (one, *several)] == [L1] * 3

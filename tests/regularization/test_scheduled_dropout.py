@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_optim import DropPath, Linear, Piecewise, ScheduledDropout
-from lightning_optim.regularization.dropout import find_sites, mask
+from lightning_optim.regularization.dropout.masks import mask
+from lightning_optim.regularization.dropout.sites import find_sites
 from tests.lightning import LightningModule, MisconfigurationException, Trainer
 
 

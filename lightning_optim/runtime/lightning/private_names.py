@@ -80,6 +80,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "_save_distributed_checkpoint", "strategies.writes_folders", "know whether checkpoints are folders of shards"
     ),
+    PrivateName("_after_closure", "precision.after_gradients", "decay weights just before they are moved"),
     PrivateName("_executor", "strategies.finish_writing", "read checkpoints that are written in the background"),
     PrivateName("_MultiProcessingLauncher", "strategies.launches_processes", "bring attributes back from processes"),
     PrivateName("_make_pruning_permanent", "pruning.is_permanent_in_checkpoints", "save an average as its weights"),
@@ -94,7 +95,7 @@ PRIVATE_NAMES = (
     ),
     # ---- torch ----
     PrivateName("_step_supports_amp_scaling", "precision.unscale_before_hooks", "unscale before hooks read gradients"),
-    PrivateName("_per_optimizer_states", "precision.agree_on_overflow", "keep one loss scale on all ranks"),
+    PrivateName("_per_optimizer_states", "precision.overflow_flags", "keep one loss scale on all ranks"),
     PrivateName("_check_sync_bufs_pre_fwd", "strategies.share_buffers_", "share buffers before weights are swapped"),
     PrivateName("_sync_buffers", "strategies.share_buffers_", "share buffers before weights are swapped"),
     PrivateName("_tensor_name", "pruning.pruned_name", "find the parameters that are pruned"),

@@ -22,7 +22,9 @@ from lightning_optim.runtime.patching import patched
 from tests.harness.process_group import Group
 from tests.lightning import (
     AsyncCheckpointIO,
+    Callback,
     DDPStrategy,
+    LightningModule,
     MixedPrecision,
     ModelCheckpoint,
     ModelParallelStrategy,
@@ -234,6 +236,30 @@ def test_ranks_agree_on_an_overflow() -> None:
     one: Any = SimpleNamespace(precision_plugin=SimpleNamespace())
     precision.agree_on_overflow(one, optimizer, True)
     assert precision.scale_of(one) == 1.0 and precision.scale_of(trainer) == 4.0
+
+
+@canary("_after_closure")
+def test_weights_change_after_all_hooks_and_just_before_the_step() -> None:
+    order: list[str] = []
+
+    class Ordered(Model):
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            order.append("clip")
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            optimizer.register_step_post_hook(lambda *args: order.append("moved"))
+            return optimizer
+
+    class Acting(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            precision.after_gradients(trainer, lambda optimizer: order.append("act"), setattr)
+
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            order.append("backward")
+
+    fit(Ordered(), Acting(), max_steps=1)
+    assert order == ["backward", "clip", "act", "moved"]
 
 
 # ---- pruning ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""Penalize weights: terms of the loss, each as a value and as a gradient in closed form."""
+"""Penalize each weight by itself: its absolute value, its square, or both."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,82 +9,10 @@ from torch import Tensor
 
 from lightning_optim.base import foreach, shards
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.dtypes import without_autocast
 from lightning_optim.base.norms import total_norm
-from lightning_optim.base.policy import ParameterPolicy
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
-
-
-class Penalty(ParameterPolicy):
-    """Base class of terms of the loss that depend on the weights alone. They act before the optimizer step.
-
-    The gradient is added in closed form, so it needs no autograd graph and no factor for accumulation or a loss scale:
-    it is added once per optimizer step, to gradients that are whole and unscaled.
-
-    A new penalty is a subclass with ``_value`` and ``_add_grad_``, the formula and its derivative::
-
-        >>> from lightning_optim.base import local_shards
-        >>> class Sum(Penalty):
-        ...     '''The sum of all weights.'''
-        ...     def _value(self, weights):
-        ...         return sum(weight.sum() for weight in weights)
-        ...     def _add_grad_(self, weights, grads):
-        ...         torch._foreach_add_(local_shards(grads), 1.0)
-        >>> weight, grad = torch.tensor([1.0, 2.0]), torch.zeros(2)
-        >>> Sum().add_grad_([weight], [grad])
-        >>> Sum().value([weight]), grad
-        (tensor(3.), tensor([1., 1.]))
-
-    Args:
-        on: The parameters that are penalized, for :func:`~lightning_optim.base.select`; ``None`` takes those with two
-            dimensions or more.
-        exclude: The parameters that are left out, in the same terms.
-
-    For a Trainer: ``Trainer(callbacks=[WeightRegularization(Sum())])``.
-    """
-
-    used_in = "WeightRegularization({})"
-    decays: bool = False
-    """True if it pulls each weight towards zero in proportion to the weight, as an optimizer's weight decay does."""
-    formulas = (("_value", "value"), ("_add_grad_", "add_grad_"))
-
-    @without_autocast
-    def value(self, weights: Sequence[Tensor], *, step: int = 0, total: float = math.inf) -> Tensor:
-        """Return the penalty: a scalar in fp32 or better on the device of the first weight, the same on all ranks.
-
-        Args:
-            weights: Tensors of any shape, plain or DTensors.
-            step: Number of optimizer steps made before, for schedules.
-            total: Number of optimizer steps in the run, for schedules.
-        """
-        self._at(step, total)
-        return self._value(weights)
-
-    @torch.no_grad()
-    @without_autocast
-    def add_grad_(
-        self, weights: Sequence[Tensor], grads: Sequence[Tensor], *, step: int = 0, total: float = math.inf
-    ) -> None:
-        """Add the derivative of :meth:`value` to the gradients, in place.
-
-        Args:
-            weights: Tensors of any shape, plain or DTensors.
-            grads: Their gradients, in the same order and with the same placements.
-            step: Number of optimizer steps made before, for schedules.
-            total: Number of optimizer steps in the run, for schedules.
-        """
-        if weights:
-            self._at(step, total)
-            self._add_grad_(weights, grads)
-
-    def _value(self, weights: Sequence[Tensor]) -> Tensor:
-        """Return the penalty; to be overridden."""
-        raise NotImplementedError(f"{type(self).__name__} has no `_value(self, weights)`")
-
-    def _add_grad_(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Add the derivative to the gradients in place; to be overridden. There is at least one weight."""
-        raise NotImplementedError(f"{type(self).__name__} has no `_add_grad_(self, weights, grads)`")
+from lightning_optim.regularization.penalties.penalty import Penalty
 
 
 class L1(Penalty):
@@ -116,6 +43,8 @@ class L1(Penalty):
                 [ 0.1000,  0.1000,  0.1000]]))
         >>> callback = WeightRegularization(L1(1e-5))  # for Trainer(callbacks=[callback])
     """
+
+    elementwise = True
 
     def __init__(self, strength: float | Schedule, on: Selectors = None, exclude: Selectors = None) -> None:
         self.strength = check_number("strength", strength, low=0.0, schedule=True)
@@ -158,6 +87,8 @@ class L2(Penalty):
         >>> callback = WeightRegularization(L2(1e-4))  # for Trainer(callbacks=[callback])
     """
 
+    elementwise = True
+
     def __init__(self, strength: float | Schedule, on: Selectors = None, exclude: Selectors = None) -> None:
         self.strength = check_number("strength", strength, low=0.0, schedule=True)
         self.decays = strength != 0.0
@@ -189,6 +120,8 @@ class ElasticNet(Penalty):
         tensor(4.7000)
         >>> callback = WeightRegularization(ElasticNet(1e-5, 1e-4))  # for Trainer(callbacks=[callback])
     """
+
+    elementwise = True
 
     def __init__(
         self, l1: float | Schedule, l2: float | Schedule, on: Selectors = None, exclude: Selectors = None

@@ -11,7 +11,8 @@ from lightning_optim.base.arguments import check_number
 from lightning_optim.base.construction import written
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.schedules import Schedule, value_at
-from lightning_optim.regularization import dropout
+from lightning_optim.regularization.dropout.masks import mask
+from lightning_optim.regularization.dropout.sites import Site, find_sites
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer
 
@@ -79,7 +80,7 @@ class ScheduledDropout(OptimCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        for pattern, sites in dropout.find_sites(pl_module, self._by_pattern, self.insert).items():
+        for pattern, sites in find_sites(pl_module, self._by_pattern, self.insert).items():
             self._setters[pattern] = [self._setter(site) for site in sites]
 
     def describe_run(self) -> str:
@@ -89,7 +90,7 @@ class ScheduledDropout(OptimCallback):
             words.append(f"{written(rate)} on {pattern} ({count} layer{'' if count == 1 else 's'})")
         return f"dropout {', '.join(words)}"
 
-    def _setter(self, site: dropout.Site) -> Callable[[float], None]:
+    def _setter(self, site: Site) -> Callable[[float], None]:
         """Return a function that sets the rate of one layer until the end of the fit."""
         if site.attribute is None:
             inserted = _Inserted(site.name, self.draw)
@@ -110,7 +111,7 @@ class ScheduledDropout(OptimCallback):
         Returns:
             The factors for ``like``: zeros and :math:`1 / (1 - rate)`.
         """
-        return dropout.mask(like, rate)
+        return mask(like, rate)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = self.steps[0] if self.steps else 0

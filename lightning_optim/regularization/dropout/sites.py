@@ -1,4 +1,4 @@
-"""Find the places of a model that have dropout or could have it; drop residual branches (stochastic depth)."""
+"""Find the places of a model that have dropout or could have it."""
 
 from __future__ import annotations
 
@@ -6,70 +6,12 @@ import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.base.arguments import check_number
 from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.base.suggestions import nearest_pattern, shown
-
-
-class DropPath(nn.Module):
-    r"""Drop the residual branch of random samples: :math:`y = x \cdot m / (1 - p)`, :math:`m \sim B(1 - p)`.
-
-    Stochastic depth (Huang et al., *Deep Networks with Stochastic Depth*, `arXiv:1603.09382
-    <https://arxiv.org/abs/1603.09382>`_): one draw for each sample of the batch, in training only. Put it on the
-    residual branch, ``x + DropPath(p)(f(x))``; the rate usually grows from 0 at the first block to p at the last.
-
-    Args:
-        drop_prob: Probability p in [0, 1] that a sample's branch is dropped. Named as in timm, whose modules
-            :class:`ScheduledDropout` sets too.
-
-    Shape:
-        ``[B, ...]`` to the same.
-
-    Raises:
-        ValueError: If ``drop_prob`` is not a number in [0, 1].
-
-    Example::
-
-        >>> branch = DropPath(0.5)
-        >>> kept = branch(torch.ones(1000, 1))
-        >>> sorted(set(kept.flatten().tolist()))
-        [0.0, 2.0]
-        >>> branch.eval()(torch.ones(2, 1)).flatten()
-        tensor([1., 1.])
-        >>> callback = ScheduledDropout({"*": Linear(0.0, 0.2)})  # sets `drop_prob`, for Trainer(callbacks=[callback])
-    """
-
-    def __init__(self, drop_prob: float = 0.0) -> None:
-        super().__init__()
-        check_number("drop_prob", drop_prob, low=0.0, high=1.0)
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop samples."""
-        if not self.training or self.drop_prob == 0.0:
-            return x
-        return x * mask(x.new_empty(x.shape[0], *[1] * (x.ndim - 1)), self.drop_prob)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}"
-
-
-def mask(like: Tensor, rate: float) -> Tensor:
-    """Return a Bernoulli mask of 0 and :math:`1 / (1 - rate)`, like ``like`` in shape, dtype and device; its mean is 1.
-
-    Example::
-
-        >>> round(mask(torch.empty(100_000), 0.2).mean().item(), 1)
-        1.0
-    """
-    if rate >= 1.0:
-        return torch.zeros_like(like)
-    return torch.empty_like(like).bernoulli_(1.0 - rate).div_(1.0 - rate)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,16 @@
-"""Project weights after the optimizer step (proximal steps)."""
+"""Define the base class of projections: changes of the weights after the optimizer step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softshrink
 
-from lightning_optim.base import shards
-from lightning_optim.base.arguments import check_number
 from lightning_optim.base.dtypes import without_autocast
 from lightning_optim.base.policy import ParameterPolicy
-from lightning_optim.base.schedules import Schedule
-from lightning_optim.base.selection import Selectors
 
 
 class Proximal(ParameterPolicy):
@@ -45,6 +41,8 @@ class Proximal(ParameterPolicy):
 
     used_in = "WeightRegularization({})"
     formulas = (("_project_", "project_"),)
+    makes_zeros: ClassVar[bool] = False
+    """True if it makes weights exactly zero: then their share is logged."""
 
     @torch.no_grad()
     @without_autocast
@@ -64,38 +62,3 @@ class Proximal(ParameterPolicy):
     def _project_(self, weights: Sequence[Tensor], lr: float) -> None:
         """Project the weights in place; to be overridden. There is at least one weight."""
         raise NotImplementedError(f"{type(self).__name__} has no `_project_(self, weights, lr)`")
-
-
-class ProximalL1(Proximal):
-    r"""Apply the soft threshold: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - \eta s, 0)`.
-
-    :math:`\eta` is the learning rate. It minimizes the same sum as :class:`L1` under plain SGD, and makes weights
-    exactly zero, which a gradient does not. Under Adam the two differ: this threshold is not divided by the second
-    moment. A learning rate that decays to zero takes the threshold with it.
-
-    Args:
-        strength: The factor :math:`s \ge 0`.
-        on: The parameters that are projected: a glob over names, a module class, a predicate, or a list of these.
-            Default: those with two dimensions or more.
-        exclude: The parameters that are left out, in the same terms.
-
-    Raises:
-        ValueError: If ``strength`` is not a number >= 0 or a schedule of such numbers.
-
-    Example::
-
-        >>> weight = torch.tensor([0.5, 0.05, -0.5])
-        >>> ProximalL1(1.0).project_([weight], lr=0.1)
-        >>> weight
-        tensor([ 0.4000,  0.0000, -0.4000])
-        >>> callback = WeightRegularization(ProximalL1(1e-4))  # for Trainer(callbacks=[callback])
-    """
-
-    def __init__(self, strength: float | Schedule, on: Selectors = None, exclude: Selectors = None) -> None:
-        self.strength = check_number("strength", strength, low=0.0, schedule=True)
-        super().__init__(on, exclude)
-
-    def _project_(self, weights: Sequence[Tensor], lr: float) -> None:
-        threshold = lr * self.current(self.strength)
-        for weight in shards.local_shards(weights):
-            softshrink(weight, threshold, out=weight)  # type: ignore[call-arg]

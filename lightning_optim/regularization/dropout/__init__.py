@@ -1,0 +1,1 @@
+"""Drop values: layers, places of a model that have dropout, rates that change."""

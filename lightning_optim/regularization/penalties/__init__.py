@@ -1,0 +1,1 @@
+"""Penalize weights: terms of the loss, each as a value and as a gradient in closed form."""

@@ -1,0 +1,1 @@
+"""Change weights after the optimizer step: proximal steps, bounds on norms, weight decay."""

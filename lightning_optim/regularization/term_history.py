@@ -1,0 +1,80 @@
+"""Keep the values of penalties and the shares of zeros at the logged steps, and draw them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_optim.base.ring_buffer import Ring
+from lightning_optim.plotting import finish, log_scale, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ZEROS = "regularization/zeros"
+_SIZE = 1000
+
+
+class TermHistory:
+    """Keep values by name at the last logged steps of one optimizer, on their device.
+
+    Attributes:
+        names: Names of the values, in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._rows = Ring(_SIZE)
+
+    def append(self, step: int, values: dict[str, Tensor]) -> None:
+        """Add the values of a step, which is counted from 1."""
+        self.names += [name for name in values if name not in self.names]
+        like = next(iter(values.values()))
+        unknown = torch.full((), torch.nan, device=like.device)
+        row = [torch.full((), float(step), device=like.device)]
+        row += [values.get(name, unknown).to(unknown) for name in self.names]
+        self._rows.append(torch.stack(row))
+
+    def values(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the steps, and the values of each name at them, NaN where there was none."""
+        rows = self._rows.rows.cpu()
+        rows = pad(rows, (0, 1 + len(self.names) - rows.shape[1]), value=torch.nan)
+        return rows[:, 0], {name: rows[:, 1 + place] for place, name in enumerate(self.names)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return names and values."""
+        return {"names": list(self.names), **self._rows.state_dict()}
+
+    @staticmethod
+    def loaded(state: dict[str, Any]) -> TermHistory:
+        """Return the history of which :meth:`state_dict` returned ``state``."""
+        history = TermHistory()
+        history.names = list(state["names"])
+        history._rows.load_state_dict(state)
+        return history
+
+
+def draw(history: TermHistory, axes: Axes | None) -> tuple[Figure, Axes]:
+    """Draw the values of the penalties in one panel, and the shares of zeros in another, as far as there are any."""
+    steps, values = history.values()
+    shares = {name: value for name, value in values.items() if name.startswith(ZEROS)}
+    penalties = {name: value for name, value in values.items() if name not in shares}
+    kinds = [kind for kind in (penalties, shares) if kind]
+    figure, panel = panels(len(kinds), axes)
+    for one, kind in zip(panel, kinds, strict=True):
+        for name, value in kind.items():
+            label = name.removeprefix("regularization/").removeprefix("zeros/")
+            label = "all" if name == ZEROS else label
+            known = value.isfinite()
+            one.plot(steps[known], value[known], marker=".", label=label, linewidth=2.0 if label == "all" else 1.0)
+        if kind is shares:
+            one.set_ylim(0.0, 1.0)
+        elif all(bool((value[value.isfinite()] > 0.0).all()) for value in kind.values()):
+            log_scale(one)
+        y = "share of zeros" if kind is shares else "value of the penalty"
+        finish(one, x="optimizer steps", y=y, title=f"{'Shares of zeros' if kind is shares else 'Penalties'} by step")
+    return figure, panel[0]
