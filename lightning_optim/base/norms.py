@@ -105,7 +105,7 @@ def row_sums(
         dims = row_dims(parameter, dim)
         shard, dtype = local_shards([tensor])[0], accumulation_dtype(tensor.dtype)
         if not dims:
-            sums.append(shard.to(dtype).square() if squares else shard.to(dtype, copy=True))
+            sums.append(shard.to(dtype).abs().square() if squares else shard.to(dtype, copy=True))
         elif squares:
             sums.append(torch.linalg.vector_norm(shard, 2.0, dim=dims, keepdim=True, dtype=dtype).square())
         else:
