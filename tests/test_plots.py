@@ -15,7 +15,18 @@ from matplotlib import colors, pyplot
 from torchmetrics import Metric
 
 import lightning_optim
-from lightning_optim import EMA, AnyOf, EarlyStopping, GradientMonitor, Plateau, Threshold, WeightAveraging
+from lightning_optim import (
+    EMA,
+    L1,
+    AnyOf,
+    EarlyStopping,
+    GradientMonitor,
+    Plateau,
+    ProximalL1,
+    Threshold,
+    WeightAveraging,
+    WeightRegularization,
+)
 from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.ensembling.cost_benefit import Cost, CostBenefit
 from lightning_optim.stopping.stopping_reason import EarlyStoppingReason
@@ -77,6 +88,12 @@ def stopping() -> EarlyStopping:
     return stop
 
 
+def regularization() -> WeightRegularization:
+    callback = WeightRegularization([L1(0.2), ProximalL1(2.0)])
+    fit(BY_NAME["plain"], Cell("automatic", "32-true", "single", "1"), callbacks=[callback])
+    return callback
+
+
 MAKE: dict[type, Callable[[], Any]] = {
     Comparison: comparison,
     CostBenefit: lambda: CostBenefit(
@@ -85,6 +102,7 @@ MAKE: dict[type, Callable[[], Any]] = {
     EarlyStopping: stopping,
     GradientMonitor: monitor,
     WeightAveraging: average,
+    WeightRegularization: regularization,
 }
 
 
@@ -115,7 +133,7 @@ def test_what_is_not_there_cannot_be_plotted(kind: Any) -> None:
         made.plot(9 if kind is GradientMonitor else "missing")
 
 
-OF_METRICS = [kind for kind in MAKE if kind is not GradientMonitor]
+OF_METRICS = [kind for kind in MAKE if kind not in (GradientMonitor, WeightRegularization)]
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_optim.base.ring_buffer import Ring
-from lightning_optim.plotting import finish, log_scale, panels
+from lightning_optim.plotting import check_metric, finish, log_scale, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,23 +58,36 @@ class TermHistory:
         return history
 
 
-def draw(history: TermHistory, axes: Axes | None) -> tuple[Figure, Axes]:
-    """Draw the values of the penalties in one panel, and the shares of zeros in another, as far as there are any."""
+def draw(history: TermHistory, kind: str | None, axes: Axes | None) -> tuple[Figure, Axes]:
+    """Draw the values of the penalties in one panel, and the shares of zeros in another, as far as there are any.
+
+    Args:
+        history: The values.
+        kind: ``"penalties"`` or ``"zeros"``; both by default.
+        axes: Axes to draw on, which get the first of these.
+    """
     steps, values = history.values()
     shares = {name: value for name, value in values.items() if name.startswith(ZEROS)}
-    penalties = {name: value for name, value in values.items() if name not in shares}
-    kinds = [kind for kind in (penalties, shares) if kind]
-    figure, panel = panels(len(kinds), axes)
-    for one, kind in zip(panel, kinds, strict=True):
-        for name, value in kind.items():
-            label = name.removeprefix("regularization/").removeprefix("zeros/")
-            label = "all" if name == ZEROS else label
-            known = value.isfinite()
-            one.plot(steps[known], value[known], marker=".", label=label, linewidth=2.0 if label == "all" else 1.0)
-        if kind is shares:
+    kinds = {"penalties": {name: value for name, value in values.items() if name not in shares}, "zeros": shares}
+    drawn = [name for name, found in kinds.items() if found]
+    if kind is not None:
+        drawn = [check_metric(kind, drawn)]
+    drawn = drawn[:1] if axes is not None else drawn
+    figure, panel = panels(len(drawn), axes)
+    for one, name in zip(panel, drawn, strict=True):
+        _draw_values(one, steps, kinds[name])
+        if name == "zeros":
             one.set_ylim(0.0, 1.0)
-        elif all(bool((value[value.isfinite()] > 0.0).all()) for value in kind.values()):
-            log_scale(one)
-        y = "share of zeros" if kind is shares else "value of the penalty"
-        finish(one, x="optimizer steps", y=y, title=f"{'Shares of zeros' if kind is shares else 'Penalties'} by step")
-    return figure, panel[0]
+            finish(one, x="optimizer steps", y="share of zeros", title="Share of weights that are exactly zero")
+        else:
+            finish(one, x="optimizer steps", y="value, as of the loss", title="Penalties on the weights")
+    return figure, panel[-1]
+
+
+def _draw_values(axes: Axes, steps: Tensor, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        label = "all" if name == ZEROS else name.removeprefix(f"{ZEROS}/").removeprefix("regularization/")
+        known = value.isfinite()
+        axes.plot(steps[known], value[known], marker=".", label=label, linewidth=2.0 if label == "all" else 1.0)
+    if ZEROS not in values and all(bool((value[value.isfinite()] > 0.0).all()) for value in values.values()):
+        log_scale(axes)

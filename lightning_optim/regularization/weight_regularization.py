@@ -254,31 +254,32 @@ class WeightRegularization(OptimCallback):
             return ""  # to count those of other ranks is a collective, and this is called on one rank
         return Sparsity.of(weights).in_words
 
-    def plot(self, metric_or_optimizer: int | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def plot(self, metric_or_optimizer: str | int | None = None, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Draw the values of the penalties over the logged steps, and the share of zeros of each layer.
 
         Shares are drawn for terms that make weights exactly zero. The last 1000 logged steps are kept.
 
         Args:
-            metric_or_optimizer: The index of the optimizer. Default: the first one.
-            ax: The axes to draw on; with it, only what the terms have, values before shares. Default: those of a new
-                figure, with a panel for each.
+            metric_or_optimizer: ``"penalties"`` or ``"zeros"`` to draw one of the two; or the index of the optimizer.
+                Default: both, of the first optimizer.
+            ax: The axes to draw on, which get the penalties if there are any. Default: those of a new figure, with a
+                panel for each of the two.
 
         Returns:
-            The figure and its first axes.
+            The figure and its last axes.
 
         Raises:
-            ValueError: If ``metric_or_optimizer`` is not the index of an optimizer.
+            ValueError: If ``metric_or_optimizer`` is none of these.
             RuntimeError: If no step was logged yet.
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        index = check_number("metric_or_optimizer", metric_or_optimizer or 0, low=0, integer=True)
-        if self._histories and index >= len(self._histories):
-            raise ValueError(f"`metric_or_optimizer` must be < {len(self._histories)}, got {index}")
-        if not self._histories or not self._histories[index].names:
+        kind = metric_or_optimizer if isinstance(metric_or_optimizer, str) else None
+        index = 0 if isinstance(metric_or_optimizer, str | None) else metric_or_optimizer
+        check_number("metric_or_optimizer", index, low=0, high=max(0, len(self._histories) - 1), integer=True)
+        if not self._histories:
             check_no_copy_ran(self)
-            raise nothing_to_plot("train some steps with `Trainer(log_every_n_steps=…)` below their number.")
-        return draw(self._histories[index], ax)
+            raise nothing_to_plot("train more steps than `Trainer(log_every_n_steps=…)`.")
+        return draw(self._histories[index], kind, ax)
 
     def _history_of(self, index: int) -> TermHistory:
         self._histories += [TermHistory() for _ in range(index + 1 - len(self._histories))]
