@@ -89,7 +89,7 @@ def stopping() -> EarlyStopping:
 
 
 def regularization() -> WeightRegularization:
-    callback = WeightRegularization([L1(0.2), ProximalL1(2.0)])
+    callback = WeightRegularization(L1(0.2))
     fit(BY_NAME["plain"], Cell("automatic", "32-true", "single", "1"), callbacks=[callback])
     return callback
 
@@ -131,6 +131,18 @@ def test_what_is_not_there_cannot_be_plotted(kind: Any) -> None:
     made = MAKE[kind]()
     with pytest.raises((ValueError, RuntimeError)):
         made.plot(9 if kind is GradientMonitor else "missing")
+
+
+def test_zeros_have_a_panel_of_their_own() -> None:
+    callback = WeightRegularization([L1(0.2), ProximalL1(2.0)])
+    fit(BY_NAME["plain"], Cell("automatic", "32-true", "single", "1"), callbacks=[callback])
+    figure, axes = callback.plot()
+    assert [one.get_ylabel() for one in figure.axes] == ["value, as of the loss", "share of zeros"]
+    assert [line.get_label() for line in axes.lines] == ["all", "net.inner.weight", "net.outer.weight"]
+    assert len(callback.plot("penalties")[0].axes) == len(callback.plot("zeros")[0].axes) == 1
+    assert callback.plot(ax=pyplot.figure().subplots())[1].get_ylabel() == "value, as of the loss"
+    with pytest.raises(ValueError, match="must be one of"):
+        callback.plot("zeroes")
 
 
 OF_METRICS = [kind for kind in MAKE if kind not in (GradientMonitor, WeightRegularization)]
