@@ -46,7 +46,11 @@ from lightning_optim.regularization.penalties.elementwise import L1 as L1
 from lightning_optim.regularization.penalties.elementwise import L2 as L2
 from lightning_optim.regularization.penalties.elementwise import ElasticNet as ElasticNet
 from lightning_optim.regularization.penalties.penalty import Penalty as Penalty
+from lightning_optim.regularization.projections.non_negative import NonNegative as NonNegative
+from lightning_optim.regularization.projections.norm_bounds import MaxNorm as MaxNorm
+from lightning_optim.regularization.projections.norm_bounds import UnitNorm as UnitNorm
 from lightning_optim.regularization.projections.proximal import Proximal as Proximal
+from lightning_optim.regularization.projections.proximal_group_lasso import ProximalGroupLasso as ProximalGroupLasso
 from lightning_optim.regularization.projections.proximal_l1 import ProximalL1 as ProximalL1
 from lightning_optim.regularization.projections.weight_decay import WeightDecay as WeightDecay
 from lightning_optim.regularization.regularization_mixin import RegularizationMixin as RegularizationMixin

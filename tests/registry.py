@@ -329,6 +329,41 @@ ENTRIES = (
         lambda _: [lo.WeightRegularization(lo.ProximalL1(2.0))],
         lambda _: regularization.SoftThreshold(2.0),
     ),
+    *(
+        Entry(
+            f"proximal_group_lasso_{dim}",
+            "weights",
+            lambda _, dim=dim, by_size=by_size: [lo.WeightRegularization(lo.ProximalGroupLasso(2.0, dim, by_size))],
+            lambda _, dim=dim, by_size=by_size: regularization.Groups(
+                lambda norm, size, lr: max(1.0 - lr * 2.0 * (size**0.5 if by_size else 1.0) / norm, 0.0), dim
+            ),
+        )
+        for dim, by_size in ((0, True), (1, False))
+    ),
+    *(
+        Entry(
+            f"max_norm_{dim}",
+            "weights",
+            lambda _, dim=dim: [lo.WeightRegularization(lo.MaxNorm(0.4, dim))],
+            lambda _, dim=dim: regularization.Groups(lambda norm, size, lr: min(1.0, 0.4 / norm), dim),
+        )
+        for dim in (0, 1)
+    ),
+    *(
+        Entry(
+            f"unit_norm_{dim}",
+            "weights",
+            lambda _, dim=dim: [lo.WeightRegularization(lo.UnitNorm(dim))],
+            lambda _, dim=dim: regularization.Groups(lambda norm, size, lr: 1.0 / norm, dim),
+        )
+        for dim in (0, 1)
+    ),
+    Entry(
+        "non_negative",
+        "weights",
+        lambda _: [lo.WeightRegularization(lo.NonNegative())],
+        lambda _: regularization.Clamp(),
+    ),
     Entry(
         "weight_decay",
         "weights",

@@ -50,6 +50,7 @@ class Policy(Constructed):
         needs: The smallest part of a tensor that the formula can be computed on. Shards hold any elements, but not
             whole rows or matrices; the looked-up rows of a sparse gradient are not a matrix.
         gathers: True if the formula gathers sharded tensors itself, so that a sharded model has what it needs.
+        needs_real: True if the formula has no meaning for complex numbers.
         used_in: Callback that takes the policy, as a format string for messages.
         copy_index: Index of the optimizer that this copy belongs to, so that random draws differ.
     """
@@ -58,6 +59,7 @@ class Policy(Constructed):
     formulas: ClassVar[tuple[tuple[str, ...], ...]] = ()
     needs: ClassVar[Literal["elements", "rows", "matrices"]] = "elements"
     gathers: ClassVar[bool] = False
+    needs_real: ClassVar[bool] = False
     used_in: ClassVar[str] = ""
     copy_index: int = 0
     _states: Mapping[str, State] = MappingProxyType({})

@@ -25,7 +25,7 @@ from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.order import Slot
 from lightning_optim.runtime.ran_elsewhere import check_no_copy_ran
-from lightning_optim.runtime.refusals import refuse_looked_up_rows, refuse_split_units
+from lightning_optim.runtime.refusals import refuse_complex, refuse_looked_up_rows, refuse_split_units
 from lightning_optim.runtime.run_summary import tensors
 from lightning_optim.runtime.step import OptimizerStep
 
@@ -112,7 +112,9 @@ class WeightRegularization(OptimCallback):
         shards.reshard_(pl_module)
         self._copies.name_weights(pl_module)
         for term in self.terms:
-            refuse_split_units(term, select(pl_module, term.on, term.exclude).values())
+            chosen = select(pl_module, term.on, term.exclude)
+            refuse_complex(term, chosen)
+            refuse_split_units(term, chosen.values())
             self._selections.append(Selection(pl_module, term.on, term.exclude))
         self._looked_up = _looked_up(pl_module)
 

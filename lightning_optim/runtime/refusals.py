@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -189,6 +189,14 @@ def refuse_split_units(policy: Policy, parameters: Iterable[Tensor]) -> None:
                     f"{policy!r} is computed on whole {policy.needs}, and a parameter of shape {tuple(parameter.shape)}"
                     f" is sharded along the dimensions {sharded}: leave it out with `exclude=`, or train with DDP."
                 )
+
+
+def refuse_complex(policy: Policy, parameters: Mapping[str, Tensor]) -> None:
+    """Raise if a formula has no meaning for complex numbers and a parameter is complex."""
+    if policy.needs_real and (names := [name for name, parameter in parameters.items() if parameter.is_complex()]):
+        raise MisconfigurationException(
+            f"{policy!r} is not defined for complex weights, as in {names}: leave them out with `exclude=`."
+        )
 
 
 def refuse_looked_up_rows(policy: Policy, weights: Iterable[Tensor], rows: Iterable[Tensor]) -> None:

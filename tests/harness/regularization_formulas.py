@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tests.harness.reference_loop import Formula, Step
@@ -56,6 +58,36 @@ class SoftThreshold(Formula):
         for weight in step.weights:
             if weight.ndim >= 2:
                 weight.copy_(torch.sign(weight) * torch.clamp(weight.abs() - step.lr * self.strength, min=0.0))
+
+
+class Groups(Formula):
+    """Multiply each row of a matrix, or each column with ``dim=1``, by a factor that is computed from its norm.
+
+    Args:
+        factor: Takes the norm of the group, the number of its weights and the learning rate.
+        dim: Dimension that numbers the groups.
+    """
+
+    def __init__(self, factor: Callable[[float, int, float], float], dim: int = 0) -> None:
+        self.factor = factor
+        self.dim = dim
+
+    def after_step(self, step: Step) -> None:
+        for weight in step.weights:
+            if weight.ndim < 2:
+                continue
+            for group in weight.unbind(self.dim):
+                norm = float((group * group).sum()) ** 0.5
+                group *= self.factor(norm, group.numel(), step.lr)
+
+
+class Clamp(Formula):
+    """Set the negative elements of matrices to zero after each step."""
+
+    def after_step(self, step: Step) -> None:
+        for weight in step.weights:
+            if weight.ndim >= 2:
+                weight[weight < 0.0] = 0.0
 
 
 class Decay(Formula):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
-from lightning_optim.base import shards
+from lightning_optim.base import foreach, shards
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
@@ -19,7 +20,8 @@ class ProximalL1(Proximal):
 
     :math:`\eta` is the learning rate. It minimizes the same sum as :class:`L1` under plain SGD, and makes weights
     exactly zero, which a gradient does not. Under Adam the two differ: this threshold is not divided by the second
-    moment. A learning rate that decays to zero takes the threshold with it.
+    moment, and so is not the proximal step of Adam's metric. A learning rate that decays to zero takes the threshold
+    with it. The size of a complex weight is shortened, and its direction stays.
 
     Args:
         strength: The factor :math:`s \ge 0`.
@@ -48,4 +50,14 @@ class ProximalL1(Proximal):
     def _project_(self, weights: Sequence[Tensor], lr: float) -> None:
         threshold = lr * self.current(self.strength)
         for weight in shards.local_shards(weights):
-            softshrink(weight, threshold, out=weight)  # type: ignore[call-arg]
+            if weight.is_complex():
+                _shrink_(weight, threshold)
+            else:
+                softshrink(weight, threshold, out=weight)  # type: ignore[call-arg]
+
+
+def _shrink_(weight: Tensor, threshold: float) -> None:
+    """Shorten complex numbers by the threshold; ``softshrink`` of torch does not take them."""
+    for (piece,), _ in foreach.chunks([weight], [weight]):
+        size = piece.abs()
+        piece.mul_(torch.where(size > threshold, 1.0 - threshold / size, 0.0))
