@@ -308,6 +308,18 @@ ENTRIES = (
         lambda _: [lo.WeightRegularization([lo.ElasticNet(0.2, 0.2, on="*")])],
         lambda _: regularization.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
     ),
+    Entry(
+        "group_lasso",
+        "gradients",
+        lambda _: [lo.WeightRegularization(lo.GroupLasso(0.6))],
+        lambda _: regularization.GroupNorms("grouplasso", 0.6),
+    ),
+    Entry(
+        "group_lasso_of_columns",
+        "gradients",
+        lambda _: [lo.WeightRegularization(lo.GroupLasso(0.3, dim=1, scale_by_size=True, on="*"))],
+        lambda _: regularization.GroupNorms("grouplasso", 0.3, columns=True, by_size=True, everything=True),
+    ),
     *(
         Entry(
             name,

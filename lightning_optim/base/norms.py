@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.base.module_tensors import dimensions
-from lightning_optim.base.shards import any_sharded, local_shards
+from lightning_optim.base.shards import any_sharded, local_shards, sharded_dim
 
 
 def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -112,7 +112,7 @@ def row_sums(
             sums.append(shard.sum(dim=dims, keepdim=True, dtype=dtype))
         if isinstance(tensor, DTensor):
             for mesh_dim, placement in enumerate(tensor.placements):
-                if isinstance(placement, Shard) and placement.dim in dims:
+                if sharded_dim(placement) in dims:
                     cut.setdefault(tensor.device_mesh.get_group(mesh_dim), []).append(position)
     for group, positions in cut.items():
         flat = torch.cat([sums[position].flatten() for position in positions])

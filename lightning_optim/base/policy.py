@@ -48,8 +48,10 @@ class Policy(Constructed):
         formulas: Methods that a base class leaves to its subclasses, each followed by those that call it. A subclass
             overrides at least one of them.
         needs: The smallest part of a tensor that the formula can be computed on. Shards hold any elements, but not
-            whole rows or matrices; the looked-up rows of a sparse gradient are not a matrix.
-        gathers: True if the formula gathers sharded tensors itself, so that a sharded model has what it needs.
+            whole rows or matrices; the looked-up rows of a sparse gradient are not a matrix. An attribute of the class,
+            or of an object whose arguments decide it.
+        gathers: True if the formula gathers sharded tensors itself, or sums over shards, so that a sharded model has
+            what it needs.
         needs_real: True if the formula has no meaning for complex numbers.
         used_in: Callback that takes the policy, as a format string for messages.
         copy_index: Index of the optimizer that this copy belongs to, so that random draws differ.
@@ -57,8 +59,8 @@ class Policy(Constructed):
 
     identity_args: ClassVar[tuple[str, ...]] = ("on", "exclude")
     formulas: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    needs: ClassVar[Literal["elements", "rows", "matrices"]] = "elements"
-    gathers: ClassVar[bool] = False
+    needs: Literal["elements", "rows", "matrices"] = "elements"
+    gathers: bool = False
     needs_real: ClassVar[bool] = False
     used_in: ClassVar[str] = ""
     copy_index: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 
 def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -31,6 +31,14 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
     """Return True if any tensor is a DTensor."""
     # Checking each of hundreds of small tensors would cost as much as the work on them: check their types.
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
+
+
+def sharded_dim(placement: Placement) -> int | None:
+    """Return the dimension that a placement cuts into shards; ``None`` if each process holds all of it.
+
+    With tensor parallelism FSDP2 has a placement of its own, which is no subclass of ``Shard``.
+    """
+    return None if placement.is_replicate() or placement.is_partial() else placement.dim  # type: ignore[attr-defined]
 
 
 def placed_as(shard: Tensor, like: Tensor) -> Tensor:

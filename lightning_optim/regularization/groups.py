@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_optim.base.norms import row_dims, row_sums
+from lightning_optim.base.shards import sharded_dim
 
 
 def group_norms(weights: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
@@ -25,7 +28,6 @@ def group_norms(weights: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
 
     Example::
 
-        >>> import torch
         >>> group_norms([torch.tensor([[3.0, 4.0], [0.0, 0.0]])])
         [tensor([[5.],
                 [0.]])]
@@ -33,12 +35,28 @@ def group_norms(weights: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
     return [squares.sqrt() for squares in row_sums(weights, squares=True, dim=dim)]
 
 
+def placed_as_groups(norms: Tensor, weight: Tensor, dim: int = 0) -> Tensor:
+    """Return one tensor's norms of :func:`group_norms` with the placement that they have, so that each counts once.
+
+    Args:
+        norms: The norms that this process holds, or what is computed from each by itself.
+        weight: The tensor whose groups have these norms.
+        dim: Dimension that numbers the groups, 0 or 1.
+    """
+    if not isinstance(weight, DTensor):
+        return norms
+    within = row_dims(weight, dim)
+    kept = [Replicate() if sharded_dim(one) in within else one for one in weight.placements]
+    shape = torch.Size(1 if own in within else size for own, size in enumerate(weight.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(norms, weight.device_mesh, kept, run_check=False, shape=shape, stride=stride)
+
+
 def group_sizes(weight: Tensor, dim: int = 0) -> int:
     """Return the number of weights in each group of a tensor, over all shards.
 
     Example::
 
-        >>> import torch
         >>> group_sizes(torch.zeros(4, 3, 2, 2), dim=0), group_sizes(torch.zeros(4, 3, 2, 2), dim=1)
         (12, 16)
     """

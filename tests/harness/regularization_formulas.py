@@ -28,6 +28,34 @@ class Penalize(Formula):
         step.logged[f"regularization/{self.name}"] = value
 
 
+class GroupNorms(Formula):
+    """Add the penalty ``strength * sum(norm(group))`` over the rows or columns of a matrix; a vector is one group."""
+
+    def __init__(
+        self, name: str, strength: float, columns: bool = False, by_size: bool = False, everything: bool = False
+    ) -> None:
+        self.name = name
+        self.strength = strength
+        self.columns = columns
+        self.by_size = by_size
+        self.everything = everything
+
+    def before_step(self, step: Step) -> None:
+        value = 0.0
+        for weight, grad in zip(step.weights, step.grads, strict=True):
+            if weight.ndim < 2 and not self.everything:
+                continue
+            groups, slopes = [weight], [grad]
+            if weight.ndim == 2:
+                groups, slopes = (list(one.T if self.columns else one) for one in (weight, grad))
+            for group, slope in zip(groups, slopes, strict=True):
+                norm = (group * group).sum().sqrt()
+                factor = self.strength * (group.numel() ** 0.5 if self.by_size else 1.0)
+                value += float(factor * norm)
+                slope += factor * group / norm
+        step.logged[f"regularization/{self.name}"] = value
+
+
 class RowProducts(Formula):
     """Add the penalty ``strength * sum((r_i . r_j)^2)`` over all pairs of rows of a matrix."""
 
