@@ -26,10 +26,10 @@ class GroupLasso(Penalty):
     Its gradient is :math:`s w_g / \lVert w_g \rVert`, and zero for a group that is zero. A group is a row, all weights
     of one output of a layer, or a column, all weights of one input. A vector or a scalar is one group. Every group is
     drawn towards zero with the same force, however many weights it has: many groups become small as a whole, and a few
-    stay large. By gradients alone a group comes near zero, and never stays there. (Yuan and Lin, *Model selection and
-    estimation in regression with grouped variables*, `doi:10.1111/j.1467-9868.2005.00532.x
-    <https://doi.org/10.1111/j.1467-9868.2005.00532.x>`_; Wen et al., *Learning Structured Sparsity in Deep Neural
-    Networks*, `arXiv:1608.03665 <https://arxiv.org/abs/1608.03665>`_.)
+    stay large. By gradients alone a group comes near zero, and never stays there; :class:`ProximalGroupLasso` makes it
+    exactly zero. (Yuan and Lin, *Model selection and estimation in regression with grouped variables*,
+    `doi:10.1111/j.1467-9868.2005.00532.x <https://doi.org/10.1111/j.1467-9868.2005.00532.x>`_; Wen et al., *Learning
+    Structured Sparsity in Deep Neural Networks*, `arXiv:1608.03665 <https://arxiv.org/abs/1608.03665>`_.)
 
     Args:
         strength: The factor :math:`s \ge 0`. The norm of a group of n weights is up to √n times smaller than the sum of
