@@ -42,6 +42,7 @@ from lightning_optim.gradients.sharpness_aware import SharpnessAwareMixin as Sha
 from lightning_optim.gradients.target_batch_size import TargetBatchSize as TargetBatchSize
 from lightning_optim.regularization.dropout.drop_path import DropPath as DropPath
 from lightning_optim.regularization.dropout.scheduled_dropout import ScheduledDropout as ScheduledDropout
+from lightning_optim.regularization.flooding import Flooding as Flooding
 from lightning_optim.regularization.penalties.elementwise import L1 as L1
 from lightning_optim.regularization.penalties.elementwise import L2 as L2
 from lightning_optim.regularization.penalties.elementwise import ElasticNet as ElasticNet

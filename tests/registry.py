@@ -19,6 +19,7 @@ import lightning_optim as lo
 from lightning_optim.base import local_shards, per_weight, shard_of, total_norm, whole
 from tests.harness import averaging_formulas as averaging
 from tests.harness import gradient_formulas as gradients
+from tests.harness import loss_formulas as losses
 from tests.harness import regularization_formulas as regularization
 from tests.harness import run
 from tests.harness import stopping_formulas as stopping
@@ -334,6 +335,13 @@ ENTRIES = (
         "gradients",
         lambda _: [fixed(lo.ScheduledDropout({"*inner": lo.Linear(0.5, 0.0)}, insert=True))],
         lambda _: Dropout(0.5, "regularization/dropout/*inner"),
+    ),
+    Entry(
+        "flooding",
+        "gradients",
+        # Every loss is above the first level and below the second one, so that the parts of two ranks agree on it.
+        lambda _: [lo.Flooding(lo.Piecewise({0.0: 0.4, 0.5: 4.5}))],
+        lambda _: losses.Flood(0.4, 4.5),
     ),
     Entry(
         "proximal_l1",

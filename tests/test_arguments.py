@@ -52,6 +52,7 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("WeightRegularization([])", "terms", "[]", "must be a penalty"),
     ("WeightRegularization(0.1)", "terms", "0.1", "such as L2(1e-4)"),
     ("WeightRegularization([L2(0.1), ClipByNorm(1.0)])", "terms", "[L2(0.1", "must be a penalty"),
+    ("Flooding(nan)", "level", "nan", "that is finite"),
     ("L1(-0.1)", "strength", "-0.1", ">= 0"),
     ("L2(nan)", "strength", "nan", ">= 0"),
     ("L2(True)", "strength", "True", ">= 0"),
@@ -187,7 +188,12 @@ OF_BASES = {
 }
 REQUIRED = {
     **{"EarlyStopping": "'x', ", "GradientAccumulation": "2, ", "GradientClipping": "1.0, "},
-    **{"ScheduledDropout": "{'a.*': 0.1}, ", "WeightAveraging": "EMA(0.9), ", "WeightRegularization": "L2(0.1), "},
+    **{
+        "Flooding": "0.1, ",
+        "ScheduledDropout": "{'a.*': 0.1}, ",
+        "WeightAveraging": "EMA(0.9), ",
+        "WeightRegularization": "L2(0.1), ",
+    },
 }
 
 

@@ -77,6 +77,7 @@ class ManualOptimizationMixin(ModuleMixin):
         _check_loss(loss)
         wrapped = _wrapped(trainer, optimizer)
         plain = wrapped.optimizer
+        session, given = Session.find(trainer), loss
         windows = _open_windows(trainer)
         index = -1 if windows is None else trainer.optimizers.index(plain)
         window = None if windows is None else windows.window(trainer, index)
@@ -92,7 +93,8 @@ class ManualOptimizationMixin(ModuleMixin):
         # A window that stays open needs no reduction over ranks. With several optimizers it is reduced all the same:
         # DDP would remember that the other windows' parameters were used, and look for gradients that are set aside.
         block = not closes and len(trainer.optimizers) == 1
-        with without_reduction(trainer.strategy, block), _only(plain, trainer):
+        whole = contextlib.nullcontext() if session is None else session.losses.of(given)
+        with without_reduction(trainer.strategy, block), _only(plain, trainer), whole:
             self.manual_backward(loss)
         if window is not None:
             window.holds_grads = _holds_grads(plain)

@@ -16,6 +16,7 @@ from lightning_optim.runtime.final_weights import FinalWeights
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer
 from lightning_optim.runtime.lightning.logger_connector import logs_in_this_step
 from lightning_optim.runtime.lightning.precision import after_gradients, skips_step, unscale_before_hooks
+from lightning_optim.runtime.loss_gradients import LossGradients, LossHandler
 from lightning_optim.runtime.order import AccumulationWindows, EvaluatedAverage, SessionCallback, Slot, in_order
 from lightning_optim.runtime.patching import patched
 from lightning_optim.runtime.refusals import refuse_more_optimizers, warn_unsharded
@@ -71,6 +72,7 @@ class Session:
             :meth:`close` change. Every callback calls these; the first call counts.
         average: The average that validation and checkpoints use, if any.
         own_files: The checkpoints that this process wrote in this fit.
+        losses: The losses of micro-batches, which :meth:`on_loss` watches.
 
     Example::
 
@@ -92,6 +94,7 @@ class Session:
         self.state = SessionState.SETUP
         self.average: EvaluatedAverage | None = None
         self.own_files = OwnFiles()
+        self.losses = LossGradients(trainer)
         self._undo = contextlib.ExitStack()
         self._total: int | float | None = None
         self._restored = RestoredWeights(trainer)
@@ -131,6 +134,18 @@ class Session:
     def on_close(self, action: Callable[[], Any]) -> None:
         """Call ``action`` when the fit is over: after ``on_fit_end``, or after an exception."""
         self._undo.callback(action)
+
+    def on_loss(self, callback: SessionCallback, handler: LossHandler) -> None:
+        """Call ``handler(loss, grad)`` at the start of each backward pass, for the length of the fit.
+
+        Args:
+            callback: The callback to which the function belongs; it is not called while another has taken this callback
+                out of the Trainer's list, as a learning-rate finder does.
+            handler: Takes the loss of the micro-batch as the user computed it, detached, and the gradient that arrives
+                at it: a product of the loss scale, 1 over the size of the window and the weight of the micro-batch.
+                Returns a factor for this gradient, or ``None``.
+        """
+        self.losses.add(callback, handler, self.patch)
 
     @contextlib.contextmanager
     def without_average(self) -> Iterator[None]:

@@ -49,6 +49,10 @@ class Formula:
         """Return the number of micro-batches of a full window in this epoch."""
         return accumulation
 
+    def loss(self, loss: Tensor, index: int) -> Tensor:
+        """Return the loss of a micro-batch that optimizer ``index`` minimizes, given that of the task."""
+        return loss
+
     def before_step(self, step: Step) -> None:
         """Change the gradients in place."""
 
@@ -92,6 +96,11 @@ class Chain(Formula):
         for formula in self.formulas:
             accumulation = formula.window(accumulation, epoch)
         return accumulation
+
+    def loss(self, loss: Tensor, index: int) -> Tensor:
+        for formula in self.formulas:
+            loss = formula.loss(loss, index)
+        return loss
 
     def before_step(self, step: Step) -> None:
         for formula in self.formulas:
@@ -187,6 +196,7 @@ class Loop:
     def _backward(self, index: int, batch: regression.Batch, size: int) -> None:
         with autocast(self.cell.precision):
             loss = regression.loss_of(index, self.nets, batch)
+        loss = self.formula.loss(loss, index)
         parameters = list(self.nets[index].parameters())
         gradients = torch.autograd.grad(self.scaler.scale(loss / size), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
