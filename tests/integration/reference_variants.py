@@ -43,6 +43,7 @@ class Variant(Loop):
     def _backward(self, index: int, batch: Batch, size: int) -> None:
         with autocast(self.cell.precision):
             loss = self.loss(index, self.nets, batch)
+        loss = self.formula.loss(loss, index)
         parameters = list(self.nets[index].parameters())
         gradients = torch.autograd.grad(loss / size * self.scale, parameters)
         for parameter, scaled in zip(parameters, gradients, strict=True):
