@@ -24,81 +24,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import grad_norm
 from models import MODELS
-from torch import Tensor, nn
+from running_fits import Hooks, operations, within_fits
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_optim import L2, GradientClipping, GradientMonitor, OptimCallback, WeightRegularization
+from lightning_optim import L2, GradientClipping, GradientMonitor, WeightRegularization
 
 NEVER = 10**9
 WARMUP = 5
 LAMBDA = 1e-4
 RIVALS = ["torch clip", "torch clip + log", "penalty + torch clip", "grad_norm + torch clip"]
-
-
-class Model(LightningModule):
-    """Parameters that several fits share, and a training step that is given from outside."""
-
-    def __init__(self, parameters: list[nn.Parameter], act: Callable[[Model], None]) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.weights = nn.ParameterList(parameters)
-        self.act = act
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.act(self)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    def train_dataloader(self) -> list[int]:
-        return [0]
-
-
-class Hooks:
-    """A running fit, of which the hooks of one optimizer step are called."""
-
-    def __init__(self, module: Model) -> None:
-        self.trainer, self.module = module.trainer, module
-        self.optimizer = module.trainer.optimizers[0]
-        self.callbacks: Any = self.trainer.callbacks
-
-    def __call__(self) -> None:
-        sessions = {callback.session for callback in self.callbacks if isinstance(callback, OptimCallback)}
-        for session in sessions:
-            session._steps[self.optimizer] = None  # as within `strategy.optimizer_step`: the step is under way
-        call._call_callback_hooks(self.trainer, "on_before_optimizer_step", self.optimizer)
-        for session in sessions:
-            session._stepped(self.optimizer)
-        call._call_callback_hooks(self.trainer, "on_train_batch_end", None, 0, 0)
-
-
-def within_fits(
-    fits: list[tuple[list[Callback], int]],
-    parameters: list[nn.Parameter],
-    run: Callable[[list[Hooks]], None],
-    hooks: tuple[Hooks, ...] = (),
-) -> None:
-    """Start one fit within the training step of another, and call ``run`` with the hooks of all."""
-    if not fits:
-        run(list(hooks))
-        return
-    (callbacks, log_every), *others = fits
-    module = Model(parameters, lambda module: within_fits(others, parameters, run, (*hooks, Hooks(module))))
-    Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        max_epochs=1,
-        callbacks=callbacks,
-        log_every_n_steps=log_every,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module)
 
 
 class TorchClipping(Callback):
@@ -161,22 +98,6 @@ def contest(
     fits = [(by_hand, 1), (one(), NEVER), (one(), 1), (three(max_norm), NEVER), (three(max_norm), 1)]
     within_fits(fits, parameters, race)
     return found
-
-
-class Counting(TorchDispatchMode):
-    """Counts torch operations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def operations(contestant: Callable[[], Any]) -> int:
-    with Counting() as counting:
-        contestant()
-    return counting.count
 
 
 def main() -> None:

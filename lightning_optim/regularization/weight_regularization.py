@@ -169,7 +169,7 @@ class WeightRegularization(OptimCallback):
             alike.setdefault(tuple(map(id, weights)), ([], weights))[0].append(term)
         for penalties, penalized in alike.values():
             weights = [p for p in penalized if p.grad is not None or id(p) not in self._looked_up]
-            rows, grads = sparse.dense_rows(weights, [_gradient_of(p) for p in weights])
+            rows, grads = sparse.dense_rows(weights, _gradients_of(weights))
             for term in penalties:
                 refuse_looked_up_rows(term, weights, rows)
             add_grads_(penalties, rows, grads, **when)
@@ -315,12 +315,15 @@ def _trainable(parameters: Sequence[Tensor], selection: Selection) -> list[Tenso
     return [p for p in parameters if id(p) in ids and p.requires_grad]
 
 
-def _gradient_of(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    grad = shards.align_grad_(parameter)
-    assert grad is not None
-    return grad
+def _gradients_of(weights: list[Tensor]) -> list[Tensor]:
+    """Return the gradient of each weight, in the weight's placement; one is made where there is none."""
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    grads: list[Any] = [weight.grad for weight in weights]
+    if sparse.any_sparse(grads) or shards.any_sharded(grads):
+        grads = [shards.align_grad_(weight) for weight in weights]
+    return grads
 
 
 def _labels(terms: Sequence[Term]) -> list[str]:

@@ -153,6 +153,6 @@ def _add_weights_(weights: Sequence[Tensor], grads: Sequence[Tensor], factor: fl
 
 
 def _signs(weights: list[Tensor]) -> list[Tensor] | tuple[Tensor, ...]:
-    if any(weight.is_complex() for weight in weights):
+    if any(map(Tensor.is_complex, weights)):
         return [torch.sgn(weight) for weight in weights]
     return torch._foreach_sign(weights)

@@ -109,12 +109,12 @@ def add_grads_(
         total: Number of optimizer steps in the run, for schedules.
     """
     together = [penalty for penalty in penalties if _is_elementwise(penalty)]
-    if len(together) > 1:
+    if together:
         for some_weights, some_grads in foreach.chunks(shards.local_shards(weights), shards.local_shards(grads)):
             for penalty in together:
                 penalty.add_grad_(some_weights, some_grads, step=step, total=total)
     for penalty in penalties:
-        if len(together) <= 1 or penalty not in together:
+        if penalty not in together:
             penalty.add_grad_(weights, grads, step=step, total=total)
 
 

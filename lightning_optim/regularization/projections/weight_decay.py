@@ -115,7 +115,7 @@ class WeightDecay(ParameterPolicy):
         if self.cautious:
             self._copy(weights, factor)
         else:
-            torch._foreach_mul_(_shards_of(weights), 1.0 - factor)
+            torch._foreach_mul_(shards.local_shards(weights), 1.0 - factor)
 
     def _copy(self, weights: Sequence[Tensor], factor: float) -> None:
         place = sum(len(list(_pieces(waiting))) for waiting, _ in self._waiting)
@@ -151,30 +151,27 @@ class WeightDecay(ParameterPolicy):
         return {**self.__dict__, "_copies": [], "_waiting": []}
 
 
-def _shards_of(weights: Sequence[Tensor]) -> list[Tensor]:
-    return shards.local_shards(weight.detach() for weight in weights)
-
-
 def _decay_(piece: list[Tensor], old: Tensor, factor: float) -> None:
-    """Subtract ``factor * old`` from a piece of the weights, where they were not moved away from zero."""
+    """Subtract ``factor * old`` from a piece of the weights, where they were not moved away from zero.
+
+    A weight was moved away from zero if it is more than once its old value. A quotient needs fewer passes than the
+    product of the move and the old value, and does not vanish in half precision.
+    """
     single = len(piece) == 1 and piece[0].is_contiguous()
     new = piece[0].view(-1) if single else torch.cat(_flat(piece))
-    agree = torch.sub(old, new, out=None if single else new)  # what the optimizer has subtracted
-    if agree.dtype.itemsize < 4:
-        agree.sign_()  # or the next product would vanish in half precision
-    agree.mul_(old).ge_(0.0)
+    decays = torch.div(new, old, out=None if single else new).le_(1.0)
     if single:
-        new.addcmul_(old, agree, value=-factor)
+        new.addcmul_(old, decays, value=-factor)
         return
     sizes = [tensor.numel() for tensor in piece]
-    parts = zip(torch.split(agree.mul_(old), sizes), piece, strict=True)
+    parts = zip(torch.split(decays.mul_(old), sizes), piece, strict=True)
     torch._foreach_add_(piece, [part.view_as(tensor) for part, tensor in parts], alpha=-factor)
 
 
 def _pieces(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield live parts of the weights, of up to 1 MB each on a CPU, of one dtype and device; complex ones as real."""
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in _shards_of(weights):
+    for tensor in shards.local_shards(weights):
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         alike.setdefault((real.dtype, real.device), []).append(real)
     for tensors in alike.values():
