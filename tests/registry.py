@@ -163,6 +163,11 @@ def _tall(weight: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
+def fourth_powers(weight: Tensor) -> Tensor:
+    """Return the sum of fourth powers, as a function of a user may."""
+    return weight.pow(4).sum()
+
+
 def _window(cell: Cell) -> int:
     """Return the window of an entry that tests accumulation: 2 in cells without, which would show no effect."""
     return 2 if cell.windows == "1" else cell.accumulation
@@ -308,6 +313,18 @@ ENTRIES = (
         "gradients",
         lambda _: [lo.WeightRegularization([lo.ElasticNet(0.2, 0.2, on="*")])],
         lambda _: regularization.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
+    ),
+    Entry(
+        "orthogonal",
+        "gradients",
+        lambda _: [lo.WeightRegularization(lo.Orthogonal(0.4))],
+        lambda _: regularization.RowProducts("orthogonal", 0.4, identity=True),
+    ),
+    Entry(
+        "penalty_function",
+        "gradients",
+        lambda _: [lo.WeightRegularization(lo.Penalty.from_function(fourth_powers, 0.6, on="*"))],
+        lambda _: regularization.FourthPowers("fourth_powers", 0.6),
     ),
     Entry(
         "group_lasso",

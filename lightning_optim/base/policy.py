@@ -204,6 +204,11 @@ class ParameterPolicy(Policy):
     def __init__(self, on: Selectors = None, exclude: Selectors = None) -> None:
         self.on, self.exclude = check_selectors("on", on), check_selectors("exclude", exclude)
 
+    @property
+    def log_name(self) -> str:
+        """The name of its logged value: the class in lower case."""
+        return type(self).__name__.lower()
+
 
 P = TypeVar("P", bound=Policy)
 

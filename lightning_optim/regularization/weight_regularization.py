@@ -327,11 +327,11 @@ def _gradients_of(weights: list[Tensor]) -> list[Tensor]:
 
 
 def _labels(terms: Sequence[Term]) -> list[str]:
-    """Return the name of each term for the log: its class, with a number from the second term of a class on."""
+    """Return the name of each term for the log, with a number from the second term of a name on."""
     seen: Counter[str] = Counter()
     labels = []
     for term in terms:
-        kind = type(term).__name__.lower()
+        kind = term.log_name
         seen[kind] += 1
         labels.append(kind if seen[kind] == 1 else f"{kind}_{seen[kind]}")
     return labels

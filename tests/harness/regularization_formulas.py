@@ -57,7 +57,34 @@ class GroupNorms(Formula):
 
 
 class RowProducts(Formula):
-    """Add the penalty ``strength * sum((r_i . r_j)^2)`` over all pairs of rows of a matrix."""
+    """Add the penalty ``strength * sum((r_i . r_j)^2)`` over all pairs of rows of a matrix.
+
+    With ``identity`` 1 is subtracted from the product of a row with itself, and of a matrix with more rows than columns
+    the columns take the place of the rows.
+    """
+
+    def __init__(self, name: str, strength: float, identity: bool = False) -> None:
+        self.name = name
+        self.strength = strength
+        self.identity = identity
+
+    def before_step(self, step: Step) -> None:
+        value = 0.0
+        for weight, grad in zip(step.weights, step.grads, strict=True):
+            if weight.ndim < 2:
+                continue
+            tall = self.identity and weight.shape[0] > weight.shape[1]
+            rows, slopes = (weight.T, grad.T) if tall else (weight, grad)
+            for i, (one, slope) in enumerate(zip(rows, slopes, strict=True)):
+                for j, other in enumerate(rows):
+                    product = float((one * other).sum()) - float(self.identity and i == j)
+                    value += self.strength * product**2
+                    slope += 4.0 * self.strength * product * other
+        step.logged[f"regularization/{self.name}"] = value
+
+
+class FourthPowers(Formula):
+    """Add the penalty ``strength * sum(w^4)`` over all weights."""
 
     def __init__(self, name: str, strength: float) -> None:
         self.name = name
@@ -66,13 +93,8 @@ class RowProducts(Formula):
     def before_step(self, step: Step) -> None:
         value = 0.0
         for weight, grad in zip(step.weights, step.grads, strict=True):
-            if weight.ndim < 2:
-                continue
-            for one, slope in zip(weight, grad, strict=True):
-                for other in weight:
-                    product = float((one * other).sum())
-                    value += self.strength * product**2
-                    slope += 4.0 * self.strength * product * other
+            value += float(self.strength * (weight * weight * weight * weight).sum())
+            grad += 4.0 * self.strength * weight * weight * weight
         step.logged[f"regularization/{self.name}"] = value
 
 

@@ -78,7 +78,7 @@ def as_yaml(value: Any, calls: dict[int, dict[str, Any]]) -> Any:
         return {key: as_yaml(item, calls) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_yaml(item, calls) for item in value]
-    return value
+    return f"{value.__module__}.{value.__name__}" if isinstance(value, FunctionType) else value
 
 
 def from_yaml(text: str, folder: Path) -> list[Callback]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
-from lightning_optim import GroupLasso, Linear, Penalty, WeightRegularization
+from lightning_optim import L2, GroupLasso, Linear, Orthogonal, Penalty, WeightRegularization
 from lightning_optim.base import shards
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
@@ -32,7 +35,24 @@ def group_norms(dim: int, scale_by_size: bool = False) -> Formula:
     return formula
 
 
+def gram(weight: Tensor) -> Tensor:
+    """Return the squared distance of the products of rows, or of columns if they are fewer, from the identity."""
+    matrix = weight.reshape(1, -1) if weight.ndim < 2 else weight.flatten(1)
+    matrix = matrix if len(matrix) <= matrix.shape[1] else matrix.mH
+    total = weight.real.sum() * 0.0
+    for i, row in enumerate(matrix):
+        for j, other in enumerate(matrix):
+            total = total + ((row * other.conj()).sum() - float(i == j)).abs().square()
+    return total
+
+
+def quartic(weight: Tensor) -> Tensor:
+    return weight.abs().pow(4).sum()
+
+
 CASES: list[tuple[Penalty, Formula]] = [
+    (Orthogonal(0.3), lambda w: 0.3 * gram(w)),
+    (Penalty.from_function(quartic, 0.3), lambda w: 0.3 * quartic(w)),
     (GroupLasso(0.3), lambda w: 0.3 * group_norms(0)(w)),
     (GroupLasso(0.3, dim=1), lambda w: 0.3 * group_norms(1)(w)),
     (GroupLasso(0.3, scale_by_size=True), lambda w: 0.3 * group_norms(0, True)(w)),
@@ -81,7 +101,8 @@ def test_half_precision_is_right_to_rounding(penalty: Penalty, formula: Formula,
         penalty.add_grad_(weights, grads)
         penalty.add_grad_(exact, exact_grads)
         for grad, exact_grad in zip(grads, exact_grads, strict=True):
-            bound = (2 if of_grads is dtype else 16) * torch.finfo(of_grads).eps * exact_grad.abs().clamp(min=1.0)
+            factor, largest = (2 if of_grads is dtype else 16), exact_grad.abs().max() if exact_grad.numel() else 0.0
+            bound = factor * torch.finfo(of_grads).eps * exact_grad.abs().clamp(min=1.0) + 1e-6 * largest
             assert ((grad.double() - exact_grad).abs() <= bound).all()
 
 
@@ -188,3 +209,92 @@ def test_columns_of_looked_up_rows_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"sparse gradient.*exclude="):
         trainer.fit(model)
     assert torch.equal(model.layer.weight, before)
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------
+
+
+def correlations(weight: Tensor) -> Tensor:
+    """Return the mean absolute cosine of all pairs of rows, as Keras's ``OrthogonalRegularizer`` does."""
+    rows = nn.functional.normalize(weight.flatten(1), dim=1)
+    return (rows @ rows.mT).triu(1).abs().sum() / (len(rows) * (len(rows) - 1) / 2)
+
+
+class Bounded:
+    """A function that is an object with an argument."""
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return (weight.abs() - self.bound).clamp(min=0.0).square().sum()
+
+
+def test_a_function_has_the_value_of_keras() -> None:
+    """``keras.regularizers.OrthogonalRegularizer(0.1, mode="rows")`` of Keras 3.15.1 returns this number."""
+    weight = torch.tensor([[-2.0, -1.0, 0.0], [1.0, 2.0, 3.0]])
+    penalty = Penalty.from_function(correlations, 0.1)
+    assert penalty.value([weight]).item() == pytest.approx(0.047809, abs=5e-7)
+
+
+def test_a_function_prints_pickles_and_copies() -> None:
+    penalty = Penalty.from_function(correlations, strength=Linear(0.1, 0.0), exclude="head.*")
+    text = "Penalty.from_function(correlations, strength=Linear(0.1, 0.0), exclude='head.*')"
+    assert repr(penalty) == text
+    assert repr(eval(text)) == text
+    for other in (pickle.loads(pickle.dumps(penalty)), copy.deepcopy(penalty)):
+        assert repr(other) == text
+        assert other.identity == penalty.identity
+        weight = torch.randn(3, 4)
+        assert torch.equal(other.value([weight], total=3), penalty.value([weight], total=3))
+    assert penalty.identity != Penalty.from_function(quartic, exclude="head.*").identity
+
+
+@pytest.mark.parametrize(
+    ("f", "name"),
+    [
+        (correlations, "correlations"),
+        (functools.partial(quartic), "quartic"),
+        (Bounded(0.1), "bounded"),
+        (lambda w: w.square().sum(), "function"),
+    ],
+)
+def test_a_function_is_logged_under_its_name(f: Formula, name: str) -> None:
+    model = BoringModel()
+    terms = [Penalty.from_function(f, 0.1), L2(0.1), Penalty.from_function(f, 0.2)]
+    trainer = Trainer(
+        max_steps=2,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[WeightRegularization(terms)],
+    )
+    trainer.fit(model)
+    found = [key for key in trainer.callback_metrics if key.startswith("regularization/")]
+    assert found == [f"regularization/{name}", "regularization/l2", f"regularization/{name}_2"]
+
+
+@pytest.mark.parametrize(
+    ("f", "sentence"),
+    [
+        (lambda w: w.square(), r"must return a real scalar tensor.*of shape \(2, 3\), got a tensor of shape \(2, 3\)"),
+        (lambda w: w.square().sum().item(), r"must return a real scalar tensor.*got 6.0"),
+        (lambda w: w.to(torch.complex64).sum(), "got a complex number"),
+        (lambda w: None, "got None"),
+        (lambda w: (w.abs() > 0.1).float().sum(), "depends on the weight, by operations that autograd follows"),
+        (lambda w: torch.ones((), requires_grad=True) * 2, "depends on the weight"),
+    ],
+)
+def test_a_function_without_a_scalar_or_a_gradient_is_refused(f: Formula, sentence: str) -> None:
+    grad = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=sentence):
+        Penalty.from_function(f).add_grad_([torch.ones(2, 3)], [grad])
+    assert not grad.any()
+
+
+@pytest.mark.parametrize(("arguments", "argument"), [((3,), "f"), ((quartic, -1.0), "strength")])
+def test_wrong_arguments(arguments: tuple, argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"^`{argument}` must be .*, got"):
+        Penalty.from_function(*arguments)
