@@ -247,6 +247,7 @@ def test_a_function_prints_pickles_and_copies() -> None:
         assert other.identity == penalty.identity
         weight = torch.randn(3, 4)
         assert torch.equal(other.value([weight], total=3), penalty.value([weight], total=3))
+    assert b"regularization.penalties" not in pickle.dumps(penalty, protocol=2)
     assert penalty.identity != Penalty.from_function(quartic, exclude="head.*").identity
 
 

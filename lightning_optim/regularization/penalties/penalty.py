@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import methodcaller
 from typing import Any, ClassVar
 
 import torch
@@ -89,8 +90,8 @@ class Penalty(ParameterPolicy):
             >>> weight, grad = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.zeros(2, 2)
             >>> penalty.add_grad_([weight], [grad])
             >>> penalty.value([weight]), grad
-            (tensor(0.0150), tensor([[0.0000, 0.0200],
-                    [0.0160, -0.0120]]))
+            (tensor(0.0150), tensor([[ 0.0000,  0.0200],
+                    [ 0.0160, -0.0120]]))
             >>> callback = WeightRegularization(penalty)  # for Trainer(callbacks=[callback])
         """
         return FunctionPenalty(f, strength, on, exclude)
@@ -160,6 +161,11 @@ class FunctionPenalty(Penalty):
             function = function.func
         name = getattr(function, "__name__", type(function).__name__.lower())
         return str(name) if str(name).isidentifier() else "function"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the name of this file, so that the class can be moved."""
+        made = methodcaller("from_function", self.f, self.strength, self.on, self.exclude)
+        return made, (Penalty,), self.__dict__
 
     def _call(self, named: list[bool]) -> str:
         return super()._call(named).replace(type(self).__name__, "Penalty.from_function", 1)
