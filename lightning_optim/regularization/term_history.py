@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lightning_optim.base.ring_buffer import Ring
 from lightning_optim.plotting import check_metric, finish, log_scale, panels
@@ -28,32 +28,33 @@ class TermHistory:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self._steps: deque[int] = deque(maxlen=_SIZE)
         self._rows = Ring(_SIZE)
 
     def append(self, step: int, values: dict[str, Tensor]) -> None:
         """Add the values of a step, which is counted from 1."""
         self.names += [name for name in values if name not in self.names]
-        like = next(iter(values.values()))
-        unknown = torch.full((), torch.nan, device=like.device)
-        row = [torch.full((), float(step), device=like.device)]
-        row += [values.get(name, unknown).to(unknown) for name in self.names]
-        self._rows.append(torch.stack(row))
+        if len(values) < len(self.names):
+            like = next(iter(values.values()))
+            values = {name: like.new_tensor(torch.nan) for name in self.names} | values
+        self._steps.append(step)
+        self._rows.append(torch.stack([values[name].float() for name in self.names]))
 
-    def values(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def values(self) -> tuple[list[int], dict[str, Tensor]]:
         """Return the steps, and the values of each name at them, NaN where there was none."""
         rows = self._rows.rows.cpu()
-        rows = pad(rows, (0, 1 + len(self.names) - rows.shape[1]), value=torch.nan)
-        return rows[:, 0], {name: rows[:, 1 + place] for place, name in enumerate(self.names)}
+        return list(self._steps), {name: rows[:, place] for place, name in enumerate(self.names)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return names and values."""
-        return {"names": list(self.names), **self._rows.state_dict()}
+        """Return names, steps and values."""
+        return {"names": list(self.names), "steps": list(self._steps), **self._rows.state_dict()}
 
     @staticmethod
     def loaded(state: dict[str, Any]) -> TermHistory:
         """Return the history of which :meth:`state_dict` returned ``state``."""
         history = TermHistory()
         history.names = list(state["names"])
+        history._steps.extend(state["steps"])
         history._rows.load_state_dict(state)
         return history
 
@@ -84,10 +85,11 @@ def draw(history: TermHistory, kind: str | None, axes: Axes | None) -> tuple[Fig
     return figure, panel[-1]
 
 
-def _draw_values(axes: Axes, steps: Tensor, values: dict[str, Tensor]) -> None:
+def _draw_values(axes: Axes, steps: list[int], values: dict[str, Tensor]) -> None:
+    places = torch.tensor(steps)
     for name, value in values.items():
         label = "all" if name == ZEROS else name.removeprefix(f"{ZEROS}/").removeprefix("regularization/")
         known = value.isfinite()
-        axes.plot(steps[known], value[known], marker=".", label=label, linewidth=2.0 if label == "all" else 1.0)
+        axes.plot(places[known], value[known], marker=".", label=label, linewidth=2.0 if label == "all" else 1.0)
     if ZEROS not in values and all(bool((value[value.isfinite()] > 0.0).all()) for value in values.values()):
         log_scale(axes)

@@ -57,7 +57,7 @@ def test_shares_are_those_of_the_weights_after_the_step() -> None:
     callback = Seen([ProximalL1(0.05, on="layer.0.weight"), L2(1e-3)])
     model, trainer = fit(callback)
     steps, values = callback._histories[0].values()
-    assert steps.tolist() == [2.0, 4.0, 6.0]
+    assert steps == [2, 4, 6]
     assert set(values) == {"regularization/l2", "regularization/zeros", "regularization/zeros/layer.0.weight"}
     shares = [callback.found[step]["layer.0.weight"] for step in (2, 4, 6)]
     assert values["regularization/zeros/layer.0.weight"].tolist() == pytest.approx(shares)
@@ -81,7 +81,7 @@ def test_the_history_goes_on_after_a_resume(tmp_path: Path) -> None:
     fit(second, ckpt_path=tmp_path / "four.ckpt")
     steps, values = second._histories[0].values()
     wanted_steps, wanted = whole._histories[0].values()
-    assert torch.equal(steps, wanted_steps) and values.keys() == wanted.keys()
+    assert steps == wanted_steps and values.keys() == wanted.keys()
 
 
 def test_a_value_that_comes_later_is_unknown_before() -> None:
@@ -89,7 +89,7 @@ def test_a_value_that_comes_later_is_unknown_before() -> None:
     history.append(1, {"a": torch.tensor(1.0)})
     history.append(2, {"b": torch.tensor(2.0), "a": torch.tensor(3.0)})
     steps, values = TermHistory.loaded(history.state_dict()).values()
-    assert steps.tolist() == [1.0, 2.0] and values["a"].tolist() == [1.0, 3.0]
+    assert steps == [1, 2] and values["a"].tolist() == [1.0, 3.0]
     assert values["b"].isnan().tolist() == [True, False] and values["b"][1] == 2.0
 
 

@@ -233,6 +233,8 @@ def add_grads_(
         total: Number of optimizer steps in the run, for schedules.
     """
     together = [penalty for penalty in penalties if _is_elementwise(penalty)]
+    if len(together) == 1:
+        together = []  # a single one makes its own pieces, if it needs any
     if together:
         for some_weights, some_grads in foreach.chunks(shards.local_shards(weights), shards.local_shards(grads)):
             for penalty in together:
