@@ -40,6 +40,9 @@ from lightning_optim.gradients.gradient_monitor import GradientMonitor as Gradie
 from lightning_optim.gradients.manual_optimization import ManualOptimizationMixin as ManualOptimizationMixin
 from lightning_optim.gradients.sharpness_aware import SharpnessAwareMixin as SharpnessAwareMixin
 from lightning_optim.gradients.target_batch_size import TargetBatchSize as TargetBatchSize
+from lightning_optim.regularization.activation_regularization import (
+    ActivationRegularization as ActivationRegularization,
+)
 from lightning_optim.regularization.dropout.drop_path import DropPath as DropPath
 from lightning_optim.regularization.dropout.scheduled_dropout import ScheduledDropout as ScheduledDropout
 from lightning_optim.regularization.flooding import Flooding as Flooding

@@ -354,6 +354,12 @@ ENTRIES = (
         lambda _: Dropout(0.5, "regularization/dropout/*inner"),
     ),
     Entry(
+        "activations",
+        "gradients",
+        lambda _: [lo.ActivationRegularization([lo.L1(0.1), lo.L2(0.1)], on="*inner")],
+        lambda _: losses.PenalizeOutputs(0.1, 0.1),
+    ),
+    Entry(
         "flooding",
         "gradients",
         # Every loss is above the first level and below the second one, so that the parts of two ranks agree on it.

@@ -52,6 +52,18 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("WeightRegularization([])", "terms", "[]", "must be a penalty"),
     ("WeightRegularization(0.1)", "terms", "0.1", "such as L2(1e-4)"),
     ("WeightRegularization([L2(0.1), ClipByNorm(1.0)])", "terms", "[L2(0.1", "must be a penalty"),
+    ("ActivationRegularization(0.1, 'encoder.*')", "terms", "0.1", "must be a penalty such as L1(1e-5)"),
+    ("ActivationRegularization([], 'encoder.*')", "terms", "[]", "or a list of them"),
+    ("ActivationRegularization(ClipByNorm(1.0), '*')", "terms", "ClipByNorm(1.0)", "must be a penalty"),
+    (
+        "ActivationRegularization(GroupLasso(0.1), '*')",
+        "terms",
+        "GroupLasso(0.1)",
+        "must act on each element",
+    ),
+    ("ActivationRegularization(L1(0.1, on='*'), '*')", "terms", "L1(0.1, on='*')", "must not choose parameters"),
+    ("ActivationRegularization(L1(0.1), on=3)", "on", "3", "must be a glob over module names, a module class"),
+    ("ActivationRegularization(L1(0.1), on=[])", "on", "[]", "a list of one or more of these"),
     ("Flooding(nan)", "level", "nan", "that is finite"),
     ("L1(-0.1)", "strength", "-0.1", ">= 0"),
     ("L2(nan)", "strength", "nan", ">= 0"),
@@ -189,6 +201,7 @@ OF_BASES = {
 REQUIRED = {
     **{"EarlyStopping": "'x', ", "GradientAccumulation": "2, ", "GradientClipping": "1.0, "},
     **{
+        "ActivationRegularization": "L1(0.1), '*', ",
         "Flooding": "0.1, ",
         "ScheduledDropout": "{'a.*': 0.1}, ",
         "WeightAveraging": "EMA(0.9), ",
@@ -205,7 +218,7 @@ def arguments_of(name: str) -> set[str]:
 
 
 CLASSES = {name for name in lightning_optim.__all__ if inspect.isclass(getattr(lightning_optim, name))}
-ENSEMBLE_ON = {"Ensemble": {"on"}}  # the name of a submodule, and no selection of parameters
+ON_OF_MODULES = {"Ensemble": {"on"}, "ActivationRegularization": {"on"}}  # modules, and no selection of parameters
 
 # A policy of each public class, as the registry makes it. Its arguments need no row above, except for a sentence or a
 # bound that shall not change.
@@ -218,7 +231,7 @@ WRONG += [
     (f"{name}({REQUIRED.get(name, '')}{argument}={value})", argument, value, allowed)
     for name in sorted(CLASSES - POLICIES.keys())
     for argument, (value, allowed) in OF_BASES.items()
-    if argument in arguments_of(name) - ENSEMBLE_ON.get(name, set())
+    if argument in arguments_of(name) - ON_OF_MODULES.get(name, set())
 ]
 
 

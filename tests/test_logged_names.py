@@ -18,6 +18,7 @@ from lightning_optim import (
     L1,
     L2,
     SWA,
+    ActivationRegularization,
     CheckpointAveraging,
     EarlyStopping,
     ElasticNet,
@@ -114,6 +115,7 @@ def all_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             [L1(1e-5), L2(1e-4), L2(1e-4, on="head.*"), ElasticNet(1e-5, 1e-5), ProximalL1(1e-3, on="head.*")]
         ),
         ScheduledDropout({"encoder.*": Linear(0.0, 0.1), "head.*": 0.1}),
+        ActivationRegularization(L1(1e-5), on="encoder"),
         GradientAccumulation(2),
         GradientMonitor(level="parameter"),
         GradientClipping(0.5),

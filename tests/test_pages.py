@@ -43,7 +43,14 @@ def test_what_choose_says_to_turn_on_runs(tmp_path: Path) -> None:
     """Each callback in the second column can be made; the first of each class run together."""
     page = ROOT / "docs" / "choose.md"
     cells = [line.split("|")[2] for line in page.read_text().splitlines() if "](techniques/" in line]
-    letters = {"s": 1e-4, "p": 0.1, "n": 4, "count_tokens": lambda batch: len(batch[1]), "ModelCheckpoint": None}
+    letters = {
+        "s": 1e-4,
+        "p": 0.1,
+        "b": 0.05,
+        "n": 4,
+        "count_tokens": lambda batch: len(batch[1]),
+        "ModelCheckpoint": None,
+    }
     names = {**vars(lightning_optim), **letters, "model": Classifier()}
     made = {}
     for code in [code for cell in cells for code in re.findall(r"`([A-Z]\w+\([^`]*\))`", cell)]:

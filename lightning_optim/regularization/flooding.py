@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS
 
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.construction import written
 from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.runtime.callback import OptimCallback
-from lightning_optim.runtime.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_optim.runtime.refusals import refuse_line_search
 
 
 class Flooding(OptimCallback):
@@ -73,11 +73,7 @@ class Flooding(OptimCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise MisconfigurationException(
-                "Flooding changes the sign of a gradient, and the line search of LBFGS compares it with the loss, which"
-                " stays as it is: use a first-order optimizer."
-            )
+        refuse_line_search(self, trainer)
         self.session.on_loss(self, self._flood)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

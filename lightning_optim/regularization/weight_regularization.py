@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +20,7 @@ from lightning_optim.regularization.projections.proximal import Proximal
 from lightning_optim.regularization.projections.weight_decay import WeightDecay
 from lightning_optim.regularization.sparsity_table import Sparsity
 from lightning_optim.regularization.term_history import ZEROS, TermHistory, draw
+from lightning_optim.regularization.term_names import names_of
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.order import Slot
@@ -87,7 +87,7 @@ class WeightRegularization(OptimCallback):
             )
         for term in self.terms:
             term.check_complete()
-        self._labels = _labels(self.terms)
+        self._labels = names_of(self.terms)
         self.reset()
 
     @property
@@ -324,14 +324,3 @@ def _gradients_of(weights: list[Tensor]) -> list[Tensor]:
     if sparse.any_sparse(grads) or shards.any_sharded(grads):
         grads = [shards.align_grad_(weight) for weight in weights]
     return grads
-
-
-def _labels(terms: Sequence[Term]) -> list[str]:
-    """Return the name of each term for the log, with a number from the second term of a name on."""
-    seen: Counter[str] = Counter()
-    labels = []
-    for term in terms:
-        kind = term.log_name
-        seen[kind] += 1
-        labels.append(kind if seen[kind] == 1 else f"{kind}_{seen[kind]}")
-    return labels

@@ -120,6 +120,15 @@ def refuse_start(callback: SessionCallback, trainer: Trainer) -> None:
         )
 
 
+def refuse_line_search(callback: SessionCallback, trainer: Trainer) -> None:
+    """Raise under LBFGS if a callback changes gradients in the backward pass, and not the loss."""
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            f"{type(callback).__name__} changes gradients and not the loss, and the line search of LBFGS compares the"
+            " two: use a first-order optimizer."
+        )
+
+
 def refuse_unknown_length(callback: SessionCallback, total: int | float) -> None:
     """Raise if a schedule needs the length of the run, and the loaded data show that there is none."""
     if callback.needs_total and math.isinf(total):

@@ -108,6 +108,8 @@ def test_tensor_parallel(entry: Entry, group: Group) -> None:
     if refused(entry, (0, 1), lambda: group.run(job, entry.name)):
         return
     expected = Split(CELL, entry).run()
+    for name in [name for name in expected.logged if name.startswith("regularization/activations/")]:
+        del expected.logged[name]  # not logged, since a process holds a part of the outputs
     for outcome, partial, plain in group.run(job, entry.name):
         assert partial == {"net.norm.weight", "net.norm.bias"}
         assert plain["net.scale"]

@@ -232,7 +232,7 @@ def add_grads_(
         step: Number of optimizer steps made before, for schedules.
         total: Number of optimizer steps in the run, for schedules.
     """
-    together = [penalty for penalty in penalties if _is_elementwise(penalty)]
+    together = [penalty for penalty in penalties if is_elementwise(penalty)]
     if len(together) == 1:
         together = []  # a single one makes its own pieces, if it needs any
     if together:
@@ -244,7 +244,7 @@ def add_grads_(
             penalty.add_grad_(weights, grads, step=step, total=total)
 
 
-def _is_elementwise(penalty: Penalty) -> bool:
+def is_elementwise(penalty: Penalty) -> bool:
     """Return :attr:`Penalty.elementwise` of the class that has the formula: a subclass may have another one."""
     definer = next(cls for cls in type(penalty).__mro__ if "_add_grad_" in vars(cls))
     return bool(vars(definer).get("elementwise", False))
