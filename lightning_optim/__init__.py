@@ -43,8 +43,10 @@ from lightning_optim.gradients.target_batch_size import TargetBatchSize as Targe
 from lightning_optim.regularization.activation_regularization import (
     ActivationRegularization as ActivationRegularization,
 )
+from lightning_optim.regularization.dropout.drop_block import DropBlock as DropBlock
 from lightning_optim.regularization.dropout.drop_path import DropPath as DropPath
 from lightning_optim.regularization.dropout.scheduled_dropout import ScheduledDropout as ScheduledDropout
+from lightning_optim.regularization.dropout.weight_drop import WeightDrop as WeightDrop
 from lightning_optim.regularization.flooding import Flooding as Flooding
 from lightning_optim.regularization.penalties.elementwise import L1 as L1
 from lightning_optim.regularization.penalties.elementwise import L2 as L2

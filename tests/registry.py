@@ -24,7 +24,7 @@ from tests.harness import regularization_formulas as regularization
 from tests.harness import run
 from tests.harness import stopping_formulas as stopping
 from tests.harness.cells import CELLS, EPOCHS, Cell, orthogonal_array
-from tests.harness.dropout_formulas import Dropout, fixed
+from tests.harness.dropout_formulas import Dropout, WeightDropout, fixed
 from tests.harness.reference_loop import Chain, Formula, Outcome
 from tests.harness.schedule_formulas import Scheduled, cosine, exponential, linear
 from tests.lightning import Callback, LightningModule, ModelCheckpoint, Trainer
@@ -352,6 +352,12 @@ ENTRIES = (
         "gradients",
         lambda _: [fixed(lo.ScheduledDropout({"*inner": lo.Linear(0.5, 0.0)}, insert=True))],
         lambda _: Dropout(0.5, "regularization/dropout/*inner"),
+    ),
+    Entry(
+        "weight_dropout",
+        "gradients",
+        lambda _: [fixed(lo.ScheduledDropout({"*inner": lo.Linear(0.5, 0.0)}, insert="weight"))],
+        lambda _: WeightDropout(0.5, "regularization/dropout/*inner"),
     ),
     Entry(
         "activations",

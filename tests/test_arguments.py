@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from torch import nn
 
 import lightning_optim
 from lightning_optim import Policy, SharpnessAwareMixin
@@ -24,6 +25,7 @@ NAMES: dict[str, Any] = {
     **{name: getattr(lightning_optim, name) for name in lightning_optim.__all__},
     "SharpnessAwareMixin": Sharp,
     "LightningModule": LightningModule,
+    "nn": nn,
     "nan": float("nan"),
     "inf": float("inf"),
 }
@@ -73,6 +75,8 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("ElasticNet(-1.0, 0.1)", "l1", "-1.0", ">= 0"),
     ("ElasticNet(0.1, -1.0)", "l2", "-1.0", ">= 0"),
     ("ProximalL1(-2.0)", "strength", "-2.0", ">= 0"),
+    ("DropBlock(1.5)", "drop_prob", "1.5", "in [0.0, 1.0]"),
+    ("DropBlock(0.1, block_size=0)", "block_size", "0", "an integer >= 1"),
     ("DropPath(1.5)", "drop_prob", "1.5", "in [0.0, 1.0]"),
     ("ScheduledDropout({})", "rates", "{}", "must be a rate or a dictionary of glob to rate"),
     ("ScheduledDropout({3: 0.1})", "rates", "{3: 0.1}", "must be a rate or a dictionary of glob to rate"),
@@ -81,6 +85,11 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("ScheduledDropout(1.5)", "rates", "1.5", "in [0.0, 1.0]"),
     ("ScheduledDropout(True)", "rates", "True", "in [0.0, 1.0]"),
     ("ScheduledDropout({'a.*': 2.0})", "rates['a.*']", "2.0", "in [0.0, 1.0]"),
+    ("ScheduledDropout(0.1, insert='blocks')", "insert", "'blocks'", "must be one of True, False, 'block', 'weight'"),
+    ("ScheduledDropout(0.1, block_size=1.5)", "block_size", "1.5", "an integer >= 1"),
+    ("WeightDrop(0.5)", "module", "0.5", "must be a layer that has weights of its own"),
+    ("WeightDrop(Linear(0.0, 1.0))", "module", "Linear(0.0, 1.0)", "must be a layer that has weights of its own"),
+    ("WeightDrop(nn.Linear(2, 2), drop_prob=-0.5)", "drop_prob", "-0.5", "in [0.0, 1.0]"),
     # gradients
     ("GradientClipping(0.0)", "policy", "0.0", "a number > 0"),
     ("GradientClipping([])", "policy", "[]", "a list of them"),

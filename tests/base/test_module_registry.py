@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_optim.base import layer_classes, module_registry
+from lightning_optim.base import layer_classes, module_registry, recurrent_weights
 from lightning_optim.base.shards import version
 
 
@@ -96,6 +96,15 @@ def test_base_classes_of_layers() -> None:
     assert not issubclass(nn.InstanceNorm1d, layer_classes.BatchNormBase), said
 
 
+def test_weights_of_recurrent_layers() -> None:
+    said = says("nn.RNNBase._flat_weights or _update_flat_weights", "with_weights")
+    layer, x, zeros = nn.RNN(2, 3, bias=False), torch.ones(1, 1, 2), torch.zeros(3, 2)
+    layer(x)
+    layer.weight_ih_l0 = nn.Parameter(torch.ones(3, 2))
+    assert not recurrent_weights.with_weights(layer, {"weight_ih_l0": zeros}, layer, (x,), {})[0].any(), said
+    assert torch.equal(layer(x)[0], torch.full((1, 1, 3), 2.0).tanh()), said
+
+
 def test_version_counter() -> None:
     tensor, said = torch.zeros(2), says("Tensor._version", "version")
     first = version(tensor)
@@ -106,9 +115,9 @@ def test_version_counter() -> None:
 
 
 def test_each_private_name_is_tested_here() -> None:
-    """A name that is added to the two files without a test here is found."""
+    """A name that is added to the files without a test here is found."""
     names = set()
-    for module in (module_registry, layer_classes):
+    for module in (module_registry, layer_classes, recurrent_weights):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute | ast.alias):
                 name = node.attr if isinstance(node, ast.Attribute) else node.name

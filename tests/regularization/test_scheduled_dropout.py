@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import lightning_optim
 from lightning_optim import DropPath, Linear, Piecewise, ScheduledDropout
 from lightning_optim.regularization.dropout.masks import mask
 from lightning_optim.regularization.dropout.sites import find_sites
-from tests.lightning import LightningModule, MisconfigurationException, Trainer
+from tests.lightning import Callback, LightningModule, MisconfigurationException, Trainer
 
 
 class Net(LightningModule):
@@ -113,8 +119,112 @@ def test_sites_of_attention_and_recurrent_layers() -> None:
     model = nn.ModuleDict(
         {"attention": nn.MultiheadAttention(4, 2, dropout=0.1), "lstm": nn.LSTM(4, 4, 2, dropout=0.1)}
     )
-    found = find_sites(model, ["*"], insert=True)["*"]
+    found = find_sites(model, ["*"], insert=True)["*"].sites
     assert [(site.name, site.attribute) for site in found] == [("attention", "dropout"), ("lstm", "dropout")]
+
+
+def names(found: Any) -> dict[str, list[str]]:
+    return {pattern: [site.name for site in sites.sites] for pattern, sites in found.items()}
+
+
+def test_a_glob_leaves_out_the_last_layer_if_it_matches_another() -> None:
+    """Its outputs are the predictions. A pattern that names it, or matches it alone, takes it."""
+    model = Net()
+    inserted = find_sites(model, ["head.*", "*"], insert=True)
+    assert names(inserted) == {"head.*": ["head.0", "head.1"], "*": ["encoder.0", "encoder.1", "encoder.3"]}
+    assert (inserted["head.*"].left_out, inserted["*"].left_out) == ("head.2", "head.2")
+    assert names(find_sites(model, ["head.2", "*"], insert=True))["head.2"] == ["head.2"]
+    assert names(find_sites(model, ["*.2", "*"], insert=True))["*.2"] == ["head.2"]
+    assert find_sites(model, ["*.2", "*"], insert=True)["*"].left_out == ""
+    assert names(find_sites(nn.Sequential(nn.Linear(1, 1)), ["*"], insert=True)) == {"*": ["0"]}
+    assert names(find_sites(model, ["*"], insert="weight"))["*"][-1] == "head.2"
+
+
+def test_the_last_layer_keeps_its_outputs() -> None:
+    class Outputs(Net):
+        zeros = 0
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.zeros += int((self.head[2](torch.ones(1000, 8)) == 0).sum())
+            return super().training_step(batch, batch_idx)
+
+    model = Outputs()
+    callback = ScheduledDropout(0.5, insert=True)
+    fit(model, callback)
+    assert model.zeros == 0
+    assert "head.0" in callback.rates_by_module() and "head.2" not in callback.rates_by_module()
+    fit(model, ScheduledDropout({"head.2": 0.5, "*": 0.1}, insert=True))
+    assert model.zeros > 0
+
+
+def test_rates_by_module_and_the_report() -> None:
+    model, callback = Net(), ScheduledDropout({"encoder.3": Linear(0.8, 0.125), "*": 0.5})
+    assert callback.rates_by_module() == {}
+    seen: list[dict[str, float]] = []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(callback.rates_by_module())
+
+        def on_fit_end(self, *_: Any) -> None:
+            seen.append({"report": callback.report()})  # type: ignore[dict-item]
+
+    fit(model, callback, Looks())
+    assert seen[0] == {"encoder.3": 0.8, "encoder.1": 0.5, "head.1": 0.5}
+    assert seen[-1] == {"report": "dropout at the end: encoder.3 0.125, encoder.1 0.5, head.1 0.5"}
+    assert callback.rates_by_module() == seen[-2] == {"encoder.3": 0.125, "encoder.1": 0.5, "head.1": 0.5}
+    assert copy.deepcopy(callback).rates_by_module() == callback.rates_by_module()
+    assert pickle.loads(pickle.dumps(callback)).rates_by_module() == callback.rates_by_module()
+
+
+def test_a_long_report_is_cut() -> None:
+    class Deep(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.ModuleList(nn.Dropout() for _ in range(9))
+
+    callback = ScheduledDropout(0.25)
+    fit(Deep(), callback)
+    shown = (
+        "encoder.1 0.25, encoder.3 0.25, head.1 0.25, more.0 0.25, more.1 0.25, more.2 0.25, more.3 0.25, more.4 0.25"
+    )
+    assert callback.report() == f"dropout at the end: {shown}, … and 4 more"
+
+
+def test_layers_that_are_replaced_are_followed() -> None:
+    """From the first batch of the epoch on; what is replaced gets its own rate back, and nothing stays installed."""
+
+    class Replaces(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.old = [self.head]
+                self.head = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.45), nn.Linear(8, 4), nn.Linear(4, 1))
+
+    model = Replaces()
+    callback = ScheduledDropout({"head.*": Linear(0.7, 0.0), "*": 0.25}, insert=True)
+    fit(model, callback, epochs=2)
+    assert [rates[2] for rates in model.rates] == pytest.approx([0.7 * (1 - step / 7) for step in range(8)])
+    assert callback.rates_by_module().keys() == {
+        *("head.0", "head.1", "head.2"),
+        *("encoder.0", "encoder.1", "encoder.3"),
+    }
+    assert (model.head[1].p, model.old[0][1].p) == (0.45, 0.4)
+    assert not any(module._forward_hooks for root in (model, *model.old) for module in root.modules())
+
+
+def test_recipes_of_the_page() -> None:
+    """Early, late and curriculum dropout: rates over a run of 101 steps."""
+    early, late = Piecewise({0.0: 0.1, 0.2: 0.0}), Piecewise({0.0: 0.0, 0.2: 0.1})
+    assert [early(step, 101) for step in (0, 19, 20, 100)] == [0.1, 0.1, 0.0, 0.0]
+    assert [late(step, 101) for step in (0, 19, 20, 100)] == [0.0, 0.0, 0.1, 0.1]
+    page = (Path(lightning_optim.__file__).parents[1] / "docs" / "techniques" / "dropout.md").read_text()
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Curriculum" in code]
+    scope: dict[str, Any] = {}
+    exec(code.partition("trainer =")[0], scope)
+    schedule = scope["Curriculum"](0.5)
+    for step in (0, 10, 100):
+        keep = (1.0 - 0.5) * math.exp(-10.0 / 100 * step) + 0.5
+        assert schedule(step, 101) == pytest.approx(1.0 - keep)
 
 
 def test_a_pattern_without_dropout_is_refused_with_a_remedy() -> None:
@@ -135,6 +245,12 @@ def test_an_output_that_is_no_tensor_is_refused_with_its_name() -> None:
 
     with pytest.raises(MisconfigurationException, match="'cell' returns tuple"):
         fit(Recurrent(), ScheduledDropout({"cell": 0.1}, insert=True))
+
+
+@pytest.mark.parametrize("insert", ["blocks", 1, None])
+def test_wrong_insert(insert: Any) -> None:
+    with pytest.raises(ValueError, match="`insert` must be one of True, False, 'block', 'weight'"):
+        ScheduledDropout(0.1, insert=insert)
 
 
 @pytest.mark.parametrize("rates", [{}, -0.1, {"*": 1.5}, {"*": -0.1}, {"*": Linear(0.0, 2.0)}])

@@ -43,9 +43,11 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop samples."""
-        if not self.training or self.drop_prob == 0.0:
-            return x
-        return x * mask(x.new_empty(x.shape[0], *[1] * (x.ndim - 1)), self.drop_prob)
+        return x if not self.training or self.drop_prob == 0.0 else self.drop(self.drop_prob, x)
+
+    def drop(self, rate: float | Tensor, x: Tensor) -> Tensor:
+        """Drop samples at a rate that is a number or a tensor without dimensions."""
+        return x * mask(x.new_empty(x.shape[0], *[1] * (x.ndim - 1)), rate)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -12,6 +13,9 @@ from torch.nn.parameter import is_lazy
 from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.base.suggestions import nearest_pattern, shown
+from lightning_optim.regularization.dropout.weight_drop import WeightDrop
+
+Insert = bool | Literal["block", "weight"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Site:
     Attributes:
         name: The module's name.
         module: The module.
-        attribute: The attribute that holds the rate; ``None`` if the module has no dropout and its output would get it.
+        attribute: The attribute that holds the rate; ``None`` if the module has no dropout and would get it.
     """
 
     name: str
@@ -29,14 +33,31 @@ class Site:
     attribute: str | None
 
 
-def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) -> dict[str, list[Site]]:
+@dataclass(frozen=True)
+class Sites:
+    """Hold the places that a pattern sets.
+
+    Attributes:
+        sites: The places.
+        left_out: The name of the model's last layer if the pattern matches it and does not take it; else "".
+    """
+
+    sites: list[Site]
+    left_out: str = ""
+
+
+def find_sites(
+    model: nn.Module, patterns: Iterable[str], insert: Insert = False, strict: bool = True
+) -> dict[str, Sites]:
     """Find the places that each pattern sets: those that it matches and no pattern before it does.
 
     Args:
         model: The model.
         patterns: Globs over module names, in the order in which they are tried.
-        insert: Also find layers without dropout: every module with weights of its own that a glob matches, and any
-            module that a pattern names in full.
+        insert: Also find layers without dropout: every module that a glob matches and that can have it, and any
+            module that a pattern names in full. A glob does not take the model's last layer, whose outputs are the
+            model's, if it matches anything else; ``"weight"`` does, since it drops no outputs.
+        strict: Raise if a pattern matches nothing.
 
     Raises:
         ValueError: If a pattern matches nothing; the message names the nearest one.
@@ -44,31 +65,40 @@ def find_sites(model: nn.Module, patterns: Iterable[str], insert: bool = False) 
     Example::
 
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1), nn.Linear(2, 2))
-        >>> sites = find_sites(model, ["1", "*"], insert=True)
-        >>> {pattern: [site.name for site in places] for pattern, places in sites.items()}
-        {'1': ['1'], '*': ['0', '2']}
+        >>> found = find_sites(model, ["1", "*"], insert=True)
+        >>> {pattern: [site.name for site in one.sites] for pattern, one in found.items()}, found["*"].left_out
+        ({'1': ['1'], '*': ['0']}, '2')
     """
     # Attention calls its projection as a function, so a hook on it would never run.
-    projections = {id(child) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for child in m.children()}
-    modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in projections)
+    owners = nn.MultiheadAttention | WeightDrop if insert == "weight" else nn.MultiheadAttention
+    owned = {id(child) for module in model.modules() if isinstance(module, owners) for child in module.children()}
+    modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in owned)
     named = {plain_name(name): module for name, module in modules}
-    found: dict[str, list[Site]] = {}
+    last = next((name for name, module in reversed(named.items()) if insert != "weight" and is_layer(module)), "")
+    found: dict[str, Sites] = {}
     set_before: set[int] = set()
     for pattern in patterns:
         matched = {name: named[name] for name in fnmatch.filter(named, pattern)}
         sites = [site for name, module in matched.items() if (site := _site(name, module, pattern, insert))]
-        if not sites:
+        if not sites and strict:
             raise _nothing(pattern, list(matched), named, insert)
-        found[pattern] = [site for site in sites if id(site.module) not in set_before]
-        set_before |= {id(site.module) for site in sites}
+        inner = [site for site in sites if site.attribute is not None or site.name != last or site.name == pattern]
+        if not inner:  # the last layer is all that the pattern matches
+            inner = sites
+        left_out = last if len(inner) < len(sites) and id(named[last]) not in set_before else ""
+        found[pattern] = Sites([site for site in inner if id(site.module) not in set_before], left_out)
+        set_before |= {id(site.module) for site in inner}
     return found
 
 
-def _site(name: str, module: nn.Module, pattern: str, insert: bool) -> Site | None:
+def _site(name: str, module: nn.Module, pattern: str, insert: Insert) -> Site | None:
     attribute = rate_attribute(module)
-    if attribute is not None:
+    if attribute is not None and not (insert == "weight" and isinstance(module, nn.RNNBase)):
         return Site(name, module, attribute)
-    return Site(name, module, None) if insert and (is_layer(module) or name == pattern) else None
+    if insert == "weight":
+        return Site(name, module, None) if is_layer(module) else None
+    takes = isinstance(module, nn.Conv2d | nn.ConvTranspose2d) if insert == "block" else insert and is_layer(module)
+    return Site(name, module, None) if takes or (insert and name == pattern) else None
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -95,10 +125,18 @@ def rate_attribute(module: nn.Module) -> str | None:
     return "drop_prob" if isinstance(getattr(module, "drop_prob", None), int | float) else None
 
 
-def _nothing(pattern: str, matched: list[str], named: dict[str, nn.Module], insert: bool) -> ValueError:
+def _nothing(pattern: str, matched: list[str], named: dict[str, nn.Module], insert: Insert) -> ValueError:
     if matched and not insert:
         return ValueError(
             f"`rates[{pattern!r}]` matches {matched[:3]}, which have no dropout: pass `insert=True` to add it to them"
+        )
+    if matched:
+        what = {"block": "convolution of two dimensions", "weight": "layer with weights of its own"}.get(
+            str(insert), "layer"
+        )
+        return ValueError(
+            f"`rates[{pattern!r}]` with `insert={insert!r}` matches {matched[:3]}, of which none is a {what}, nor has"
+            " dropout of its own"
         )
     known = list(named) if insert else [name for name, module in named.items() if rate_attribute(module)]
     which = "modules" if insert else "modules with dropout"

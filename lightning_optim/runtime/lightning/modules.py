@@ -66,6 +66,11 @@ def takes_argument(module: LightningModule, hook: str, name: str, **options: Any
     return asks(getattr(module, hook), name, **options)
 
 
+def is_wrapped_to_compile(pl_module: LightningModule) -> bool:
+    """Return True if the Trainer was given ``torch.compile(module)``: it runs the module with compiled methods."""
+    return read_private(pl_module, "_compiler_ctx") is not None
+
+
 def undo_compilation_(module: LightningModule) -> None:
     """Undo what ``torch.compile(module)`` changed in a module.
 

@@ -71,6 +71,9 @@ PRIVATE_NAMES = (
     PrivateName("_forward_cache", "logger_connector.last_value", "save the value that was logged last"),
     # ---- Lightning: modules ----
     PrivateName("_current_fx_name", "modules.running_hook", "know the hook that runs, by which values are logged"),
+    PrivateName(
+        "_compiler_ctx", "modules.is_wrapped_to_compile", "not compile a module again for each rate of dropout"
+    ),
     PrivateName("_trainer", "modules.is_attached", "know whether a module is in a Trainer"),
     PrivateName("_device_mesh", "modules.share_device_mesh", "shard the members of an ensemble"),
     PrivateName("_instantiator", "loading.check_names", "refuse a checkpoint that names a function to call"),

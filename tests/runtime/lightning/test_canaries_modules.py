@@ -46,6 +46,17 @@ def test_attached_modules() -> None:
         _ = model.trainer
 
 
+@canary("_compiler_ctx")
+def test_compiled_modules() -> None:
+    model = Model()
+    inside = At("on_fit_start", lambda trainer: modules.is_wrapped_to_compile(trainer.lightning_module))
+    fit(model, inside, limit_train_batches=0)
+    fit(torch.compile(model, backend="eager"), inside, limit_train_batches=0)  # type: ignore[arg-type]
+    assert inside.seen == [False, True]
+    modules.undo_compilation_(model)
+    assert not modules.is_wrapped_to_compile(model)
+
+
 @canary("_device_mesh")
 def test_device_mesh() -> None:
     one, other, mesh = Model(), Model(), object()

@@ -213,6 +213,7 @@ _ELSEWHERE = {
         "_non_persistent_buffers_set",
         "_forward_pre_hooks",
     },
+    "base/recurrent_weights.py": {"_flat_weights", "_update_flat_weights"},
     "base/layer_classes.py": {"_BatchNorm", "_NormBase", "_DropoutNd"},
     "base/shards.py": {"_version"},
     # Names in the pickles of distributed checkpoints.
