@@ -52,6 +52,7 @@ from lightning_optim.regularization.penalties.elementwise import L1 as L1
 from lightning_optim.regularization.penalties.elementwise import L2 as L2
 from lightning_optim.regularization.penalties.elementwise import ElasticNet as ElasticNet
 from lightning_optim.regularization.penalties.group_lasso import GroupLasso as GroupLasso
+from lightning_optim.regularization.penalties.l2sp import L2SP as L2SP
 from lightning_optim.regularization.penalties.orthogonal import Orthogonal as Orthogonal
 from lightning_optim.regularization.penalties.penalty import Penalty as Penalty
 from lightning_optim.regularization.projections.non_negative import NonNegative as NonNegative

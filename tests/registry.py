@@ -315,6 +315,12 @@ ENTRIES = (
         lambda _: regularization.Penalize("elasticnet", l1=0.2, l2=0.2, everything=True),
     ),
     Entry(
+        "l2sp",
+        "gradients",
+        lambda _: [lo.WeightRegularization(lo.L2SP(20.0))],
+        lambda _: regularization.PullToStart("l2sp", 20.0),
+    ),
+    Entry(
         "orthogonal",
         "gradients",
         lambda _: [lo.WeightRegularization(lo.Orthogonal(0.4))],

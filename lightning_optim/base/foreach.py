@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 
-def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield pieces of two lists, of some MB each, for a formula that needs a temporary of their size.
+def chunks(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Yield pieces of some lists, of some MB each, for a formula that needs a temporary of their size.
 
     Small tensors stand together in a piece, large ones are cut into views. On a CPU a piece stays in the cache; on a
     GPU it is large enough to hide the launch of a kernel.
 
     Args:
-        left: Local tensors, such as :func:`local_shards` returns.
-        right: Tensors of the same shapes, in the same order.
+        lists: Lists of local tensors, such as :func:`local_shards` returns: of the same shapes, in the same order.
 
     Example::
 
@@ -26,34 +25,29 @@ def chunks(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Tenso
         >>> grads
         [tensor([1., 1.]), tensor([1., 1., 1.])]
     """
-    size = 1 << 18 if left and left[0].device.type == "cpu" else 1 << 22
-    if left and sum(map(Tensor.numel, left)) <= size:
-        yield left, right
-        return
-    some_left: list[Tensor] = []
-    some_right: list[Tensor] = []
+    size = 1 << 18 if lists[0] and lists[0][0].device.type == "cpu" else 1 << 22
+    together: list[tuple[Tensor, ...]] = []
     room = size
-    for one, other in zip(left, right, strict=True):
-        elements = one.numel()
-        if elements > size and (flat := _flat(one, other)):
-            views = (torch.split(tensor, size) for tensor in flat)
-            yield from (([piece], [other_piece]) for piece, other_piece in zip(*views, strict=True))
+    for alike in zip(*lists, strict=True):
+        elements = alike[0].numel()
+        if elements > size and (flat := _flat(alike)):
+            for views in zip(*(torch.split(tensor, size) for tensor in flat), strict=True):
+                yield tuple([view] for view in views)
             continue
-        if elements > room and some_left:
-            yield some_left, some_right
-            some_left, some_right, room = [], [], size
-        some_left.append(one)
-        some_right.append(other)
+        if elements > room and together:
+            yield tuple(map(list, zip(*together, strict=True)))
+            together, room = [], size
+        together.append(alike)
         room -= elements
-    if some_left:
-        yield some_left, some_right
+    if together:
+        yield tuple(map(list, zip(*together, strict=True)))
 
 
-def _flat(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return both as vectors, if they lie in one memory format without gaps, such as channels last; else ``None``."""
-    order = sorted(range(one.ndim), key=one.stride, reverse=True)
-    one, other = one.permute(order), other.permute(order)
-    return (one.view(-1), other.view(-1)) if one.is_contiguous() and other.is_contiguous() else None
+def _flat(alike: tuple[Tensor, ...]) -> list[Tensor] | None:
+    """Return tensors as vectors if they lie in one memory format without gaps, such as channels last; else ``None``."""
+    order = sorted(range(alike[0].ndim), key=alike[0].stride, reverse=True)
+    permuted = [tensor.permute(order) for tensor in alike]
+    return [tensor.view(-1) for tensor in permuted] if all(tensor.is_contiguous() for tensor in permuted) else None
 
 
 @torch.no_grad()

@@ -146,15 +146,28 @@ def nonzero_counts(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0, dtype=torch.int64)
-    parts = [_shard_and_groups(tensor) for tensor in tensors]
-    device = parts[0][0].device
-    counts = torch.stack([torch.count_nonzero(shard).to(device) for shard, _ in parts])
-    for group in dict.fromkeys(group for _, over in parts for group in over):
-        places = [place for place, (_, over) in enumerate(parts) if group in over]
-        cut = counts[places]
+    local = local_shards(tensors)
+    device = local[0].device
+    return sum_over_shards_(torch.stack([torch.count_nonzero(shard).to(device) for shard in local]), tensors)
+
+
+def sum_over_shards_(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Add up numbers that each process has computed of its shard of each tensor, in place, with one reduction a group.
+
+    Args:
+        sums: A vector with one number for each tensor.
+        tensors: Plain tensors and DTensors, none of them ``Partial``.
+
+    Returns:
+        ``sums``, now the same on all ranks.
+    """
+    over = [_groups_of(tensor) for tensor in tensors]
+    for group in dict.fromkeys(group for groups in over for group in groups):
+        places = [place for place, groups in enumerate(over) if group in groups]
+        cut = sums[places]
         dist.all_reduce(cut, group=group)
-        counts[places] = cut
-    return counts
+        sums[places] = cut
+    return sums
 
 
 def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:
@@ -164,9 +177,16 @@ def _shard_and_groups(tensor: Tensor) -> tuple[Tensor, tuple[dist.ProcessGroup, 
     if any(placement.is_partial() for placement in tensor.placements):
         whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
         tensor = tensor.redistribute(placements=whole)
+    return tensor.to_local(), _groups_of(tensor)
+
+
+def _groups_of(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """Return the process groups over which the shards add up to the whole."""
+    if not isinstance(tensor, DTensor):
+        return ()
     mesh: DeviceMesh = tensor.device_mesh
     sharded = (dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
-    return tensor.to_local(), tuple(mesh.get_group(dim) for dim in sharded)
+    return tuple(mesh.get_group(dim) for dim in sharded)
 
 
 def _foreach_norm(shards: list[Tensor], norm_type: float) -> Tensor:

@@ -219,6 +219,10 @@ class WeightStates:
     Args:
         init: Makes the tensor from its weight.
 
+    Attributes:
+        source: If it is set, a function of a weight's name and the weight that returns the whole tensor to begin with,
+            or ``None`` for that of ``init``.
+
     Example::
 
         >>> weight = torch.ones(2)
@@ -228,6 +232,8 @@ class WeightStates:
         >>> momentum.of([weight])
         [tensor([1., 1.])]
     """
+
+    source: Callable[[str, Tensor], Tensor | None] | None = None
 
     def __init__(self, init: Callable[[Tensor], Tensor]) -> None:
         self._init = init
@@ -264,6 +270,8 @@ class WeightStates:
             name = str(place) if names is None else names[id(weight)]
             own = self._init(weight.detach())
             saved = self._loaded.pop(name, None)
+            if saved is None and self.source is not None:
+                saved = self.source(name, weight)
             if saved is not None and saved.shape == own.shape:
                 shards.copy_(own, saved)
             self._held[id(weight)] = (weight, name, own)

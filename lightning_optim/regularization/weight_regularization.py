@@ -116,6 +116,8 @@ class WeightRegularization(OptimCallback):
             refuse_complex(term, chosen)
             refuse_split_units(term, chosen.values())
             self._selections.append(Selection(pl_module, term.on, term.exclude))
+        for index in range(len(trainer.optimizers)):
+            self._copies[index]  # made now, so that what does not fit the module raises its error before any step
         self._looked_up = _looked_up(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

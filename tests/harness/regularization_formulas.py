@@ -83,6 +83,26 @@ class RowProducts(Formula):
         step.logged[f"regularization/{self.name}"] = value
 
 
+class PullToStart(Formula):
+    """Add the penalty ``strength * sum((w - w0)^2)`` on matrices, where w0 is the weight before the first step."""
+
+    def __init__(self, name: str, strength: float) -> None:
+        self.name = name
+        self.strength = strength
+        self.starts: dict[tuple[int, str], torch.Tensor] = {}
+
+    def before_step(self, step: Step) -> None:
+        value = 0.0
+        for name, weight, grad in zip(step.names, step.weights, step.grads, strict=True):
+            if weight.ndim < 2:
+                continue
+            start = self.starts.setdefault((step.optimizer, name), weight.clone())
+            moved = weight - start
+            value += float(self.strength * (moved * moved).sum())
+            grad += 2.0 * self.strength * moved
+        step.logged[f"regularization/{self.name}"] = value
+
+
 class FourthPowers(Formula):
     """Add the penalty ``strength * sum(w^4)`` over all weights."""
 
