@@ -301,7 +301,7 @@ class Secret:
     """A class that a file must not be able to make."""
 
 
-@pytest.mark.parametrize("content", [Secret(), [1, 2], {"state_dict": 3}], ids=repr)
+@pytest.mark.parametrize("content", [Secret(), [1, 2], {"state_dict": 3}], ids=["object", "list", "number"])
 def test_files_that_are_no_checkpoint(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(ValueError, match=r"cannot be read as tensors|and no dictionary|has none of the chosen"):
