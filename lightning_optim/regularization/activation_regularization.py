@@ -59,7 +59,7 @@ class ActivationRegularization(OptimCallback):
 
         >>> from lightning_optim import L1, ActivationRegularization
         >>> ActivationRegularization(L1(1e-5), on="encoder.*")
-        ActivationRegularization(L1(1e-05), on='encoder.*')
+        ActivationRegularization(L1(1e-05), 'encoder.*')
         >>> ActivationRegularization(L1(1e-5), on=torch.nn.ReLU).terms
         [L1(1e-05)]
 

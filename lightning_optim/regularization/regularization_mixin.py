@@ -15,8 +15,9 @@ class RegularizationMixin(ModuleMixin):
 
     A callback does not see these before the backward pass. A module overrides :meth:`regularization` and adds
     ``self.regularization_loss(batch, outputs)`` to its loss in ``training_step``. The term is part of the loss, so
-    accumulation, mixed precision and the strategies treat it as such. It is logged as ``regularization/loss``. For
-    terms on the weights alone :class:`WeightRegularization` costs less.
+    accumulation, mixed precision and the strategies treat it as such. It is logged as ``regularization/loss``. Terms on
+    the weights alone, or on the outputs of single modules, need no change in the module:
+    :class:`WeightRegularization` and :class:`ActivationRegularization`.
 
     Example::
 
