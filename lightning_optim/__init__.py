@@ -47,6 +47,7 @@ from lightning_optim.regularization.dropout.drop_block import DropBlock as DropB
 from lightning_optim.regularization.dropout.drop_path import DropPath as DropPath
 from lightning_optim.regularization.dropout.scheduled_dropout import ScheduledDropout as ScheduledDropout
 from lightning_optim.regularization.dropout.weight_drop import WeightDrop as WeightDrop
+from lightning_optim.regularization.fisher_importance import fisher_importance as fisher_importance
 from lightning_optim.regularization.flooding import Flooding as Flooding
 from lightning_optim.regularization.penalties.elementwise import L1 as L1
 from lightning_optim.regularization.penalties.elementwise import L2 as L2
