@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_optim.base.module_selection import ModuleSelectors, check_module_selectors, select_modules
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.suggestions import shown
-from lightning_optim.regularization.penalized_outputs import PenalizedOutputs, outside_of_graphs
+from lightning_optim.regularization.penalized_outputs import PenalizedOutputs
 from lightning_optim.regularization.penalties.penalty import Penalty, add_grads_, is_elementwise
 from lightning_optim.regularization.term_names import names_of
 from lightning_optim.runtime.callback import OptimCallback
@@ -98,7 +98,7 @@ class ActivationRegularization(OptimCallback):
         self.session.on_loss(self, self._arrived)
         for name, module in select_modules(pl_module, self.on).items():
             self._hooks.append(PenalizedOutputs(name, self))
-            self.session.on_close(module.register_forward_hook(outside_of_graphs(self._hooks[-1].act)).remove)
+            self.session.on_close(module.register_forward_hook(self._hooks[-1]).remove)
 
     def describe_run(self) -> str:
         count = len(self._hooks)

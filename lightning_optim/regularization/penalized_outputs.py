@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -53,9 +52,18 @@ class PenalizedOutputs:
     def __init__(self, name: str, penalty: OutputPenalty) -> None:
         self.name, self.penalty = name, penalty
         self.called = self.reached = False
+        # `torch.compile` leaves it as it is: what it reads is known in the backward pass alone.
+        self._outside_of_graphs = torch.compiler.disable(self._act)  # type: ignore[no-untyped-call]
 
-    def act(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle it with a penalty that is in no fit, and so does not act."""
+        return PenalizedOutputs, (self.name, self.penalty)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the output, each tensor of it with the penalty in its backward pass."""
+        return self._outside_of_graphs(module, output)
+
+    def _act(self, module: nn.Module, output: Any) -> Any:
         if not self.penalty.acts or not torch.is_grad_enabled():
             return output
         self.called = True
@@ -73,10 +81,14 @@ class PenalizedOutputs:
                 f"ActivationRegularization penalizes tensors, and {self.name!r} returns {type(output).__name__}: name a"
                 " module inside it whose output is a tensor, or tensors in a tuple, list or dictionary."
             )
-        penalized: Any = tree_map_only(
-            Tensor, lambda tensor: self._one(tensor, tensor.shape[batch_dim] if tensor.ndim > batch_dim else 0), output
-        )
-        return penalized
+        done: dict[int, Tensor] = {}  # a tensor may be in a structure twice
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in done:
+                done[id(tensor)] = self._one(tensor, tensor.shape[batch_dim] if tensor.ndim > batch_dim else 0)
+            return done[id(tensor)]
+
+        return tree_map_only(Tensor, once, output)
 
     def _one(self, output: Tensor, batch_size: int) -> Tensor:
         if not output.requires_grad or not batch_size or not output.numel():
@@ -127,8 +139,3 @@ def _saved(ctx: Any) -> Tensor:
         ) from error
     found: Tensor = output
     return found
-
-
-def outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that ``torch.compile`` leaves as it is: the hook reads the gradient of the loss as it runs."""
-    return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]

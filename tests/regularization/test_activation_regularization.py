@@ -273,6 +273,7 @@ STRUCTURES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tuple": lambda one, other: (one, other, None, 3),
     "list": lambda one, other: [one, other, "text"],
     "dictionary": lambda one, other: {"a": one, "b": {"c": other, "count": torch.ones(4, dtype=torch.int64)}},
+    "repeated": lambda one, other: (one, [other, one]),
     "named": lambda one, other: Pair(one, (other, other.detach(), other.sum().detach())),
 }
 
@@ -314,13 +315,12 @@ def test_each_tensor_of_a_structure_is_penalized(structure: str) -> None:
     torch.manual_seed(0)
     layer, x = Several(STRUCTURES[structure]), torch.randn(4, 3)
     kept = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
-    flat: list[Tensor] = []
 
     def call(layer: nn.Module) -> Tensor:
         output = layer(x)
         assert type(output) is type(STRUCTURES[structure](x, x))
-        flat[:] = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)][:2]
-        return flat[0].sum() + flat[1].sum()
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        return torch.stack([leaf.sum() for leaf in leaves if leaf.requires_grad]).sum()
 
     found = step(layer, call)
     for name, weight in layer.named_parameters():

@@ -14,10 +14,13 @@ import torch
 
 from lightning_optim import (
     EMA,
+    L1,
     L2,
+    ActivationRegularization,
     CheckpointAveraging,
     EarlyStopping,
     ExactResume,
+    Flooding,
     GradientAccumulation,
     GradientClipping,
     GradientMonitor,
@@ -36,6 +39,8 @@ ONE_BY_ONE: dict[str, Callable[[], OptimCallback]] = {
     "accumulation": lambda: GradientAccumulation(2),
     "penalty": lambda: WeightRegularization([L2(1e-3), ProximalL1(1e-3)]),
     "dropout": lambda: ScheduledDropout({"*": 0.1}, insert=True),
+    "activations": lambda: ActivationRegularization(L1(1e-3), on="*"),
+    "flooding": lambda: Flooding(0.1),
     "monitor": GradientMonitor,
     "clipping": lambda: GradientClipping(0.1),
     "EMA": lambda: WeightAveraging(EMA(0.8)),
