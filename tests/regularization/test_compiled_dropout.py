@@ -159,6 +159,25 @@ def test_attention_gets_at_most_eight_rates(make: Any) -> None:
     assert few == first + 1
 
 
+def test_a_compiled_module_drops_at_the_rate_of_the_step_and_has_its_own_after_the_fit() -> None:
+    class Counts(Net):
+        def __init__(self) -> None:
+            super().__init__(Chain(nn.Dropout(0.9)))
+            self.layer = nn.Linear(1, 1)
+            self.shares: list[float] = []
+            self.net.compile(backend="eager")
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.shares.append((self.net(torch.ones(50_000)) == 0.0).float().mean().item())
+            return self.layer(torch.ones(1)).sum()
+
+    model = Counts()
+    Trainer(max_epochs=1, barebones=True, callbacks=[ScheduledDropout(Linear(1.0, 0.0))]).fit(model)
+    assert model.shares == pytest.approx([1.0 - step / 7 for step in range(8)], abs=0.01)
+    assert model.shares[0] == 1.0 and model.shares[-1] == 0.0
+    assert (model.net(torch.ones(50_000)) == 0.0).float().mean().item() == pytest.approx(0.9, abs=0.01)
+
+
 def test_levels() -> None:
     assert len(levels(Linear(0.0, 0.5), 100_000)) == LEVELS
     assert levels(Linear(0.5, 0.2), 4) == pytest.approx([0.2, 0.3, 0.4, 0.5])

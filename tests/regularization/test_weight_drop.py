@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -193,6 +194,19 @@ def test_inserted_weights_are_undone_after_an_exception() -> None:
         Trainer(max_epochs=1, barebones=True, callbacks=[ScheduledDropout(0.9, insert="weight")]).fit(model)
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model.head(torch.eye(4)), model.head.weight.T + model.head.bias)
+
+
+def test_a_copy_in_the_middle_of_a_fit_drops_nothing() -> None:
+    class Copies(Language):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for part in (copy.deepcopy(self.head), pickle.loads(pickle.dumps(self.head))):
+                assert torch.equal(part(torch.eye(4)), part.weight.T + part.bias)
+                part.weight = nn.Parameter(torch.zeros(4, 4))
+                assert torch.equal(part(torch.eye(4)), part.bias.expand(4, 4)), "it calls the layer that it was copied from"
+            return super().training_step(batch, batch_idx)
+
+    callback = ScheduledDropout(0.9, insert="weight")
+    Trainer(max_steps=1, barebones=True, callbacks=[callback]).fit(Copies())
 
 
 def test_a_lazy_layer_gets_its_weights_first() -> None:

@@ -25,14 +25,15 @@ class Place:
         site: The place.
         write: Writes a number where the place holds its rate.
         rounds: True if each new number compiles the module again, so that only few may come.
+        rate: The rate before the first batch.
 
     Attributes:
         rate: The present rate.
     """
 
-    def __init__(self, site: Site, write: Callable[[float], None], rounds: bool) -> None:
+    def __init__(self, site: Site, write: Callable[[float], None], rounds: bool, rate: float = 0.0) -> None:
         self.name, self.module, self.write, self.rounds = site.name, site.module, write, rounds
-        self.rate = 0.0
+        self.rate = rate
 
     def set_rate(self, rate: float) -> None:
         self.rate = rate
@@ -102,11 +103,13 @@ def open_place(site: Site, session: Session, insert: Insert, draw: Draw, rate: T
         inserted.install(session)
         return Place(site, inserted.set_rate, rounds=False)
     attribute, module = site.attribute, site.module
-    session.patch(module, attribute, getattr(module, attribute))
+    own = getattr(module, attribute)
+    session.patch(module, attribute, own)
     forward = None if rate is None else forward_at(module, rate)
     if forward is not None:
         session.patch(module, "forward", forward)
-    return Place(site, lambda number: setattr(module, attribute, number), rounds=rate is not None and forward is None)
+    rounds = rate is not None and forward is None
+    return Place(site, lambda number: setattr(module, attribute, number), rounds, own)
 
 
 class _Inserted:

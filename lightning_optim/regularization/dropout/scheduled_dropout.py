@@ -39,8 +39,8 @@ class ScheduledDropout(OptimCallback):
 
     In a compiled module (``torch.compile(module)``, ``module.compile()``) a schedule does not compile it again: torch's
     dropout layers, drop-path modules and what is inserted read their rate from a tensor, and so draw other random
-    numbers than they do uncompiled. Attention, recurrent layers and dropout classes of your own take a number, each of
-    which is compiled anew: there a schedule with more than eight values is rounded to the nearest of eight.
+    numbers than they do uncompiled. Attention, recurrent layers and dropout classes of your own take a number, and each
+    new number compiles the module again: there a schedule with more than eight values is rounded to eight.
 
     Args:
         rates: A rate in [0, 1] for all modules, a number or a schedule; or a dictionary from a glob over module names
@@ -48,7 +48,7 @@ class ScheduledDropout(OptimCallback):
         insert: True to add dropout to modules that have none: to every module that a glob matches and that has weights
             of its own with two dimensions or more, and to any module that a pattern names in full. A glob leaves out
             the model's last layer, whose outputs are the predictions, unless it matches nothing else. The last is that
-            in the order of ``named_modules()``. ``"block"`` adds :class:`DropBlock` instead, of the globs to
+            in the order of ``named_modules()``. ``"block"`` adds :class:`DropBlock` instead, with a glob after
             convolutions of two dimensions; ``"weight"`` drops weights as :class:`WeightDrop` does, in all layers that
             are matched, recurrent ones too, whose dropout between layers then stays as it is.
         block_size: Side of the squares of ``insert="block"``. Default 7, as in :class:`DropBlock`.
