@@ -14,23 +14,27 @@ from lightning_optim.regularization.dropout.drop_path import DropPath
 from lightning_optim.regularization.dropout.masks import mask
 from lightning_optim.regularization.dropout.weight_drop import WeightDrop
 
-LEVELS = 8
-"""The most rates to which a schedule is rounded where a compiled layer takes a number only."""
+LEVELS = 7
+"""The most rates to which a schedule is rounded where a compiled layer takes a number only.
+
+torch keeps eight programs of a function (``torch._dynamo.config.recompile_limit``), of which one is for evaluation, and
+runs it uncompiled if it needs more.
+"""
 
 _MOST_STEPS = 10_000  # at which a schedule is asked for its values
 _ALPHA = -1.7580993408473766  # the limit of SELU for small inputs, at which alpha dropout sets what it drops
 
 
 def levels(schedule: Schedule, total: float) -> list[float]:
-    """Return the few rates that a schedule is rounded to: all its values in the run, or else eight at equal distances.
+    """Return the few rates that a schedule is rounded to: all its values in the run, or else seven at equal distances.
 
     Example::
 
         >>> from lightning_optim import Linear, Piecewise
         >>> levels(Piecewise({0.0: 0.1, 0.3: 0.25, 0.5: 0.0}), total=100)
         [0.0, 0.1, 0.25]
-        >>> [round(level, 2) for level in levels(Linear(0.0, 0.7), total=100)]
-        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+        >>> [round(level, 2) for level in levels(Linear(0.0, 0.6), total=100)]
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     """
     last = int(total) - 1
     steps = range(last + 1) if last < _MOST_STEPS else (last * i // (_MOST_STEPS - 1) for i in range(_MOST_STEPS))

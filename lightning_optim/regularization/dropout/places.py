@@ -28,12 +28,12 @@ class Place:
         rate: The rate before the first batch.
 
     Attributes:
-        rate: The present rate.
+        rate: The present rate in training.
     """
 
     def __init__(self, site: Site, write: Callable[[float], None], rounds: bool, rate: float = 0.0) -> None:
         self.name, self.module, self.write, self.rounds = site.name, site.module, write, rounds
-        self.rate = rate
+        self.rate = self.own = rate
 
     def set_rate(self, rate: float) -> None:
         self.rate = rate
@@ -80,6 +80,13 @@ class PatternRates:
             for place in self.places:
                 place.set_rate(self._rounded(now, total) if place.rounds else now)
         return now
+
+    def rest(self) -> None:
+        """Set rates that compile a module again to those before the fit: one program serves all evaluations."""
+        self._now = None
+        for place in self.places:
+            if place.rounds:
+                place.write(place.own)
 
     def _rounded(self, rate: float, total: float) -> float:
         if self._levels is None:

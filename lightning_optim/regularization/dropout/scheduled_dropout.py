@@ -40,7 +40,7 @@ class ScheduledDropout(OptimCallback):
     In a compiled module (``torch.compile(module)``, ``module.compile()``) a schedule does not compile it again: torch's
     dropout layers, drop-path modules and what is inserted read their rate from a tensor, and so draw other random
     numbers than they do uncompiled. Attention, recurrent layers and dropout classes of your own take a number, and each
-    new number compiles the module again: there a schedule with more than eight values is rounded to eight.
+    new number compiles the module again: there a schedule with more than seven values is rounded to seven.
 
     Args:
         rates: A rate in [0, 1] for all modules, a number or a schedule; or a dictionary from a glob over module names
@@ -166,6 +166,10 @@ class ScheduledDropout(OptimCallback):
             now = pattern.set_rate(step, self.session.total)
             if logs and isinstance(pattern.rate, Schedule):
                 pl_module.log(f"regularization/dropout/{name}", now, on_step=True, on_epoch=False)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for pattern in self._patterns.values():
+            pattern.rest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_patterns": {}, "_rates": self.rates_by_module()}
