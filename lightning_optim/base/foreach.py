@@ -51,6 +51,21 @@ def _flat(alike: tuple[Tensor, ...]) -> list[Tensor] | None:
 
 
 @torch.no_grad()
+def scale_(tensors: list[Tensor], factor: float) -> None:
+    """Multiply tensors by a number in place, in half precision too by the number itself.
+
+    On a CPU ``torch._foreach_mul_`` rounds the number to the dtype of a tensor: 0.999 is 1 in bfloat16.
+    """
+    coarse = [tensor for tensor in tensors if tensor.dtype.itemsize < 4 and tensor.device.type == "cpu"]
+    for tensor in coarse:
+        tensor.mul_(factor)
+    if not coarse:
+        torch._foreach_mul_(tensors, factor)
+    elif len(coarse) < len(tensors):
+        scale_([tensor for tensor in tensors if tensor.dtype.itemsize >= 4 or tensor.device.type != "cpu"], factor)
+
+
+@torch.no_grad()
 def swap_(left: Tensor, right: Tensor) -> None:
     """Swap the values of two local tensors of one dtype and shape, with a temporary of some MB."""
     for (some_left,), (some_right,) in chunks([left], [right]):

@@ -161,9 +161,10 @@ class Clamp(Formula):
 
 
 class Decay(Formula):
-    """Subtract ``lr * strength`` times a matrix as it was before the step; if cautious, where this goes with the step.
+    """Multiply a matrix by ``1 - lr * strength`` before the step, as AdamW does.
 
-    With ``following`` the learning rate counts once more, as a share of the largest one.
+    If cautious, subtract the same of the old matrix after the step, where the step did not move away from zero. With
+    ``following=False`` the learning rate does not count.
     """
 
     def __init__(self, strength: float, cautious: bool = False, following: bool = True) -> None:
@@ -172,18 +173,23 @@ class Decay(Formula):
         self.following = following
         self.before: dict[tuple[int, str], torch.Tensor] = {}
 
+    def _factor(self, step: Step) -> float:
+        return (step.lr if self.following else 1.0) * self.strength
+
     def before_step(self, step: Step) -> None:
         for name, weight in zip(step.names, step.weights, strict=True):
             self.before[step.optimizer, name] = weight.clone()
+            if weight.ndim >= 2 and not self.cautious:
+                weight *= 1.0 - self._factor(step)
 
     def after_step(self, step: Step) -> None:
         for name, weight in zip(step.names, step.weights, strict=True):
-            if weight.ndim < 2:
+            if weight.ndim < 2 or not self.cautious:
                 continue
             for new, old in zip(weight.view(-1), self.before[step.optimizer, name].view(-1), strict=True):
                 moves_away = (old - new) * old < 0.0
-                if not (self.cautious and moves_away):
-                    new -= (step.lr if self.following else 1.0) * self.strength * old
+                if not moves_away:
+                    new -= self._factor(step) * old
 
 
 class Shrink(Formula):

@@ -108,6 +108,7 @@ class Half(Variant):
                 formula.before_step(step)
                 _copy_(live[0], step.grads)
                 _copy_(step.grads, live[0])
+                _copy_(live[1], step.weights)
             optimizer.step()
             _copy_(step.weights, live[1])
             self.formula.after_step(step)

@@ -25,7 +25,7 @@ from tests.integration.entry_fits import (
     reference_fit,
     states,
 )
-from tests.registry import Entry
+from tests.registry import Entry, fourth_powers
 
 COPIES = {"pickle": lambda thing: pickle.loads(pickle.dumps(thing)), "deepcopy": copy.deepcopy}
 
@@ -90,7 +90,8 @@ def test_repr(entry: Entry) -> None:
         assert text.startswith(type(callback).__name__)
         assert "\n" not in text
         assert not re.search(r" at 0x|object at", text)
-        assert repr(eval(text, {**constructed(), "torch": torch, "nn": nn})) == text
+        known = {**constructed(), "torch": torch, "nn": nn, "fourth_powers": fourth_powers}
+        assert repr(eval(text, known)) == text
 
 
 def constructed(kind: type = Constructed) -> dict[str, type]:

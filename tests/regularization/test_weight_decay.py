@@ -69,6 +69,14 @@ def test_sgd_with_it_is_sgd_with_a_decay_without_momentum() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weak_decay_is_not_lost_in_half_precision(dtype: torch.dtype) -> None:
+    weight, single = torch.full((4, 4), 1.0 + 2**-7, dtype=dtype), torch.ones(2, 2)
+    WeightDecay(0.0025, follows_lr=False).before_step_([weight, single], lr=0.1)
+    torch.testing.assert_close(weight, (torch.full((4, 4), 1.0 + 2**-7) * 0.9975).to(dtype), rtol=0.0, atol=0.0)
+    torch.testing.assert_close(single, torch.full((2, 2), 0.9975))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_cautious_decay_is_its_formula(optimizer: Any, dtype: torch.dtype) -> None:

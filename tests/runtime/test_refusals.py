@@ -11,9 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from lightning_optim import (
     EMA,
     L2,
+    ActivationRegularization,
     ClipByNorm,
     Clipping,
     EarlyStopping,
+    Flooding,
     GradientAccumulation,
     GradientClipping,
     Linear,
@@ -67,6 +69,8 @@ def test_lbfgs(entry: Entry) -> None:
     fitted = prepare(entry, STEPS, SecondOrder, callbacks=entry.callbacks(STEPS))
     if any(callback.touches for callback in fitted.ours if not isinstance(callback, EarlyStopping)):
         assert_refused(fitted, "acts once per optimizer step, and LBFGS .* use a first-order optimizer")
+    elif any(isinstance(callback, ActivationRegularization | Flooding) for callback in fitted.ours):
+        assert_refused(fitted, "line search of LBFGS .* use a first-order optimizer")
     else:
         fitted.trainer.fit(fitted.module)
         assert all(callback.steps == [fitted.trainer.global_step] for callback in fitted.ours)

@@ -115,7 +115,7 @@ class WeightDecay(ParameterPolicy):
         if self.cautious:
             self._copy(weights, factor)
         else:
-            torch._foreach_mul_(shards.local_shards(weights), 1.0 - factor)
+            foreach.scale_(shards.local_shards(weights), 1.0 - factor)
 
     def _copy(self, weights: Sequence[Tensor], factor: float) -> None:
         place = sum(len(list(_pieces(waiting))) for waiting, _ in self._waiting)
