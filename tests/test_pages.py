@@ -48,6 +48,7 @@ def test_what_choose_says_to_turn_on_runs(tmp_path: Path) -> None:
         "p": 0.1,
         "b": 0.05,
         "n": 4,
+        "F": None,
         "count_tokens": lambda batch: len(batch[1]),
         "ModelCheckpoint": None,
     }

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS
 
 from lightning_optim.base.policy import Policy
+from lightning_optim.base.shards import sharded_dim
 from lightning_optim.runtime.lightning import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -192,7 +193,7 @@ def refuse_split_units(policy: Policy, parameters: Iterable[Tensor]) -> None:
         return
     for parameter in parameters:
         if isinstance(parameter, DTensor):
-            sharded = [placement.dim for placement in parameter.placements if isinstance(placement, Shard)]
+            sharded = [dim for dim in map(sharded_dim, parameter.placements) if dim is not None]
             if any(dim != 0 or policy.needs == "matrices" for dim in sharded):
                 raise MisconfigurationException(
                     f"{policy!r} is computed on whole {policy.needs}, and a parameter of shape {tuple(parameter.shape)}"

@@ -1,4 +1,4 @@
-"""Penalties that are not elementwise: value and gradient are those of autograd on the formula, also on shards."""
+"""All penalties: value and gradient are those of autograd on the formula, also on shards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from lightning_optim import L2, GroupLasso, Linear, Orthogonal, Penalty, WeightRegularization
+from lightning_optim import L1, L2, ElasticNet, GroupLasso, Linear, Orthogonal, Penalty, WeightRegularization
 from lightning_optim.base import shards
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
@@ -51,6 +53,9 @@ def quartic(weight: Tensor) -> Tensor:
 
 
 CASES: list[tuple[Penalty, Formula]] = [
+    (L1(0.3), lambda w: 0.3 * w.abs().sum()),
+    (L2(0.3), lambda w: 0.3 * w.abs().square().sum()),
+    (ElasticNet(0.3, 0.2), lambda w: 0.3 * w.abs().sum() + 0.2 * w.abs().square().sum()),
     (Orthogonal(0.3), lambda w: 0.3 * gram(w)),
     (Penalty.from_function(quartic, 0.3), lambda w: 0.3 * quartic(w)),
     (GroupLasso(0.3), lambda w: 0.3 * group_norms(0)(w)),
@@ -145,6 +150,23 @@ def errors_on_shards() -> list[float]:
         far.append((penalty.value(placed) / penalty.value(whole) - 1.0).abs().item())
         far += [(shards.gather_to_cpu(g) - w).abs().max().item() for g, w in zip(placed_grads, grads, strict=True)]
     return far
+
+
+def error_on_twice_cut_shards() -> float:
+    """Return the error of column norms where tensor parallelism and FSDP2 cut the same dimension of a weight."""
+    mesh = init_device_mesh("cpu", (2, 1))
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    half = weight[2 * dist.get_rank() :][:2].contiguous()
+    placed = DTensor.from_local(half, mesh, [_StridedShard(0, split_factor=1), Shard(0)], run_check=False)
+    penalty, grad, wanted = GroupLasso(0.3, dim=1), torch.zeros_like(placed), torch.zeros_like(weight)
+    penalty.add_grad_([weight], [wanted])
+    penalty.add_grad_([placed], [grad])
+    far = (grad.to_local() - wanted[2 * dist.get_rank() :][:2]).abs().max()
+    return max(far.item(), (penalty.value([placed]) - penalty.value([weight])).abs().item())
+
+
+def test_exact_on_twice_cut_shards(group: Group) -> None:
+    assert max(group.run(error_on_twice_cut_shards)) < 1e-12
 
 
 def test_exact_on_shards(group: Group) -> None:
