@@ -30,12 +30,11 @@ from typing import Any
 import ema_pytorch
 import torch
 import torch_ema
+from allocations import LargestAllocation
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
 from models import MODELS
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim import EMA, WeightAveraging, average_checkpoints
 
@@ -136,28 +135,15 @@ def updates(name: str, rounds: int, cpu: bool) -> tuple[dict[str, list[float]], 
                 start = clock()
                 update()
                 found.setdefault(who, []).append(clock() - start)
-        with Largest() as made, ours.averaged_weights(outer):
+        with LargestAllocation() as made, ours.averaged_weights(outer):
             pass
-        memory["swap, MB"] = made.total / 1e6
-        with Largest() as made:
+        memory["swap, MB"] = made.megabytes
+        with LargestAllocation() as made:
             run["lightning_optim"]()
-        memory["update, MB"] = made.total / 1e6
+        memory["update, MB"] = made.megabytes
 
     within_fit(weights, ours, lambda outer: within_fit(weights, lightnings, lambda model: inner(model, outer)))
     return found, memory
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that one operation made."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known]
-        self.total = max(self.total, sum(t.numel() * t.element_size() for t in new))
-        return result
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from allocations import LargestAllocation
 from models import MODELS
-from running_fits import Hooks, largest_allocation, within_fits
+from running_fits import Hooks, within_fits
 from torch import nn
 
 from lightning_optim import L1, L2, WeightDecay, WeightRegularization
@@ -78,8 +79,12 @@ def contest(shapes: list[tuple[int, ...]], rounds: int, clock: Callable[[], floa
                 contestant()
                 if round_ >= WARMUP:
                     times[name].append(1e3 * (clock() - start))
-        ours = ("L1 + L2", "decay", "cautious decay")
-        found.update(times=times, allocated={name: largest_allocation(contestants[name]) for name in ours})
+        allocated: dict[str, float] = {}
+        for name in ("L1 + L2", "decay", "cautious decay"):
+            with LargestAllocation() as made:
+                contestants[name]()
+            allocated[name] = made.megabytes
+        found.update(times=times, allocated=allocated)
 
     decays = (WeightDecay(S, cautious, follows_lr=False) for cautious in (False, True))
     callbacks = [WeightRegularization([L1(S), L2(S)]), *map(WeightRegularization, decays)]

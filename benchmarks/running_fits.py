@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_optim import OptimCallback
 
@@ -92,23 +91,3 @@ def operations(contestant: Callable[[], Any]) -> int:
     with Counting() as counting:
         contestant()
     return counting.count
-
-
-class Allocations(TorchDispatchMode):
-    """Keep the bytes of the largest new outputs of one torch operation."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known]
-        self.largest = max(self.largest, sum(tensor.numel() * tensor.element_size() for tensor in new))
-        return result
-
-
-def largest_allocation(contestant: Callable[[], Any]) -> float:
-    """Return the size of the largest temporary of a contestant in MB."""
-    with Allocations() as allocations:
-        contestant()
-    return allocations.largest / 1e6
