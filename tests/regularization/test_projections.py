@@ -70,6 +70,18 @@ def test_the_threshold_may_grow_with_the_size_of_a_group(shape: tuple[int, ...],
     assert not torch.allclose(scaled, projected(ProximalGroupLasso(3.0, dim), weight))
 
 
+def test_the_soft_threshold_before_that_of_groups_is_the_sparse_group_lasso() -> None:
+    """The gradient of ``|x - w|^2 / 2 + a sum|x| + b |x|`` is zero where x is not. In the other order it is not."""
+    weight, a, b = randn(4, 30), 0.3, 1.0
+    found = projected(ProximalGroupLasso(b), projected(ProximalL1(a), weight, lr=1.0), lr=1.0)
+    slope = found - weight + a * found.sign() + b * nn.functional.normalize(found, dim=1)
+    kept = found != 0.0
+    assert 0.5 < kept.float().mean() < 0.9
+    assert torch.allclose(slope[kept], torch.zeros_like(slope[kept]), atol=1e-12)
+    other = projected(ProximalL1(a), projected(ProximalGroupLasso(b), weight, lr=1.0), lr=1.0)
+    assert not torch.allclose(found, other)
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_max_norm_is_renorm(shape: tuple[int, ...], dim: int) -> None:

@@ -23,8 +23,8 @@ class ProximalGroupLasso(Proximal):
     output of the layer, or with ``dim=1`` an input, has no effect and can be removed. Under plain SGD it minimizes the
     sum that the group lasso penalizes (Yuan and Lin, *Model Selection and Estimation in Regression with Grouped
     Variables*, `doi:10.1111/j.1467-9868.2005.00532.x <https://doi.org/10.1111/j.1467-9868.2005.00532.x>`_). Under Adam
-    the threshold is not divided by the second moment, so it is not the proximal step of Adam's metric. A learning rate
-    that decays to zero takes the threshold with it.
+    the threshold is not divided by the root of the second moment, so it is not the proximal step of Adam's metric. A
+    learning rate that decays to zero takes the threshold with it.
 
     Exact on shards: the sums of rows that are cut are taken over the ranks that hold the parts.
 

@@ -19,9 +19,10 @@ class ProximalL1(Proximal):
     r"""Apply the soft threshold: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - \eta s, 0)`.
 
     :math:`\eta` is the learning rate. It minimizes the same sum as :class:`L1` under plain SGD, and makes weights
-    exactly zero, which a gradient does not. Under Adam the two differ: this threshold is not divided by the second
-    moment, and so is not the proximal step of Adam's metric. A learning rate that decays to zero takes the threshold
-    with it. The size of a complex weight is shortened, and its direction stays.
+    exactly zero, which a gradient does not. Momentum m multiplies the force of a gradient by :math:`1 / (1 - m)`, and
+    not this threshold. Under Adam the two differ more: the threshold is not divided by the root of the second moment,
+    and so is not the proximal step of Adam's metric. A learning rate that decays to zero takes the threshold with it.
+    The size of a complex weight is shortened, and its direction stays.
 
     Args:
         strength: The factor :math:`s \ge 0`.
