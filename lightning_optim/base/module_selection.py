@@ -30,7 +30,15 @@ def check_module_selectors(name: str, value: ModuleSelectors) -> ModuleSelectors
     return value
 
 
-def select_modules(model: nn.Module, on: ModuleSelectors) -> dict[str, nn.Module]:
+def described(selectors: ModuleSelectors) -> list[str]:
+    """Return the globs as they are, and classes and predicates by name: a text that holds no memory address."""
+    return [
+        selector if isinstance(selector, str) else getattr(selector, "__qualname__", type(selector).__qualname__)
+        for selector in _listed(selectors)
+    ]
+
+
+def select_modules(model: nn.Module, on: ModuleSelectors, *, required: bool = True) -> dict[str, nn.Module]:
     """Choose modules whose outputs a technique reads.
 
     A name in full takes that module. A glob takes the innermost of the modules that it matches: ``"encoder.*"`` the
@@ -43,6 +51,7 @@ def select_modules(model: nn.Module, on: ModuleSelectors) -> dict[str, nn.Module
     Args:
         model: The model.
         on: A selector, or a list of them.
+        required: Raise if a selector matches nothing.
 
     Returns:
         Name to module in the model's order; a shared module once.
@@ -63,7 +72,7 @@ def select_modules(model: nn.Module, on: ModuleSelectors) -> dict[str, nn.Module
     chosen: set[str] = set()
     for selector in _listed(on):
         hits = _matches(kinds, selector)
-        if not hits:
+        if required and not hits:
             raise _nothing(model, kinds, selector)
         chosen |= hits
     modules = {name: same[0] for name, same in kinds.items() if name in chosen}

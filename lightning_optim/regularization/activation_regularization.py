@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_optim.base.module_selection import ModuleSelectors, check_module_selectors, select_modules
+from lightning_optim.base.module_selection import ModuleSelectors, check_module_selectors, described, select_modules
 from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.suggestions import shown
 from lightning_optim.regularization.penalized_outputs import PenalizedOutputs
@@ -15,6 +16,7 @@ from lightning_optim.regularization.penalties.penalty import Penalty, add_grads_
 from lightning_optim.regularization.term_names import names_of
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer, rank_zero_warn
+from lightning_optim.runtime.lightning.modules import compile_again
 from lightning_optim.runtime.refusals import refuse_line_search
 
 
@@ -78,7 +80,7 @@ class ActivationRegularization(OptimCallback):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"terms": [term.identity for term in self.terms], "on": self.on if isinstance(self.on, str) else None}
+        return {"terms": [term.identity for term in self.terms], "on": described(self.on)}
 
     @property
     def needs_total(self) -> bool:
@@ -86,6 +88,7 @@ class ActivationRegularization(OptimCallback):
 
     def reset(self) -> None:
         self._hooks: list[PenalizedOutputs] = []
+        self._watched: WeakSet[nn.Module] = WeakSet()
         self._when: dict[str, Any] = {}  # step and total, for schedules
         self._loss_gradient: Tensor | None = None
         self._any_backward = False
@@ -96,9 +99,18 @@ class ActivationRegularization(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         refuse_line_search(self, trainer)
         self.session.on_loss(self, self._arrived)
-        for name, module in select_modules(pl_module, self.on).items():
+        self._watch_modules(pl_module, required=True)
+
+    def _watch_modules(self, pl_module: LightningModule, required: bool) -> None:
+        """Add a hook to each chosen module that has none yet."""
+        found = select_modules(pl_module, self.on, required=required)
+        new = {name: module for name, module in found.items() if module not in self._watched}
+        for name, module in new.items():
             self._hooks.append(PenalizedOutputs(name, self))
             self.session.on_close(module.register_forward_hook(self._hooks[-1]).remove)
+            self._watched.add(module)
+        if new:
+            compile_again(pl_module)
 
     def describe_run(self) -> str:
         count = len(self._hooks)
@@ -108,6 +120,8 @@ class ActivationRegularization(OptimCallback):
     # ---- in a batch --------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # a layer that was replaced, such as a new head
+            self._watch_modules(pl_module, required=False)
         self._when = {"step": self.steps[0] if self.steps else 0, "total": self.session.total}
         logged = self.logs_now(trainer) and not _splits_outputs(trainer)
         # Also where nothing is penalized in this batch: the mean over ranks is a collective.
@@ -163,7 +177,8 @@ class ActivationRegularization(OptimCallback):
                 self._values[name] = self._values[name] + value.to(self._values[name].device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_hooks": [], "_values": {}, "_when": {}, "_loss_gradient": None}
+        of_fit: dict[str, Any] = {"_hooks": [], "_watched": (), "_values": {}, "_when": {}, "_loss_gradient": None}
+        return {**super().__getstate__(), **of_fit}
 
 
 def _check(terms: list[Penalty], given: Any) -> None:

@@ -163,12 +163,12 @@ def terms() -> list[Penalty]:
     return [L1(A), L2(B)]
 
 
-def assert_as_by_hand(kind: type[Net], others: Callbacks = list, scale: bool = False) -> None:
+def assert_as_by_hand(kind: type[Net], others: Callbacks = list, scale: bool = False, **more: Any) -> None:
     """Assert that a module has the same weights with the callback and with its own terms, and others without both."""
     models = [kind(), kind(by_hand=True), kind()]
     with_callback = [ActivationRegularization(terms(), on=list(kind.on))]
     for model, callbacks in zip(models, (with_callback, [], []), strict=True):
-        fit(model, *callbacks, *others(), plugins=[scaled()] if scale else [])
+        fit(model, *callbacks, *others(), plugins=[scaled()] if scale else [], **more)
     ours, by_hand, without = (dict(model.named_parameters()) for model in models)
     for name, weight in by_hand.items():
         assert torch.allclose(ours[name], weight, rtol=1e-11, atol=1e-12), name
@@ -204,6 +204,10 @@ def test_equals_the_term_in_the_loss(kind: type[Net]) -> None:
 @pytest.mark.parametrize("scale", [False, True], ids=["", "scaled"])
 def test_equals_the_term_in_the_loss_of_windows(kind: type[Net], others: Callbacks, scale: bool) -> None:
     assert_as_by_hand(kind, others, scale)
+
+
+def test_equals_the_term_in_the_loss_of_lightnings_windows() -> None:
+    assert_as_by_hand(Net, accumulate_grad_batches=4)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
@@ -402,7 +406,8 @@ def test_half_precision_is_penalized_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("how", ["submodule", "in_place", "around", "whole"])
-def test_compiled_modules(how: str) -> None:
+@pytest.mark.parametrize("before", [False, True], ids=["", "compiled_before"])
+def test_compiled_modules(how: str, before: bool) -> None:
     class Compiled(Net):
         on = ("encoder.0", "encoder.1")
 
@@ -424,6 +429,11 @@ def test_compiled_modules(how: str) -> None:
         ours.encoder = torch.compile(ours.encoder, backend="aot_eager")
     else:
         model = torch.compile(ours, backend="aot_eager")
+    if before:  # torch does not look for hooks that are new in compiled code
+        weights = [weight.detach().clone() for weight in ours.parameters()]
+        fit(model)
+        with torch.no_grad():
+            torch._foreach_copy_(list(ours.parameters()), weights)
     fit(model, ActivationRegularization(terms(), on=list(Compiled.on)))
     fit(by_hand)
     assert torch.allclose(ours.out.weight, by_hand.out.weight, rtol=1e-9, atol=1e-10)
@@ -431,6 +441,23 @@ def test_compiled_modules(how: str) -> None:
 
 
 # ---- what it refuses and tells ---------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_replaced_in_the_fit_is_penalized_from_the_next_epoch_on() -> None:
+    class Replacing(Net):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 0:
+                torch.manual_seed(7)
+                new = nn.Linear(3, 5).double()
+                if self.by_hand:
+                    new.register_forward_hook(lambda _, __, output: self.outputs.append(output))
+                self.hidden = new
+                self.trainer.optimizers = [self.configure_optimizers()]
+
+    ours, by_hand = Replacing(), Replacing(by_hand=True)
+    fit(ours, ActivationRegularization(terms(), on="hidden"))
+    fit(by_hand)
+    assert torch.allclose(ours.hidden.weight, by_hand.hidden.weight, rtol=1e-11, atol=1e-12)
 
 
 def test_nothing_is_left_after_the_fit() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lightning_optim.runtime.lightning import LightningModule
 from lightning_optim.runtime.lightning.packages import of_same_package
 from lightning_optim.runtime.lightning.private_names import read_private, write_private
+from lightning_optim.runtime.lightning.torch_internals import is_compiled
 
 HPARAMS, HPARAMS_NAME, HPARAMS_TYPE = "hyper_parameters", "hparams_name", "hparams_type"
 """Keys of a checkpoint under which Lightning writes hyper-parameters, the name of their argument and their class."""
@@ -69,6 +72,12 @@ def takes_argument(module: LightningModule, hook: str, name: str, **options: Any
 def is_wrapped_to_compile(pl_module: LightningModule) -> bool:
     """Return True if the Trainer was given ``torch.compile(module)``: it runs the module with compiled methods."""
     return read_private(pl_module, "_compiler_ctx") is not None
+
+
+def compile_again(pl_module: LightningModule) -> None:
+    """Let torch compile a module again, if any part of it is compiled: compiled code does not look for new hooks."""
+    if is_wrapped_to_compile(pl_module) or any(map(is_compiled, pl_module.modules())):
+        torch.compiler.reset()
 
 
 def undo_compilation_(module: LightningModule) -> None:
