@@ -16,6 +16,7 @@ from lightning_optim.base.shards import any_sharded
 from lightning_optim.runtime.lightning import LightningModule
 from lightning_optim.runtime.lightning.data_loading import training_step_arguments
 from lightning_optim.runtime.lightning.log_interception import intercept_log
+from lightning_optim.runtime.lightning.torch_internals import uncompiled
 from lightning_optim.runtime.object_state import ObjectState
 from lightning_optim.runtime.random_state import isolated_random_state
 
@@ -72,6 +73,7 @@ def fisher_importance(
     weights = {plain_name(name): weight for name, weight in module.named_parameters() if weight.requires_grad}
     if any_sharded(weights.values()):
         raise ValueError("The module is sharded: load its weights into a module without sharding, and pass that one.")
+    module = uncompiled(module)
     loss_of = _training_loss(module) if loss is None else loss
     sums = {name: _zeros(weight) for name, weight in weights.items()}
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))

@@ -126,6 +126,14 @@ def test_samples_are_the_first_ones() -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_a_compiled_module_has_the_same_names() -> None:
+    module, (x, y) = Net(), data()
+    wanted = fisher_importance(module, [(x, y)])
+    found = fisher_importance(torch.compile(module), [(x, y)])
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 Pair = namedtuple("Pair", ["x", "y"])
 
 

@@ -255,6 +255,8 @@ def test_copies_share_what_was_given() -> None:
         == repr(term)
         == ("L2SP(1.0, reference={'layer.weight': <Tensor>}, importance={'layer.weight': <Tensor>}, on='layer.weight')")
     )
+    # The lines at the start of a fit have no room for all names.
+    assert term.in_words == "L2SP(1.0, reference={1 tensors}, importance={1 tensors}, on='layer.weight')"
     loaded = pickle.loads(pickle.dumps(term))
     assert torch.equal(loaded.reference["layer.weight"], reference["layer.weight"])
 

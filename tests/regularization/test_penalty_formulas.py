@@ -270,6 +270,7 @@ def test_a_function_prints_pickles_and_copies() -> None:
         weight = torch.randn(3, 4)
         assert torch.equal(other.value([weight], total=3), penalty.value([weight], total=3))
     assert b"regularization.penalties" not in pickle.dumps(penalty, protocol=2)
+    assert Penalty.from_function(Bounded(0.1)).identity == Penalty.from_function(Bounded(0.2)).identity
     assert penalty.identity != Penalty.from_function(quartic, exclude="head.*").identity
 
 

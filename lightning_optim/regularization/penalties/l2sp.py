@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_optim.base import foreach, shards
 from lightning_optim.base.arguments import check_number
+from lightning_optim.base.construction import written
 from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.base.norms import sum_over_shards_
 from lightning_optim.base.schedules import Schedule
@@ -89,6 +90,14 @@ class L2SP(Penalty):
         self.add_state("start", per_weight(torch.clone))
         self._importance = WeightStates(_zeros)
         self._named = False
+
+    @property
+    def in_words(self) -> str:
+        text = self.brief
+        for name in _SHARED:
+            if isinstance(given := getattr(self, name), Mapping):
+                text = text.replace(f"{name}={written(given)}", f"{name}={{{len(given)} tensors}}")
+        return text
 
     def reset(self) -> None:
         super().reset()

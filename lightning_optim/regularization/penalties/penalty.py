@@ -137,7 +137,7 @@ class Penalty(ParameterPolicy):
 class FunctionPenalty(Penalty):
     """Penalize a function of each weight; :meth:`Penalty.from_function` makes it."""
 
-    identity_args = ("f", "on", "exclude")
+    identity_args = ("function", "on", "exclude")
     needs = "matrices"
     gathers = True
 
@@ -156,11 +156,16 @@ class FunctionPenalty(Penalty):
 
     @property
     def log_name(self) -> str:
+        name = self.function.rpartition(".")[2]
+        return name if name.isidentifier() else "function"
+
+    @property
+    def function(self) -> str:
+        """The name of the function, or of the class of an object, the same in every process."""
         function: Any = self.f
         while isinstance(function, partial):
             function = function.func
-        name = getattr(function, "__name__", type(function).__name__.lower())
-        return str(name) if str(name).isidentifier() else "function"
+        return str(getattr(function, "__qualname__", type(function).__qualname__.lower()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the name of this file, so that the class can be moved."""
