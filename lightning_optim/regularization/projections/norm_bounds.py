@@ -56,9 +56,11 @@ class MaxNorm(Proximal):
         super().__init__(on, exclude)
 
     def _project_(self, weights: Sequence[Tensor], lr: float) -> None:
-        bound = self.current(self.max_norm)
-        for weight, norms in zip(shards.local_shards(weights), group_norms(weights, self.dim), strict=True):
-            weight.mul_(norms.reciprocal_().mul_(bound).clamp_max_(1.0))
+        factors = group_norms(weights, self.dim)
+        torch._foreach_reciprocal_(factors)
+        torch._foreach_mul_(factors, self.current(self.max_norm))
+        torch._foreach_clamp_max_(factors, 1.0)
+        torch._foreach_mul_(shards.local_shards(weights), factors)
 
 
 class UnitNorm(Proximal):
@@ -94,5 +96,7 @@ class UnitNorm(Proximal):
         super().__init__(on, exclude)
 
     def _project_(self, weights: Sequence[Tensor], lr: float) -> None:
-        for weight, norms in zip(shards.local_shards(weights), group_norms(weights, self.dim), strict=True):
-            weight.mul_(torch.where(norms > 0.0, norms, 1.0).reciprocal_())
+        factors = group_norms(weights, self.dim)
+        torch._foreach_clamp_min_(factors, torch.finfo(torch.float32).tiny)  # or zeros would be 0 * inf
+        torch._foreach_reciprocal_(factors)
+        torch._foreach_mul_(shards.local_shards(weights), factors)

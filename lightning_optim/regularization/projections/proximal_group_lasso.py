@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_optim.base import shards
@@ -71,13 +72,13 @@ class ProximalGroupLasso(Proximal):
         threshold = lr * self.current(self.strength)
         if not threshold:
             return  # a group of zeros would become 0 * 0 / 0
-        for weight, factor in zip(shards.local_shards(weights), self._factors(weights, threshold), strict=True):
-            weight.mul_(factor)
-
-    def _factors(self, weights: Sequence[Tensor], threshold: float) -> list[Tensor]:
-        """Return ``max(1 - threshold / norm, 0)`` of each group."""
+        thresholds = [-threshold * self._scale(weight) for weight in weights]
         factors = group_norms(weights, self.dim)
-        for weight, norms in zip(weights, factors, strict=True):
-            size = math.sqrt(group_sizes(weight, self.dim)) if self.scale_by_size else 1.0
-            norms.reciprocal_().mul_(-threshold * size).add_(1.0).clamp_min_(0.0)
-        return factors
+        torch._foreach_reciprocal_(factors)
+        torch._foreach_mul_(factors, thresholds)
+        torch._foreach_add_(factors, 1.0)
+        torch._foreach_clamp_min_(factors, 0.0)
+        torch._foreach_mul_(shards.local_shards(weights), factors)
+
+    def _scale(self, weight: Tensor) -> float:
+        return math.sqrt(group_sizes(weight, self.dim)) if self.scale_by_size else 1.0
