@@ -16,8 +16,11 @@ from torch.utils.data import DataLoader
 
 from lightning_optim import L2SP, Linear, WeightRegularization
 from lightning_optim.base import shards
+from tests.harness import models, run
+from tests.harness.cells import EPOCHS, Cell
 from tests.harness.operators import Operators
 from tests.harness.process_group import Group
+from tests.harness.reference_loop import Formula, Loop, Step, deviation
 from tests.lightning import BoringModel, ModelCheckpoint, Trainer
 
 SHAPES = [(), (5,), (3, 4), (2, 3, 5), (3, 2, 2, 4), (0, 3), (600, 500), *[(3, 4)] * 10]
@@ -350,3 +353,38 @@ def test_exact_on_shards(group: Group) -> None:
     first, second = group.run(errors_on_shards)
     assert len(first) == 12
     assert max(first + second) < 1e-5
+
+
+def fit_with_tensors(cell: Cell) -> dict[str, Tensor]:
+    """Train a cell with a reference and with importance, both by name, and return its weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: weight.shape for name, weight in models.Model(cell).named_parameters()}
+    reference = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    importance = {name: 8.0 * torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    term = L2SP(0.5, reference=reference, importance=importance, on="*")
+    return run.fit(cell, [WeightRegularization(term)]).final
+
+
+class PullByName(Formula):
+    """Add the gradient of what :func:`fit_with_tensors` penalizes, one tensor after another."""
+
+    def __init__(self, cell: Cell) -> None:
+        generator = torch.Generator().manual_seed(0)
+        named = list(models.Model(cell).named_parameters())
+        self.starts = {name: 0.3 * torch.randn(weight.shape, generator=generator) for name, weight in named}
+        self.factors = {name: 8.0 * torch.rand(weight.shape, generator=generator) for name, weight in named}
+        self.prefixes = {index: f"net.{index}." if cell.optimizers > 1 else "net." for index in range(cell.optimizers)}
+
+    def before_step(self, step: Step) -> None:
+        for name, weight, grad in zip(step.names, step.weights, step.grads, strict=True):
+            full = name if name in self.starts else self.prefixes[step.optimizer] + name
+            grad += 2.0 * 0.5 * self.factors[full] * (weight - self.starts[full])
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["automatic", "two"])
+def test_a_fit_with_reference_and_importance_is_that_of_the_formula(kind: str, strategy: str, group: Group) -> None:
+    cell = Cell(kind, "32-true", strategy, "1")  # type: ignore[arg-type]
+    wanted = Loop(cell.whole, PullByName(cell), (), EPOCHS).run().final
+    for found in [fit_with_tensors(cell)] if strategy == "single" else group.run(fit_with_tensors, cell):
+        assert max(deviation(found, wanted).values()) < cell.tolerance
