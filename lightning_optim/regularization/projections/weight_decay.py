@@ -33,10 +33,11 @@ class WeightDecay(ParameterPolicy):
     ``weight_decay`` to 0.
 
     Args:
-        strength: The factor :math:`s \ge 0`. 0.01 to 0.1 is usual, as for the ``weight_decay`` of AdamW; up to 1 with
-            little data.
-        cautious: Decay only where the optimizer does not move the weight away from zero. It bears about three times
-            the strength, and keeps a copy of the decayed weights.
+        strength: The factor :math:`s \ge 0`, as the ``weight_decay`` of AdamW, which is 0.01 by default. The decay of a
+            whole run of T steps is about :math:`e^{-\eta s T}`, so a short run needs more: with :math:`\eta T = 1` and
+            little data 0.3 to 10 was best.
+        cautious: Decay only where the optimizer does not move the weight away from zero. Its best strength is larger,
+            and one that is too large does less harm. It keeps a copy of the decayed weights.
         follows_lr: Default True: the decay is :math:`\eta s`, as in torch. False: it is :math:`s` itself, whatever the
             learning rate; take 1e-4 or so. ``"schedule"``: it is :math:`\eta s \cdot \eta / \eta_{max}`, so that the
             weights of normalized layers keep their size while the learning rate decays (Defazio, `arXiv:2506.02285
