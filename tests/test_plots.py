@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import pytest
+import torch
 from matplotlib import colors, pyplot
 from torchmetrics import Metric
 
@@ -29,6 +30,7 @@ from lightning_optim import (
 )
 from lightning_optim.averaging.training.raw_against_averaged import Comparison
 from lightning_optim.ensembling.cost_benefit import Cost, CostBenefit
+from lightning_optim.regularization.term_history import TermHistory, draw
 from lightning_optim.stopping.stopping_reason import EarlyStoppingReason
 from tests.harness.cells import Cell
 from tests.integration.entry_fits import fit
@@ -131,6 +133,18 @@ def test_what_is_not_there_cannot_be_plotted(kind: Any) -> None:
     made = MAKE[kind]()
     with pytest.raises((ValueError, RuntimeError)):
         made.plot(9 if kind is GradientMonitor else "missing")
+
+
+def test_of_many_layers_those_with_most_and_fewest_zeros_are_named() -> None:
+    history = TermHistory()
+    names = [f"regularization/zeros/layer{index}" for index in range(30)]
+    history.append(
+        1, {"regularization/zeros": torch.tensor(0.5), **{n: torch.tensor(i / 30) for i, n in enumerate(names)}}
+    )
+    _, axes = draw(history, None, None)
+    assert len(axes.lines) == 31
+    shown = axes.get_legend_handles_labels()[1]
+    assert shown == ["all", *(f"layer{index}" for index in (0, 1, 2, 3, 4, 25, 26, 27, 28, 29))]
 
 
 def test_zeros_have_a_panel_of_their_own() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ZEROS = "regularization/zeros"
 _SIZE = 1000
+_MOST_NAMED = 11  # lines in the legend
 
 
 class TermHistory:
@@ -86,10 +87,22 @@ def draw(history: TermHistory, kind: str | None, axes: Axes | None) -> tuple[Fig
 
 
 def _draw_values(axes: Axes, steps: list[int], values: dict[str, Tensor]) -> None:
-    places = torch.tensor(steps)
+    places, named = torch.tensor(steps), _named_in_legend(values)
     for name, value in values.items():
         label = "all" if name == ZEROS else name.removeprefix(f"{ZEROS}/").removeprefix("regularization/")
+        style = {"linewidth": 2.0} if name == ZEROS else {"linewidth": 1.0}
+        if name not in named:
+            label, style = f"_{label}", {"linewidth": 0.5, "alpha": 0.5}  # matplotlib leaves it out of the legend
         known = value.isfinite()
-        axes.plot(places[known], value[known], marker=".", label=label, linewidth=2.0 if label == "all" else 1.0)
+        axes.plot(places[known], value[known], marker=".", label=label, **style)  # type: ignore[arg-type]
     if ZEROS not in values and all(bool((value[value.isfinite()] > 0.0).all()) for value in values.values()):
         log_scale(axes)
+
+
+def _named_in_legend(values: dict[str, Tensor]) -> set[str]:
+    """Return the names for the legend: of many, those with the largest and the smallest last values."""
+    if len(values) <= _MOST_NAMED:
+        return set(values)
+    by_last = sorted(values, key=lambda name: float(values[name][values[name].isfinite()][-1]))
+    half = (_MOST_NAMED - 1) // 2
+    return {*by_last[:half], *by_last[-half:], *values.keys() & {ZEROS}}
