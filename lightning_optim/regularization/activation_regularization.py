@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -99,6 +100,7 @@ class ActivationRegularization(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         refuse_line_search(self, trainer)
         self.session.on_loss(self, self._arrived)
+        self.session.on_close(partial(compile_again, pl_module))
         self._watch_modules(pl_module, required=True)
 
     def _watch_modules(self, pl_module: LightningModule, required: bool) -> None:

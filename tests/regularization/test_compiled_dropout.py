@@ -154,6 +154,36 @@ def test_a_new_rate_of_inserted_dropout_compiles_nothing(insert: Any) -> None:
     assert 0 < moving <= one
 
 
+@pytest.mark.parametrize("insert", [True, "weight"])
+@pytest.mark.parametrize("how", ["submodule", "layer", "in place", "whole"])
+def test_inserted_dropout_acts_in_code_that_was_compiled_before_and_not_after_the_fit(how: str, insert: Any) -> None:
+    class Counts(Net):
+        """Note the share of zeros in the outputs: all of them at a rate of 1."""
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            outputs = self(batch)
+            self.note(outputs)
+            return outputs.square().mean()
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def note(self, outputs: Tensor) -> None:
+            self.rates.append((outputs == 0.0).float().mean().item())
+
+    model = Counts(Chain(nn.Linear(4, 4), nn.Linear(4, 4, bias=False)))
+    fitted: Any = model
+    if how == "whole":
+        fitted = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.net.compile(backend="eager")
+    elif how == "layer":
+        model.net[1] = torch.compile(model.net[1], backend="eager")  # type: ignore[index, operator]
+    else:
+        model.net = torch.compile(model.net, backend="eager")  # type: ignore[assignment]
+    for callbacks in ([], [ScheduledDropout({"net.1": 1.0}, insert=insert)], []):
+        Trainer(max_epochs=1, barebones=True, callbacks=callbacks).fit(fitted)
+    assert model.rates == [0.0] * 8 + [1.0] * 8 + [0.0] * 8
+
+
 class Validated(Net):
     """Count the passes, of which every third is a validation."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from lightning_optim.regularization.dropout.places import PatternRates, open_pla
 from lightning_optim.regularization.dropout.sites import Insert, find_sites
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer
-from lightning_optim.runtime.lightning.modules import is_wrapped_to_compile
+from lightning_optim.runtime.lightning.modules import compile_again, is_wrapped_to_compile
 from lightning_optim.runtime.lightning.torch_internals import is_compiled
 
 _MOST_NAMED = 8  # modules in the report
@@ -107,6 +108,8 @@ class ScheduledDropout(OptimCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.session.on_close(self._leave_places)
+        if self.insert:
+            self.session.on_close(partial(compile_again, pl_module))
         self._patterns = {pattern: PatternRates(rate) for pattern, rate in self._by_pattern.items()}
         self._find_places(pl_module, strict=True)
 
@@ -126,6 +129,8 @@ class ScheduledDropout(OptimCallback):
                 rate = pattern.tensor_on(pl_module.device) if in_tensor else None
                 places.append(open_place(site, self.session, self.insert, self.draw, rate))
             pattern.add(places)
+            if any(site.attribute is None for site in new):
+                compile_again(pl_module)
 
     def _leave_places(self) -> None:
         self._rates, self._patterns = self.rates_by_module(), {}

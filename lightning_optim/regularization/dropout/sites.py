@@ -73,7 +73,8 @@ def find_sites(
     owners = nn.MultiheadAttention | WeightDrop if insert == "weight" else nn.MultiheadAttention
     owned = {id(child) for module in model.modules() if isinstance(module, owners) for child in module.children()}
     modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in owned)
-    named = {plain_name(name): module for name, module in modules}
+    # Of a compiled module and the one in it, which share a name, the inner one has the rate.
+    named = {plain_name(name).removesuffix("._orig_mod"): module for name, module in modules}
     last = next((name for name, module in reversed(named.items()) if insert != "weight" and is_layer(module)), "")
     found: dict[str, Sites] = {}
     set_before: set[int] = set()

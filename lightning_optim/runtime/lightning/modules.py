@@ -75,7 +75,10 @@ def is_wrapped_to_compile(pl_module: LightningModule) -> bool:
 
 
 def compile_again(pl_module: LightningModule) -> None:
-    """Let torch compile a module again, if any part of it is compiled: compiled code does not look for new hooks."""
+    """Let torch compile a module again, if any part of it is compiled.
+
+    To be called when hooks were added or removed, which compiled code does not notice.
+    """
     if is_wrapped_to_compile(pl_module) or any(map(is_compiled, pl_module.modules())):
         torch.compiler.reset()
 
