@@ -22,6 +22,7 @@ from lightning_optim import (
     AnyOf,
     EarlyStopping,
     GradientMonitor,
+    MaxNorm,
     Plateau,
     ProximalL1,
     Threshold,
@@ -157,6 +158,45 @@ def test_zeros_have_a_panel_of_their_own() -> None:
     assert callback.plot(ax=pyplot.figure().subplots())[1].get_ylabel() == "value, as of the loss"
     with pytest.raises(ValueError, match="must be one of"):
         callback.plot("zeroes")
+
+
+def test_a_penalty_alone_is_named_in_the_title() -> None:
+    assert regularization().plot()[1].get_title() == "Penalty on the weights: l1"
+
+
+def test_the_title_says_which_of_several_optimizers_it_shows() -> None:
+    callback = WeightRegularization([L1(0.2), ProximalL1(2.0)])
+    fit(BY_NAME["plain"], Cell("two", "32-true", "single", "1"), callbacks=[callback])
+    titles = [one.get_title() for one in callback.plot(1)[0].axes]
+    assert titles == [
+        "Penalty on the weights of optimizer 1: l1",
+        "Share of weights of optimizer 1 that are exactly zero",
+    ]
+
+
+@pytest.mark.parametrize(("first", "last", "scale"), [(1.0, 9.0, "linear"), (1.0, 11.0, "log"), (0.0, 11.0, "linear")])
+def test_penalties_over_more_than_a_decade_have_a_logarithmic_axis(first: float, last: float, scale: str) -> None:
+    history = TermHistory()
+    for step, value in ((1, first), (2, last)):
+        history.append(step, {"regularization/l1": torch.tensor(value)})
+    assert draw(history, None, None)[1].get_yscale() == scale
+
+
+@pytest.mark.parametrize(("share", "seen"), [(0.02, False), (0.5, True)])
+def test_a_small_share_of_zeros_can_be_read(share: float, seen: bool) -> None:
+    history = TermHistory()
+    for step in (1, 2):
+        history.append(step, {"regularization/zeros": torch.tensor(share * (step - 1))})
+    bottom, top = draw(history, None, None)[1].get_ylim()
+    assert bottom == 0.0
+    assert bool(top == 1.0) is seen and top > share
+
+
+def test_terms_that_log_nothing_have_nothing_to_plot() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"WeightRegularization\(MaxNorm\(3.0\)\) has nothing to plot: only penalties"
+    ):
+        WeightRegularization(MaxNorm(3.0)).plot()
 
 
 OF_METRICS = [kind for kind in MAKE if kind not in (GradientMonitor, WeightRegularization)]

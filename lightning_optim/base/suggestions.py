@@ -48,13 +48,16 @@ def nearest_pattern(pattern: str, known: Iterable[str]) -> str:
         >>> known = ["encoder.0.weight", "encoder.0.bias", "head.weight"]
         >>> nearest_pattern("encodr.*", known), nearest_pattern("encoder", known), nearest_pattern("body.*", known)
         ("; did you mean 'encoder.*'?", "; did you mean 'encoder.*'?", '')
+        >>> nearest_pattern("head.*.weight", known)
+        "; did you mean 'head.weight'?"
     """
     names = list(dict.fromkeys(known))
     parts = pattern.split(".")
     if not any(letter in pattern for letter in "*?["):
         inside = f"{pattern}.*"  # the name of a module, in the place of the names of what is in it
         return did_you_mean(inside) if fnmatch.filter(names, inside) else nearest(pattern, names)
-    candidates = set()
+    # Without a part `*`: a pattern for what is within a module, where the module is a single layer.
+    candidates = {".".join(parts[:index] + parts[index + 1 :]) for index, part in enumerate(parts) if part == "*"}
     for index, part in enumerate(parts):
         if any(letter in part for letter in "*?["):
             continue

@@ -108,7 +108,7 @@ class Flooding(OptimCallback):
             return ""
         ranks = " of this rank" if self.session.trainer.world_size > 1 else ""
         share = int(self._below) / self._seen
-        return f"{share:.1%} of {self._seen} micro-batches{ranks} had a loss below the flooding level"
+        return f"{100.0 * share:.1f} % of {self._seen} micro-batches{ranks} had a loss below the flooding level"
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

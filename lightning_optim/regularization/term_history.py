@@ -60,13 +60,14 @@ class TermHistory:
         return history
 
 
-def draw(history: TermHistory, kind: str | None, axes: Axes | None) -> tuple[Figure, Axes]:
+def draw(history: TermHistory, kind: str | None, axes: Axes | None, of: str = "") -> tuple[Figure, Axes]:
     """Draw the values of the penalties in one panel, and the shares of zeros in another, as far as there are any.
 
     Args:
         history: The values.
         kind: ``"penalties"`` or ``"zeros"``; both by default.
         axes: Axes to draw on, which get the first of these.
+        of: What the titles add to the words "on the weights", such as the optimizer where there are several.
     """
     steps, values = history.values()
     shares = {name: value for name, value in values.items() if name.startswith(ZEROS)}
@@ -79,10 +80,13 @@ def draw(history: TermHistory, kind: str | None, axes: Axes | None) -> tuple[Fig
     for one, name in zip(panel, drawn, strict=True):
         _draw_values(one, steps, kinds[name])
         if name == "zeros":
-            one.set_ylim(0.0, 1.0)
-            finish(one, x="optimizer steps", y="share of zeros", title="Share of weights that are exactly zero")
+            largest = max(float(value.nan_to_num(0.0).max()) for value in kinds[name].values())
+            one.set_ylim(0.0, 1.0 if largest > 0.3 else None)  # small shares would lie on the x-axis
+            finish(one, x="optimizer steps", y="share of zeros", title=f"Share of weights{of} that are exactly zero")
         else:
-            finish(one, x="optimizer steps", y="value, as of the loss", title="Penalties on the weights")
+            names = [value.removeprefix("regularization/") for value in kinds[name]]
+            title = f"Penalties on the weights{of}" if len(names) > 1 else f"Penalty on the weights{of}: {names[0]}"
+            finish(one, x="optimizer steps", y="value, as of the loss", title=title)
     return figure, panel[-1]
 
 
@@ -95,7 +99,9 @@ def _draw_values(axes: Axes, steps: list[int], values: dict[str, Tensor]) -> Non
             label, style = f"_{label}", {"linewidth": 0.5, "alpha": 0.5}  # matplotlib leaves it out of the legend
         known = value.isfinite()
         axes.plot(places[known], value[known], marker=".", label=label, **style)  # type: ignore[arg-type]
-    if ZEROS not in values and all(bool((value[value.isfinite()] > 0.0).all()) for value in values.values()):
+    together = torch.cat([value[value.isfinite()] for value in values.values()])
+    # Within one decade a linear axis is easier to read.
+    if ZEROS not in values and bool((together > 0.0).all()) and bool(together.max() > 10.0 * together.min()):
         log_scale(axes)
 
 

@@ -274,7 +274,7 @@ class WeightRegularization(OptimCallback):
 
         Raises:
             ValueError: If ``metric_or_optimizer`` is none of these.
-            RuntimeError: If no step was logged yet.
+            RuntimeError: If no step was logged yet, or if no term logs a value, as with ``MaxNorm`` alone.
             ModuleNotFoundError: If matplotlib is not installed.
         """
         kind = metric_or_optimizer if isinstance(metric_or_optimizer, str) else None
@@ -282,8 +282,13 @@ class WeightRegularization(OptimCallback):
         check_number("metric_or_optimizer", index, low=0, high=max(0, len(self._histories) - 1), integer=True)
         if not self._histories:
             check_no_copy_ran(self)
+            if not any(isinstance(term, Penalty) or getattr(term, "makes_zeros", False) for term in self.terms):
+                raise RuntimeError(
+                    f"{self} has nothing to plot: only penalties, and terms that make zeros, log a value"
+                )
             raise nothing_to_plot("train more steps than `Trainer(log_every_n_steps=…)`.")
-        return draw(self._histories[index], kind, ax)
+        of = f" of optimizer {index}" if len(self._histories) > 1 else ""
+        return draw(self._histories[index], kind, ax, of)
 
     def _history_of(self, index: int) -> TermHistory:
         self._histories += [TermHistory() for _ in range(index + 1 - len(self._histories))]

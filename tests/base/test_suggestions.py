@@ -41,6 +41,7 @@ def test_a_far_name_is_not_suggested(name: str) -> None:
         ("encoder", "encoder.*"),
         ("encoder.0", "encoder.0.*"),
         ("head.wieght", "head.weight"),
+        ("head.*.weight", "head.weight"),
         ("*.Bias", "*.bias"),
     ],
 )

@@ -195,7 +195,7 @@ def test_share_of_flooded_micro_batches(caplog: pytest.LogCaptureFixture) -> Non
         fit(model, Flooding(LEVEL), enable_model_summary=True)
     logger.removeHandler(caplog.handler)
     share = float((torch.stack(model.losses) < LEVEL).double().mean())
-    assert f"{share:.1%} of 16 micro-batches had a loss below the flooding level" in caplog.text
+    assert f"{100 * share:.1f} % of 16 micro-batches had a loss below the flooding level" in caplog.text
     assert "the training loss is kept near 2.0 (flooding)" in caplog.text
 
 

@@ -199,6 +199,20 @@ def test_from_yaml(arguments: str, shown: str) -> None:
     assert explicit.replace(", on=None", "").replace(", exclude=None", "") == shown
 
 
+def squares(weight):
+    return weight.square().sum()
+
+
+def test_a_function_without_type_hints_from_yaml() -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--term", type=Penalty)
+    arguments = f"{{f: {squares.__module__}.squares, strength: 0.5}}"
+    text = f"{{class_path: lightning_optim.Penalty.from_function, init_args: {arguments}}}"
+    term = instantiate(parser, parser.parse_args([f"--term={text}"])).term
+    assert repr(term) == "Penalty.from_function(squares, strength=0.5)"
+    assert term.value([torch.tensor([[1.0, 3.0]])]) == 5.0
+
+
 def _on_shards() -> list[float]:
     """Return the errors of values and gradients of shards against whole tensors, for each penalty."""
     mesh = init_device_mesh("cpu", (2,))

@@ -57,7 +57,7 @@ class Penalty(ParameterPolicy):
 
     @staticmethod
     def from_function(
-        f: Callable[[Tensor], Tensor],
+        f: Callable[[Tensor], Any],
         strength: float | Schedule = 1.0,
         on: Selectors = None,
         exclude: Selectors = None,
