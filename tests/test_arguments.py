@@ -51,6 +51,9 @@ WRONG: list[tuple[str, str, str, str]] = [
     ("Piecewise({0.5: 1.0})", "values", "{0.5: 1.0}", "a value that holds from the fraction 0 on"),
     ("Piecewise({0.0: 1.0, 2.0: 1.0})", "fraction in values", "2.0", "in [0.0, 1.0]"),
     # regularization
+    ("L2(0.1, on=nn.Linear(2, 2))", "on", "<Linear>", "must be a glob over parameter names, a module class"),
+    ("L2(Linear)", "strength", "<class 'lightning_optim.Linear'>", "must be a number (or a schedule of them)"),
+    ("ActivationRegularization(L1(0.1), nn.Linear(2, 2))", "on", "<Linear>", "must be a glob over module names"),
     ("WeightRegularization([])", "terms", "[]", "must be a penalty"),
     ("WeightRegularization(0.1)", "terms", "0.1", "such as L2(1e-4)"),
     ("WeightRegularization([L2(0.1), ClipByNorm(1.0)])", "terms", "[L2(0.1", "must be a penalty"),

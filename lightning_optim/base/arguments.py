@@ -57,7 +57,7 @@ def check_number(
         below = value < math.inf if high is None else (value < high if high_open else value <= high)
         return above and below
 
-    if schedule and callable(value) and hasattr(value, "bounds"):
+    if schedule and callable(value) and not isinstance(value, type) and hasattr(value, "bounds"):
         bounds: tuple[float, float] | None = value.bounds
         good = bounds is None or all(map(allowed, bounds))
     else:

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lightning_optim.base.construction import written
 from lightning_optim.base.module_tensors import plain_name
+from lightning_optim.base.selection import is_selector
 from lightning_optim.base.suggestions import nearest, nearest_pattern, shown
 
 ModuleSelector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -22,10 +24,10 @@ def check_module_selectors(name: str, value: ModuleSelectors) -> ModuleSelectors
         ValueError: If it is neither a glob, a class, a predicate nor a list of one or more of these.
     """
     listed = _listed(value)
-    if not listed or not all(isinstance(selector, str) or callable(selector) for selector in listed):
+    if not listed or not all(is_selector(selector) for selector in listed):
         raise ValueError(
             f"`{name}` must be a glob over module names, a module class, a predicate (name, module) -> bool, or a list"
-            f" of one or more of these, got {value!r}"
+            f" of one or more of these, got {written(value)}"
         )
     return value
 
@@ -86,18 +88,26 @@ def _listed(selectors: Any) -> Sequence[Any]:
 
 def _named(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the modules by plain name; a compiled module and the one in it share a name, the outer one first."""
-    uncalled = {
+    uncalled = uncalled_modules(model)
+    named: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and id(module) not in uncalled:
+            named.setdefault(plain_name(name).removesuffix("._orig_mod"), []).append(module)
+    return named
+
+
+def uncalled_modules(model: nn.Module) -> set[int]:
+    """Return the ``id`` of each module that a model does not call as a layer.
+
+    A parametrization computes a weight, and attention reads the weights of its projection.
+    """
+    return {
         id(inner)
         for module in model.modules()
         for name, child in module.named_children()
         if name == "parametrizations" or isinstance(module, nn.MultiheadAttention)
         for inner in child.modules()
     }
-    named: dict[str, list[nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and id(module) not in uncalled:
-            named.setdefault(plain_name(name).removesuffix("._orig_mod"), []).append(module)
-    return named
 
 
 def _matches(kinds: dict[str, list[nn.Module]], selector: ModuleSelector) -> set[str]:

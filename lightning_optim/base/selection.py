@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lightning_optim.base.construction import written
 from lightning_optim.base.module_tensors import dimensions, plain_name
 from lightning_optim.base.shards import reshard_
 from lightning_optim.base.suggestions import nearest, nearest_pattern, shown
@@ -26,13 +27,18 @@ def check_selectors(name: str, value: Selectors) -> Selectors:
             empty list.
     """
     listed = _listed(value)
-    known = value is None or all(isinstance(selector, str) or callable(selector) for selector in listed)
+    known = value is None or all(is_selector(selector) for selector in listed)
     if not known or (name == "on" and not listed):
         raise ValueError(
             f"`{name}` must be a glob over parameter names, a module class, a predicate (name, parameter) -> bool,"
-            f" a list of {'' if name == 'exclude' else 'one or more of '}these or None, got {value!r}"
+            f" a list of {'' if name == 'exclude' else 'one or more of '}these or None, got {written(value)}"
         )
     return value
+
+
+def is_selector(value: Any) -> bool:
+    """Return True for a name, a class or a function. A module can be called too, but is no predicate."""
+    return isinstance(value, str) or (callable(value) and not isinstance(value, nn.Module))
 
 
 def _listed(selectors: Selectors) -> Sequence[Any]:

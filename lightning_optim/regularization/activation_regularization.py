@@ -35,7 +35,8 @@ class ActivationRegularization(OptimCallback):
     stays that of the task.
 
     A module that is called several times is penalized for each call. Outputs of a validation, or without gradients, are
-    not penalized, nor is an output on which the loss does not depend: a warning says so after the first epoch.
+    not penalized, nor is an output on which the loss does not depend: a warning says so after the first epoch. Outputs
+    of frozen weights are penalized once these are unfrozen.
 
     The values of the terms are logged as ``regularization/activations/l1``, …, in the unit of the loss: those of the
     batch at a logged step, the mean over ranks. They are not logged under tensor parallelism, where a process may hold
@@ -146,7 +147,8 @@ class ActivationRegularization(OptimCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         called = [hook for hook in self._hooks if hook.called]
-        missed = [hook.name for hook in called or self._hooks if not hook.reached]
+        # Weights that are frozen now may be unfrozen in a later epoch.
+        missed = [hook.name for hook in called or self._hooks if not hook.reached and not hook.frozen]
         watched, self._watches_first_epoch = self._watches_first_epoch, False
         if watched and missed and self._any_backward and not trainer.fast_dev_run:
             rank_zero_warn(
@@ -154,6 +156,15 @@ class ActivationRegularization(OptimCallback):
                 " depends on it, or the model does not call the module. Name other modules, or remove `detach()` and"
                 " `torch.no_grad()` after them."
             )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        frozen = [hook.name for hook in self._hooks if hook.frozen]
+        if frozen and self._any_backward and not any(hook.reached for hook in self._hooks):
+            rank_zero_warn(
+                f"ActivationRegularization has penalized no output in this fit: the weights of {shown(frozen)}, and of"
+                " what comes before, are frozen. Name modules that are trained."
+            )
+        super().on_train_end(trainer, pl_module)
 
     # ---- in a backward pass: see `OutputPenalty` ---------------------------------------------------------------------
 

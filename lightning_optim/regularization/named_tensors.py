@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,8 +64,13 @@ def _read(name: str, path: Path) -> Any:
         raise ValueError(f"`{name}={str(path)!r}` is {what}: pass the path of a single-file checkpoint, or {instead}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a file that is no checkpoint fails at any point of reading, in many ways
         raise ValueError(
-            f"`{name}={str(path)!r}` cannot be read as tensors and plain values ({str(error).splitlines()[0]}):"
-            f" {instead}."
+            f"`{name}={str(path)!r}` cannot be read as tensors and plain values, by {_reason(error)}: {instead}."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the kind of an error and the first sentence of its text, in which torch's advice would mislead."""
+    first = (str(error).splitlines() or [""])[0].split(". ")[0].strip(" .")
+    return f"{type(error).__name__} ({first})" if first else type(error).__name__

@@ -47,11 +47,12 @@ class PenalizedOutputs:
     Attributes:
         called: True if the module has been called in a training step.
         reached: True if a backward pass has reached an output.
+        frozen: True if the latest output needs no gradient, as that of frozen weights.
     """
 
     def __init__(self, name: str, penalty: OutputPenalty) -> None:
         self.name, self.penalty = name, penalty
-        self.called = self.reached = False
+        self.called = self.reached = self.frozen = False
         # `torch.compile` leaves it as it is: what it reads is known in the backward pass alone.
         self._outside_of_graphs = torch.compiler.disable(self._act)  # type: ignore[no-untyped-call]
 
@@ -67,6 +68,7 @@ class PenalizedOutputs:
         if not self.penalty.acts or not torch.is_grad_enabled():
             return output
         self.called = True
+        self.frozen = not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
         batch_dim = 0 if getattr(module, "batch_first", True) else 1
         if isinstance(module, _FIRST_OF_SEVERAL):
             return (self._penalized(output[0], batch_dim), *output[1:])

@@ -178,7 +178,9 @@ class WeightRegularization(OptimCallback):
 
     def on_before_weight_update(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = self.current_step(optimizer)
-        for term, selection in zip(self._copies[step.index], self._selections, strict=True):
+        terms = zip(self._copies[step.index], self._selections, strict=True)
+        # What another term takes from a weight is no move of the optimizer: cautious ones come last.
+        for term, selection in sorted(terms, key=lambda one: getattr(one[0], "cautious", False)):
             if isinstance(term, WeightDecay):
                 rates = zip(step.groups, step.lr, self._largest_rates(step), strict=True)
                 for group, lr, max_lr in rates:

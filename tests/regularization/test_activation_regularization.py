@@ -516,6 +516,33 @@ def test_outputs_without_an_effect_are_told_once(on: Any, named: str) -> None:
     assert len(told) == 1 and named in told[0]
 
 
+class Frozen(Net):
+    """The first layer is frozen until an epoch."""
+
+    def __init__(self, until: int) -> None:
+        super().__init__()
+        self.until = until
+
+    def on_train_epoch_start(self) -> None:
+        self.hidden.requires_grad_(self.current_epoch >= self.until)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return super().training_step(batch.detach(), batch_idx)  # other tests ask for the gradient of the batches
+
+
+def test_weights_that_are_unfrozen_later_are_no_mistake() -> None:
+    plain, penalized = Frozen(until=1), Frozen(until=1)
+    fit(plain)
+    fit(penalized, ActivationRegularization(L1(1.0), on="hidden"))
+    assert not torch.equal(plain.hidden.weight, penalized.hidden.weight)
+
+
+def test_outputs_that_stay_frozen_are_told_at_the_end() -> None:
+    with pytest.warns(UserWarning, match="has penalized no output in this fit: the weights of 'hidden'"):
+        fit(Frozen(until=9), ActivationRegularization(L1(A), on="hidden"))
+    fit(Frozen(until=9), ActivationRegularization(L1(A), on=["hidden", "out"]))
+
+
 def test_a_glob_that_matches_nothing_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="`on='hiden'` matches no module of Net; did you mean 'hidden'"):
         fit(Net(), ActivationRegularization(L1(A), on="hiden"))

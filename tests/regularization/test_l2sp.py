@@ -306,9 +306,14 @@ class Secret:
     """A class that a file must not be able to make."""
 
 
-@pytest.mark.parametrize("content", [Secret(), [1, 2], {"state_dict": 3}], ids=["object", "list", "number"])
+@pytest.mark.parametrize(
+    "content", [Secret(), [1, 2], {"state_dict": 3}, "", "hello"], ids=["object", "list", "number", "empty", "text"]
+)
 def test_files_that_are_no_checkpoint(content: Any, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "file.pt")
+    if isinstance(content, str):
+        (tmp_path / "file.pt").write_text(content)
+    else:
+        torch.save(content, tmp_path / "file.pt")
     with pytest.raises(ValueError, match=r"cannot be read as tensors|and no dictionary|has none of the chosen"):
         trained(net(), L2SP(0.1, reference=tmp_path / "file.pt"), steps=1)
 

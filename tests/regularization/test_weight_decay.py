@@ -283,6 +283,26 @@ def test_the_decay_is_of_the_optimizers_move_and_not_of_a_projections() -> None:
     assert torch.equal(*outcomes)
 
 
+@pytest.mark.parametrize("cautious_first", [True, False])
+def test_the_decay_is_of_the_optimizers_move_and_not_of_another_decays(cautious_first: bool) -> None:
+    """The optimizer moves the first weight away from zero, so that only the decay that is not cautious acts on it."""
+
+    class Moves(BoringModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([[1.0, 1.0]]))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.weight * torch.tensor([[-1.0, 1.0]])).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([self.weight], lr=0.01)
+
+    terms = [WeightDecay(0.1, follows_lr=False, on="weight"), WeightDecay(0.5, True, follows_lr=False, on="weight")]
+    model = fit(Moves(), WeightRegularization(terms[::-1] if cautious_first else terms), max_steps=1)
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[0.9 + 0.01, 0.9 - 0.01 - 0.5 * 0.9]]))
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [

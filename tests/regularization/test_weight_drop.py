@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_optim import Linear, ScheduledDropout, WeightDrop
 from lightning_optim.regularization.dropout import weight_drop
@@ -185,6 +186,40 @@ def test_inserted_on_weights() -> None:
     assert any((weights == 0).any() for weights in model.seen)
     assert model.net.dropout == 0.25 and list(model.state_dict()) == keys
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("kind", ["pruned", "weight_norm"])
+def test_what_a_hook_computes_is_dropped_and_not_its_source(kind: str) -> None:
+    model = Language()
+    names = ("weight", "weight_hh_l0") if kind == "pruned" else ("weight",)
+    for module, name in zip((model.head, model.net), names, strict=False):
+        if kind == "pruned":
+            prune.l1_unstructured(module, name, amount=0.25)
+        else:
+            torch.nn.utils.weight_norm(module, name)
+
+    class Halves(ScheduledDropout):
+        def draw(self, name: str, like: Tensor, rate: Any) -> Tensor:
+            drawn.append(name)
+            return fixed(like.shape)
+
+    drawn: list[str] = []
+    wanted = model.head.weight.detach().T * fixed(model.head.weight.shape).T
+    Trainer(max_steps=1, barebones=True, callbacks=[Halves(0.5, insert="weight")]).fit(model)
+    assert set(drawn) == {"head.weight", "net.weight_hh_l0", "net.weight_hh_l1"}
+    torch.testing.assert_close(model.seen[0].detach(), wanted)
+
+
+def test_what_a_parametrization_computes_is_left_out() -> None:
+    model = Language()
+    torch.nn.utils.parametrizations.weight_norm(model.net, "weight_hh_l0")
+    torch.nn.utils.parametrizations.weight_norm(model.net, "weight_hh_l1")
+    callback = ScheduledDropout(0.5, insert="weight")
+    Trainer(max_steps=1, barebones=True, callbacks=[callback]).fit(model)
+    assert callback.rates_by_module() == {"head": 0.5}
+    with pytest.raises(ValueError, match="what a parametrization computes is not dropped"):
+        Trainer(max_steps=1, barebones=True, callbacks=[ScheduledDropout({"net": 0.5}, insert="weight")]).fit(model)
 
 
 def test_inserted_weights_are_undone_after_an_exception() -> None:

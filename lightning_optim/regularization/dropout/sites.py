@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
+from lightning_optim.base.module_selection import uncalled_modules
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.base.suggestions import nearest_pattern, shown
-from lightning_optim.regularization.dropout.weight_drop import WeightDrop
+from lightning_optim.regularization.dropout.weight_drop import WeightDrop, weights_of
 
 Insert = bool | Literal["block", "weight"]
 
@@ -69,9 +70,9 @@ def find_sites(
         >>> {pattern: [site.name for site in one.sites] for pattern, one in found.items()}, found["*"].left_out
         ({'1': ['1'], '*': ['0']}, '2')
     """
-    # Attention calls its projection as a function, so a hook on it would never run.
-    owners = nn.MultiheadAttention | WeightDrop if insert == "weight" else nn.MultiheadAttention
-    owned = {id(child) for module in model.modules() if isinstance(module, owners) for child in module.children()}
+    owned = uncalled_modules(model)
+    if insert == "weight":
+        owned |= {id(module.module) for module in model.modules() if isinstance(module, WeightDrop)}
     modules = ((name, module) for name, module in model.named_modules() if name and id(module) not in owned)
     # Of a compiled module and the one in it, which share a name, the inner one has the rate.
     named = {plain_name(name).removesuffix("._orig_mod"): module for name, module in modules}
@@ -97,20 +98,26 @@ def _site(name: str, module: nn.Module, pattern: str, insert: Insert) -> Site | 
     if attribute is not None and not (insert == "weight" and isinstance(module, nn.RNNBase)):
         return Site(name, module, attribute)
     if insert == "weight":
-        return Site(name, module, None) if is_layer(module) else None
+        return Site(name, module, None) if _has_weights_to_drop(module) else None
     takes = isinstance(module, nn.Conv2d | nn.ConvTranspose2d) if insert == "block" else insert and is_layer(module)
     return Site(name, module, None) if takes or (insert and name == pattern) else None
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Return True if a module has weights of its own with two dimensions or more.
+    """Return True if a module has weights of its own with two dimensions or more, also by a parametrization.
 
     Weights of a lazy module have no dimensions before its first forward pass: it counts as a layer, unless it
     normalizes.
     """
     lazy_layer = not isinstance(module, RunningNormBase)
-    own = module.parameters(recurse=False)
+    own = [*module.parameters(recurse=False), *getattr(module, "parametrizations", nn.Module()).parameters()]
     return any(lazy_layer if is_lazy(parameter) else parameter.ndim >= 2 for parameter in own)
+
+
+def _has_weights_to_drop(module: nn.Module) -> bool:
+    """Return True if a module has weights that can be dropped. What a parametrization computes cannot."""
+    waits = any(is_lazy(parameter) for parameter in module.parameters(recurse=False))
+    return is_layer(module) and (waits or bool(weights_of(module)))
 
 
 def rate_attribute(module: nn.Module) -> str | None:
@@ -132,9 +139,11 @@ def _nothing(pattern: str, matched: list[str], named: dict[str, nn.Module], inse
             f"`rates[{pattern!r}]` matches {matched[:3]}, which have no dropout: pass `insert=True` to add it to them"
         )
     if matched:
-        what = {"block": "convolution of two dimensions", "weight": "layer with weights of its own"}.get(
-            str(insert), "layer"
-        )
+        kinds = {
+            "block": "convolution of two dimensions",
+            "weight": "layer with weights of its own (what a parametrization computes is not dropped)",
+        }
+        what = kinds.get(str(insert), "layer")
         return ValueError(
             f"`rates[{pattern!r}]` with `insert={insert!r}` matches {matched[:3]}, of which none is a {what}, nor has"
             " dropout of its own"

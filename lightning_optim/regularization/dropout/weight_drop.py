@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -85,12 +86,18 @@ def call_with_dropped(
         args: Arguments of the call.
         kwargs: Arguments of the call by name.
     """
-    dropped = {name: weight * draw(name, weight) for name, weight in weights_of(module).items()}
+    weights = weights_of(module, computed=call is not module)
+    dropped = {name: weight * draw(name, weight) for name, weight in weights.items()}
     return with_weights(module, dropped, call, args, kwargs)
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
+def weights_of(module: nn.Module, computed: bool = False) -> dict[str, Tensor]:
     """Return the weights of a layer that are dropped, by name.
+
+    Args:
+        module: The layer.
+        computed: Return a weight that a hook has computed for this call, as pruning does, in place of the parameters
+            from which it was computed.
 
     Example::
 
@@ -98,5 +105,13 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
         (['weight_hh_l0', 'weight_hh_l1'], ['weight'])
     """
     names = "weight_hh" if isinstance(module, nn.RNNBase | nn.RNNCellBase) else ""
-    own = {name: weight for name, weight in module.named_parameters(recurse=False) if name.startswith(names)}
+    own: dict[str, Tensor] = {name: p for name, p in module.named_parameters(recurse=False) if name.startswith(names)}
+    if computed:
+        made = {name: _made_of(name) for name in own if isinstance(vars(module).get(_made_of(name)), Tensor)}
+        own = {made.get(name, name): getattr(module, made.get(name, name)) for name in own}
     return {name: weight for name, weight in own.items() if not is_lazy(weight) and weight.ndim >= 2}
+
+
+def _made_of(name: str) -> str:
+    """Return the name of what a hook computes from a parameter: ``weight`` from the ``weight_orig`` of pruning."""
+    return re.sub("_(orig|g|v)$", "", name)
