@@ -14,7 +14,7 @@ from lightning_optim.base.policy import belongs_to
 from lightning_optim.base.suggestions import shown
 from lightning_optim.regularization.penalized_outputs import PenalizedOutputs
 from lightning_optim.regularization.penalties.penalty import Penalty, add_grads_, is_elementwise
-from lightning_optim.regularization.term_names import names_of
+from lightning_optim.regularization.term_names import names_beside
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, ModelParallelStrategy, Trainer, rank_zero_warn
 from lightning_optim.runtime.lightning.modules import compile_again
@@ -77,7 +77,6 @@ class ActivationRegularization(OptimCallback):
         self.terms = list(terms) if isinstance(terms, list | tuple) else [terms]
         self.on = check_module_selectors("on", on)
         _check(self.terms, terms)
-        self._names = names_of(self.terms)
         self.reset()
 
     @property
@@ -89,6 +88,7 @@ class ActivationRegularization(OptimCallback):
         return any(term.scheduled for term in self.terms)
 
     def reset(self) -> None:
+        self._names: list[str] = []
         self._hooks: list[PenalizedOutputs] = []
         self._watched: WeakSet[nn.Module] = WeakSet()
         self._when: dict[str, Any] = {}  # step and total, for schedules
@@ -101,6 +101,7 @@ class ActivationRegularization(OptimCallback):
         super().on_fit_start(trainer, pl_module)
         refuse_line_search(self, trainer)
         self.session.on_loss(self, self._arrived)
+        self._names = names_beside(self, ActivationRegularization, trainer.callbacks)
         self.session.on_close(partial(compile_again, pl_module))
         self._watch_modules(pl_module, required=True)
 

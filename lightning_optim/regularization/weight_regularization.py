@@ -20,7 +20,7 @@ from lightning_optim.regularization.projections.proximal import Proximal
 from lightning_optim.regularization.projections.weight_decay import WeightDecay
 from lightning_optim.regularization.sparsity_table import Sparsity
 from lightning_optim.regularization.term_history import ZEROS, TermHistory, draw
-from lightning_optim.regularization.term_names import names_of
+from lightning_optim.regularization.term_names import names_beside
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_optim.runtime.order import Slot
@@ -87,7 +87,6 @@ class WeightRegularization(OptimCallback):
             )
         for term in self.terms:
             term.check_complete()
-        self._labels = names_of(self.terms)
         self.reset()
 
     @property
@@ -99,16 +98,18 @@ class WeightRegularization(OptimCallback):
         return any(term.scheduled for term in self.terms)
 
     def reset(self) -> None:
+        self._labels: list[str] = []
         self._copies = PerOptimizer(self.terms)
         self._selections: list[Selection] = []
         self._looked_up: set[int] = set()
-        self._first_rates: dict[int, list[float]] = {}  # of each parameter group, by the optimizer's index
+        self._largest: dict[int, list[float]] = {}  # learning rate of each parameter group, by the optimizer's index
         self._values: dict[str, Tensor] = {}  # of the penalties in the step that is under way
         self._to_log: dict[int, dict[str, Tensor]] = {}  # shares of zeros by optimizer, until Lightning takes values
         self._histories: list[TermHistory] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self._labels = names_beside(self, WeightRegularization, trainer.callbacks)
         shards.reshard_(pl_module)
         self._copies.name_weights(pl_module)
         for term in self.terms:
@@ -157,6 +158,7 @@ class WeightRegularization(OptimCallback):
         step = self.current_step(optimizer)
         if step.dropped:
             return
+        self._values = {}  # those of a step that the scaler skipped are in no history
         when: dict[str, Any] = {"step": step.number, "total": step.total}
         alike: dict[tuple[int, ...], tuple[list[Penalty], list[Tensor]]] = {}  # penalties on the same weights
         for label, term, selection in zip(self._labels, self._copies[step.index], self._selections, strict=True):
@@ -188,11 +190,16 @@ class WeightRegularization(OptimCallback):
                     term.before_step_(weights, lr=lr, max_lr=max_lr, step=step.number, total=step.total)
 
     def _largest_rates(self, step: OptimizerStep) -> list[float]:
-        """Return the largest learning rate of the run for each parameter group, as far as it is known."""
-        first = self._first_rates.setdefault(step.index, [])
-        first += step.lr[len(first) :]
-        known = ((group.get("max_lr"), group.get("initial_lr")) for group in step.optimizer.param_groups)
-        return [float(most or start or lr) for (most, start), lr in zip(known, first, strict=True)]
+        """Return the largest learning rate of the run for each parameter group, as far as it is known.
+
+        A rate that a user raises by hand, as in a warm-up, is the largest one as soon as it is above all before.
+        """
+        before = self._largest.get(step.index, [])
+        before = before + [0.0] * (len(step.lr) - len(before))
+        known = [group.get("max_lr") or group.get("initial_lr") or 0.0 for group in step.optimizer.param_groups]
+        rates = [max(float(most), last, lr) for most, last, lr in zip(known, before, step.lr, strict=True)]
+        self._largest[step.index] = rates
+        return rates
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = self.current_step(optimizer)
@@ -301,13 +308,13 @@ class WeightRegularization(OptimCallback):
     def extra_state(self) -> dict[str, Any]:
         return {
             "terms": self._copies.state_dict(),
-            "first_rates": dict(self._first_rates),
+            "largest_rates": dict(self._largest),
             "histories": [history.state_dict() for history in self._histories],
         }
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         self._copies.load_state_dict(extra["terms"])
-        self._first_rates = dict(extra.get("first_rates", {}))  # not in earlier versions, nor is the next one
+        self._largest = dict(extra.get("largest_rates", {}))  # not in earlier versions, nor is the next one
         self._histories = [TermHistory.loaded(saved) for saved in extra.get("histories", [])]
 
     def __getstate__(self) -> dict[str, Any]:

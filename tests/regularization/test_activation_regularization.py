@@ -25,6 +25,7 @@ from lightning_optim import (
     ManualOptimizationMixin,
     Penalty,
     SharpnessAwareMixin,
+    WeightRegularization,
 )
 from tests.lightning import LightningModule, MisconfigurationException, MixedPrecision, Trainer
 
@@ -248,6 +249,17 @@ def test_values_are_logged_once_each(kind: type[Net]) -> None:
         B * float(output.square().sum()) / 4, rel=1e-6
     )
     assert logged["regularization/activations/l1_2"] == logged["regularization/activations/l1"]
+
+
+def test_two_callbacks_log_under_names_of_their_own() -> None:
+    callbacks: list[Any] = []
+    for name, strength in ((None, 3.0), ("second", 1.0)):
+        callbacks.append(ActivationRegularization(L1(strength * A), on="hidden", name=name))
+        callbacks.append(WeightRegularization(L2(strength), name=name))
+    trainer = fit(Net(), *callbacks)
+    logged = trainer.callback_metrics
+    for name in ("activations/l1", "l2"):
+        assert float(logged[f"regularization/{name}"]) > 2 * float(logged[f"regularization/{name}_2"])
 
 
 def test_values_are_computed_at_logged_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,13 @@ def test_mask_has_mean_one_and_its_scale() -> None:
     assert not mask(torch.empty(10), 1.0).any()
 
 
+@pytest.mark.parametrize("rate", [0.25, 1.0, torch.tensor(0.25)])
+def test_the_mask_of_a_complex_tensor_keeps_both_parts_or_none(rate: Any) -> None:
+    dropped = torch.full((1000,), 3.0 + 4.0j) * mask(torch.empty(1000, dtype=torch.complex64), rate)
+    assert {round(size, 3) for size in dropped.abs().tolist()} <= {0.0, 6.667}
+    assert dropped.dtype == torch.complex64
+
+
 def test_drop_path_drops_whole_samples() -> None:
     dropped = DropPath(0.5)(torch.ones(1000, 3, 2)).flatten(1)
     assert set(dropped[:, 0].tolist()) == {0.0, 2.0}

@@ -222,6 +222,23 @@ def test_the_first_rate_is_the_largest_without_a_scheduler_and_is_saved(tmp_path
     assert first[1].factors + second[1].factors == pytest.approx(whole[1].factors)
 
 
+def test_a_warm_up_by_hand_raises_the_largest_rate() -> None:
+    """The first rate is nearly zero: measured by that, the decay would be a thousand times too strong."""
+
+    class Warms(BoringModel):
+        rates = (1e-4, 0.05, 0.1, 0.05)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.trainer.optimizers[0].param_groups[0]["lr"] = self.rates[batch_idx]
+
+    seen = Rates()
+    fit(Warms(), WeightRegularization(WeightDecay(0.5, follows_lr="schedule")), seen)
+    assert seen.factors == pytest.approx([1.0 - 0.5 * rate for rate in (1e-4, 0.05, 0.1, 0.025)], abs=1e-6)
+
+
 @pytest.mark.parametrize("cautious", [False, True])
 def test_a_step_that_is_dropped_decays_nothing(cautious: bool) -> None:
     class Dropping(OptimCallback):

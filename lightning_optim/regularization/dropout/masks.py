@@ -10,6 +10,8 @@ from torch.nn.functional import max_pool2d, pad
 def mask(like: Tensor, rate: float | Tensor) -> Tensor:
     """Return a Bernoulli mask of 0 and :math:`1 / (1 - rate)`, like ``like`` in shape, dtype and device; its mean is 1.
 
+    For a complex tensor it is real.
+
     Args:
         like: The tensor that the mask is for.
         rate: A number in [0, 1]; or a tensor without dimensions, whose value a compiled program reads at each run.
@@ -19,13 +21,14 @@ def mask(like: Tensor, rate: float | Tensor) -> Tensor:
         >>> round(mask(torch.empty(100_000), 0.2).mean().item(), 1)
         1.0
     """
+    dtype = like.dtype.to_real()
     if isinstance(rate, Tensor):
         keep = 1.0 - rate.to(like.device)
         drawn = torch.rand_like(like, dtype=torch.float32) < keep
-        return torch.where(drawn, 1.0 / keep, 0.0).to(like.dtype)
+        return torch.where(drawn, 1.0 / keep, 0.0).to(dtype)
     if rate >= 1.0:
-        return torch.zeros_like(like)
-    return torch.empty_like(like).bernoulli_(1.0 - rate).div_(1.0 - rate)
+        return torch.zeros_like(like, dtype=dtype)
+    return torch.empty_like(like, dtype=dtype).bernoulli_(1.0 - rate).div_(1.0 - rate)
 
 
 def block_mask(like: Tensor, rate: float | Tensor, block_size: int) -> Tensor:

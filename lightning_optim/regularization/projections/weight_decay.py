@@ -42,7 +42,7 @@ class WeightDecay(ParameterPolicy):
             learning rate; take 1e-4 or so. ``"schedule"``: it is :math:`\eta s \cdot \eta / \eta_{max}`, so that the
             weights of normalized layers keep their size while the learning rate decays (Defazio, `arXiv:2506.02285
             <https://arxiv.org/abs/2506.02285>`_); :math:`\eta_{max}` is the group's ``max_lr`` or ``initial_lr``, which
-            learning-rate schedulers write there, else its first learning rate.
+            learning-rate schedulers write there, or its largest learning rate so far if that is larger.
         on: The parameters that decay: a glob over names, a module class, a predicate, or a list of these. Default:
             those with two dimensions or more.
         exclude: The parameters that are left out, in the same terms.
