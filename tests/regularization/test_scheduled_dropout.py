@@ -249,6 +249,14 @@ def test_outputs_of_a_parametrized_layer_are_dropped_and_not_its_weights() -> No
     assert list(plain.rates_by_module()) == ["encoder.0", "encoder.1", "encoder.3"]
 
 
+def test_a_module_may_have_an_attribute_of_that_name() -> None:
+    model = Net()
+    model.encoder[0].parametrizations = {"weight": "none"}
+    plain = ScheduledDropout({"encoder.*": 0.5}, insert=True)
+    fit(model, plain)
+    assert list(plain.rates_by_module()) == ["encoder.0", "encoder.1", "encoder.3"]
+
+
 def test_an_output_that_is_no_tensor_is_refused_with_its_name() -> None:
     class Recurrent(Net):
         def __init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_optim.base.layer_classes import DropoutBase, RunningNormBase
 from lightning_optim.base.module_selection import uncalled_modules
@@ -110,7 +111,9 @@ def is_layer(module: nn.Module) -> bool:
     normalizes.
     """
     lazy_layer = not isinstance(module, RunningNormBase)
-    own = [*module.parameters(recurse=False), *getattr(module, "parametrizations", nn.Module()).parameters()]
+    own = list(module.parameters(recurse=False))
+    if is_parametrized(module) and isinstance(module.parametrizations, nn.Module):
+        own += module.parametrizations.parameters()
     return any(lazy_layer if is_lazy(parameter) else parameter.ndim >= 2 for parameter in own)
 
 
