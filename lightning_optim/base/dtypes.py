@@ -46,6 +46,17 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def real_zeros_like(tensor: Tensor) -> Tensor:
+    """Return zeros for a sum of squares of each element, which is real: in fp32 or better, placed as the tensor.
+
+    Example::
+
+        >>> real_zeros_like(torch.ones(2, dtype=torch.complex64))
+        tensor([0., 0.])
+    """
+    return torch.zeros_like(tensor, dtype=accumulation_dtype(tensor.dtype).to_real(), requires_grad=False)
+
+
 def has_mean(value: Any) -> bool:
     """Return True if ``value`` is a tensor of real or complex floating-point numbers, which have a mean."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.dtypes import accumulation_dtype
+from lightning_optim.base.dtypes import real_zeros_like
 from lightning_optim.base.module_tensors import plain_name
 from lightning_optim.base.shards import any_sharded
 from lightning_optim.runtime.lightning import LightningModule
 from lightning_optim.runtime.lightning.data_loading import training_step_arguments
 from lightning_optim.runtime.lightning.log_interception import intercept_log
 from lightning_optim.runtime.lightning.torch_internals import uncompiled
+from lightning_optim.runtime.loss_gradients import loss_in
 from lightning_optim.runtime.object_state import ObjectState
 from lightning_optim.runtime.random_state import isolated_random_state
 
@@ -75,7 +76,7 @@ def fisher_importance(
         raise ValueError("The module is sharded: load its weights into a module without sharding, and pass that one.")
     module = uncompiled(module)
     loss_of = _training_loss(module) if loss is None else loss
-    sums = {name: _zeros(weight) for name, weight in weights.items()}
+    sums = {name: real_zeros_like(weight) for name, weight in weights.items()}
     device = next((weight.device for weight in weights.values()), torch.device("cpu"))
     state, count = ObjectState({"module": module}), 0
     state.set_gradients_aside()
@@ -101,10 +102,6 @@ def fisher_importance(
     return {name: total.div_(count) for name, total in sums.items()}
 
 
-def _zeros(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype).to_real(), requires_grad=False)
-
-
 def _training_loss(module: nn.Module) -> Callable[[Any, Any], Any]:
     """Return a function that calls ``training_step`` for a loss."""
     kind = type(module).__name__
@@ -117,8 +114,7 @@ def _training_loss(module: nn.Module) -> Callable[[Any, Any], Any]:
         )
 
     def loss_of(module: Any, batch: Any) -> Any:
-        output = module.training_step(*training_step_arguments(module, batch, 0))
-        return output.get("loss") if isinstance(output, Mapping) else output
+        return loss_in(module.training_step(*training_step_arguments(module, batch, 0)))
 
     return loss_of
 

@@ -52,12 +52,13 @@ def placed_as_groups(norms: Tensor, weight: Tensor, dim: int = 0) -> Tensor:
     return DTensor.from_local(norms, weight.device_mesh, kept, run_check=False, shape=shape, stride=stride)
 
 
-def group_sizes(weight: Tensor, dim: int = 0) -> int:
-    """Return the number of weights in each group of a tensor, over all shards.
+def group_factor(weight: Tensor, dim: int = 0, scale_by_size: bool = False) -> float:
+    r"""Return the factor of each norm of :func:`group_norms`: 1, or :math:`\sqrt{n_g}` for groups of n weights.
 
     Example::
 
-        >>> group_sizes(torch.zeros(4, 3, 2, 2), dim=0), group_sizes(torch.zeros(4, 3, 2, 2), dim=1)
-        (12, 16)
+        >>> weight = torch.zeros(4, 3, 3, 3)
+        >>> group_factor(weight), group_factor(weight, dim=1, scale_by_size=True)
+        (1.0, 6.0)
     """
-    return math.prod(weight.shape[own] for own in row_dims(weight, dim))
+    return math.sqrt(math.prod(weight.shape[own] for own in row_dims(weight, dim))) if scale_by_size else 1.0

@@ -44,8 +44,10 @@ class WeightRegularization(OptimCallback):
     A :class:`Penalty` adds its gradient in closed form once per optimizer step, before clipping, when gradients are
     whole, averaged over ranks and unscaled: no autograd graph, and no factor for accumulation or a loss scale. The
     logged training loss stays that of the task. The values of the penalties are logged as ``regularization/l1``,
-    ``regularization/l2``, …, each in the unit of the loss. A :class:`Proximal` term acts on the weights after each step
-    that happened, before they are averaged.
+    ``regularization/l2``, …, each in the unit of the loss. :class:`WeightDecay` and :class:`Proximal` terms act on the
+    weights: a decay just before a step that is taken or, if it is cautious, after it, and then the projections, before
+    weights are averaged. For terms that make weights exactly zero, the shares of zeros are logged as
+    ``regularization/zeros`` and ``regularization/zeros/<parameter>``.
 
     A term acts on the trainable parameters of the optimizer that steps. A penalty creates the gradient of a parameter
     that has none, except if no parameter has one: then the step was cancelled. Where a gradient is sparse
@@ -54,14 +56,16 @@ class WeightRegularization(OptimCallback):
     error.
 
     Args:
-        terms: One term, or a list of terms: penalties are added, proximal terms act in turn. Each term chooses its own
-            parameters, by default those with two dimensions or more.
+        terms: One term, or a list of terms: penalties are added, decays and projections act in turn. Each term chooses
+            its own parameters, by default those with two dimensions or more.
         name: Distinguishes two callbacks with the same terms in checkpoints.
         summary: See :class:`OptimCallback`.
 
     Raises:
         ValueError: If ``terms`` is not a term or a list of terms, or if a term's ``on`` matches no parameter (in
             ``on_fit_start``).
+        MisconfigurationException: If a term has no meaning for complex weights or cannot be computed on shards (in
+            ``on_fit_start``), or if it needs whole matrices and a gradient is sparse (before the first step).
 
     Example::
 
@@ -82,7 +86,7 @@ class WeightRegularization(OptimCallback):
         self.terms = list(terms) if isinstance(terms, list | tuple) else [terms]
         if not self.terms or not all(isinstance(term, Term) for term in self.terms):
             raise ValueError(
-                f"`terms` must be a penalty, a proximal term, WeightDecay or a list of them, such as L2(1e-4), got"
+                f"`terms` must be a penalty, a projection, WeightDecay or a list of them, such as L2(1e-4), got"
                 f" {terms!r}{belongs_to(terms, (Penalty, Proximal, WeightDecay))}"
             )
         for term in self.terms:
@@ -98,7 +102,7 @@ class WeightRegularization(OptimCallback):
         return any(term.scheduled for term in self.terms)
 
     def reset(self) -> None:
-        self._labels: list[str] = []
+        self._names: list[str] = []
         self._copies = PerOptimizer(self.terms)
         self._selections: list[Selection] = []
         self._looked_up: set[int] = set()
@@ -109,7 +113,7 @@ class WeightRegularization(OptimCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._labels = names_beside(self, WeightRegularization, trainer.callbacks)
+        self._names = names_beside(self, WeightRegularization, trainer.callbacks)
         shards.reshard_(pl_module)
         self._copies.name_weights(pl_module)
         for term in self.terms:
@@ -161,15 +165,15 @@ class WeightRegularization(OptimCallback):
         self._values = {}  # those of a step that the scaler skipped are in no history
         when: dict[str, Any] = {"step": step.number, "total": step.total}
         alike: dict[tuple[int, ...], tuple[list[Penalty], list[Tensor]]] = {}  # penalties on the same weights
-        for label, term, selection in zip(self._labels, self._copies[step.index], self._selections, strict=True):
+        for name, term, selection in zip(self._names, self._copies[step.index], self._selections, strict=True):
             if selection.follow(step.parameters):
                 self._looked_up = _looked_up(pl_module)
             weights = _trainable(step.parameters, selection)
             if not weights or not isinstance(term, Penalty):
                 continue
             if step.logs:
-                value = self._values[f"regularization/{label}"] = term.value(weights, **when)
-                self.log_value(pl_module, f"regularization/{label}", value, optimizer)
+                value = self._values[f"regularization/{name}"] = term.value(weights, **when)
+                self.log_value(pl_module, f"regularization/{name}", value, optimizer)
             alike.setdefault(tuple(map(id, weights)), ([], weights))[0].append(term)
         for penalties, penalized in alike.values():
             weights = [p for p in penalized if p.grad is not None or id(p) not in self._looked_up]

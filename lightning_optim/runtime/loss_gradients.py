@@ -69,7 +69,7 @@ class LossGradients:
         def step(*args: Any, **kwargs: Any) -> Any:
             output = training_step(*args, **kwargs)
             if self.trainer.lightning_module.automatic_optimization:
-                loss = output.get("loss") if isinstance(output, Mapping) else output
+                loss = loss_in(output)
                 self._unwatch()
                 if isinstance(loss, Tensor):
                     self._watch(loss)
@@ -109,3 +109,8 @@ class LossGradients:
             if factor is not None:
                 grad = grad * factor.to(grad.dtype)
         return grad
+
+
+def loss_in(output: Any) -> Any:
+    """Return the loss in a result of ``training_step`` under automatic optimization, which may be a dictionary."""
+    return output.get("loss") if isinstance(output, Mapping) else output

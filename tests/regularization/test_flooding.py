@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +73,9 @@ class Optimized(ManualOptimizationMixin, Manual):
         self.optimize(self.loss_of(batch))
 
 
-def fit(model: LightningModule, *callbacks: Any, epochs: int = 2, **arguments: Any) -> Trainer:
+def fit(
+    model: LightningModule, *callbacks: Any, epochs: int = 2, ckpt_path: str | None = None, **arguments: Any
+) -> Trainer:
     quiet: dict[str, Any] = {
         "enable_model_summary": False,
         "logger": False,
@@ -80,7 +83,7 @@ def fit(model: LightningModule, *callbacks: Any, epochs: int = 2, **arguments: A
         "enable_progress_bar": False,
     }
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **(quiet | arguments))
-    trainer.fit(model)
+    trainer.fit(model, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -197,6 +200,18 @@ def test_share_of_flooded_micro_batches(caplog: pytest.LogCaptureFixture) -> Non
     share = float((torch.stack(model.losses) < LEVEL).double().mean())
     assert f"{100 * share:.1f} % of 16 micro-batches had a loss below the flooding level" in caplog.text
     assert "the training loss is kept near 2.0 (flooding)" in caplog.text
+
+
+def test_a_second_fit_counts_anew_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
+    callback, model = Flooding(1e6), Net()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="Every loss of the first epoch was below"):
+            trainer = fit(model, callback, epochs=1)
+        assert (callback.extra_state()["seen"], int(callback.rank_state()["below"])) == (8, 8)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed = Flooding(1e6)
+    fit(model, resumed, epochs=2, ckpt_path=str(tmp_path / "one.ckpt"))  # a second warning would be an error here
+    assert (resumed.extra_state()["seen"], int(resumed.rank_state()["below"])) == (16, 16)
 
 
 def test_lbfgs_is_refused() -> None:

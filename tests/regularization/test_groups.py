@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_optim.regularization.groups import group_norms, group_sizes
+from lightning_optim.regularization.groups import group_factor, group_norms
 
 
 def groups(weight: Tensor, dim: int) -> list[Tensor]:
@@ -27,7 +29,8 @@ def test_of_each_row_or_column(shape: tuple[int, ...], dim: int, dtype: torch.dt
     )
     assert norms.dtype == (torch.float32 if dtype.itemsize < 4 else torch.float64)
     assert (norms * weight).shape == weight.shape
-    assert all(part.numel() == group_sizes(weight, dim) for part in parts)
+    assert all(math.sqrt(part.numel()) == group_factor(weight, dim, scale_by_size=True) for part in parts)
+    assert group_factor(weight, dim) == 1.0
 
 
 def test_stacked_members_have_groups_of_their_own() -> None:
@@ -37,4 +40,4 @@ def test_stacked_members_have_groups_of_their_own() -> None:
     for dim, size in ((0, 3), (1, 4)):
         norms = torch.stack([group_norms([member], dim)[0] for member in members])
         torch.testing.assert_close(group_norms([stacked], dim)[0].detach(), norms)
-        assert group_sizes(stacked, dim) == size
+        assert group_factor(stacked, dim, scale_by_size=True) == math.sqrt(size)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.base.dtypes import widest_dtype
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.regularization.dropout.drop_block import DropBlock
 from lightning_optim.regularization.dropout.drop_path import DropPath
-from lightning_optim.regularization.dropout.masks import mask
+from lightning_optim.regularization.dropout.masks import leading, mask
 from lightning_optim.regularization.dropout.weight_drop import WeightDrop
 
 LEVELS = 7
@@ -47,7 +48,7 @@ def levels(schedule: Schedule, total: float) -> list[float]:
 
 def rate_tensor(device: torch.device) -> Tensor:
     """Return a tensor for a rate, as exact as the number where the device can hold it."""
-    return torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    return torch.zeros((), device=device, dtype=widest_dtype(device))
 
 
 def forward_at(module: nn.Module, rate: Tensor) -> Callable[..., Any] | None:
@@ -90,7 +91,7 @@ _ALPHA_CHANNELS = {nn.AlphaDropout.forward: False, nn.FeatureAlphaDropout.forwar
 
 
 def _drop(rate: Tensor, input: Tensor, unbatched: int | None, inplace: bool) -> Tensor:
-    like = input if unbatched is None else _channels(input, 1 if input.ndim == unbatched else 2)
+    like = input if unbatched is None else leading(input, 1 if input.ndim == unbatched else 2)
     factors = mask(like, rate)
     return input.mul_(factors) if inplace else input * factors
 
@@ -98,7 +99,7 @@ def _drop(rate: Tensor, input: Tensor, unbatched: int | None, inplace: bool) -> 
 def _alpha_drop(rate: Tensor, input: Tensor, channels: bool) -> Tensor:
     """Set what is dropped to a negative number, then keep mean and variance (`arXiv:1706.02515`)."""
     rate = rate.to(input.device)
-    kept = mask(_channels(input, 2) if channels else input, rate) != 0.0
+    kept = mask(leading(input, 2) if channels else input, rate) != 0.0
     scale = ((1.0 - rate) * (1.0 + rate * _ALPHA**2)).rsqrt()
     scale = torch.where(rate < 1.0, scale, 0.0)
     factors = torch.where(kept, scale, 0.0).to(input.dtype)
@@ -109,11 +110,6 @@ def _alpha_drop(rate: Tensor, input: Tensor, channels: bool) -> Tensor:
     )
 
 
-def _channels(input: Tensor, dims: int) -> Tensor:
-    """Return an empty tensor with one element for each channel: the first ``dims`` dimensions."""
-    return input.new_empty(*input.shape[:dims], *[1] * (input.ndim - dims))
-
-
 def _drop_path(rate: Tensor, x: Tensor, scale: bool) -> Tensor:
-    factors = mask(x.new_empty(x.shape[0], *[1] * (x.ndim - 1)), rate)
+    factors = mask(leading(x, 1), rate)
     return x * (factors if scale else (factors != 0.0).to(x.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_optim.base.arguments import check_number
-from lightning_optim.regularization.dropout.masks import mask
+from lightning_optim.regularization.dropout.masks import leading, mask
 
 
 class DropPath(nn.Module):
@@ -47,7 +47,7 @@ class DropPath(nn.Module):
 
     def drop(self, rate: float | Tensor, x: Tensor) -> Tensor:
         """Drop samples at a rate that is a number or a tensor without dimensions."""
-        return x * mask(x.new_empty(x.shape[0], *[1] * (x.ndim - 1)), rate)
+        return x * mask(leading(x, 1), rate)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"

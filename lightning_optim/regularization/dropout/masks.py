@@ -31,6 +31,17 @@ def mask(like: Tensor, rate: float | Tensor) -> Tensor:
     return torch.empty_like(like, dtype=dtype).bernoulli_(1.0 - rate).div_(1.0 - rate)
 
 
+def leading(like: Tensor, dims: int) -> Tensor:
+    """Return an empty tensor to draw a mask for the first dimensions of ``like``, which broadcasts over the rest.
+
+    Example::
+
+        >>> leading(torch.zeros(2, 3, 4), 1).shape
+        torch.Size([2, 1, 1])
+    """
+    return like.new_empty(*like.shape[:dims], *[1] * (like.ndim - dims))
+
+
 def block_mask(like: Tensor, rate: float | Tensor, block_size: int) -> Tensor:
     """Return the mask of DropBlock for feature maps: squares of zeros, and elsewhere one number; its mean is 1.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -14,7 +13,7 @@ from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.norms import total_norm
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
-from lightning_optim.regularization.groups import group_norms, group_sizes, placed_as_groups
+from lightning_optim.regularization.groups import group_factor, group_norms, placed_as_groups
 from lightning_optim.regularization.penalties.penalty import Penalty
 
 _PIECE = 1 << 17  # elements; two pieces exist at a time
@@ -74,7 +73,7 @@ class GroupLasso(Penalty):
 
     def _value(self, weights: Sequence[Tensor]) -> Tensor:
         norms = zip(group_norms(weights, self.dim), weights, strict=True)
-        placed = [placed_as_groups(norm * self._scale_of(weight), weight, self.dim) for norm, weight in norms]
+        placed = [placed_as_groups(norm * self._factor_of(weight), weight, self.dim) for norm, weight in norms]
         return self.current(self.strength) * total_norm(placed, 1.0)
 
     def _add_grad_(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -84,10 +83,10 @@ class GroupLasso(Penalty):
         for weight, norms, (shard, grad) in zip(weights, group_norms(weights, self.dim), local, strict=True):
             norms = norms.masked_fill_(norms == 0.0, 1.0)  # the weights are zero too
             for some_grads, some_weights, some_norms in _pieces(grad, shard, norms):
-                some_grads.addcdiv_(some_weights, some_norms, value=strength * self._scale_of(weight))
+                some_grads.addcdiv_(some_weights, some_norms, value=strength * self._factor_of(weight))
 
-    def _scale_of(self, weight: Tensor) -> float:
-        return math.sqrt(group_sizes(weight, self.dim)) if self.scale_by_size else 1.0
+    def _factor_of(self, weight: Tensor) -> float:
+        return group_factor(weight, self.dim, self.scale_by_size)
 
 
 def _pieces(grad: Tensor, weight: Tensor, norms: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_optim.base import foreach, shards
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.construction import written
-from lightning_optim.base.dtypes import accumulation_dtype
+from lightning_optim.base.dtypes import accumulation_dtype, real_zeros_like
 from lightning_optim.base.norms import sum_over_shards_
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors, select
@@ -88,7 +88,7 @@ class L2SP(Penalty):
             raise ValueError(f"`importance` must hold numbers >= 0, got a tensor with others for {wrong!r}")
         super().__init__(on, exclude)
         self.add_state("start", per_weight(torch.clone))
-        self._importance = WeightStates(_zeros)
+        self._importance = WeightStates(real_zeros_like)  # in fp32 or better, since it is often tiny
         self._named = False
 
     @property
@@ -211,8 +211,3 @@ class _Given:
                 f" shape {tuple(weight.shape)}: leave the parameter out with `exclude`, or remove the tensor."
             )
         return found
-
-
-def _zeros(weight: Tensor) -> Tensor:
-    """Make the tensor for the importance of a weight: real, and in fp32 or better, since it is often tiny."""
-    return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype).to_real())

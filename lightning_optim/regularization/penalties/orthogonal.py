@@ -9,12 +9,11 @@ from torch import Tensor
 
 from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_number
-from lightning_optim.base.dtypes import accumulation_dtype
 from lightning_optim.base.module_tensors import dimensions
 from lightning_optim.base.norms import total_norm
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
-from lightning_optim.regularization.penalties.penalty import Penalty
+from lightning_optim.regularization.penalties.penalty import Penalty, in_full
 
 
 class Orthogonal(Penalty):
@@ -72,8 +71,7 @@ class Orthogonal(Penalty):
 
 def _matrix(weight: Tensor) -> Tensor:
     """Return the whole weight as a matrix, or as a stack of them if it has members, in fp32 or better."""
-    whole = shards.whole(weight)
-    whole = whole.to(accumulation_dtype(whole.dtype))
+    whole = in_full(weight)
     own = dimensions(weight)
     return (
         whole.flatten(weight.ndim - own + 1) if own >= 2 else whole.reshape(*weight.shape[: weight.ndim - own], 1, -1)

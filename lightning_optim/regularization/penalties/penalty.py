@@ -178,7 +178,7 @@ class FunctionPenalty(Penalty):
     def _value(self, weights: Sequence[Tensor]) -> Tensor:
         total = torch.zeros((), device=weights[0].device if weights else None)
         for weight in weights:
-            total = total + self._of(_in_full(weight), weight).to(total.device)
+            total = total + self._of(in_full(weight), weight).to(total.device)
         return self.current(self.strength) * total
 
     def _add_grad_(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -186,7 +186,7 @@ class FunctionPenalty(Penalty):
             return
         for weight, grad in zip(weights, shards.local_shards(grads), strict=True):
             with torch.enable_grad():
-                leaf = _in_full(weight).detach().requires_grad_()
+                leaf = in_full(weight).detach().requires_grad_()
                 value = self._of(leaf, weight)
             (slope,) = torch.autograd.grad(value, leaf, allow_unused=True) if value.requires_grad else (None,)
             if slope is None:
@@ -211,7 +211,8 @@ class FunctionPenalty(Penalty):
         return torch.stack(values).sum() if len(values) > 1 else values[0]
 
 
-def _in_full(weight: Tensor) -> Tensor:
+def in_full(weight: Tensor) -> Tensor:
+    """Return a whole weight, gathered if it is sharded, in fp32 or better."""
     whole = shards.whole(weight)
     return whole.to(accumulation_dtype(whole.dtype))
 

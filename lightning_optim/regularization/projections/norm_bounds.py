@@ -49,10 +49,10 @@ class MaxNorm(Proximal):
     """
 
     def __init__(
-        self, max_norm: float | Schedule, dim: int = 0, on: Selectors = None, exclude: Selectors = None
+        self, max_norm: float | Schedule, dim: Literal[0, 1] = 0, on: Selectors = None, exclude: Selectors = None
     ) -> None:
         self.max_norm = check_number("max_norm", max_norm, low=0.0, low_open=True, schedule=True)
-        self.dim = check_choice("dim", dim, Literal[0, 1])
+        self.dim: Literal[0, 1] = check_choice("dim", dim, Literal[0, 1])
         super().__init__(on, exclude)
 
     def _project_(self, weights: Sequence[Tensor], lr: float) -> None:
@@ -91,8 +91,8 @@ class UnitNorm(Proximal):
         >>> callback = WeightRegularization(UnitNorm(on="head.weight"))  # for Trainer(callbacks=[callback])
     """
 
-    def __init__(self, dim: int = 0, on: Selectors = None, exclude: Selectors = None) -> None:
-        self.dim = check_choice("dim", dim, Literal[0, 1])
+    def __init__(self, dim: Literal[0, 1] = 0, on: Selectors = None, exclude: Selectors = None) -> None:
+        self.dim: Literal[0, 1] = check_choice("dim", dim, Literal[0, 1])
         super().__init__(on, exclude)
 
     def _project_(self, weights: Sequence[Tensor], lr: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +12,7 @@ from lightning_optim.base import shards
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.base.selection import Selectors
-from lightning_optim.regularization.groups import group_norms, group_sizes
+from lightning_optim.regularization.groups import group_factor, group_norms
 from lightning_optim.regularization.projections.proximal import Proximal
 
 
@@ -58,13 +57,13 @@ class ProximalGroupLasso(Proximal):
     def __init__(
         self,
         strength: float | Schedule,
-        dim: int = 0,
+        dim: Literal[0, 1] = 0,
         scale_by_size: bool = False,
         on: Selectors = None,
         exclude: Selectors = None,
     ) -> None:
         self.strength = check_number("strength", strength, low=0.0, schedule=True)
-        self.dim = check_choice("dim", dim, Literal[0, 1])
+        self.dim: Literal[0, 1] = check_choice("dim", dim, Literal[0, 1])
         self.scale_by_size = check_choice("scale_by_size", scale_by_size, Literal[True, False])
         super().__init__(on, exclude)
 
@@ -72,13 +71,10 @@ class ProximalGroupLasso(Proximal):
         threshold = lr * self.current(self.strength)
         if not threshold:
             return  # a group of zeros would become 0 * 0 / 0
-        thresholds = [-threshold * self._scale(weight) for weight in weights]
+        thresholds = [-threshold * group_factor(weight, self.dim, self.scale_by_size) for weight in weights]
         factors = group_norms(weights, self.dim)
         torch._foreach_reciprocal_(factors)
         torch._foreach_mul_(factors, thresholds)
         torch._foreach_add_(factors, 1.0)
         torch._foreach_clamp_min_(factors, 0.0)
         torch._foreach_mul_(shards.local_shards(weights), factors)
-
-    def _scale(self, weight: Tensor) -> float:
-        return math.sqrt(group_sizes(weight, self.dim)) if self.scale_by_size else 1.0
