@@ -191,9 +191,7 @@ def test_a_small_share_of_zeros_can_be_read(share: float, seen: bool) -> None:
 
 
 def test_terms_that_log_nothing_have_nothing_to_plot() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"MaxNorm\(3.0\)\) has nothing to plot: only penalties"
-    ):
+    with pytest.raises(RuntimeError, match=r"MaxNorm\(3.0\)\) has nothing to plot: only penalties"):
         WeightRegularization(MaxNorm(3.0)).plot()
 
 
