@@ -217,6 +217,9 @@ def test_layers_that_are_replaced_are_followed() -> None:
     }
     assert (model.head[1].p, model.old[0][1].p) == (0.45, 0.4)
     assert not any(module._forward_hooks for root in (model, *model.old) for module in root.modules())
+    constant = Replaces()
+    fit(constant, ScheduledDropout({"head.*": 0.3}), epochs=2)
+    assert [rates[2] for rates in constant.rates] == [0.3] * 8
 
 
 def test_recipes_of_the_page() -> None:

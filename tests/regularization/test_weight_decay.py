@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 from typing import Any
 
@@ -153,6 +154,32 @@ def test_copies_are_made_once() -> None:
     assert sum(copy.numel() for copy in decay._copies) == sum(parameter.numel() for parameter in parameters)
 
 
+def test_copies_follow_the_weights_of_the_step() -> None:
+    """As where a layer has no gradient in a step, or the precision of the weights is changed."""
+    decay = WeightDecay(0.1, cautious=True)
+    for ours in (weights(), weights()[:2], weights(torch.float64)):
+        alone = [nn.Parameter(weight.detach().clone()) for weight in ours]
+        fresh = WeightDecay(0.1, cautious=True)
+        for one, parameters in ((decay, ours), (fresh, alone)):
+            one.before_step_(parameters, lr=LR)
+            torch._foreach_mul_([parameter.data for parameter in parameters], 0.5)
+            one.after_step_()
+        assert all(torch.equal(weight, wanted) for weight, wanted in zip(ours, alone, strict=True))
+        sizes = [[(len(copy), copy.dtype) for copy in one._copies] for one in (decay, fresh)]
+        assert sizes[0][: len(sizes[1])] == sizes[1]
+
+
+def test_a_reset_forgets_a_step_that_was_not_finished_and_a_pickle_has_no_copies() -> None:
+    (weight,), decay = weights()[:1], WeightDecay(0.1, cautious=True)
+    decay.before_step_([weight], lr=LR)
+    copied = pickle.loads(pickle.dumps(decay))
+    assert not copied._copies and not copied._waiting
+    decay.reset()
+    before = weight.detach().clone()
+    decay.after_step_()
+    assert torch.equal(weight, before) and not decay._copies
+
+
 # ---- in a fit --------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +224,23 @@ def test_it_follows_the_learning_rate(follows_lr: Any, factors: list[float]) -> 
     seen = Rates()
     fit(Scheduled(), WeightRegularization(WeightDecay(0.5, follows_lr=follows_lr)), seen)
     assert seen.factors == pytest.approx([1.0 - factor for factor in factors], abs=1e-6)
+
+
+def test_the_largest_rate_of_one_cycle_is_known_from_its_start() -> None:
+    class OneCycle(BoringModel):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates: list[float] = []
+    seen = Rates()
+    fit(OneCycle(), WeightRegularization(WeightDecay(0.5, follows_lr="schedule")), seen)
+    assert rates[0] < 0.01
+    assert seen.factors == pytest.approx([1.0 - 0.5 * lr * lr / 0.2 for lr in rates], abs=1e-6)
 
 
 def test_the_first_rate_is_the_largest_without_a_scheduler_and_is_saved(tmp_path: Any) -> None:
