@@ -368,6 +368,7 @@ def test_the_decay_is_of_the_optimizers_move_and_not_of_another_decays(cautious_
     ("build", "words"),
     [
         (lambda: WeightDecay(-1.0), "`strength` must be a number .* >= 0.0, got -1.0"),
+        (lambda: WeightDecay(1.5, follows_lr=False), r"`strength` must be a number .* in \[0.0, 1.0\], got 1.5"),
         (lambda: WeightDecay(0.1, cautious=1), "`cautious` must be one of True, False, got 1"),
         (lambda: WeightDecay(0.1, follows_lr="lr"), "`follows_lr` must be one of True, False, 'schedule', got 'lr'"),
     ],

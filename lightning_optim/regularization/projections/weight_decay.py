@@ -48,8 +48,8 @@ class WeightDecay(ParameterPolicy):
         exclude: The parameters that are left out, in the same terms.
 
     Raises:
-        ValueError: If ``strength`` is not a number >= 0 or a schedule of such numbers, or another argument is not one
-            of those above.
+        ValueError: If ``strength`` is not a number >= 0, with ``follows_lr=False`` in [0, 1], or a schedule of such
+            numbers; or if another argument is not one of those above.
 
     Example::
 
@@ -77,9 +77,10 @@ class WeightDecay(ParameterPolicy):
         on: Selectors = None,
         exclude: Selectors = None,
     ) -> None:
-        self.strength = check_number("strength", strength, low=0.0, schedule=True)
         self.cautious = check_choice("cautious", cautious, Literal[True, False])
         self.follows_lr = check_choice("follows_lr", follows_lr, Literal[True, False, "schedule"])
+        most = 1.0 if self.follows_lr is False else None  # above, a step would turn the signs of the weights
+        self.strength = check_number("strength", strength, low=0.0, high=most, schedule=True)
         self.decays = strength != 0.0
         super().__init__(on, exclude)
         self._copies: list[Tensor] = []  # values of pieces of the weights before the step, reused in each step
