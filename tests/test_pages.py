@@ -47,6 +47,7 @@ def test_what_choose_says_to_turn_on_runs(tmp_path: Path) -> None:
         "s": 1e-4,
         "p": 0.1,
         "b": 0.05,
+        "c": 3.0,
         "n": 4,
         "F": None,
         "count_tokens": lambda batch: len(batch[1]),

@@ -35,8 +35,8 @@ class Flooding(OptimCallback):
     <https://arxiv.org/abs/2002.08709>`_.
 
     Args:
-        level: The level :math:`b`, in the unit of the loss: a finite number, or a schedule of them. The paper searches
-            0 to 0.1 with cross-entropy. It must be above the smallest loss that the model can reach, or it does
+        level: The level :math:`b`, in the unit of the loss: a finite number, or a schedule of them. With
+            cross-entropy try 0.01 to 0.1. It must be above the smallest loss that the model can reach, or it does
             nothing; above the loss at the start, nothing is learned.
         name: Distinguishes two such callbacks in checkpoints.
         summary: See :class:`OptimCallback`.

@@ -21,7 +21,7 @@ def mask(like: Tensor, rate: float | Tensor) -> Tensor:
         >>> round(mask(torch.empty(100_000), 0.2).mean().item(), 1)
         1.0
     """
-    dtype = like.dtype.to_real()
+    dtype = like.real.dtype if like.is_complex() else like.dtype  # `dtype.to_real()` would end a compiled graph
     if isinstance(rate, Tensor):
         keep = 1.0 - rate.to(like.device)
         drawn = torch.rand_like(like, dtype=torch.float32) < keep

@@ -26,7 +26,7 @@ class WeightDrop(nn.Module):
         module: The layer: ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells, of which the weights ``weight_hh…`` are
             dropped; or a linear layer, a convolution or any other module with weights of its own, of which those with
             two dimensions or more are dropped. The layer keeps its names, behind ``module.``.
-        drop_prob: Probability p in [0, 1] that a weight is dropped. Default 0.5, as in the paper.
+        drop_prob: Probability p in [0, 1] that a weight is dropped. Default 0.5.
 
     Shape:
         As ``module``.
