@@ -31,33 +31,16 @@ import ema_pytorch
 import torch
 import torch_ema
 from allocations import LargestAllocation
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging as TheirEMA
 from models import MODELS
+from running_fits import Model
 from torch import Tensor, nn
 
 from lightning_optim import EMA, WeightAveraging, average_checkpoints
 
 DECAY = 0.999
 CLOCKS: dict[bool, Callable[[], float]] = {False: time.perf_counter, True: time.process_time}
-
-
-class Model(LightningModule):
-    """Parameters, and a training step that is given from outside."""
-
-    def __init__(self, weights: nn.ParameterList, act: Callable[[Model], None]) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.weights, self.act = weights, act
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.act(self)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    def train_dataloader(self) -> list[int]:
-        return [0]
 
 
 def within_fit(weights: nn.ParameterList, callback: Callback, act: Callable[[Model], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning_optim import OptimCallback
 class Model(LightningModule):
     """Parameters that several fits share, and a training step that is given from outside."""
 
-    def __init__(self, parameters: list[nn.Parameter], act: Callable[[Model], None]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], act: Callable[[Model], None]) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.weights = nn.ParameterList(parameters)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
 from lightning_optim.base.construction import written
 from lightning_optim.base.module_tensors import plain_name
-from lightning_optim.base.selection import is_selector
+from lightning_optim.base.selection import is_selector, listed
 from lightning_optim.base.suggestions import nearest, nearest_pattern, shown
 
 ModuleSelector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -23,8 +23,8 @@ def check_module_selectors(name: str, value: ModuleSelectors) -> ModuleSelectors
     Raises:
         ValueError: If it is neither a glob, a class, a predicate nor a list of one or more of these.
     """
-    listed = _listed(value)
-    if not listed or not all(is_selector(selector) for selector in listed):
+    several = listed(value)
+    if not several or not all(is_selector(selector) for selector in several):
         raise ValueError(
             f"`{name}` must be a glob over module names, a module class, a predicate (name, module) -> bool, or a list"
             f" of one or more of these, got {written(value)}"
@@ -36,7 +36,7 @@ def described(selectors: ModuleSelectors) -> list[str]:
     """Return the globs as they are, and classes and predicates by name: a text that holds no memory address."""
     return [
         selector if isinstance(selector, str) else getattr(selector, "__qualname__", type(selector).__qualname__)
-        for selector in _listed(selectors)
+        for selector in listed(selectors)
     ]
 
 
@@ -72,7 +72,7 @@ def select_modules(model: nn.Module, on: ModuleSelectors, *, required: bool = Tr
     """
     kinds = _named(model)
     chosen: set[str] = set()
-    for selector in _listed(on):
+    for selector in listed(on):
         hits = _matches(kinds, selector)
         if required and not hits:
             raise _nothing(model, kinds, selector)
@@ -80,10 +80,6 @@ def select_modules(model: nn.Module, on: ModuleSelectors, *, required: bool = Tr
     modules = {name: same[0] for name, same in kinds.items() if name in chosen}
     first = {id(module): name for name, module in reversed(modules.items())}
     return {name: module for name, module in modules.items() if first[id(module)] == name}
-
-
-def _listed(selectors: Any) -> Sequence[Any]:
-    return selectors if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]
 
 
 def _named(model: nn.Module) -> dict[str, list[nn.Module]]:

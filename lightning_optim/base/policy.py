@@ -118,7 +118,7 @@ class Policy(Constructed):
     @property
     def scheduled(self) -> bool:
         """True if an argument, or one of a nested policy, is a schedule that needs the length of the run."""
-        return any(map(_is_scheduled, vars(self).values()))
+        return any(map(is_scheduled, vars(self).values()))
 
     def current(self, number: Any) -> float:
         """Return the value of a number or a schedule at the present step; for use in a formula.
@@ -280,11 +280,12 @@ def belongs_to(value: Any, instead_of: type | tuple[type, ...]) -> str:
     return ""
 
 
-def _is_scheduled(value: Any) -> bool:
+def is_scheduled(value: Any) -> bool:
+    """Return True if a value, or one in it, is a schedule that needs the length of the run."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return any(map(_is_scheduled, value))
+        return any(map(is_scheduled, value))
     return isinstance(value, Policy) and value.scheduled
 
 

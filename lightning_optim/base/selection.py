@@ -26,9 +26,9 @@ def check_selectors(name: str, value: Selectors) -> Selectors:
         ValueError: If it is neither a glob, a class, a predicate, a list of these nor ``None``, or if ``on`` is an
             empty list.
     """
-    listed = _listed(value)
-    known = value is None or all(is_selector(selector) for selector in listed)
-    if not known or (name == "on" and not listed):
+    several = listed(value)
+    known = value is None or all(is_selector(selector) for selector in several)
+    if not known or (name == "on" and not several):
         raise ValueError(
             f"`{name}` must be a glob over parameter names, a module class, a predicate (name, parameter) -> bool,"
             f" a list of {'' if name == 'exclude' else 'one or more of '}these or None, got {written(value)}"
@@ -41,7 +41,8 @@ def is_selector(value: Any) -> bool:
     return isinstance(value, str) or (callable(value) and not isinstance(value, nn.Module))
 
 
-def _listed(selectors: Selectors) -> Sequence[Any]:
+def listed(selectors: Any) -> Sequence[Any]:
+    """Return selectors as a list: one alone is a list of one."""
     return selectors if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]
 
 
@@ -100,7 +101,7 @@ def _matches(
     required: bool,
 ) -> set[str]:
     found: set[str] = set()
-    for selector in _listed(selectors):
+    for selector in listed(selectors):
         if isinstance(selector, str):
             hits = set(fnmatch.filter(named, selector))
             known = list(named)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_optim.base.arguments import check_number
 from lightning_optim.base.construction import written
 from lightning_optim.base.dtypes import accumulation_dtype
+from lightning_optim.base.policy import is_scheduled
 from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.runtime.callback import OptimCallback
 from lightning_optim.runtime.lightning import LightningModule, Trainer, rank_zero_warn
@@ -63,7 +64,7 @@ class Flooding(OptimCallback):
 
     @property
     def needs_total(self) -> bool:
-        return isinstance(self.level, Schedule) and self.level.scheduled
+        return is_scheduled(self.level)
 
     def reset(self) -> None:
         self._now = 0.0  # the level in this batch

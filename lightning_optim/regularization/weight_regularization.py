@@ -228,12 +228,10 @@ class WeightRegularization(OptimCallback):
 
     def _shares_of_zeros(self, step: OptimizerStep) -> dict[str, Tensor]:
         """Return the share of exact zeros of each weight on which a term makes some, and of all together."""
-        ids = {
-            key
-            for term, selection in zip(self.terms, self._selections, strict=True)
-            if isinstance(term, Proximal) and term.makes_zeros
-            for key in selection.existing
-        }
+        terms = zip(self.terms, self._selections, strict=True)
+        ids = {key for term, selection in terms if _makes_zeros(term) for key in selection.existing}
+        if not ids:
+            return {}
         found = {
             name: weight
             for name, weight in zip(step.parameter_names, step.parameters, strict=True)
@@ -257,15 +255,11 @@ class WeightRegularization(OptimCallback):
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
-        if not any(isinstance(term, Proximal) and term.makes_zeros for term in self.terms):
+        making = [term for term in self.terms if _makes_zeros(term)]
+        if not making:
             return ""
         module = self.session.trainer.lightning_module
-        names = {
-            name
-            for term in self.terms
-            if isinstance(term, Proximal) and term.makes_zeros
-            for name in select(module, term.on, term.exclude, required=False)
-        }
+        names = {name for term in making for name in select(module, term.on, term.exclude, required=False)}
         weights = {name: weight for name, weight in select(module, "*").items() if name in names}
         if shards.any_sharded(weights.values()):
             return ""  # to count those of other ranks is a collective, and this is called on one rank
@@ -295,7 +289,7 @@ class WeightRegularization(OptimCallback):
         check_number("metric_or_optimizer", index, low=0, high=max(0, len(self._histories) - 1), integer=True)
         if not self._histories:
             check_no_copy_ran(self)
-            if not any(isinstance(term, Penalty) or getattr(term, "makes_zeros", False) for term in self.terms):
+            if not any(isinstance(term, Penalty) or _makes_zeros(term) for term in self.terms):
                 raise RuntimeError(
                     f"{self} has nothing to plot: only penalties, and terms that make zeros, log a value"
                 )
@@ -323,6 +317,10 @@ class WeightRegularization(OptimCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_selections": [], "_looked_up": set(), "_values": {}, "_to_log": {}}
+
+
+def _makes_zeros(term: Term) -> bool:
+    return isinstance(term, Proximal) and term.makes_zeros
 
 
 def _looked_up(module: nn.Module) -> set[int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optim.base.policy import is_scheduled
 from lightning_optim.base.schedules import Schedule, value_at
 from lightning_optim.regularization.dropout.compiled_rates import forward_at, levels, rate_tensor
 from lightning_optim.regularization.dropout.sites import Insert, Site
@@ -54,7 +55,7 @@ class PatternRates:
 
     def __init__(self, rate: float | Schedule) -> None:
         self.rate = rate
-        self.moves = isinstance(rate, Schedule) and rate.scheduled
+        self.moves = is_scheduled(rate)
         self.places: list[Place] = []
         self.left_out = ""
         self.tensor: Tensor | None = None

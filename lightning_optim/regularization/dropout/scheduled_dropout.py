@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_optim.base.arguments import check_choice, check_number
 from lightning_optim.base.construction import written
-from lightning_optim.base.policy import belongs_to
+from lightning_optim.base.policy import belongs_to, is_scheduled
 from lightning_optim.base.schedules import Schedule
 from lightning_optim.regularization.dropout.masks import block_mask, mask
 from lightning_optim.regularization.dropout.places import PatternRates, open_place
@@ -93,7 +93,7 @@ class ScheduledDropout(OptimCallback):
 
     @property
     def needs_total(self) -> bool:
-        return any(isinstance(rate, Schedule) and rate.scheduled for rate in self._by_pattern.values())
+        return is_scheduled(self.rates)
 
     def reset(self) -> None:
         self._patterns: dict[str, PatternRates] = {}

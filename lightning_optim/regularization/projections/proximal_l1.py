@@ -59,6 +59,6 @@ class ProximalL1(Proximal):
 
 def _shrink_(weight: Tensor, threshold: float) -> None:
     """Shorten complex numbers by the threshold; ``softshrink`` of torch does not take them."""
-    for (piece,), _ in foreach.chunks([weight], [weight]):
+    for ((piece,),) in foreach.chunks([weight]):
         size = piece.abs()
         piece.mul_(torch.where(size > threshold, 1.0 - threshold / size, 0.0))

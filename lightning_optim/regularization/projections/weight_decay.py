@@ -84,7 +84,8 @@ class WeightDecay(ParameterPolicy):
         self.decays = strength != 0.0
         super().__init__(on, exclude)
         self._copies: list[Tensor] = []  # values of pieces of the weights before the step, reused in each step
-        self._waiting: list[tuple[list[Tensor], float]] = []  # weights that were copied, and the factor of their decay
+        # Weights that were copied, the number of their pieces, and the factor of their decay.
+        self._waiting: list[tuple[list[Tensor], int, float]] = []
 
     def reset(self) -> None:
         super().reset()
@@ -120,9 +121,9 @@ class WeightDecay(ParameterPolicy):
             foreach.scale_(shards.local_shards(weights), 1.0 - factor)
 
     def _copy(self, weights: Sequence[Tensor], factor: float) -> None:
-        place = sum(len(list(_pieces(waiting))) for waiting, _ in self._waiting)
-        self._waiting.append((list(weights), factor))
-        for piece in _pieces(weights):
+        first = sum(count for _, count, _ in self._waiting)
+        count = 0
+        for place, piece in enumerate(_pieces(weights), start=first):
             size, like = sum(tensor.numel() for tensor in piece), piece[0]
             if place == len(self._copies):
                 self._copies.append(like.new_empty(size))
@@ -130,7 +131,8 @@ class WeightDecay(ParameterPolicy):
             if (len(copy), copy.dtype, copy.device) != (size, like.dtype, like.device):
                 copy = self._copies[place] = like.new_empty(size)
             torch.cat(_flat(piece), out=copy)
-            place += 1
+            count += 1
+        self._waiting.append((list(weights), count, factor))
 
     @torch.no_grad()
     @without_autocast
@@ -138,7 +140,7 @@ class WeightDecay(ParameterPolicy):
         """Decay the weights that :meth:`before_step_` copied. To be called after the optimizer's step."""
         waiting, self._waiting = self._waiting, []
         copies = iter(self._copies)
-        for weights, factor in waiting:
+        for weights, _, factor in waiting:
             for piece in _pieces(weights):
                 _decay_(piece, next(copies), factor)
 
@@ -177,7 +179,7 @@ def _pieces(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         alike.setdefault((real.dtype, real.device), []).append(real)
     for tensors in alike.values():
-        yield from (piece for piece, _ in foreach.chunks(tensors, tensors))
+        yield from (piece for (piece,) in foreach.chunks(tensors))
 
 
 def _flat(tensors: list[Tensor]) -> list[Tensor]:
